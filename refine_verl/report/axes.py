@@ -1,0 +1,94 @@
+"""Axes of a chart: the scale from data to the view box, round ticks, labels and grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refine_verl.report.format import format_number
+from refine_verl.report.markup import Markup, el, join
+
+__all__ = ["BOTTOM", "HEIGHT", "LEFT", "RIGHT", "TOP", "WIDTH", "Frame", "nice_ticks", "number", "padded"]
+
+WIDTH, HEIGHT = 540, 232
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The plotting area: ranges of the data and their place in the view box."""
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, step: float) -> float:
+        """Horizontal place of a step."""
+        low, high = self.x_range
+        return LEFT + (step - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Vertical place of a value; downwards, as SVG counts."""
+        low, high = self.y_range
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def grid(self, *, percent: bool) -> Markup:
+        """Horizontal grid lines and the labels of both axes."""
+        parts: list[Markup] = []
+        ticks = nice_ticks(*self.y_range, count=5)
+        for value, label in zip(ticks, _labels(ticks, percent=percent), strict=True):
+            y = number(self.y(value))
+            parts.append(el("path", class_="grid", d=f"M{LEFT} {y}H{WIDTH - RIGHT}"))
+            parts.append(el("text", label, class_="tick", x=LEFT - 8, y=y, dy="0.32em", text_anchor="end"))
+        steps = [tick for tick in nice_ticks(*self.x_range, count=7, whole=True) if tick >= 0]
+        for step, label in zip(steps, _labels(steps, percent=False), strict=True):
+            x = number(self.x(step))
+            parts.append(el("path", class_="axis", d=f"M{x} {HEIGHT - BOTTOM}v4"))
+            parts.append(el("text", label, class_="tick", x=x, y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
+        parts.append(el("path", class_="axis", d=f"M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"))
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(el("text", "step", class_="label", x=middle, y=HEIGHT - 5, text_anchor="middle"))
+        return join(*parts)
+
+
+def nice_ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:
+    """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten apart) within [low, high]."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    spacing = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    if whole:
+        spacing = max(math.ceil(spacing), 1)
+    first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
+    return [index * spacing for index in range(first, last + 1)]
+
+
+def padded(low: float, high: float, *, share: float, minimum: float) -> tuple[float, float]:
+    """The range with a margin on both sides, never empty."""
+    margin = max((high - low) * share, minimum)
+    return low - margin, high + margin
+
+
+def number(value: float) -> str:
+    """A coordinate with one decimal, which is finer than the screen."""
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _labels(ticks: Sequence[float], *, percent: bool) -> list[str]:
+    """Labels with the same number of decimals, as many as tell the ticks apart."""
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    if percent:
+        return [text + "%" for text in _fixed([100 * tick for tick in ticks])]
+    if 0 < largest < 1e-3:
+        return ["0" if tick == 0 else format_number(tick) for tick in ticks]
+    for power, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if largest >= power:
+            unit = 1e3 if suffix == "k" else power
+            texts = _fixed([tick / unit for tick in ticks])
+            return ["0" if tick == 0 else text + suffix for tick, text in zip(ticks, texts, strict=True)]
+    return _fixed(ticks)
+
+
+def _fixed(values: Sequence[float]) -> list[str]:
+    spacing = abs(values[1] - values[0]) if len(values) > 1 else 1.0
+    decimals = next((n for n in range(12) if abs(round(spacing, n) - spacing) < 1e-6 * spacing), 12)
+    return [f"{value + 0.0:.{decimals}f}".replace("-", "\u2212") for value in values]

@@ -1,0 +1,237 @@
+"""Which charts a report shows, from which metrics, in which order. A chart without data is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refine_verl.report.series import Point, column, finite, warmup_spans
+from refine_verl.report.svg import Band, Chart, Line
+
+__all__ = ["COST", "LEARNING", "POLICY", "STABILITY", "build_charts"]
+
+LEARNING, POLICY, STABILITY, COST = "Learning", "Policy", "Stability", "Cost"
+VALIDATION_KEYS = ("val/ntp_loss", "val/ntp_accuracy")
+MAX_COLORS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChartSpec:
+    """A chart by the names of its metrics: (metric, label) pairs."""
+
+    section: str
+    title: str
+    unit: str
+    lines: tuple[tuple[str, str], ...]
+    noisy: bool = False
+    percent: bool = False
+    from_zero: bool = False
+    first_color: int = 1
+
+
+SPECS = (
+    ChartSpec(
+        section=LEARNING,
+        title="Next-token loss",
+        unit="nats per token",
+        lines=(("actor/ntp_loss", "training"), ("val/ntp_loss", "validation")),
+        noisy=True,
+    ),
+    ChartSpec(
+        section=LEARNING,
+        title="Next-token accuracy",
+        unit="share of validation tokens",
+        lines=(("val/ntp_accuracy", "validation"),),
+        percent=True,
+        first_color=2,
+    ),
+    ChartSpec(
+        section=LEARNING,
+        title="Reward by kind",
+        unit="mean over rollouts",
+        lines=(("nsp/reward_cosine/mean", "cosine"), ("nsp/reward_binary/mean", "binary")),
+        noisy=True,
+        first_color=3,
+    ),
+    ChartSpec(
+        section=POLICY,
+        title="Entropy",
+        unit="nats",
+        lines=(("nsp/entropy/mean", "all positions"), ("nsp/entropy/selected_mean", "selected positions")),
+        noisy=True,
+    ),
+    ChartSpec(
+        section=POLICY,
+        title="Policy loss",
+        unit="mean over generated tokens",
+        lines=(("actor/pg_loss", "policy loss"),),
+        noisy=True,
+    ),
+    ChartSpec(
+        section=POLICY,
+        title="KL to the rollout policy",
+        unit="nats",
+        lines=(("actor/ppo_kl", "KL"),),
+        noisy=True,
+    ),
+    ChartSpec(
+        section=POLICY,
+        title="Clipped ratios",
+        unit="share of generated tokens",
+        lines=(("actor/pg_clipfrac", "clipped"),),
+        noisy=True,
+        percent=True,
+        from_zero=True,
+    ),
+    ChartSpec(
+        section=POLICY,
+        title="Groups without signal",
+        unit="share of groups whose rewards are all equal",
+        lines=(("nsp/group_zero_std", "all equal"),),
+        noisy=True,
+        percent=True,
+        from_zero=True,
+    ),
+    ChartSpec(
+        section=STABILITY,
+        title="Gradient norm",
+        unit="before clipping",
+        lines=(("actor/grad_norm", "gradient norm"),),
+        noisy=True,
+        from_zero=True,
+    ),
+    ChartSpec(
+        section=STABILITY,
+        title="Learning rate",
+        unit="per optimiser step",
+        lines=(("actor/lr", "learning rate"),),
+        from_zero=True,
+    ),
+    ChartSpec(
+        section=COST,
+        title="Throughput",
+        unit="document tokens per second",
+        lines=(("perf/tokens_per_second", "tokens/s"),),
+        noisy=True,
+        from_zero=True,
+    ),
+    ChartSpec(
+        section=COST,
+        title="Forward tokens per token",
+        unit="tokens through the model per document token",
+        lines=(("perf/forward_tokens_per_token", "forward tokens"),),
+        from_zero=True,
+    ),
+    ChartSpec(
+        section=COST,
+        title="Peak memory",
+        unit="GB",
+        lines=(("perf/max_memory_gb", "peak"),),
+        from_zero=True,
+    ),
+)
+TIMES = (("rollout", 1), ("reward", 3), ("update", 2), ("validate", 4))
+
+
+def build_charts(records: Sequence[dict[str, Any]]) -> dict[str, list[Chart]]:
+    """Charts by section, in the order of the page; `records` as `merge_steps` returns them."""
+    charts: dict[str, list[Chart]] = {LEARNING: [], POLICY: [], STABILITY: [], COST: []}
+    spans = warmup_spans(records)
+    if reward := _reward(records, spans):
+        charts[LEARNING].append(reward)
+    for spec in SPECS:
+        if chart := _from_spec(spec, records, spans):
+            charts[spec.section].append(chart)
+    charts[LEARNING] += _tasks(records, spans)
+    if times := _times(records, spans):
+        charts[COST].insert(0, times)
+    return {section: found for section, found in charts.items() if found}
+
+
+def _from_spec(
+    spec: ChartSpec, records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]
+) -> Chart | None:
+    lines = [
+        Line(
+            label=label,
+            points=points,
+            color=spec.first_color + index,
+            noisy=spec.noisy and not key.startswith("val/"),
+        )
+        for index, (key, label) in enumerate(spec.lines)
+        if (points := column(records, key))
+    ]
+    if not lines:
+        return None
+    return Chart(
+        title=spec.title,
+        unit=spec.unit,
+        lines=lines,
+        percent=spec.percent,
+        from_zero=spec.from_zero,
+        warmup=spans,
+    )
+
+
+def _reward(records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]) -> Chart | None:
+    """Mean reward within one standard deviation, or within the extremes where that was not measured."""
+    mean = column(records, "nsp/reward/mean")
+    if not mean:
+        return None
+    deviations = dict(finite(column(records, "nsp/reward/std")))
+    if deviations:
+        band = Band(
+            label="± one standard deviation",
+            low=[_offset(point, deviations, -1) for point in mean],
+            high=[_offset(point, deviations, 1) for point in mean],
+            color=1,
+        )
+    else:
+        low, high = column(records, "nsp/reward/min"), column(records, "nsp/reward/max")
+        band = Band(label="lowest to highest", low=low, high=high, color=1) if low and high else None
+    line = Line(label="mean", points=mean, color=1, noisy=True)
+    return Chart(title="Reward", unit="per rollout", lines=[line], band=band, warmup=spans)
+
+
+def _offset(point: Point, deviations: dict[int, float], sign: int) -> Point:
+    step, value = point
+    return step, None if value is None or step not in deviations else value + sign * deviations[step]
+
+
+def _tasks(records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]) -> list[Chart]:
+    """One chart per metric of `val/<task>/<metric>`, one line per task."""
+    keys = dict.fromkeys(key for record in records for key in record if key.startswith("val/"))
+    by_metric: dict[str, list[tuple[str, list[Point]]]] = {}
+    for key in keys:
+        task, _, metric = key.removeprefix("val/").rpartition("/")
+        if key not in VALIDATION_KEYS and finite(points := column(records, key)):
+            by_metric.setdefault(metric, []).append((task or metric, points))
+    charts = []
+    for metric, tasks in by_metric.items():
+        for start in range(0, len(tasks), MAX_COLORS):
+            lines = [
+                Line(label=task, points=points, color=index + 1)
+                for index, (task, points) in enumerate(tasks[start : start + MAX_COLORS])
+            ]
+            charts.append(Chart(title=f"Validation: {metric}", unit=metric, lines=lines, warmup=spans))
+    return charts
+
+
+def _times(records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]) -> Chart | None:
+    """Where the time of a step goes; what no part accounts for is shown as `other`."""
+    lines = [
+        Line(label=name, points=points, color=color)
+        for name, color in TIMES
+        if finite(points := column(records, f"timing_s/{name}"))
+    ]
+    tables = [dict(finite(line.points)) for line in lines]
+    rest: list[Point] = [
+        (step, max(total - sum(table.get(step, 0.0) for table in tables), 0.0))
+        for step, total in finite(column(records, "timing_s/step"))
+    ]
+    if any(value for _, value in rest):
+        lines.append(Line(label="other", points=rest, color=5))
+    if not lines:
+        return None
+    return Chart(title="Time per step", unit="seconds", lines=lines, stacked=True, warmup=spans)

@@ -1,0 +1,100 @@
+"""The few figures a reader wants first: what was learnt, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from refine_verl.report.format import format_change, format_duration, format_number
+from refine_verl.report.series import column, finite, head_and_tail
+
+__all__ = ["Headline", "headlines"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """A tile: its name, the figure, its change (with a verdict: good, poor or none) and a line of detail."""
+
+    name: str
+    value: str
+    unit: str = ""
+    change: str = ""
+    verdict: str = ""
+    detail: str = ""
+
+
+def headlines(records: Sequence[dict[str, Any]]) -> list[Headline]:
+    """The tiles of a run, those that its metrics allow."""
+    found = (
+        _first_to_last(records, "val/ntp_loss", "Validation loss", better=-1),
+        _first_to_last(records, "val/ntp_accuracy", "Validation accuracy", better=1, percent=True),
+        _start_to_end(records, "nsp/reward/mean", "Reward", better=1),
+        None if column(records, "val/ntp_loss") else _start_to_end(records, "actor/ntp_loss", "Next-token loss", -1),
+        _throughput(records),
+        _cost(records),
+    )
+    return [headline for headline in found if headline]
+
+
+def _first_to_last(
+    records: Sequence[dict[str, Any]], key: str, name: str, better: int, *, percent: bool = False
+) -> Headline | None:
+    points = finite(column(records, key))
+    if not points:
+        return None
+    (first_step, first), (last_step, last) = points[0], points[-1]
+    value = format_number(last, percent=percent)
+    if len(points) == 1:
+        return Headline(name=name, value=value, detail=f"at step {last_step}, measured once")
+    return Headline(
+        name=name,
+        value=value,
+        change=format_change(first, last, percent=percent),
+        verdict=_verdict(last - first, better),
+        detail=f"from {format_number(first, percent=percent)} at step {first_step}",
+    )
+
+
+def _start_to_end(records: Sequence[dict[str, Any]], key: str, name: str, better: int) -> Headline | None:
+    points = column(records, key)
+    ends = head_and_tail(points)
+    if ends is None:
+        return None
+    first, last, count = ends
+    if len(finite(points)) == 1:
+        return Headline(name=name, value=format_number(last), detail="measured once")
+    steps = f"first and last {count} steps" if count > 1 else "first and last step"
+    return Headline(
+        name=name,
+        value=format_number(last),
+        change=format_change(first, last),
+        verdict=_verdict(last - first, better),
+        detail=f"from {format_number(first)}; {steps}",
+    )
+
+
+def _throughput(records: Sequence[dict[str, Any]]) -> Headline | None:
+    values = [value for _, value in finite(column(records, "perf/tokens_per_second"))]
+    if not values:
+        return None
+    seconds = sum(value for _, value in finite(column(records, "timing_s/step")))
+    detail = f"median; {format_duration(seconds)} in {len(values)} steps" if seconds else "median of the steps"
+    return Headline(name="Throughput", value=format_number(median(values)), unit="tokens/s", detail=detail)
+
+
+def _cost(records: Sequence[dict[str, Any]]) -> Headline | None:
+    values = [value for _, value in finite(column(records, "perf/forward_tokens_per_token"))]
+    if not values:
+        return None
+    return Headline(
+        name="Cost",
+        value=format_number(sum(values) / len(values), digits=3),
+        unit="forward tokens per token",
+        detail="mean over the steps",
+    )
+
+
+def _verdict(change: float, better: int) -> str:
+    return "" if change == 0 else "good" if change * better > 0 else "poor"

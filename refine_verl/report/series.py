@@ -1,0 +1,106 @@
+"""From metrics records to what a chart draws: series, gaps, smoothing, thinning, warm-up spans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["Point", "column", "finite", "head_and_tail", "moving_average", "segments", "thin", "warmup_spans"]
+
+Point = tuple[int, "float | None"]
+Record = Mapping[str, Any]
+
+
+def column(records: Sequence[Record], key: str) -> list[Point]:
+    """(step, value) wherever `key` was measured; the value is None where it was not finite."""
+    points: list[Point] = []
+    for record in records:
+        value = record.get(key, "")
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            points.append((record["step"], None if value is None else float(value)))
+    return points
+
+
+def finite(points: Sequence[Point]) -> list[tuple[int, float]]:
+    """The points that have a value."""
+    return [(step, value) for step, value in points if value is not None]
+
+
+def segments(points: Sequence[Point]) -> list[list[tuple[int, float]]]:
+    """Runs of points without a non-finite value between them: a line is broken there, not drawn across."""
+    runs: list[list[tuple[int, float]]] = [[]]
+    for step, value in points:
+        if value is None:
+            runs.append([])
+        else:
+            runs[-1].append((step, value))
+    return [run for run in runs if run]
+
+
+def thin(points: Sequence[Point], limit: int) -> list[Point]:
+    """At most about `limit` points that look the same: of each bucket of neighbours its lowest and its highest.
+
+    The first and the last point, every extreme, and one gap per bucket that has one are kept, in order.
+    """
+    if len(points) <= limit:
+        return list(points)
+    buckets = max(limit // 2, 1)
+    kept = {0, len(points) - 1}
+    for bucket in range(buckets):
+        indices = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)
+        values = {index: value for index in indices if (value := points[index][1]) is not None}
+        if values:
+            kept |= {min(values, key=values.__getitem__), max(values, key=values.__getitem__)}
+        if len(values) < len(indices):
+            kept.add(next(index for index in indices if index not in values))
+    return [points[index] for index in sorted(kept)]
+
+
+def moving_average(points: Sequence[Point], window: int) -> list[Point]:
+    """Centred average over `window` points, only existing and finite neighbours counted; gaps stay gaps."""
+    sums, counts = [0.0], [0]
+    for _, value in points:
+        sums.append(sums[-1] + (value or 0.0))
+        counts.append(counts[-1] + (value is not None))
+    half = window // 2
+    averaged: list[Point] = []
+    for index, (step, value) in enumerate(points):
+        low, high = max(index - half, 0), min(index + half + 1, len(points))
+        mean = (sums[high] - sums[low]) / max(counts[high] - counts[low], 1)
+        averaged.append((step, None if value is None else mean))
+    return averaged
+
+
+def head_and_tail(points: Sequence[Point]) -> tuple[float, float, int] | None:
+    """Mean of the first and of the last tenth, and how many points each is: start and end of a noisy metric."""
+    values = [value for _, value in finite(points)]
+    if not values:
+        return None
+    count = max(len(values) // 10, 1)
+    return sum(values[:count]) / count, sum(values[-count:]) / count, count
+
+
+def warmup_spans(records: Sequence[Record]) -> list[tuple[int, int]]:
+    """Spans (first, last step) in which a run that also refines was warming up.
+
+    A step says so by `phase: "warmup"` or by `refine/active: 0`. A run that never refines has no warm-up.
+    """
+    states = [(record["step"], state) for record in records if (state := _warming_up(record)) is not None]
+    if all(state for _, state in states):
+        return []
+    spans: list[tuple[int, int]] = []
+    previous = False
+    for step, state in states:
+        if state and previous:
+            spans[-1] = (spans[-1][0], step)
+        elif state:
+            spans.append((step, step))
+        previous = state
+    return spans
+
+
+def _warming_up(record: Record) -> bool | None:
+    if isinstance(phase := record.get("phase"), str):
+        return phase.lower() in {"warmup", "warm-up", "warm_up"}
+    active = record.get("refine/active")
+    return None if active is None else not active

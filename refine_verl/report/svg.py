@@ -1,0 +1,248 @@
+"""Small inline SVG charts: lines with a band, and stacked bars. No script, no font, no colour of their own.
+
+The view box is fixed and the page scales it. Colours are classes of the style sheet (`c1` ... `c6`), so that one
+drawing serves light, dark and paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from refine_verl.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Frame, number, padded
+from refine_verl.report.format import format_number
+from refine_verl.report.markup import Markup, el, join
+from refine_verl.report.series import Point, finite, moving_average, segments, thin
+
+__all__ = ["Band", "Chart", "Line", "render_chart", "smoothing_window"]
+
+MAX_POINTS = 400  # more than the pixels of a line can show
+MAX_COLUMNS = 80  # of tooltips and of stacked bars
+MAX_MARKED = 40  # a line of so few points shows where they are
+SMOOTH_FROM = 40  # a noisy line of so many points is also drawn as its moving average
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A series of a chart; `color` is 1 to 6, `noisy` adds a moving average."""
+
+    label: str
+    points: Sequence[Point]
+    color: int
+    noisy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """The area between two series."""
+
+    label: str
+    low: Sequence[Point]
+    high: Sequence[Point]
+    color: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What is drawn in one frame."""
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+    band: Band | None = None
+    stacked: bool = False
+    percent: bool = False
+    from_zero: bool = False
+    warmup: Sequence[tuple[int, int]] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Neighbouring steps that share a bar or a tooltip, with each line's finite values there."""
+
+    first: int
+    last: int
+    values: Sequence[Sequence[float]]
+
+    @property
+    def steps(self) -> str:
+        """`step 7` or `steps 1-25`."""
+        return f"step {self.first}" if self.first == self.last else f"steps {self.first}–{self.last}"
+
+
+def render_chart(chart: Chart) -> Markup:
+    """The chart as an `<svg>` element with title, axes, shaded warm-up, data and tooltips."""
+    columns = _columns(chart.lines)
+    frame = Frame(x_range=_x_range(chart), y_range=_y_range(chart, columns))
+    if chart.stacked:
+        data = _stack(chart, columns, frame)
+    else:
+        band = _band(chart.band, frame) if chart.band else None
+        data = join(band, *(_line(line, frame) for line in chart.lines), _tooltips(chart, columns, frame))
+    return el(
+        "svg",
+        el("title", f"{chart.title} ({chart.unit}) by step"),
+        *(_shade(first, last, frame) for first, last in chart.warmup),
+        frame.grid(percent=chart.percent),
+        data,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+    )
+
+
+def smoothing_window(line: Line) -> int:
+    """Steps a noisy line is averaged over, 0 where it is drawn as it is."""
+    count = len(line.points)
+    return 2 * (count // 50) + 3 if line.noisy and count >= SMOOTH_FROM else 0
+
+
+def _x_range(chart: Chart) -> tuple[float, float]:
+    steps = [step for line in chart.lines for step, _ in line.points]
+    return padded(min(steps), max(steps), share=0.012, minimum=0.5)
+
+
+def _y_range(chart: Chart, columns: Sequence[Column]) -> tuple[float, float]:
+    if chart.stacked:
+        totals = [sum(_mean(values) for values in column.values) for column in columns]
+        return 0.0, max(totals, default=0.0) * 1.06 or 1.0
+    values: list[float] = [value for line in chart.lines for _, value in finite(line.points)]
+    if chart.band:
+        values += [value for points in (chart.band.low, chart.band.high) for _, value in finite(points)]
+    if not values:
+        return 0.0, 1.0
+    low, high = min(values), max(values)
+    if chart.from_zero:
+        low = min(low, 0.0)
+    low, high = padded(low, high, share=0.06, minimum=max(abs(high), abs(low)) * 1e-3 or 0.5)
+    return (max(low, 0.0) if chart.from_zero and min(values) >= 0 else low), high
+
+
+def _columns(lines: Sequence[Line]) -> list[Column]:
+    steps = sorted({step for line in lines for step, _ in line.points})
+    tables = [dict(finite(line.points)) for line in lines]
+    count = min(len(steps), MAX_COLUMNS)
+    columns = []
+    for index in range(count):
+        part = steps[index * len(steps) // count : (index + 1) * len(steps) // count]
+        values = [[table[step] for step in part if step in table] for table in tables]
+        columns.append(Column(first=part[0], last=part[-1], values=values))
+    return columns
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _path(points: Sequence[tuple[int, float]], frame: Frame) -> str:
+    return "L".join(f"{number(frame.x(step))} {number(frame.y(value))}" for step, value in points)
+
+
+def _line(line: Line, frame: Frame) -> Markup:
+    window = smoothing_window(line)
+    if window:
+        average = moving_average(line.points, window)
+        lines = [_stroke(line.points, frame, f"line raw c{line.color}"), _stroke(average, frame, f"line c{line.color}")]
+    else:
+        lines = [_stroke(line.points, frame, f"line c{line.color}")]
+    return join(*lines, _dots(line, frame), _gaps(line, frame))
+
+
+def _stroke(points: Sequence[Point], frame: Frame, style: str) -> Markup:
+    runs = [run for run in segments(thin(points, MAX_POINTS)) if len(run) > 1]
+    return el("path", class_=style, d="".join(f"M{_path(run, frame)}" for run in runs)) if runs else Markup()
+
+
+def _dots(line: Line, frame: Frame) -> Markup:
+    """Dots on the points of a short line, and on points without neighbours, which no line shows."""
+    runs = segments(line.points)
+    if len(line.points) > MAX_MARKED:
+        runs = [run for run in runs if len(run) == 1]
+    return join(
+        *(
+            el("circle", class_=f"dot c{line.color}", r="2.4", cx=number(frame.x(step)), cy=number(frame.y(value)))
+            for run in runs
+            for step, value in run
+        )
+    )
+
+
+def _gaps(line: Line, frame: Frame) -> Markup:
+    """A small cross above the axis where a value was NaN or infinite."""
+    marks = []
+    for step, _ in thin([point for point in line.points if point[1] is None], MAX_MARKED):
+        shape = f"M{number(frame.x(step) - 3)} {HEIGHT - BOTTOM - 9}l6 6m0 -6l-6 6"
+        marks.append(el("path", el("title", f"step {step}: {line.label} not finite"), class_="bad", d=shape))
+    return join(*marks)
+
+
+def _band(band: Band, frame: Frame) -> Markup:
+    """The area between the two series, one shape per stretch without a gap in either."""
+    lows, highs = dict(finite(band.low)), dict(finite(band.high))
+    steps: list[Point] = [(step, 0.0 if step in lows and step in highs else None) for step, _ in band.low]
+    shapes = []
+    for run in segments(steps):
+        lower = finite(thin([(step, lows[step]) for step, _ in run], MAX_POINTS))
+        upper = finite(thin([(step, highs[step]) for step, _ in run], MAX_POINTS))
+        if len(run) > 1:
+            shapes.append(f"M{_path(upper, frame)}L{_path(lower[::-1], frame)}Z")
+    return el("path", class_=f"band c{band.color}", d="".join(shapes)) if shapes else Markup()
+
+
+def _stack(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
+    bars = []
+    for column, (left, right) in zip(columns, _edges(columns, frame), strict=True):
+        margin = min(0.5, (right - left) * 0.08)
+        left, right, base, parts = number(left + margin), number(right - margin), 0.0, []
+        for line, values in zip(chart.lines, column.values, strict=True):
+            if (height := _mean(values)) > 0:
+                bottom, top = number(frame.y(base)), number(frame.y(base + height))
+                shape = f"M{left} {bottom}V{top}H{right}V{bottom}Z"
+                parts.append(el("path", class_=f"fill c{line.color}", d=shape))
+                base += height
+        bars.append(el("g", el("title", _tooltip(chart, column)), *parts, class_="bar"))
+    return join(*bars)
+
+
+def _tooltips(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
+    """Invisible columns over the plot: the browser shows their titles, the style sheet a guide."""
+    return join(
+        *(
+            el(
+                "rect",
+                el("title", _tooltip(chart, column)),
+                class_="hit",
+                x=number(left),
+                y=TOP,
+                width=number(right - left),
+                height=HEIGHT - TOP - BOTTOM,
+            )
+            for column, (left, right) in zip(columns, _edges(columns, frame), strict=True)
+        )
+    )
+
+
+def _edges(columns: Sequence[Column], frame: Frame) -> list[tuple[float, float]]:
+    """Left and right of each column: half-way to its neighbours."""
+    middles = [(left.last + right.first) / 2 for left, right in zip(columns, columns[1:], strict=False)]
+    bounds = [LEFT, *(frame.x(middle) for middle in middles), WIDTH - RIGHT]
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def _tooltip(chart: Chart, column: Column) -> str:
+    rows = [column.steps]
+    for line, values in zip(chart.lines, column.values, strict=True):
+        if not values:
+            continue
+        text = f"{line.label}: {format_number(_mean(values), percent=chart.percent)}"
+        if len(values) > 1 and not chart.stacked:
+            low, high = (format_number(value, percent=chart.percent) for value in (min(values), max(values)))
+            text += f" ({low} to {high})"
+        rows.append(text)
+    return "\n".join(rows)
+
+
+def _shade(first: int, last: int, frame: Frame) -> Markup:
+    left, right = max(frame.x(first - 0.5), LEFT), min(frame.x(last + 0.5), WIDTH - RIGHT)
+    size = {"x": number(left), "y": TOP, "width": number(right - left), "height": HEIGHT - TOP - BOTTOM}
+    label = el("text", "warm-up", class_="label", x=number(left + 6), y=TOP + 14) if right - left > 60 else None
+    return join(el("rect", class_="warmup", **size), label)
