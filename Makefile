@@ -1,0 +1,82 @@
+# make quickstart   install, then train a small DeltaNet with REFINE on this machine
+# make test         the tests that need no GPU (ARGS="tests/nsp -k entropy" narrows them)
+# make check        style and types
+# make venv         only the virtual environment with the package in it
+# make clean        remove what make built; outputs/ is left alone
+#
+# PYTHON=/path/to/python picks the interpreter, TORCH="..." what pip gets to install torch
+# (for example a local wheel), VENV=dir another environment.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?=
+# The bound keeps pip from replacing torch when the package is installed after it.
+TORCH ?= torch>=2.7,<2.14
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+# Half the cores: the distributed tests run two processes at a time.
+TEST_THREADS := $(shell echo $$(( $(CORES) > 1 ? $(CORES) / 2 : 1 )))
+
+.PHONY: help quickstart test check venv clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+quickstart: $(VENV)/.package
+	@$(BIN)/python -m refine_verl.main recipe=quickstart $(ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} $(BIN)/python -m pytest -q -m "not gpu" --durations=15 $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: $(VENV)/.package
+	@echo "Ready: $(BIN)/python (activate it with: source $(BIN)/activate)"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An interpreter counts only if it runs: version managers leave shims behind that do nothing but fail.
+$(BIN)/python:
+	@suits() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1; }; \
+	found=""; \
+	if [ -n "$(PYTHON)" ]; then \
+	  suits "$(PYTHON)" || { echo "PYTHON=$(PYTHON) is not a Python 3.10, 3.11 or 3.12 with the venv module." >&2; exit 1; }; \
+	  found="$(PYTHON)"; \
+	else \
+	  for name in python3.12 python3.11 python3.10 python3 python; do \
+	    while read -r candidate; do \
+	      if [ -z "$$found" ] && suits "$$candidate"; then found="$$candidate"; fi; \
+	    done < <(type -aP $$name || true); \
+	  done; \
+	fi; \
+	if [ -z "$$found" ]; then \
+	  echo "No working Python 3.10, 3.11 or 3.12 with the venv module was found on PATH." >&2; \
+	  echo "Install one (Debian or Ubuntu: apt install python3 python3-venv; macOS: brew install python@3.12;" >&2; \
+	  echo "conda: conda create -n py312 python=3.12), or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$found"; \
+	"$$found" -m venv $(VENV)
+
+# torch goes first, so that nothing installed later picks another build of it.
+$(VENV)/.package: setup.py | $(BIN)/python
+	@echo "Installing refine_verl into $(VENV) (a few minutes the first time)"
+	@$(PIP) "$(TORCH)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	@echo "Installing the development tools into $(VENV)"
+	@$(PIP) --editable ".[dev]"
+	@touch $@
