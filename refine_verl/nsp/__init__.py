@@ -1,0 +1,89 @@
+"""Next-sequence prediction on tensors: the four steps of REFINE (paper, Sec. 3.2), with torch and numpy only.
+
+1. Entropy-based token selection: `chunked_entropy` (Eq. 5), `align_entropy`, `smooth_entropy`,
+   `select_positions` (Eq. 6) with the numbers of `position_uniforms`.
+2. Rollout generation (Eq. 7): `sample_from_logits` with the numbers of `rollout_uniforms`; the model itself
+   runs elsewhere.
+3. Reward assignment: `get_reward` for `cosine` (Eq. 9), `binary` (Eq. 11), `hybrid` (Eq. 12) or a user's
+   function.
+4. Optimization with RL: `group_standardise` (advantages), `gather_log_probs`, `ppo_clip_loss` and
+   `refine_objective` (Eq. 2, 10).
+"""
+
+from refine_verl.nsp.entropy import (
+    align_entropy,
+    chunked_entropy,
+    entropy_from_logits,
+    smooth_entropy,
+    smooth_token_entropy,
+)
+from refine_verl.nsp.objective import (
+    GROUPS,
+    PolicyLoss,
+    gather_log_probs,
+    group_ids,
+    group_standardise,
+    group_zero_std_share,
+    ppo_clip_loss,
+    refine_objective,
+)
+from refine_verl.nsp.rewards import (
+    RewardFunction,
+    RewardInputs,
+    binary_reward,
+    cosine_reward,
+    get_reward,
+    hybrid_reward,
+    known_rewards,
+    register_reward,
+    validate_reward_name,
+)
+from refine_verl.nsp.sampling import (
+    position_uniforms,
+    rollout_uniforms,
+    sample_from_logits,
+    scaled_log_softmax,
+    uniforms,
+)
+from refine_verl.nsp.selection import (
+    ANCHORS,
+    STRATEGIES,
+    chunk_bounds,
+    minimum_length,
+    select_positions,
+)
+
+__all__ = [
+    "ANCHORS",
+    "GROUPS",
+    "STRATEGIES",
+    "PolicyLoss",
+    "RewardFunction",
+    "RewardInputs",
+    "align_entropy",
+    "binary_reward",
+    "chunk_bounds",
+    "chunked_entropy",
+    "cosine_reward",
+    "entropy_from_logits",
+    "gather_log_probs",
+    "get_reward",
+    "group_ids",
+    "group_standardise",
+    "group_zero_std_share",
+    "hybrid_reward",
+    "known_rewards",
+    "minimum_length",
+    "position_uniforms",
+    "ppo_clip_loss",
+    "refine_objective",
+    "register_reward",
+    "rollout_uniforms",
+    "sample_from_logits",
+    "scaled_log_softmax",
+    "select_positions",
+    "smooth_entropy",
+    "smooth_token_entropy",
+    "uniforms",
+    "validate_reward_name",
+]

@@ -1,0 +1,190 @@
+"""How much a rollout resembles the real continuation (paper, Eq. 9, 11, 12), and a registry for more rewards.
+
+A reward is a function `RewardInputs -> float tensor [R]`. Give it a name with `@register_reward("name")`,
+or leave it unregistered and refer to it by its import path, `my_package.my_module.my_reward`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refine_verl.nsp.entropy import accumulation_dtype
+from refine_verl.nsp.selection import unknown_choice
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RewardInputs:
+    """What a reward may look at, for R rollouts of k tokens.
+
+    Attributes:
+        predicted_hidden: `[R, k, d]`, h_pred(t+1) ... h_pred(t+k): hidden states after the final norm at the
+            generated tokens (Eq. 7).
+        target_hidden: `[R, k, d]`, h_gt: the same at the real tokens, from the pass over the document (Eq.
+        8). predicted_tokens: int `[R, k]`.
+        target_tokens: int `[R, k]`.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+
+    predicted_hidden: Tensor
+    target_hidden: Tensor
+    predicted_tokens: Tensor
+    target_tokens: Tensor
+
+    def __post_init__(self) -> None:
+        hidden, tokens = self.predicted_hidden.shape, self.predicted_tokens.shape
+        fits = len(hidden) == 3 and hidden[:2] == tokens
+        if not fits or self.target_hidden.shape != hidden or self.target_tokens.shape != tokens:
+            raise ValueError(
+                "expected hidden states [R, k, d] and tokens [R, k], got "
+                + ", ".join(f"{name} {list(value.shape)}" for name, value in vars(self).items())
+            )
+
+
+RewardFunction = Callable[[RewardInputs], Tensor]
+
+_REWARDS: dict[str, RewardFunction] = {}
+
+
+def register_reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
+    """Decorator: make a reward known under `name`.
+
+    Raises:
+        ValueError: the name is empty, contains '.' or ':' (reserved for import paths), or has another owner.
+    """
+    if not name or "." in name or ":" in name:
+        raise ValueError(f"a reward's name must be a non-empty word without '.' or ':', got {name!r}")
+
+    def register(function: RewardFunction) -> RewardFunction:
+        owner = _REWARDS.get(name)
+        if owner is not None and _path_of(owner) != _path_of(function):
+            raise ValueError(
+                f"reward {name!r} already belongs to {_path_of(owner)}: register {_path_of(function)} under "
+                "another name"
+            )
+        _REWARDS[name] = function
+        return function
+
+    return register
+
+
+@register_reward("cosine")
+def cosine_reward(inputs: RewardInputs) -> Tensor:
+    """Mean over the k tokens of cos(h_pred, h_gt) (Eq. 9). `[R]` in [-1, 1]; a zero vector scores 0."""
+    dtype = accumulation_dtype(inputs.predicted_hidden)
+    predicted, target = inputs.predicted_hidden.to(dtype), inputs.target_hidden.to(dtype)
+    return F.cosine_similarity(predicted, target, dim=-1).mean(dim=-1)
+
+
+@register_reward("binary")
+def binary_reward(inputs: RewardInputs) -> Tensor:
+    """Share of the k tokens that are exactly right, place by place (Eq. 11). float32 `[R]` in [0, 1]."""
+    return (inputs.predicted_tokens == inputs.target_tokens).float().mean(dim=-1)
+
+
+@register_reward("hybrid")
+def hybrid_reward(inputs: RewardInputs) -> Tensor:
+    """Sum of `cosine_reward` and `binary_reward` (Eq. 12). `[R]` in [-1, 2]."""
+    return cosine_reward(inputs) + binary_reward(inputs)
+
+
+def known_rewards() -> list[str]:
+    """Names of all registered rewards, sorted."""
+    return sorted(_REWARDS)
+
+
+def get_reward(name: str) -> RewardFunction:
+    """The reward called `name`, or the one found at an import path.
+
+    Args:
+        name: a registered name, or `package.module.function` or `package.module:function`.
+
+    Returns:
+        The function, with its result checked at every call: ValueError or TypeError, naming the function,
+        unless it is a tensor of shape `[R]` that is finite wherever the inputs are. The result is detached
+        and floating.
+
+    Raises:
+        ValueError: as `validate_reward_name`.
+    """
+    return _checked(_resolve(name), name)
+
+
+def validate_reward_name(name: str) -> None:
+    """Check that `get_reward(name)` will work; imports the module of an import path.
+
+    Raises:
+        ValueError: no such reward (with the nearest known name), module or function, or it cannot be called.
+    """
+    _resolve(name)
+
+
+def _path_of(function: Callable[..., object]) -> str:
+    kind = type(function)
+    return (
+        f"{getattr(function, '__module__', kind.__module__)}."
+        f"{getattr(function, '__qualname__', kind.__qualname__)}"
+    )
+
+
+def _resolve(name: str) -> RewardFunction:
+    if name in _REWARDS:
+        return _REWARDS[name]
+    if not isinstance(name, str) or ("." not in name and ":" not in name):
+        unknown = unknown_choice("reward", name, known_rewards())
+        raise ValueError(f"{unknown}; a function of your own is named by its path, package.module.function")
+    module_name, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+    if not module_name or not attribute:
+        raise ValueError(f"reward {name!r} is not a path of the form package.module.function")
+    try:
+        found: object = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise ValueError(
+            f"reward {name!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); "
+            "is its directory on PYTHONPATH?"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [entry for entry in dir(found) if not entry.startswith("_")]
+            missing = unknown_choice(f"function in {module_name}", part, public)
+            raise ValueError(f"reward {name!r}: {missing}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"reward {name!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+def _checked(function: RewardFunction, name: str) -> RewardFunction:
+    @functools.wraps(function)
+    def checked(inputs: RewardInputs) -> Tensor:
+        reward = function(inputs)
+        where = f"reward {name!r} ({_path_of(function)})"
+        count = inputs.predicted_tokens.shape[0]
+        if not isinstance(reward, Tensor):
+            raise TypeError(
+                f"{where} returned a {type(reward).__name__}; expected a tensor of shape [{count}]"
+            )
+        if reward.shape != (count,):
+            raise ValueError(
+                f"{where} returned shape {list(reward.shape)}; expected [{count}], one number per rollout"
+            )
+        reward = reward.detach() if reward.is_floating_point() else reward.float()
+        if not torch.isfinite(reward).all() and _finite(inputs):
+            bad = int((~torch.isfinite(reward)).sum())
+            raise ValueError(f"{where} returned NaN or infinity for {bad} of {count} rollouts")
+        return reward
+
+    return checked
+
+
+def _finite(inputs: RewardInputs) -> bool:
+    """Whether the model's own numbers are fine; if not, the reward function is not to blame."""
+    return all(bool(torch.isfinite(h).all()) for h in (inputs.predicted_hidden, inputs.target_hidden))

@@ -1,0 +1,172 @@
+"""Which positions of a document get a rollout: one per chunk (paper, Sec. 3.2, Eq. 6 and Tab. 7).
+
+Positions are 0-based. Position t has the prefix `x_0 ... x_t` and the continuation `x_{t+1} ... x_{t+k}`,
+so the valid positions of a document of T tokens are `0 <= t <= T-1-k`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refine_verl.nsp.entropy import smooth_token_entropy
+
+Strategy = Callable[[np.ndarray, float, float], int]
+"""(entropies [m] of one chunk's positions, temperature, uniform in [0, 1)) -> index in 0..m-1."""
+
+
+def _softmax_draw(entropy: np.ndarray, temperature: float, uniform: float) -> int:
+    """Draw from softmax(H / tau) by inverting the CDF at one uniform number (Eq. 6)."""
+    cdf = np.cumsum(np.exp((entropy - entropy.max()) / temperature))
+    drawn = np.searchsorted(cdf, uniform * cdf[-1], side="right")
+    # If the product rounds up to the total, the last position that has any weight is meant.
+    return int(min(drawn, np.searchsorted(cdf, cdf[-1], side="left")))
+
+
+def _uniform_draw(entropy: np.ndarray, temperature: float, uniform: float) -> int:
+    return min(int(uniform * len(entropy)), len(entropy) - 1)
+
+
+def _argmax(entropy: np.ndarray, temperature: float, uniform: float) -> int:
+    return int(np.argmax(entropy))
+
+
+def _argmin(entropy: np.ndarray, temperature: float, uniform: float) -> int:
+    return int(np.argmin(entropy))
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "entropy": _softmax_draw,
+    "uniform": _uniform_draw,
+    "max_entropy": _argmax,
+    "min_entropy": _argmin,
+}
+"""Selection strategies (Tab. 7). Ties of `max_entropy` and `min_entropy` go to the lowest index."""
+
+ANCHORS: dict[str, int] = {"prediction": 1, "token": 0}
+"""Anchor -> offset: position t is weighed by H[t + offset].
+
+`prediction`: the first token to be predicted is the uncertain one. `token`: the uncertain token ends the
+prefix.
+"""
+
+
+def unknown_choice(setting: str, value: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not among `known`: lists them and names the nearest."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {setting} {value!r}: known are {', '.join(names)}{hint}")
+
+
+def minimum_length(chunks: int, rollout_length: int) -> int:
+    """Shortest document, in tokens, that offers one position per chunk: `chunks + rollout_length`."""
+    return chunks + rollout_length
+
+
+def chunk_bounds(num_valid: int, chunks: int) -> list[tuple[int, int]]:
+    """Split the positions `0 ... num_valid-1` into contiguous half-open ranges, equal up to one position.
+
+    Args:
+        num_valid: number of valid positions, T - k.
+        chunks: number of ranges, c.
+
+    Returns:
+        c pairs (start, stop), none empty, covering every position once.
+
+    Raises:
+        ValueError: `chunks < 1` or fewer positions than chunks.
+    """
+    if chunks < 1:
+        raise ValueError(f"chunks must be at least 1, got {chunks}")
+    if num_valid < chunks:
+        raise ValueError(f"{num_valid} valid positions cannot be split into {chunks} non-empty chunks")
+    return [(i * num_valid // chunks, (i + 1) * num_valid // chunks) for i in range(chunks)]
+
+
+def _check_settings(chunks: int, rollout_length: int, strategy: str, anchor: str, temperature: float) -> None:
+    if chunks < 1:
+        raise ValueError(f"chunks must be at least 1, got {chunks}")
+    if rollout_length < 1:
+        raise ValueError(f"rollout_length must be at least 1, got {rollout_length}")
+    if strategy not in STRATEGIES:
+        raise unknown_choice("selection strategy", strategy, STRATEGIES)
+    if anchor not in ANCHORS:
+        raise unknown_choice("anchor", anchor, ANCHORS)
+    if not temperature > 0:
+        raise ValueError(
+            f"entropy temperature must be greater than 0, got {temperature}; for the most uncertain position "
+            "of every chunk use the strategy 'max_entropy'"
+        )
+
+
+def _as_uniforms(uniforms: Tensor | np.ndarray | Sequence[float], chunks: int) -> np.ndarray:
+    values = uniforms.detach().cpu().numpy() if isinstance(uniforms, Tensor) else np.asarray(uniforms)
+    values = values.astype(np.float64)
+    if values.shape != (chunks,):
+        raise ValueError(f"uniforms must have shape [{chunks}], one per chunk, got {list(values.shape)}")
+    if not ((values >= 0) & (values < 1)).all():
+        raise ValueError("uniforms must lie in [0, 1)")
+    return values
+
+
+def select_positions(
+    entropy: Tensor,
+    *,
+    chunks: int,
+    rollout_length: int,
+    strategy: str = "entropy",
+    anchor: str = "prediction",
+    temperature: float = 1.0,
+    window: int | None = None,
+    uniforms: Tensor | np.ndarray | Sequence[float],
+) -> Tensor:
+    """Choose one position in each chunk of a document (Eq. 6).
+
+    All strategies look at the *smoothed* entropy. The work is done in float64 on the CPU, where sums have
+    one fixed order: the same entropies give the same positions on every device. An entropy that is NaN or
+    infinite counts as 0; the loss of such a document carries the NaN on to whoever decides about the update.
+
+    Args:
+        entropy: `[T]`, aligned (`H[j]` is about token j; `H[0]` is ignored), any floating dtype and device.
+        chunks: c.
+        rollout_length: k.
+        strategy: a key of `STRATEGIES`.
+        anchor: a key of `ANCHORS`: weigh position t by H[t+1] (`prediction`) or H[t] (`token`).
+        temperature: tau of Eq. 6.
+        window: smoothing window; None means k, as in the paper.
+        uniforms: `[c]` numbers in [0, 1), one per chunk (`sampling.position_uniforms`).
+
+    Returns:
+        positions: int64 `[c]` on the CPU, increasing.
+
+    Raises:
+        ValueError: a setting is out of range or unknown, or T < `minimum_length(c, k)`.
+    """
+    _check_settings(chunks, rollout_length, strategy, anchor, temperature)
+    length = entropy.shape[0]
+    needed = minimum_length(chunks, rollout_length)
+    if length < needed:
+        raise ValueError(
+            f"a document of {length} tokens is too short: at least {needed} are needed (chunks + "
+            f"rollout_length), one position in each of {chunks} chunks plus {rollout_length} tokens after the "
+            "last one"
+        )
+    draws = _as_uniforms(uniforms, chunks)
+    smoothed = smooth_token_entropy(
+        entropy.detach().to("cpu", torch.float64), rollout_length if window is None else window
+    )
+    offset, num_valid = ANCHORS[anchor], length - rollout_length
+    weights = np.nan_to_num(smoothed[offset : offset + num_valid].numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+    choose = STRATEGIES[strategy]
+    return torch.tensor(
+        [
+            start + choose(weights[start:stop], temperature, float(draw))
+            for (start, stop), draw in zip(chunk_bounds(num_valid, chunks), draws, strict=True)
+        ],
+        dtype=torch.int64,
+    )
