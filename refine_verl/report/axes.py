@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refine_verl.report.format import format_number
+from refine_verl.report.format import power_of_ten
 from refine_verl.report.markup import Markup, el, join
 
 __all__ = ["BOTTOM", "HEIGHT", "LEFT", "RIGHT", "TOP", "WIDTH", "Frame", "nice_ticks", "number", "padded"]
 
-WIDTH, HEIGHT = 540, 232
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 40
+WIDTH, HEIGHT = 540, 240
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 20, 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,16 @@ class Frame:
     def grid(self, *, percent: bool) -> Markup:
         """Horizontal grid lines and the labels of both axes."""
         parts: list[Markup] = []
-        ticks = nice_ticks(*self.y_range, count=5)
-        for value, label in zip(ticks, _labels(ticks, percent=percent), strict=True):
+        ticks = nice_ticks(*self.y_range, count=6)
+        labels, power = _labels(ticks, percent=percent)
+        if power:
+            parts.append(el("text", power, class_="tick", x=LEFT - 8, y=TOP - 7, text_anchor="end"))
+        for value, label in zip(ticks, labels, strict=True):
             y = number(self.y(value))
             parts.append(el("path", class_="grid", d=f"M{LEFT} {y}H{WIDTH - RIGHT}"))
             parts.append(el("text", label, class_="tick", x=LEFT - 8, y=y, dy="0.32em", text_anchor="end"))
         steps = [tick for tick in nice_ticks(*self.x_range, count=7, whole=True) if tick >= 0]
-        for step, label in zip(steps, _labels(steps, percent=False), strict=True):
+        for step, label in zip(steps, _labels(steps, percent=False)[0], strict=True):
             x = number(self.x(step))
             parts.append(el("path", class_="axis", d=f"M{x} {HEIGHT - BOTTOM}v4"))
             parts.append(el("text", label, class_="tick", x=x, y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
@@ -73,19 +76,19 @@ def number(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _labels(ticks: Sequence[float], *, percent: bool) -> list[str]:
-    """Labels with the same number of decimals, as many as tell the ticks apart."""
+def _labels(ticks: Sequence[float], *, percent: bool) -> tuple[list[str], str]:
+    """Labels with the decimals that tell the ticks apart, and the power of ten that tiny ones share."""
     largest = max((abs(tick) for tick in ticks), default=0.0)
     if percent:
-        return [text + "%" for text in _fixed([100 * tick for tick in ticks])]
+        return [text + "%" for text in _fixed([100 * tick for tick in ticks])], ""
     if 0 < largest < 1e-3:
-        return ["0" if tick == 0 else format_number(tick) for tick in ticks]
-    for power, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if largest >= power:
-            unit = 1e3 if suffix == "k" else power
+        exponent = math.floor(math.log10(largest))
+        return _fixed([tick * 10.0**-exponent for tick in ticks]), f"×{power_of_ten(exponent)}"
+    for limit, unit, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if largest >= limit:
             texts = _fixed([tick / unit for tick in ticks])
-            return ["0" if tick == 0 else text + suffix for tick, text in zip(ticks, texts, strict=True)]
-    return _fixed(ticks)
+            return ["0" if tick == 0 else text + suffix for tick, text in zip(ticks, texts, strict=True)], ""
+    return _fixed(ticks), ""
 
 
 def _fixed(values: Sequence[float]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refine_verl.report.series import Point, column, finite, warmup_spans
@@ -33,6 +33,14 @@ class ChartSpec:
 SPECS = (
     ChartSpec(
         section=LEARNING,
+        title="Reward by kind",
+        unit="mean over rollouts",
+        lines=(("nsp/reward_cosine/mean", "cosine"), ("nsp/reward_binary/mean", "binary")),
+        noisy=True,
+        first_color=3,
+    ),
+    ChartSpec(
+        section=LEARNING,
         title="Next-token loss",
         unit="nats per token",
         lines=(("actor/ntp_loss", "training"), ("val/ntp_loss", "validation")),
@@ -47,18 +55,10 @@ SPECS = (
         first_color=2,
     ),
     ChartSpec(
-        section=LEARNING,
-        title="Reward by kind",
-        unit="mean over rollouts",
-        lines=(("nsp/reward_cosine/mean", "cosine"), ("nsp/reward_binary/mean", "binary")),
-        noisy=True,
-        first_color=3,
-    ),
-    ChartSpec(
         section=POLICY,
         title="Entropy",
         unit="nats",
-        lines=(("nsp/entropy/mean", "all positions"), ("nsp/entropy/selected_mean", "selected positions")),
+        lines=(("nsp/entropy/mean", "all positions"), ("nsp/entropy/selected_mean", "selected")),
         noisy=True,
     ),
     ChartSpec(
@@ -77,18 +77,9 @@ SPECS = (
     ),
     ChartSpec(
         section=POLICY,
-        title="Clipped ratios",
-        unit="share of generated tokens",
-        lines=(("actor/pg_clipfrac", "clipped"),),
-        noisy=True,
-        percent=True,
-        from_zero=True,
-    ),
-    ChartSpec(
-        section=POLICY,
-        title="Groups without signal",
-        unit="share of groups whose rewards are all equal",
-        lines=(("nsp/group_zero_std", "all equal"),),
+        title="Lost signal",
+        unit="share",
+        lines=(("actor/pg_clipfrac", "clipped ratios"), ("nsp/group_zero_std", "groups of equal rewards")),
         noisy=True,
         percent=True,
         from_zero=True,
@@ -98,7 +89,6 @@ SPECS = (
         title="Gradient norm",
         unit="before clipping",
         lines=(("actor/grad_norm", "gradient norm"),),
-        noisy=True,
         from_zero=True,
     ),
     ChartSpec(
@@ -119,7 +109,7 @@ SPECS = (
     ChartSpec(
         section=COST,
         title="Forward tokens per token",
-        unit="tokens through the model per document token",
+        unit="model tokens per document token",
         lines=(("perf/forward_tokens_per_token", "forward tokens"),),
         from_zero=True,
     ),
@@ -137,21 +127,23 @@ TIMES = (("rollout", 1), ("reward", 3), ("update", 2), ("validate", 4))
 def build_charts(records: Sequence[dict[str, Any]]) -> dict[str, list[Chart]]:
     """Charts by section, in the order of the page; `records` as `merge_steps` returns them."""
     charts: dict[str, list[Chart]] = {LEARNING: [], POLICY: [], STABILITY: [], COST: []}
-    spans = warmup_spans(records)
-    if reward := _reward(records, spans):
+    if reward := _reward(records):
         charts[LEARNING].append(reward)
     for spec in SPECS:
-        if chart := _from_spec(spec, records, spans):
+        if chart := _from_spec(spec, records):
             charts[spec.section].append(chart)
-    charts[LEARNING] += _tasks(records, spans)
-    if times := _times(records, spans):
+    charts[LEARNING] += _tasks(records)
+    if times := _times(records):
         charts[COST].insert(0, times)
-    return {section: found for section, found in charts.items() if found}
+    steps, spans = (records[0]["step"], records[-1]["step"]), warmup_spans(records)
+    return {
+        section: [replace(chart, steps=steps, warmup=spans) for chart in found]
+        for section, found in charts.items()
+        if found
+    }
 
 
-def _from_spec(
-    spec: ChartSpec, records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]
-) -> Chart | None:
+def _from_spec(spec: ChartSpec, records: Sequence[dict[str, Any]]) -> Chart | None:
     lines = [
         Line(
             label=label,
@@ -170,16 +162,16 @@ def _from_spec(
         lines=lines,
         percent=spec.percent,
         from_zero=spec.from_zero,
-        warmup=spans,
     )
 
 
-def _reward(records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]) -> Chart | None:
+def _reward(records: Sequence[dict[str, Any]]) -> Chart | None:
     """Mean reward within one standard deviation, or within the extremes where that was not measured."""
     mean = column(records, "nsp/reward/mean")
     if not mean:
         return None
     deviations = dict(finite(column(records, "nsp/reward/std")))
+    band: Band | None = None
     if deviations:
         band = Band(
             label="± one standard deviation",
@@ -187,11 +179,10 @@ def _reward(records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]])
             high=[_offset(point, deviations, 1) for point in mean],
             color=1,
         )
-    else:
-        low, high = column(records, "nsp/reward/min"), column(records, "nsp/reward/max")
-        band = Band(label="lowest to highest", low=low, high=high, color=1) if low and high else None
+    elif (low := column(records, "nsp/reward/min")) and (high := column(records, "nsp/reward/max")):
+        band = Band(label="lowest to highest", low=low, high=high, color=1)
     line = Line(label="mean", points=mean, color=1, noisy=True)
-    return Chart(title="Reward", unit="per rollout", lines=[line], band=band, warmup=spans)
+    return Chart(title="Reward", unit="per rollout", lines=[line], band=band)
 
 
 def _offset(point: Point, deviations: dict[int, float], sign: int) -> Point:
@@ -199,7 +190,7 @@ def _offset(point: Point, deviations: dict[int, float], sign: int) -> Point:
     return step, None if value is None or step not in deviations else value + sign * deviations[step]
 
 
-def _tasks(records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]) -> list[Chart]:
+def _tasks(records: Sequence[dict[str, Any]]) -> list[Chart]:
     """One chart per metric of `val/<task>/<metric>`, one line per task."""
     keys = dict.fromkeys(key for record in records for key in record if key.startswith("val/"))
     by_metric: dict[str, list[tuple[str, list[Point]]]] = {}
@@ -214,11 +205,11 @@ def _tasks(records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]) 
                 Line(label=task, points=points, color=index + 1)
                 for index, (task, points) in enumerate(tasks[start : start + MAX_COLORS])
             ]
-            charts.append(Chart(title=f"Validation: {metric}", unit=metric, lines=lines, warmup=spans))
+            charts.append(Chart(title=f"Validation: {metric}", unit=metric, lines=lines))
     return charts
 
 
-def _times(records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]) -> Chart | None:
+def _times(records: Sequence[dict[str, Any]]) -> Chart | None:
     """Where the time of a step goes; what no part accounts for is shown as `other`."""
     lines = [
         Line(label=name, points=points, color=color)
@@ -234,4 +225,4 @@ def _times(records: Sequence[dict[str, Any]], spans: Sequence[tuple[int, int]]) 
         lines.append(Line(label="other", points=rest, color=5))
     if not lines:
         return None
-    return Chart(title="Time per step", unit="seconds", lines=lines, stacked=True, warmup=spans)
+    return Chart(title="Time per step", unit="seconds", lines=lines, stacked=True)

@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["format_change", "format_duration", "format_number"]
+__all__ = ["format_change", "format_duration", "format_number", "power_of_ten"]
 
 MINUS = "\u2212"
-POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
+POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def format_number(value: float | None, *, percent: bool = False, digits: int = 4) -> str:
-    """`value` with about `digits` significant digits: 3.142, 12.3k, 1×10⁻⁶, 41.2%; a dash for None and NaN."""
+    """`digits` significant digits: 3.142, 12.30k, 1.00×10⁻⁶, 41.20%; whole numbers as they are, None a dash."""
     if value is None or not math.isfinite(value):
         return "–"
     if percent:
         text = f"{100 * value:.{max(digits - 2, 0)}f}%"
     elif value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
-        text = f"{_trim(mantissa)}×10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+        text = f"{mantissa}×{power_of_ten(int(exponent))}"
     else:
         text = _plain(value, digits)
     return text.replace("-", MINUS)
 
 
+def power_of_ten(exponent: int) -> str:
+    """`10⁻⁶`"""
+    return "10" + str(exponent).translate(SUPERSCRIPTS)
+
+
 def format_change(first: float, last: float, *, percent: bool = False) -> str:
-    """The difference with its sign; percentages differ by points."""
+    """The difference with its sign; percentages differ by percentage points."""
     change = last - first
     sign = "+" if change > 0 else ""
-    text = format_number(100 * change, digits=3) + " points" if percent else format_number(change, digits=3)
-    return sign + text
+    if percent:
+        return f"{sign}{100 * change:.2f} pts".replace("-", MINUS)
+    return sign + format_number(change, digits=3)
 
 
 def format_duration(seconds: float) -> str:
     """`3 h 12 min`, `4 min 5 s`, `12.3 s`."""
     if seconds < 60:
-        return f"{format_number(seconds, digits=3)} s"
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
@@ -45,14 +51,12 @@ def format_duration(seconds: float) -> str:
 
 
 def _plain(value: float, digits: int) -> str:
-    suffix = ""
-    for power, name in POWERS:
-        if abs(value) >= power:
-            value, suffix = value / power, name
-            break
-    before = len(str(int(abs(value))))
-    return _trim(f"{value:.{max(digits - before, 0)}f}") + suffix
+    for power, suffix in POWERS:
+        if abs(value) >= max(power, 1e4):
+            return _significant(value / power, digits) + suffix
+    return str(int(value)) if value == int(value) else _significant(value, digits)
 
 
-def _trim(text: str) -> str:
-    return text.rstrip("0").rstrip(".") if "." in text else text
+def _significant(value: float, digits: int) -> str:
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(decimals, 0)}f}"

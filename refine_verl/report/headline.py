@@ -27,11 +27,12 @@ class Headline:
 
 def headlines(records: Sequence[dict[str, Any]]) -> list[Headline]:
     """The tiles of a run, those that its metrics allow."""
+    validated = bool(finite(column(records, "val/ntp_loss")))
     found = (
         _first_to_last(records, "val/ntp_loss", "Validation loss", better=-1),
         _first_to_last(records, "val/ntp_accuracy", "Validation accuracy", better=1, percent=True),
         _start_to_end(records, "nsp/reward/mean", "Reward", better=1),
-        None if column(records, "val/ntp_loss") else _start_to_end(records, "actor/ntp_loss", "Next-token loss", -1),
+        _start_to_end(records, "actor/ntp_loss", "Training loss", better=-1) if not validated else None,
         _throughput(records),
         _cost(records),
     )
@@ -59,19 +60,19 @@ def _first_to_last(
 
 def _start_to_end(records: Sequence[dict[str, Any]], key: str, name: str, better: int) -> Headline | None:
     points = column(records, key)
-    ends = head_and_tail(points)
-    if ends is None:
+    found = head_and_tail(points)
+    if found is None:
         return None
-    first, last, count = ends
+    first, last, count = found
     if len(finite(points)) == 1:
         return Headline(name=name, value=format_number(last), detail="measured once")
-    steps = f"first and last {count} steps" if count > 1 else "first and last step"
+    ends = f"means of the first and last {count} steps" if count > 1 else "first and last step"
     return Headline(
         name=name,
         value=format_number(last),
         change=format_change(first, last),
         verdict=_verdict(last - first, better),
-        detail=f"from {format_number(first)}; {steps}",
+        detail=f"from {format_number(first)}; {ends}",
     )
 
 
@@ -80,7 +81,9 @@ def _throughput(records: Sequence[dict[str, Any]]) -> Headline | None:
     if not values:
         return None
     seconds = sum(value for _, value in finite(column(records, "timing_s/step")))
-    detail = f"median; {format_duration(seconds)} in {len(values)} steps" if seconds else "median of the steps"
+    detail = (
+        f"median; {len(values)} steps in {format_duration(seconds)}" if seconds else "median of the steps"
+    )
     return Headline(name="Throughput", value=format_number(median(values)), unit="tokens/s", detail=detail)
 
 
@@ -91,8 +94,7 @@ def _cost(records: Sequence[dict[str, Any]]) -> Headline | None:
     return Headline(
         name="Cost",
         value=format_number(sum(values) / len(values), digits=3),
-        unit="forward tokens per token",
-        detail="mean over the steps",
+        detail="forward tokens per document token",
     )
 
 

@@ -1,7 +1,7 @@
 """`report.html`: one self-contained page per run, drawn from `metrics.jsonl` and what lies beside it.
 
-No script, no font and nothing from elsewhere: the page can be mailed, archived and opened without a network. Its own
-content policy refuses anything else.
+No script, no font and nothing from elsewhere: the page can be mailed, archived and opened without a network.
+Its own content policy refuses anything else.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.metrics import METRICS_FILE, merge_steps, read_metrics, write_atomically
 from refine_verl.report.series import column, finite
 from refine_verl.report.style import STYLE
-from refine_verl.report.svg import Chart, Line, render_chart, smoothing_window
+from refine_verl.report.svg import Chart, render_chart, smoothing_window
 
 __all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "REPORT_FILE", "ReportError", "write_report"]
 
 CONFIG_FILE, ENVIRONMENT_FILE, REPORT_FILE = "config.yaml", "environment.json", "report.html"
-SECRET_KEY = re.compile(r"(^|_)(api_?key|secret|password|credentials?|(hf|access|auth|bearer)_?token)$", re.IGNORECASE)
+SECRET_KEY = re.compile(
+    r"(^|_)(api_?key|secret|password|credentials?|(hf|access|auth)_?token)$", re.IGNORECASE
+)
+NUMBER_COLUMNS = ("first", "last", "lowest", "highest", "mean", "steps")
+NUMBER_GROUPS = ("val", "nsp", "actor", "perf", "timing_s")  # their order in the table; others follow
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 logger = logging.getLogger(__name__)
@@ -65,7 +69,9 @@ def render_report(directory: Path) -> str:
     """The page as text; see `write_report`."""
     metrics_path = directory / METRICS_FILE
     if not metrics_path.is_file():
-        raise ReportError(f"{directory}: no {METRICS_FILE} there; give the directory of a run that has started training")
+        raise ReportError(
+            f"{directory}: no {METRICS_FILE} there; give the directory of a run that has started"
+        )
     records = merge_steps(read_metrics(metrics_path))
     if not records:
         raise ReportError(f"{metrics_path}: no complete line yet; wait for the first step")
@@ -75,7 +81,7 @@ def render_report(directory: Path) -> str:
     body = el(
         "main",
         _header(title, records, config, metrics_path),
-        el("section", *(_tile(headline) for headline in headlines(records)), class_="tiles", aria_label="Key figures"),
+        el("section", *map(_tile, headlines(records)), class_="tiles", aria_label="Key figures"),
         *(_charts(section, charts) for section, charts in build_charts(records).items()),
         _numbers(records),
         _settings(config),
@@ -126,7 +132,9 @@ def _title(directory: Path, config: Mapping[str, Any]) -> str:
     return str(_lookup(config, "trainer.experiment_name") or directory.resolve().name)
 
 
-def _header(title: str, records: Sequence[dict[str, Any]], config: Mapping[str, Any], metrics_path: Path) -> Markup:
+def _header(
+    title: str, records: Sequence[dict[str, Any]], config: Mapping[str, Any], metrics_path: Path
+) -> Markup:
     last = records[-1]["step"]
     total = _lookup(config, "trainer.total_training_steps")
     running = isinstance(total, int) and last < total
@@ -148,13 +156,15 @@ def _header(title: str, records: Sequence[dict[str, Any]], config: Mapping[str, 
 
 
 def _tile(headline: Headline) -> Markup:
-    value = join(headline.value, el("small", " " + headline.unit) if headline.unit else None)
-    change = el("span", headline.change, class_=headline.verdict or None) if headline.change else None
+    unit = el("small", " " + headline.unit) if headline.unit else None
+    change = (
+        join(" ", el("small", headline.change, class_=headline.verdict or None)) if headline.change else None
+    )
     return el(
         "div",
         el("p", headline.name, class_="name"),
-        el("p", value, class_="value"),
-        el("p", change, " " if change else None, headline.detail, class_="detail"),
+        el("p", headline.value, unit, change, class_="value"),
+        el("p", headline.detail, class_="detail"),
         class_="tile",
     )
 
@@ -169,18 +179,26 @@ def _figure(chart: Chart) -> Markup:
 
 
 def _legend(chart: Chart) -> Markup:
-    """Line samples with the last value of each, so that colour alone never carries the meaning."""
+    """Line samples with the last value of each, or the share of a stacked part."""
     items = []
-    for line in chart.lines:
-        last = next((value for _, value in reversed(finite(line.points))), None)
-        shape = "M0 5H20" if not chart.stacked else "M2 0H14V10H2Z"
-        style = f"{'fill' if chart.stacked else 'line'} c{line.color}"
-        text = None if chart.stacked else el("b", format_number(last, percent=chart.percent))
-        items.append(el("li", _sample(shape, style), line.label, " " if text else None, text))
+    totals = [sum(value for _, value in finite(line.points)) for line in chart.lines]
+    for line, total in zip(chart.lines, totals, strict=True):
+        if chart.stacked:
+            sample, text = (
+                _sample("M4 0H16V10H4Z", f"fill c{line.color}"),
+                f"{total / (sum(totals) or 1):.0%}",
+            )
+        else:
+            last = next((value for _, value in reversed(finite(line.points))), None)
+            sample, text = (
+                _sample("M0 5H20", f"line c{line.color}"),
+                format_number(last, percent=chart.percent),
+            )
+        items.append(el("li", sample, line.label, " ", el("b", text)))
     if chart.band:
         items.append(el("li", _sample("M0 0H20V10H0Z", f"band c{chart.band.color}"), chart.band.label))
     if window := max(smoothing_window(line) for line in chart.lines):
-        items.append(el("li", f"bold: average of {window} steps"))
+        items.append(el("li", f"bold: {window}-step mean"))
     return el("ul", *items, class_="legend")
 
 
@@ -194,17 +212,14 @@ def _numbers(records: Sequence[dict[str, Any]]) -> Markup:
     head = el("tr", el("th", "metric"), *(el("th", name, class_="number") for name in NUMBER_COLUMNS))
     rows = [row for key in sorted(keys, key=_rank) if (row := _number_row(key, records))]
     table = el("table", el("thead", head), el("tbody", *rows))
-    few, rest = "Final numbers", el("div", table, class_="panel")
-    return el("section", el("h2", few), el("div", rest, class_="card"))
-
-
-NUMBER_COLUMNS = ("first", "last", "lowest", "highest", "mean", "steps")
-GROUPS = ("val", "nsp", "actor", "perf", "timing_s")
+    return el(
+        "section", el("h2", "Final numbers"), el("div", el("div", table, class_="panel"), class_="card")
+    )
 
 
 def _rank(key: str) -> tuple[int, str]:
     group = key.split("/")[0]
-    return (GROUPS.index(group) if group in GROUPS else len(GROUPS)), key
+    return (NUMBER_GROUPS.index(group) if group in NUMBER_GROUPS else len(NUMBER_GROUPS)), key
 
 
 def _number_row(key: str, records: Sequence[dict[str, Any]]) -> Markup | None:
@@ -213,13 +228,12 @@ def _number_row(key: str, records: Sequence[dict[str, Any]]) -> Markup | None:
     if not points:
         return None
     lost = len(points) - len(values)
-    cells = [format_number(value) for value in (values[0], values[-1], min(values), max(values), _mean(values))] if values else ["–"] * 5
+    figures: list[float | None] = [None] * 5
+    if values:
+        figures = [values[0], values[-1], min(values), max(values), sum(values) / len(values)]
+    cells = [format_number(figure) for figure in figures]
     count = f"{len(values)}" + (f" ({lost} not finite)" if lost else "")
     return el("tr", el("th", el("code", key)), *(el("td", cell, class_="number") for cell in [*cells, count]))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _settings(config: Mapping[str, Any]) -> Markup | None:

@@ -18,7 +18,7 @@ class Markup(str):
 def el(name: str, /, *children: object, **attributes: object) -> Markup:
     """An element; children that are not `Markup` are escaped, `None` children and attributes are left out.
 
-    A trailing underscore of an attribute is dropped (`class_`), other underscores become hyphens (`stroke_width`).
+    A trailing underscore of an attribute is dropped (`class_`), others become hyphens (`stroke_width`).
     """
     opening = name + "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_text(value), quote=True)}"'
@@ -33,8 +33,8 @@ def el(name: str, /, *children: object, **attributes: object) -> Markup:
 
 def join(*children: object) -> Markup:
     """Children one after the other, escaped where they are not markup."""
-    parts = (child if isinstance(child, Markup) else escape(_text(child)) for child in children if child is not None)
-    return Markup("".join(parts))
+    present = (child for child in children if child is not None)
+    return Markup("".join(child if isinstance(child, Markup) else escape(_text(child)) for child in present))
 
 
 def _text(value: object) -> str:

@@ -1,11 +1,11 @@
 """`metrics.jsonl`: the record of a run, one JSON object per line, appended across resumes.
 
-A line is `{"step": 12, "actor/ntp_loss": 3.2, ...}`. Step 0 holds what was measured before training. One step may
-have several lines (training and validation written apart): `merge_steps` joins them.
+A line is `{"step": 12, "actor/ntp_loss": 3.2, ...}`. Step 0 holds what was measured before training. One step
+may have several lines (training and validation written apart): `merge_steps` joins them.
 
-Values are written with every digit of a float64, so a resumed run can be compared bit for bit. JSON has no NaN and no
-infinity: both are written as `null` and read back as `None`, which means "measured, but not finite". A metric that was
-not measured at a step is absent from its line.
+Values are written with every digit of a float64, so a resumed run can be compared bit for bit. JSON has no
+NaN and no infinity: both are written as `null` and read back as `None`, which means "measured, but not finite". A
+metric that was not measured at a step is absent from its line.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class MetricsWriter:
 
     Args:
         path: the file; its directory is created where needed.
-        resume_step: the last step of the checkpoint the run goes on from. Lines of later steps, left by an attempt
-            that was interrupted after that checkpoint, are dropped, so that no step is there twice. `-1` drops all
-            lines (a fresh run in a used directory). `None` keeps all of them.
+        resume_step: the last step of the checkpoint the run goes on from. Lines of later steps, left by an
+            attempt that was interrupted after that checkpoint, are dropped, so that no step is there twice.
+            `-1` drops all lines (a fresh run in a used directory). `None` keeps all of them.
 
-    A last line torn by a kill is dropped in every case. Dropping replaces the file atomically: a kill meanwhile leaves
-    either the old file or the new one. Lines that stay keep every byte.
+    A last line torn by a kill is dropped in every case. Dropping replaces the file atomically: a kill
+    meanwhile leaves either the old file or the new one. Lines that stay keep every byte.
 
     Raises:
         MetricsError: an existing file has a line, other than the last one, that is not a metrics line.
@@ -57,8 +57,8 @@ class MetricsWriter:
         """Write one line; same call as that of verl's loggers.
 
         Args:
-            data: metric name -> anything `float()` takes (Python, numpy and torch scalars); text and None stay as
-                they are; NaN and infinity become `null`.
+            data: metric name -> anything `float()` takes (Python, numpy and torch scalars); text and None
+                stay as they are; NaN and infinity become `null`.
             step: optimiser or trainer step, 0 for what was measured before training.
 
         Raises:
@@ -113,7 +113,8 @@ def _scalar(key: str, value: Any) -> float | str | None:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"metrics: {key} must be a scalar, got {type(value).__name__}: {value!r:.80}") from error
+        got = f"{type(value).__name__}: {value!r:.80}"
+        raise TypeError(f"metrics: {key} must be a scalar, got {got}") from error
     return number if math.isfinite(number) else None
 
 
@@ -128,9 +129,8 @@ def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if record is not None:
             parsed.append((line, record))
         elif any(rest.strip() for rest in lines[number:]):
-            raise MetricsError(
-                f"{path}, line {number}: not a metrics line: {line[:80]!r}; delete that line or move the file away"
-            )
+            cure = "delete that line or move the file away"
+            raise MetricsError(f"{path}, line {number}: not a metrics line: {line[:80]!r}; {cure}")
     return parsed
 
 
@@ -145,7 +145,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _repair(path: Path, resume_step: int | None) -> None:
-    """Drop a torn last line and the lines after `resume_step`; touch nothing where there is nothing to drop."""
+    """Drop a torn last line and the lines after `resume_step`; leave a file alone that has neither."""
     parsed = _parse(path)
     kept = [line for line, record in parsed if resume_step is None or record["step"] <= resume_step]
     content = b"".join(line + b"\n" for line in kept)
@@ -157,7 +157,7 @@ def _repair(path: Path, resume_step: int | None) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: whoever reads it, or a kill, sees the old or the new content, never a part."""
+    """Replace a file in one step: a reader, or a kill, finds the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -1,7 +1,7 @@
 """What the driver's terminal shows while a run trains: a bar with the time left, and the figures that matter.
 
-On a terminal the display stays at the bottom and everything else that is printed or logged scrolls above it. Anywhere
-else (CI, `ray job logs`, a file) it is one plain line per step.
+On a terminal the display stays at the bottom and everything else that is printed or logged scrolls above it.
+Anywhere else (CI, `ray job logs`, a file) it is one plain line per step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +32,7 @@ from refine_verl.report.format import format_change, format_number
 
 __all__ = ["TrainingProgress"]
 
-# Rich estimates speed from the updates of the last 30 s by default; a step on a long context takes longer than that.
+# Rich estimates speed from the updates of the last 30 s by default; a step may well take longer than that.
 SPEED_WINDOW_SECONDS = 1800.0
 MAX_TASK_ROWS = 4
 
@@ -62,8 +69,8 @@ class TrainingProgress:
         initial: the step it starts from, not 0 after a resume.
         description: name shown in front of the bar.
         console: where to show it; standard output by default.
-        history: earlier metrics lines of the run (`read_metrics`), so that after a resume changes are still counted
-            from the first measurement of the run.
+        history: earlier metrics lines of the run (`read_metrics`), so that after a resume changes are still
+            counted from the first measurement of the run.
     """
 
     def __init__(
@@ -93,9 +100,9 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         self._started = time.monotonic()
         if self.live:
-            streams = {sys.stdout, sys.stderr}
+            terminal = {sys.stdout, sys.stderr}
             self._display.start()
-            self._redirect_logging(streams)
+            self._redirect_logging(terminal)
         return self
 
     def __exit__(
@@ -136,8 +143,11 @@ class TrainingProgress:
     def _figures(self) -> list[Figure]:
         """The known figures, then the first few tasks of `val/<task>/<metric>`."""
         tasks = [key for key in self._last if key.startswith("val/") and key not in FIGURE_KEYS]
-        extra = [Figure(key=key, label=key.removeprefix("val/"), since_first=True) for key in tasks[:MAX_TASK_ROWS]]
-        return [*FIGURES, *extra]
+        shown = tasks[:MAX_TASK_ROWS]
+        return [
+            *FIGURES,
+            *(Figure(key=key, label=key.removeprefix("val/"), since_first=True) for key in shown),
+        ]
 
     def _change(self, figure: Figure) -> str:
         first, last = self._first[figure.key], self._last[figure.key]
@@ -157,7 +167,7 @@ class TrainingProgress:
             value = format_number(self._last[figure.key], percent=figure.percent)
             parts.append(f"{figure.label} {value}" + (f" ({change})" if change else ""))
         done = self.step - self._initial
-        if 0 < done and self.step < self.total_steps:
+        if done > 0 and self.step < self.total_steps:
             seconds = (time.monotonic() - self._started) / done * (self.total_steps - self.step)
             parts.append(f"{timedelta(seconds=round(seconds))} left")
         return " | ".join(parts)
@@ -196,11 +206,11 @@ class TrainingProgress:
         value = format_number(self._last[figure.key], percent=figure.percent)
         return figure.label, Text(value, style="bold"), Text(self._change(figure), style=style)
 
-    def _redirect_logging(self, streams: set[Any]) -> None:
+    def _redirect_logging(self, terminal: set[Any]) -> None:
         """Point log handlers that hold the real terminal at the stream that prints above the display."""
         names = logging.root.manager.loggerDict
         loggers = [logging.root, *(item for item in names.values() if isinstance(item, logging.Logger))]
         for handler in {handler for item in loggers for handler in item.handlers}:
-            if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
+            if isinstance(handler, logging.StreamHandler) and handler.stream in terminal:
                 self._handlers.append((handler, handler.stream))
                 handler.setStream(sys.stderr)

@@ -38,7 +38,7 @@ def segments(points: Sequence[Point]) -> list[list[tuple[int, float]]]:
 
 
 def thin(points: Sequence[Point], limit: int) -> list[Point]:
-    """At most about `limit` points that look the same: of each bucket of neighbours its lowest and its highest.
+    """At most about `limit` points that look the same: of each bucket of neighbours the lowest and highest.
 
     The first and the last point, every extreme, and one gap per bucket that has one are kept, in order.
     """
@@ -72,7 +72,7 @@ def moving_average(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def head_and_tail(points: Sequence[Point]) -> tuple[float, float, int] | None:
-    """Mean of the first and of the last tenth, and how many points each is: start and end of a noisy metric."""
+    """Mean of the first and of the last tenth, and how many points each has; for noisy metrics."""
     values = [value for _, value in finite(points)]
     if not values:
         return None

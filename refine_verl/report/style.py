@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["STYLE"]
 
-# Series colours reach a contrast of 3:1 on their background and stay apart for colour-blind readers; the second series
-# is dashed besides. No character that needs escaping, so the page is well-formed XML too.
+# Series colours reach a contrast of 3:1 on their background and stay apart for colour-blind readers.
+# No character needs escaping, so the page is well-formed XML too.
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -28,7 +28,7 @@ body {
 main { max-width: 1160px; margin: 0 auto; padding: 40px 24px 64px; }
 header { margin-bottom: 24px; }
 .kicker { color: var(--muted); font-size: 13px; margin: 0 0 2px; }
-h1 { font-size: 27px; line-height: 1.25; margin: 0; font-weight: 650; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+h1 { font-size: 27px; line-height: 1.25; margin: 0; font-weight: 650; overflow-wrap: anywhere; }
 .facts { color: var(--muted); margin: 6px 0 0; overflow-wrap: anywhere; }
 h2 { font-size: 18px; font-weight: 620; margin: 40px 0 12px; letter-spacing: -0.005em; }
 h3 { font-size: 15px; font-weight: 620; margin: 0; }
@@ -38,13 +38,13 @@ h3 { font-size: 15px; font-weight: 620; margin: 0; }
 .tile p { margin: 0; }
 .tile .name { color: var(--muted); font-size: 13px; }
 .tile .value { font-size: 26px; font-weight: 640; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.tile .value small { font-size: 14px; font-weight: 450; color: var(--muted); }
+.tile .value small { white-space: nowrap; font-size: 14px; font-weight: 450; color: var(--muted); }
 .tile .detail { color: var(--muted); font-size: 13px; font-variant-numeric: tabular-nums; }
-.good { color: var(--good); font-weight: 560; }
-.poor { color: var(--poor); font-weight: 560; }
+.tile .value .good { color: var(--good); font-weight: 560; }
+.tile .value .poor { color: var(--poor); font-weight: 560; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px; }
 figure.card { margin: 0; padding: 14px 16px 8px; min-width: 0; max-width: 760px; }
-figcaption { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between; gap: 0 12px; }
+figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 12px; }
 .unit { color: var(--muted); font-size: 13px; font-weight: 400; margin-left: 8px; }
 .legend {
   flex-basis: 100%; min-height: 22px; margin: 2px 0 8px; padding: 0; list-style: none; display: flex;
@@ -54,7 +54,7 @@ figcaption { display: flex; flex-wrap: wrap; align-items: baseline; justify-cont
 .legend svg { width: 20px; height: 10px; vertical-align: 0; margin-right: 6px; }
 figure svg { display: block; width: 100%; height: auto; }
 .legend svg { display: inline; width: 20px; }
-svg text { font: 11.5px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--muted); }
+svg text { font-size: 11.5px; fill: var(--muted); }
 svg .tick { font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--grid); }
 .axis { stroke: var(--line); }
@@ -63,7 +63,7 @@ svg .tick { font-variant-numeric: tabular-nums; }
 .raw { stroke-width: 1; stroke-opacity: 0.35; stroke-dasharray: none; }
 .band { fill: var(--c); fill-opacity: 0.13; }
 .dot { fill: var(--c); stroke: var(--card); stroke-width: 0.8; }
-.fill { fill: var(--c); }
+.fill { fill: var(--c); fill-opacity: 0.88; }
 .bad { stroke: var(--poor); stroke-width: 1.6; }
 .warmup { fill: var(--shade); }
 .hit { fill: transparent; }
@@ -73,11 +73,12 @@ svg .tick { font-variant-numeric: tabular-nums; }
 .c4 { --c: var(--c4); } .c5 { --c: var(--c5); } .c6 { --c: var(--c6); }
 .panel { padding: 4px 16px; overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
+th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--grid); }
 tr:last-child td, tr:last-child th { border-bottom: 0; }
 thead th { color: var(--muted); font-weight: 500; }
 tbody th { font-weight: 450; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; padding: 6px 0 6px 18px; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.number, td.number { padding: 5px 0 5px 18px; }
 code, .key { font: 12.5px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .key { white-space: nowrap; padding-right: 28px; }
 td.setting { width: 100%; overflow-wrap: anywhere; }

@@ -1,13 +1,13 @@
 """Small inline SVG charts: lines with a band, and stacked bars. No script, no font, no colour of their own.
 
-The view box is fixed and the page scales it. Colours are classes of the style sheet (`c1` ... `c6`), so that one
-drawing serves light, dark and paper.
+The view box is fixed and the page scales it. Colours are classes of the style sheet (`c1` ... `c6`), so that
+one drawing serves light, dark and paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from refine_verl.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Frame, number, padded
 from refine_verl.report.format import format_number
@@ -44,7 +44,7 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What is drawn in one frame."""
+    """What is drawn in one frame; `steps` is the range of the run, the same for all its charts."""
 
     title: str
     unit: str
@@ -53,7 +53,8 @@ class Chart:
     stacked: bool = False
     percent: bool = False
     from_zero: bool = False
-    warmup: Sequence[tuple[int, int]] = field(default=())
+    steps: tuple[int, int] = (0, 1)
+    warmup: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Column:
 def render_chart(chart: Chart) -> Markup:
     """The chart as an `<svg>` element with title, axes, shaded warm-up, data and tooltips."""
     columns = _columns(chart.lines)
-    frame = Frame(x_range=_x_range(chart), y_range=_y_range(chart, columns))
+    frame = Frame(x_range=padded(*chart.steps, share=0.012, minimum=0.5), y_range=_y_range(chart, columns))
     if chart.stacked:
         data = _stack(chart, columns, frame)
     else:
@@ -94,11 +95,6 @@ def smoothing_window(line: Line) -> int:
     """Steps a noisy line is averaged over, 0 where it is drawn as it is."""
     count = len(line.points)
     return 2 * (count // 50) + 3 if line.noisy and count >= SMOOTH_FROM else 0
-
-
-def _x_range(chart: Chart) -> tuple[float, float]:
-    steps = [step for line in chart.lines for step, _ in line.points]
-    return padded(min(steps), max(steps), share=0.012, minimum=0.5)
 
 
 def _y_range(chart: Chart, columns: Sequence[Column]) -> tuple[float, float]:
@@ -141,10 +137,11 @@ def _line(line: Line, frame: Frame) -> Markup:
     window = smoothing_window(line)
     if window:
         average = moving_average(line.points, window)
-        lines = [_stroke(line.points, frame, f"line raw c{line.color}"), _stroke(average, frame, f"line c{line.color}")]
+        raw = _stroke(line.points, frame, f"line raw c{line.color}")
+        drawn = join(raw, _stroke(average, frame, f"line c{line.color}"))
     else:
-        lines = [_stroke(line.points, frame, f"line c{line.color}")]
-    return join(*lines, _dots(line, frame), _gaps(line, frame))
+        drawn = _stroke(line.points, frame, f"line c{line.color}")
+    return join(drawn, _dots(line, frame), _gaps(line, frame))
 
 
 def _stroke(points: Sequence[Point], frame: Frame, style: str) -> Markup:
@@ -157,13 +154,11 @@ def _dots(line: Line, frame: Frame) -> Markup:
     runs = segments(line.points)
     if len(line.points) > MAX_MARKED:
         runs = [run for run in runs if len(run) == 1]
-    return join(
-        *(
-            el("circle", class_=f"dot c{line.color}", r="2.4", cx=number(frame.x(step)), cy=number(frame.y(value)))
-            for run in runs
-            for step, value in run
-        )
-    )
+    dots = []
+    for step, value in (point for run in runs for point in run):
+        place = {"cx": number(frame.x(step)), "cy": number(frame.y(value))}
+        dots.append(el("circle", class_=f"dot c{line.color}", r="2.4", **place))
+    return join(*dots)
 
 
 def _gaps(line: Line, frame: Frame) -> Markup:
@@ -192,11 +187,12 @@ def _stack(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
     bars = []
     for column, (left, right) in zip(columns, _edges(columns, frame), strict=True):
         margin = min(0.5, (right - left) * 0.08)
-        left, right, base, parts = number(left + margin), number(right - margin), 0.0, []
+        start, end, base = number(left + margin), number(right - margin), 0.0
+        parts: list[Markup] = []
         for line, values in zip(chart.lines, column.values, strict=True):
             if (height := _mean(values)) > 0:
                 bottom, top = number(frame.y(base)), number(frame.y(base + height))
-                shape = f"M{left} {bottom}V{top}H{right}V{bottom}Z"
+                shape = f"M{start} {bottom}V{top}H{end}V{bottom}Z"
                 parts.append(el("path", class_=f"fill c{line.color}", d=shape))
                 base += height
         bars.append(el("g", el("title", _tooltip(chart, column)), *parts, class_="bar"))
@@ -224,7 +220,8 @@ def _tooltips(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
 def _edges(columns: Sequence[Column], frame: Frame) -> list[tuple[float, float]]:
     """Left and right of each column: half-way to its neighbours."""
     middles = [(left.last + right.first) / 2 for left, right in zip(columns, columns[1:], strict=False)]
-    bounds = [LEFT, *(frame.x(middle) for middle in middles), WIDTH - RIGHT]
+    first, last = frame.x(columns[0].first - 0.5), frame.x(columns[-1].last + 0.5)
+    bounds = [max(first, LEFT), *(frame.x(middle) for middle in middles), min(last, WIDTH - RIGHT)]
     return list(zip(bounds, bounds[1:], strict=False))
 
 
@@ -244,5 +241,5 @@ def _tooltip(chart: Chart, column: Column) -> str:
 def _shade(first: int, last: int, frame: Frame) -> Markup:
     left, right = max(frame.x(first - 0.5), LEFT), min(frame.x(last + 0.5), WIDTH - RIGHT)
     size = {"x": number(left), "y": TOP, "width": number(right - left), "height": HEIGHT - TOP - BOTTOM}
-    label = el("text", "warm-up", class_="label", x=number(left + 6), y=TOP + 14) if right - left > 60 else None
+    label = el("text", "warm-up", class_="tick", x=number(left), y=TOP - 7)
     return join(el("rect", class_="warmup", **size), label)
