@@ -1,0 +1,196 @@
+"""CPU stand-ins for fla's short causal convolution, with its signatures and its state layout.
+
+The state of a sequence is ``[D, W]``: slot j holds the convolution's input of token ``T - W + j``. (A kernel of width W
+looks back W - 1 tokens only, so slot 0 is carried along but never read.)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from refine_verl.kernels.chunking import sequence_lengths
+from refine_verl.kernels.delta_rule import check_unknown
+
+
+@functools.lru_cache(maxsize=32)
+def _packed_index(lengths: tuple[int, ...], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Index a row where every sequence is preceded by its ``width`` state rows.
+
+    Returns:
+        ``source`` ``[tokens + n * width]``: row of ``cat(tokens, states)`` that each row comes from; ``tokens``:
+        row of each token; ``last`` ``[n * width]``: the last ``width`` rows of each sequence.
+    """
+    with torch.inference_mode(False):
+        sizes = torch.tensor(lengths)
+        total, count = int(sizes.sum()), len(lengths)
+        start = sizes.cumsum(0) - sizes + torch.arange(count) * width
+        state_rows = (start[:, None] + torch.arange(width)).flatten()
+        owner = torch.repeat_interleave(torch.arange(count), sizes)
+        token_rows = torch.arange(total) + (owner + 1) * width
+        source = torch.empty(total + count * width, dtype=torch.long)
+        source[state_rows] = torch.arange(count * width) + total
+        source[token_rows] = torch.arange(total)
+        last = (start + sizes)[:, None] + torch.arange(width)
+        return source, token_rows, last.flatten()
+
+
+def _convolve(padded: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Correlate ``[B, W + T, D]`` rows with ``[W, D]`` taps: ``[B, T, D]`` in the dtype of ``taps``."""
+    width = taps.shape[0]
+    tokens = padded.shape[1] - width
+    out = padded[:, 1 : 1 + tokens] * taps[0]
+    for j in range(1, width):
+        out.addcmul_(padded[:, 1 + j : 1 + j + tokens], taps[j])
+    return out if bias is None else out.add_(bias)
+
+
+class _CausalConv(torch.autograd.Function):
+    """Convolution of rows that already carry their state in front; saves nothing but its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(padded, weight, bias)
+        ctx.silu = silu
+        return _conv_forward(padded, weight, bias, silu)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        padded, weight, bias = ctx.saved_tensors
+        taps = _taps(padded, weight)
+        tokens, width = d_out.shape[1], taps.shape[0]
+        d_out = d_out.to(taps.dtype)
+        if ctx.silu:
+            # Recomputing the pre-activation costs W multiply-adds per element and saves a [B, T, D] tensor.
+            d_out = torch.ops.aten.silu_backward(d_out, _convolve(padded, taps, bias))
+        d_padded = torch.zeros(padded.shape, dtype=taps.dtype)
+        d_taps = torch.empty_like(taps)
+        for j in range(width):
+            rows = slice(1 + j, 1 + j + tokens)
+            d_padded[:, rows].addcmul_(d_out, taps[j])
+            d_taps[j] = (padded[:, rows] * d_out).sum((0, 1))
+        d_bias = None if bias is None else d_out.sum((0, 1)).to(bias.dtype)
+        return d_padded.to(padded.dtype), d_taps.t().to(weight.dtype), d_bias, None
+
+
+def _taps(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Filter as contiguous ``[W, D]`` in the compute dtype: at least float32."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return weight.detach().t().to(dtype).contiguous()
+
+
+def _conv_forward(
+    padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
+) -> torch.Tensor:
+    out = _convolve(padded, _taps(padded, weight), bias)
+    return (F.silu(out, inplace=True) if silu else out).to(padded.dtype)
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool | None = False,
+    activation: str | None = None,
+    backend: str | None = "triton",
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    chunk_indices: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Depthwise causal convolution ``y_t = act(sum_j weight[:, j] * x_{t-W+1+j} + bias) + residual_t``.
+
+    Args:
+        x: ``[B, T, D]``, float32, float64 or bfloat16 (computed in float32).
+        weight: ``[D, W]``.
+        bias: ``[D]``.
+        residual: ``[B, T, D]``, added last.
+        initial_state: ``[N, D, W]`` inputs that precede each sequence, zeros by default.
+        output_final_state: whether to return the last W inputs of each sequence, older state included where a
+            sequence is shorter than W.
+        activation: ``"silu"``, ``"swish"`` or ``None``.
+        backend: accepted for fla's signature; there is one implementation.
+        cu_seqlens: ``[N + 1]`` bounds of the sequences packed into the one row (B = 1).
+        cu_seqlens_cpu, chunk_indices: accepted for fla's signature and not needed here.
+        **kwargs: refused unless ``None`` or ``False``.
+
+    Returns:
+        ``y`` ``[B, T, D]`` in x's dtype and the final state ``[N, D, W]`` in x's dtype, or ``None``; both
+        differentiable with respect to x, weight, bias, residual and the initial state. Nothing is written in place.
+
+    Raises:
+        ValueError: for an unknown activation or shapes that do not fit together.
+        NotImplementedError: for an argument that has no CPU implementation.
+    """
+    del backend, cu_seqlens_cpu, chunk_indices
+    check_unknown("causal_conv1d", kwargs)
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"causal_conv1d: activation must be None, 'silu' or 'swish', got {activation!r}")
+    batch, tokens, channels = x.shape
+    width = weight.shape[1]
+    lengths = sequence_lengths(batch, tokens, cu_seqlens)
+    count = len(lengths)
+    if initial_state is None:
+        state = x.new_zeros(count, width, channels)
+    elif initial_state.shape == (count, channels, width):
+        state = initial_state.to(x.dtype).transpose(1, 2)
+    else:
+        raise ValueError(
+            f"causal_conv1d: initial_state must be [sequences, D, W] = {[count, channels, width]}, "
+            f"got {list(initial_state.shape)}"
+        )
+    packed = count > batch  # several sequences in the one row
+    if packed:
+        source, token_rows, last = _packed_index(lengths, width)
+        padded = torch.cat([x[0], state.flatten(0, 1)]).index_select(0, source).unsqueeze(0)
+    else:
+        padded = torch.cat([state, x], 1)
+    grad = torch.is_grad_enabled() and (padded.requires_grad or weight.requires_grad)
+    y = (_CausalConv.apply if grad else _conv_forward)(padded, weight, bias, activation is not None)
+    if packed:
+        # Row r of y ends at row r + W of the padded input.
+        y = y.index_select(1, token_rows - width)
+    if residual is not None:
+        y = y + residual
+    if not output_final_state:
+        return y, None
+    final = padded[0].index_select(0, last).view(count, width, channels) if packed else padded[:, tokens:]
+    return y, final.transpose(1, 2).contiguous()
+
+
+def causal_conv1d_update(
+    x: torch.Tensor,
+    cache: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per sequence: `causal_conv1d` for ``[N, 1, D]``, ``[1, N, D]`` (packed) or ``[N, D]`` inputs.
+
+    Unlike fla's kernel it returns a new cache and leaves the given one alone. fla's ``ShortConvolution.step`` uses the
+    returned tensor, so nothing depends on the write, and snapshots of the state that share it stay valid.
+
+    Raises:
+        ValueError: if the number of tokens is not the number of cached sequences.
+    """
+    if weight is None:
+        raise ValueError("causal_conv1d_update: weight is required")
+    shape, channels = x.shape, weight.shape[0]
+    rows = x.reshape(-1, 1, channels)
+    if len(rows) != len(cache):
+        raise ValueError(f"causal_conv1d_update: {len(rows)} tokens for a cache of {len(cache)} sequences")
+    y, state = causal_conv1d(
+        rows, weight, bias, None if residual is None else residual.reshape(rows.shape), cache,
+        output_final_state=True, activation=activation,
+    )
+    assert state is not None
+    return y.view(shape), state.to(cache.dtype)

@@ -1,0 +1,141 @@
+"""CPU stand-ins for ``fla.ops.gated_delta_rule``: Gated DeltaNet's recurrence, with fla's signatures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from refine_verl.kernels.delta_rule import check_unknown, run_scan
+
+
+def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor | None) -> torch.Tensor:
+    """``-exp(A_log) * softplus(g + dt_bias)``: log-decay ``[B, T, HV]`` from the raw gate, float32 or float64."""
+    dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
+    raw = g.to(dtype) if dt_bias is None else g.to(dtype) + dt_bias.to(dtype)
+    return -A_log.to(dtype).exp() * F.softplus(raw)
+
+
+def _gated(
+    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, beta: torch.Tensor, *,
+    initial_state: torch.Tensor | None, A_log: torch.Tensor | None, dt_bias: torch.Tensor | None,
+    use_gate_in_kernel: bool, use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bool, state_v_first: bool,
+    **scan: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Apply gate, sigmoid and state layout around the shared scan."""
+    if v.shape[2] % k.shape[2]:
+        raise ValueError(f"{name}: {v.shape[2]} value heads cannot be grouped over {k.shape[2]} key heads")
+    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        raise ValueError(f"{name}: allow_neg_eigval=True requires use_beta_sigmoid_in_kernel=True")
+    if use_gate_in_kernel:
+        if A_log is None or g is None:
+            raise ValueError(f"{name}: use_gate_in_kernel=True requires g (the raw gate) and A_log")
+        g = log_decay(g, A_log, dt_bias)
+    if use_beta_sigmoid_in_kernel:
+        beta = beta.to(torch.promote_types(beta.dtype, torch.float32)).sigmoid()
+        beta = beta * 2 if allow_neg_eigval else beta
+    if initial_state is not None and state_v_first:
+        initial_state = initial_state.transpose(-1, -2)
+    out, final = run_scan(name, q, k, v, beta, g, initial_state=initial_state, **scan)
+    if final is not None and state_v_first:
+        final = final.transpose(-1, -2).contiguous()
+    return out, final
+
+
+def chunk_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool | None = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    chunk_indices: torch.Tensor | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gated delta rule: `chunk_delta_rule` whose state first decays by ``exp(g_t)`` at every token.
+
+    Args:
+        q, k: ``[B, T, H, K]``.
+        v: ``[B, T, HV, V]``, ``HV`` a multiple of ``H``: value heads ``j*HV/H ... (j+1)*HV/H - 1`` use key head j.
+        g: ``[B, T, HV]`` log-decay, or the raw gate with ``use_gate_in_kernel``.
+        beta: ``[B, T, HV]`` step sizes, or their logits with ``use_beta_sigmoid_in_kernel``.
+        scale: factor on the output, ``K ** -0.5`` by default.
+        initial_state: ``[N, HV, K, V]`` (``[N, HV, V, K]`` with ``state_v_first``), zeros by default.
+        output_final_state: whether to return the states after the last tokens.
+        use_qk_l2norm_in_kernel: normalise q and k to unit length first.
+        use_beta_sigmoid_in_kernel: apply a sigmoid to beta; with ``allow_neg_eigval``, twice the sigmoid.
+        allow_neg_eigval: see above.
+        state_v_first: layout of both states.
+        cu_seqlens: ``[N + 1]`` bounds of the sequences packed into the one row (B = 1).
+        cu_seqlens_cpu, chunk_indices: accepted for fla's signature and not needed here.
+        use_gate_in_kernel: log-decay is ``-exp(A_log) * softplus(g + dt_bias)``.
+        A_log, dt_bias: ``[HV]``.
+        chunk_size: tokens per chunk, chosen from the lengths by default.
+        **kwargs: refused unless ``None`` or ``False`` (fla's ``cp_context``, say).
+
+    Returns:
+        ``o`` ``[B, T, HV, V]`` in v's dtype and the final state (float32; float64 for float64 inputs) or ``None``.
+        Both are differentiable with respect to every tensor argument.
+
+    Raises:
+        ValueError: if shapes or flags do not fit together.
+        NotImplementedError: for an argument that has no CPU implementation.
+    """
+    del cu_seqlens_cpu, chunk_indices
+    check_unknown("chunk_gated_delta_rule", kwargs)
+    return _gated(
+        "chunk_gated_delta_rule", q, k, v, g, beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias,
+        use_gate_in_kernel=use_gate_in_kernel, use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval, state_v_first=state_v_first, scale=scale,
+        output_final_state=output_final_state, l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+    )
+
+
+def fused_recurrent_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    gk: torch.Tensor | None = None,
+    gv: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool | None = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same rule under the name fla's layer calls for short inputs without grad; unlike there, differentiable.
+
+    See `chunk_gated_delta_rule`. ``g`` may be ``None`` (no decay) and ``beta`` defaults to ones. The per-channel
+    decays ``gk`` and ``gv`` have no CPU implementation.
+    """
+    check_unknown("fused_recurrent_gated_delta_rule", {"gk": gk, "gv": gv, **kwargs})
+    return _gated(
+        "fused_recurrent_gated_delta_rule", q, k, v, g, torch.ones_like(v[..., 0]) if beta is None else beta,
+        initial_state=initial_state, A_log=A_log, dt_bias=dt_bias, use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first, scale=scale, output_final_state=output_final_state,
+        l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+    )
