@@ -1,0 +1,27 @@
+"""Fast-weight models: their state, packed batches and the passes REFINE makes. torch, transformers and fla only."""
+
+from refine_verl.models.actor import Branches, FastWeightActor, RolloutBatch, RolloutDraws, make_actor
+from refine_verl.models.adapters import ModelAdapter, get_adapter, known_model_types, register_adapter
+from refine_verl.models.loading import ModelError, ModelInfo, inspect_model, load_model
+from refine_verl.models.packing import Documents, Packed, pack
+from refine_verl.models.state import FastWeightState
+
+__all__ = [
+    "Branches",
+    "Documents",
+    "FastWeightActor",
+    "FastWeightState",
+    "ModelAdapter",
+    "ModelError",
+    "ModelInfo",
+    "Packed",
+    "RolloutBatch",
+    "RolloutDraws",
+    "get_adapter",
+    "inspect_model",
+    "known_model_types",
+    "load_model",
+    "make_actor",
+    "pack",
+    "register_adapter",
+]

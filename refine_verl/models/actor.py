@@ -1,0 +1,465 @@
+"""The policy: a causal language model whose one forward pass knows every way REFINE runs it.
+
+FSDP2 gathers parameters only while the root module's forward pass runs, so all of it happens in there: reading a
+document, forking its state, writing rollouts, and the trunk-and-branches pass that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from refine_verl.config import NSPSettings
+from refine_verl.models import reference
+from refine_verl.models.adapters import ModelAdapter, get_adapter
+from refine_verl.models.head import IGNORED, FusedHead
+from refine_verl.models.packing import Documents, Packed, pack
+from refine_verl.models.state import FastWeightState
+from refine_verl.nsp import align_entropy, sample_from_logits, select_positions
+
+# Snapshots per chunk while a document is read: replaying from the nearest one costs at most
+# c * T / (c * SNAPSHOTS) = T / 8 tokens for all positions together.
+SNAPSHOTS_PER_CHUNK = 8
+
+
+@dataclass(frozen=True)
+class RolloutDraws:
+    """Uniform random numbers in [0, 1) for one micro-batch, float64 on the CPU (see ``nsp.sampling``).
+
+    Attributes:
+        positions: [N, c], one for each chunk.
+        tokens: [N, c, n, k], one for each token to generate.
+    """
+
+    positions: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Rollouts of N documents: c positions each, n rollouts per position, k tokens per rollout.
+
+    Attributes:
+        positions: int64 [N, c]; the rollout continues x_0..x_t.
+        tokens: int64 [N, c, n, k].
+        log_probs: float32 [N, c, n, k], of the policy that wrote them.
+        predicted_hidden: [N, c, n, k, d], h_pred (Eq. 7).
+        target_hidden: [N, c, k, d], h_gt (Eq. 8).
+        target_tokens: int64 [N, c, k], the real continuation.
+        entropy_mean: [N], mean of H over the document.
+        entropy_selected: [N, c], H of the first token to be predicted after each position.
+    """
+
+    positions: Tensor
+    tokens: Tensor
+    log_probs: Tensor
+    predicted_hidden: Tensor
+    target_hidden: Tensor
+    target_tokens: Tensor
+    entropy_mean: Tensor
+    entropy_selected: Tensor
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What the update pass needs of the rollouts: positions [N, c] and tokens [N, c, n, k], int64."""
+
+    positions: Tensor
+    tokens: Tensor
+
+    @property
+    def cuts(self) -> list[list[int]]:
+        """First token after each position: list over chunks of [N] borders."""
+        return (self.positions + 1).t().tolist()
+
+
+_MODES = {"rollout": "rollout", "update": "update", "score": "score", "generate": "generate_tokens"}
+
+
+class FastWeightActor(nn.Module):
+    """Mixed into a model's class by :func:`make_actor`; state-dict keys and export stay those of the model.
+
+    ``forward(mode=...)`` runs :meth:`rollout`, :meth:`update`, :meth:`score` or (``generate``) :meth:`generate_tokens`;
+    without a mode it is the model's own forward pass.
+    """
+
+    adapter: ModelAdapter
+    autocast_dtype: torch.dtype | None
+    checkpoint_segments: bool
+    forward_tokens: int
+
+    def forward(self, *args: Any, mode: str | None = None, **kwargs: Any) -> Any:
+        if mode is None:
+            return super().forward(*args, **kwargs)
+        run: Callable[..., Any] = getattr(self, _MODES[mode])
+        with self._autocast(), nullcontext() if mode == "update" else torch.no_grad():
+            return run(*args, **kwargs)
+
+    # The four modes
+
+    def rollout(self, documents: Documents, nsp: NSPSettings, draws: RolloutDraws, min_length: int) -> RolloutBatch:
+        """Steps 1 and 2 of the paper: choose positions by entropy, continue from each (Eq. 5-8).
+
+        Args:
+            documents: the micro-batch.
+            nsp: c, k, n and how to select and sample.
+            draws: the random numbers to use.
+            min_length: a lower bound on the length of *every* document of the run. It fixes the number of
+                passes, which must be the same on all ranks.
+        """
+        hidden, snapshots = self._read(documents, nsp, min_length)
+        entropy = list(self._head(torch.cat(hidden), "entropy").split(documents.lengths))
+        positions = torch.stack(
+            [self._select(entropy[b], nsp, draws.positions[b]) for b in range(len(documents))]
+        ).to(documents.tokens.device)
+        if nsp.rollout == "prefix":
+            tokens, log_probs, predicted = reference.rollout(self, documents, positions, nsp, draws.tokens)
+        else:
+            state = self._replay(documents, positions, snapshots)
+            last = torch.stack([hidden[b][t] for b, row in enumerate(positions.tolist()) for t in row])
+            tokens, log_probs, predicted = self._continue(last, state, nsp, draws.tokens)
+        steps = torch.arange(1, nsp.rollout_length + 1, device=positions.device)
+        places = positions[..., None] + steps
+        rows = range(len(documents))
+        return RolloutBatch(
+            positions=positions,
+            tokens=tokens,
+            log_probs=log_probs,
+            predicted_hidden=predicted,
+            target_hidden=torch.stack([hidden[b][places[b]] for b in rows]),
+            target_tokens=torch.stack([documents.tokens[b][places[b]] for b in rows]),
+            entropy_mean=torch.stack([part[:-1].mean() for part in entropy]),
+            entropy_selected=torch.stack([part[at] for part, at in zip(entropy, positions, strict=True)]),
+        )
+
+    def update(self, documents: Documents, branches: Branches | None, nsp: NSPSettings) -> dict[str, Tensor]:
+        """The pass that is trained (step 4): the document as a trunk, the rollouts as branches of its states.
+
+        Args:
+            documents: the micro-batch.
+            branches: positions and rollouts; None for the next-token loss alone.
+            nsp: the settings the rollouts were made with.
+
+        Returns:
+            ``ntp_loss_sum``: scalar, sum of -log p(x_{j+1} | x_0..x_j) over all documents (Eq. 2);
+            ``log_probs``: [N * c * n, k] of the rollouts' tokens under the current policy (absent without branches).
+        """
+        if branches is None:
+            borders = documents.even_cuts(nsp.chunks + 1 if self.checkpoint_segments else 1)
+            hidden, _, order = self._trunk(documents, borders, keep=())
+            return {"ntp_loss_sum": self._next_token_loss(hidden, order)}
+        if nsp.rollout == "prefix":
+            return reference.update(self, documents, branches, nsp)
+        # S in c+1 segments cut after the chosen positions, the state carried from one to the next
+        borders = [[0] * len(documents), *branches.cuts, list(documents.lengths)]
+        hidden, states, order = self._trunk(documents, borders, keep=range(nsp.chunks))
+        loss = self._next_token_loss(hidden, order)
+        # all forked states under each other (chunk by chunk), k-1 tokens each, in one pass
+        last = torch.cat([part[run.last] for part, run in zip(hidden[:-1], order[:-1], strict=True)])
+        log_probs = self._branch_log_probs(last, FastWeightState.stack(states), branches.tokens, nsp)
+        return {"ntp_loss_sum": loss, "log_probs": log_probs}
+
+    def score(self, documents: Documents) -> tuple[Tensor, Tensor]:
+        """Next-token loss and accuracy of each document.
+
+        Returns:
+            Sum of -log p(x_{j+1} | x_0..x_j), float32 [N], and number of right argmaxes, int64 [N], each over
+            the T-1 predicted tokens.
+        """
+        packed = documents.cut([0] * len(documents), documents.lengths)
+        hidden, _ = self.run(packed, None, keep_state=False)
+        loss, correct = self._head(hidden, "score", targets=_next_tokens(documents, packed, documents.lengths))
+        lengths = documents.lengths
+        return (
+            torch.stack([part.sum() for part in loss.split(lengths)]),
+            torch.stack([part.sum() for part in correct.split(lengths)]),
+        )
+
+    def generate_tokens(
+        self,
+        prompts: Documents,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        draws: Tensor | None = None,
+        stop_tokens: Sequence[int] = (),
+    ) -> Tensor:
+        """Continue prompts of unequal length from their states; each prompt is read once.
+
+        Args:
+            prompts: the micro-batch.
+            max_new_tokens: tokens to write.
+            temperature: 0 takes the most likely token.
+            draws: uniforms [N, max_new_tokens], needed unless the temperature is 0.
+            stop_tokens: ids that end a row.
+
+        Returns:
+            int64 [N, max_new_tokens]; what follows a row's first stop token is IGNORED (-100).
+        """
+        packed = prompts.cut([0] * len(prompts), prompts.lengths)
+        hidden, state = self.run(packed, None, keep_state=True)
+        last = hidden[packed.last]
+        uniforms = torch.zeros(len(prompts), max_new_tokens) if draws is None else draws
+        stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=last.device)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=last.device)
+        written: list[Tensor] = []
+        for step in range(max_new_tokens):
+            token, _ = sample_from_logits(self._head(last), uniforms[:, step].to(last.device), temperature)
+            written.append(token.masked_fill(done, IGNORED))
+            done = done | torch.isin(token, stops)
+            if step + 1 < max_new_tokens:
+                last, state = self.run(_column(token), state, keep_state=True)
+        return torch.stack(written, dim=1)
+
+    # The passes they are made of
+
+    def run(
+        self, packed: Packed, state: FastWeightState | None, keep_state: bool
+    ) -> tuple[Tensor, FastWeightState | None]:
+        """One pass of the trunk: hidden states [tokens, d] in the order of the runs, and the state after them."""
+        self.forward_tokens += packed.tokens.numel()
+        hidden, after = self.adapter.run(self, packed, state, keep_state)
+        return hidden.reshape(-1, hidden.shape[-1]), after
+
+    def _read(
+        self, documents: Documents, nsp: NSPSettings, min_length: int
+    ) -> tuple[list[Tensor], list[tuple[list[int], FastWeightState | None]]]:
+        """One pass over S that keeps the state at even intervals.
+
+        Returns:
+            Hidden states [T, d] of each document, and for each segment its first tokens and the state before it.
+        """
+        fork = nsp.rollout == "fork"
+        borders = documents.even_cuts(min(SNAPSHOTS_PER_CHUNK * nsp.chunks, min_length) if fork else 1)
+        parts: list[Sequence[Tensor]] = []
+        snapshots: list[tuple[list[int], FastWeightState | None]] = []
+        state: FastWeightState | None = None
+        for starts, stops in zip(borders, borders[1:], strict=False):
+            snapshots.append((starts, state))
+            packed = documents.cut(starts, stops)
+            hidden, state = self.run(packed, state, keep_state=fork)
+            parts.append(hidden.split(packed.lengths))
+        if fork:
+            assert state is not None
+            snapshots[0] = (borders[0], state.zeros_like())
+        return [torch.cat(column) for column in zip(*parts, strict=True)], snapshots
+
+    @staticmethod
+    def _select(entropy: Tensor, nsp: NSPSettings, draws: Tensor) -> Tensor:
+        return select_positions(
+            align_entropy(entropy),
+            chunks=nsp.chunks,
+            rollout_length=nsp.rollout_length,
+            strategy=nsp.selection,
+            anchor=nsp.anchor,
+            temperature=nsp.entropy_temperature,
+            window=nsp.smoothing_window,
+            uniforms=draws,
+        )
+
+    def _replay(
+        self, documents: Documents, positions: Tensor, snapshots: list[tuple[list[int], FastWeightState | None]]
+    ) -> FastWeightState:
+        """States after x_t for every position, [N * c] rows: replayed from the nearest snapshot before, in one pass."""
+        picks, runs = [], []
+        for b, row in enumerate(positions.tolist()):
+            for t in row:
+                index = max(i for i, (starts, _) in enumerate(snapshots) if starts[b] <= t)
+                picks.append((index, b))
+                runs.append(documents.tokens[b, snapshots[index][0][b] : t + 1])
+        states = [state for _, state in snapshots if state is not None]
+        _, state = self.run(pack(runs), FastWeightState.gather(states, picks), keep_state=True)
+        assert state is not None
+        return state
+
+    def _continue(
+        self, last: Tensor, state: FastWeightState, nsp: NSPSettings, draws: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write k tokens from each of N * c states, n times (Eq. 7).
+
+        Args:
+            last: [N * c, d] hidden state at x_t.
+            state: [N * c] rows, after x_t.
+            nsp: n, k and the sampling temperature.
+            draws: [N, c, n, k].
+
+        Returns:
+            tokens and log-probabilities [N, c, n, k], hidden states at the tokens [N, c, n, k, d].
+        """
+        state = state.fork(nsp.rollouts_per_position)
+        hidden = last.repeat_interleave(nsp.rollouts_per_position, dim=0)
+        uniforms = draws.flatten(0, 2).to(last.device)
+        tokens, log_probs, states = [], [], []
+        for step in range(nsp.rollout_length):
+            token, log_prob = sample_from_logits(self._head(hidden), uniforms[:, step], nsp.temperature)
+            hidden, after = self.run(_column(token), state, keep_state=True)
+            assert after is not None
+            state = after
+            tokens.append(token)
+            log_probs.append(log_prob)
+            states.append(hidden)
+        shape = draws.shape
+        return (
+            torch.stack(tokens, dim=1).view(shape),
+            torch.stack(log_probs, dim=1).view(shape),
+            torch.stack(states, dim=1).view(*shape, -1),
+        )
+
+    def _trunk(
+        self, documents: Documents, borders: list[list[int]], keep: Sequence[int]
+    ) -> tuple[list[Tensor], list[FastWeightState], list[_Segment]]:
+        """Read S segment by segment, keeping the states after the segments in ``keep``."""
+        hidden, states, order = [], [], []
+        state: FastWeightState | None = None
+        last = len(borders) - 2
+        for index, (starts, stops) in enumerate(zip(borders, borders[1:], strict=False)):
+            packed = documents.cut(starts, stops)
+            part, state = self._segment(packed, state, keep_state=index < last)
+            if index in keep and state is not None:
+                states.append(state)
+            hidden.append(part)
+            order.append(_Segment(packed.last, _next_tokens(documents, packed, stops)))
+        return hidden, states, order
+
+    def _segment(
+        self, packed: Packed, state: FastWeightState | None, keep_state: bool
+    ) -> tuple[Tensor, FastWeightState | None]:
+        """``run``; with activation checkpointing it is run again in the backward pass, from state to state."""
+        if not (self.checkpoint_segments and torch.is_grad_enabled()):
+            return self.run(packed, state, keep_state)
+        tensors, rebuild = state.flatten() if state is not None else ([], None)
+        trees: list[Callable[[Sequence[Tensor]], FastWeightState]] = []
+
+        def body(*inputs: Tensor) -> tuple[Tensor, ...]:
+            hidden, after = self.run(packed, rebuild(inputs) if rebuild else None, keep_state)
+            if after is None:
+                return (hidden,)
+            outputs, tree = after.flatten()
+            trees.append(tree)
+            return (hidden, *outputs)
+
+        # model states are explicit inputs and outputs: a cache captured by the closure would be read twice
+        hidden, *outputs = checkpoint(body, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return hidden, trees[0](outputs) if keep_state else None
+
+    def _branch_log_probs(self, last: Tensor, state: FastWeightState, tokens: Tensor, nsp: NSPSettings) -> Tensor:
+        """Log-probabilities of the rollouts from the forked states.
+
+        Args:
+            last: [c * N, d] hidden state at x_t, chunk by chunk.
+            state: [c * N] rows, after x_t.
+            tokens: int64 [N, c, n, k].
+            nsp: n, k, temperature and how far the gradient goes.
+
+        Returns:
+            [N * c * n, k], in the order of ``tokens``.
+        """
+        documents, chunks, copies, length = tokens.shape
+        if nsp.grad_scope == "branch":
+            last, state = last.detach(), state.detach()
+        by_chunk = tokens.transpose(0, 1).reshape(-1, length)
+        first = last.repeat_interleave(copies, dim=0).unsqueeze(1)
+        if length > 1:
+            rest = by_chunk[:, :-1]
+            packed = Packed(rest, (length - 1,) * rest.shape[0], None)
+            hidden, _ = self._segment(packed, state.fork(copies), keep_state=False)
+            first = torch.cat([first, hidden.view(*rest.shape, -1)], dim=1)
+        log_probs = self.log_probs(first, by_chunk, nsp.temperature)
+        return log_probs.view(chunks, documents, copies, length).transpose(0, 1).reshape(-1, length)
+
+    def log_probs(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities [R, k] of ``tokens`` [R, k], each predicted from ``hidden`` [R, k, d]."""
+        flat = self._head(hidden.flatten(0, 1), "log_probs", targets=tokens.flatten(), temperature=temperature)
+        return flat.view(tokens.shape)
+
+    def _next_token_loss(self, hidden: list[Tensor], order: list[_Segment]) -> Tensor:
+        targets = torch.cat([segment.targets for segment in order])
+        return self._head(torch.cat(hidden), "cross_entropy", targets=targets)
+
+    def _head(self, hidden: Tensor, task: str = "logits", **kwargs: Any) -> Any:
+        return self.get_output_embeddings()(hidden, task=task, **kwargs)  # type: ignore[operator]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """bf16 matmuls over float32 parameters.
+
+        Without autocast's weight cache: cached bf16 copies collect the gradients of all passes in bf16.
+        """
+        if self.autocast_dtype is None:
+            return nullcontext()
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, dtype=self.autocast_dtype, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Where the runs of a packed segment end (``last`` [N]) and what each token predicts (``targets`` [tokens])."""
+
+    last: Tensor
+    targets: Tensor
+
+
+def _next_tokens(documents: Documents, packed: Packed, stops: Sequence[int]) -> Tensor:
+    """Target of every token of a packed segment: its successor, IGNORED for the last token of a document."""
+    runs = []
+    for b, (length, stop) in enumerate(zip(packed.lengths, stops, strict=True)):
+        following = documents.tokens[b, stop - length + 1 : stop + 1]
+        if stop == documents.lengths[b]:
+            following = torch.cat([following[: length - 1], following.new_full((1,), IGNORED)])
+        runs.append(following)
+    return torch.cat(runs)
+
+
+def _column(tokens: Tensor) -> Packed:
+    """One token for each of R sequences."""
+    return Packed(tokens.unsqueeze(1), (1,) * tokens.shape[0], None)
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def swap_class(module: Module, mixin: type[nn.Module]) -> Module:
+    """Give ``module`` the methods of ``mixin`` in place: same parameters, same names, same class name.
+
+    A wrapper module would rename every key of the state dict, and a checkpoint with renamed keys reloads with
+    silently re-initialised weights.
+    """
+    kind = type(module)
+    if not issubclass(kind, mixin):
+        module.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
+    return module
+
+
+def make_actor(
+    model: nn.Module,
+    *,
+    adapter: ModelAdapter | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    checkpoint_segments: bool = False,
+) -> FastWeightActor:
+    """Turn a causal language model into a :class:`FastWeightActor`, in place.
+
+    Args:
+        model: a Hugging Face causal language model with a linear LM head and an adapter for its ``model_type``.
+        adapter: used instead of the registered one.
+        autocast_dtype: dtype of matmuls (bfloat16 on GPUs); None computes in the dtype of the parameters.
+        checkpoint_segments: keep only the state between segments and recompute the rest in the backward pass.
+
+    Raises:
+        TypeError: the LM head is not an ``nn.Linear``.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear):
+        raise TypeError(f"the LM head of {type(model).__name__} is a {type(head).__name__}; an nn.Linear is needed")
+    swap_class(head, FusedHead)
+    actor = swap_class(model, FastWeightActor)
+    assert isinstance(actor, FastWeightActor)
+    actor.adapter = adapter or get_adapter(model.config.model_type)  # type: ignore[union-attr, arg-type]
+    actor.autocast_dtype = autocast_dtype
+    actor.checkpoint_segments = checkpoint_segments
+    actor.forward_tokens = 0
+    return actor

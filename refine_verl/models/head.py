@@ -1,0 +1,125 @@
+"""The LM head, evaluated in chunks: logits of all tokens of a batch never exist at the same time."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from refine_verl.nsp.entropy import accumulation_dtype, chunked_entropy
+from refine_verl.nsp.objective import gather_log_probs
+
+IGNORED = -100
+"""Target of a token that is not predicted, as in torch's cross-entropy."""
+
+# Logits held at once: 64 MiB in float32. Fewer rows lose matmul speed, more lose memory and cache.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+class FusedHead(nn.Linear):
+    """An ``nn.Linear`` LM head whose forward pass can do more than return logits.
+
+    Everything that needs the weight happens inside ``forward``, because FSDP2 gathers the shards of a module
+    only while its forward pass runs. Put in place by swapping the class of a model's own head, so parameter
+    names stay as they are.
+    """
+
+    def forward(self, hidden: Tensor, task: str = "logits", **kwargs: Any) -> Any:
+        """Args:
+        hidden: [L, d] hidden states after the final norm (any leading dimensions for ``logits``).
+        task: ``logits``; ``entropy`` -> [L] entropy of each prediction, no gradient (Eq. 5);
+            ``cross_entropy`` (targets [L]) -> scalar sum over targets that are not IGNORED (Eq. 2);
+            ``score`` (targets [L]) -> per token negative log-likelihood [L] and whether the argmax is right
+            [L], no gradient; ``log_probs`` (targets [L], temperature) -> [L] log-probabilities.
+        """
+        if task == "logits":
+            return super().forward(hidden)
+        return getattr(self, f"_{task}")(hidden, **kwargs)
+
+    def _rows(self) -> int:
+        return max(1, _CHUNK_ELEMENTS // self.out_features)
+
+    def _entropy(self, hidden: Tensor) -> Tensor:
+        return chunked_entropy(hidden, super().forward, self._rows())
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+        loss = _LinearCrossEntropy.apply(hidden, self.weight, self.bias, targets, self._rows(), dtype or hidden.dtype)
+        return cast(Tensor, loss)
+
+    @torch.no_grad()
+    def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        losses, correct = [], []
+        for rows, wanted in zip(hidden.split(self._rows()), targets.split(self._rows()), strict=True):
+            logits = super().forward(rows)
+            logits = logits.to(accumulation_dtype(logits))
+            losses.append(F.cross_entropy(logits, wanted, reduction="none", ignore_index=IGNORED))
+            correct.append(logits.argmax(dim=-1) == wanted)
+        return torch.cat(losses), torch.cat(correct)
+
+    def _log_probs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        return gather_log_probs(super().forward(hidden), targets, temperature)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of ``hidden @ weight.T``, chunk by chunk.
+
+    The gradient of a chunk only needs its own logits, so it is taken while they are at hand: nothing of size
+    [L, V] is kept and no logits are computed twice. Gradients of the weight are summed in float32 (float64 in
+    a float64 model) whatever the dtype of the matmuls is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, dtype: torch.dtype
+    ) -> Tensor:
+        sums = accumulation_dtype(hidden)
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=sums) if want_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=sums) if want_bias and bias is not None else None
+        loss = torch.zeros((), dtype=sums, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            matrix = weight.to(dtype)
+            offset = None if bias is None else bias.to(dtype)
+            for start in range(0, hidden.shape[0], rows):
+                part, wanted = hidden[start : start + rows].to(dtype), targets[start : start + rows]
+                logits = F.linear(part, matrix, offset).to(sums)
+                loss += F.cross_entropy(logits, wanted, reduction="sum", ignore_index=IGNORED)
+                if not (want_hidden or want_weight):
+                    continue
+                grad = _logit_gradient_(logits, wanted).to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + rows] = grad @ matrix
+                if grad_weight is not None:
+                    grad_weight += grad.t() @ part
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad_output).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * grad_output).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _logit_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    """d(sum of cross-entropies)/d(logits) = softmax - onehot, 0 for ignored rows; ``logits`` may be overwritten."""
+    grad = torch.softmax(logits, dim=-1)
+    counted = targets != IGNORED
+    grad[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
+    return grad if bool(counted.all()) else grad * counted[:, None]

@@ -1,0 +1,165 @@
+"""From a directory or hub id to a model REFINE can train, refusing early what it cannot."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from refine_verl.kernels import ensure_kernels
+from refine_verl.models.adapters import FLA_VERIFIED_ON_CPU, FlaAdapter, get_adapter, known_model_types
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+class ModelError(ValueError):
+    """A model that cannot be trained: what is wrong with it and what would work."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        model_type: the family, e.g. ``delta_net``.
+        vocab_size: number of tokens the LM head predicts.
+        has_weights: False for a directory that holds a configuration only (random weights).
+        config: the Hugging Face configuration.
+    """
+
+    model_type: str
+    vocab_size: int
+    has_weights: bool
+    config: PretrainedConfig
+
+
+def inspect_model(path: str | Path | None, config: dict[str, Any] | None = None) -> ModelInfo:
+    """Check that a model can be trained here, from its configuration alone.
+
+    Args:
+        path: a local directory or a hub id; None if only ``config`` is given.
+        config: a model configuration with a ``model_type``, or values that override those at ``path``.
+
+    Raises:
+        ModelError: no such directory, no readable config.json, not a fast-weight model, or one whose kernels only
+            run on a GPU while there is none.
+    """
+    import fla  # noqa: F401 registers its model types with transformers
+
+    overrides = dict(config or {})
+    if path is None:
+        loaded = _config_from_values(overrides)
+    else:
+        loaded = _config_from_path(Path(path), str(path), overrides)
+    _check_family(loaded, "model.config" if path is None else str(path))
+    has_weights = path is not None and (
+        not Path(path).is_dir() or any(any(Path(path).glob(name)) for name in _WEIGHT_FILES)
+    )
+    return ModelInfo(loaded.model_type, loaded.vocab_size, has_weights, loaded)
+
+
+def load_model(
+    path: str | Path | None, *, config: PretrainedConfig | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> nn.Module:
+    """Read a causal language model, or make one with random weights where there are none.
+
+    Args:
+        path: directory or hub id; None or a directory without weights gives random weights.
+        config: used instead of the one at ``path``.
+        dtype: of all parameters.
+        seed: of the random weights.
+
+    Raises:
+        ModelError: the checkpoint lacks keys of the model or has keys the model lacks.
+    """
+    ensure_kernels()
+    info = inspect_model(path, None) if config is None else None
+    if config is None:
+        assert info is not None
+        config = info.config
+    if path is not None and (info.has_weights if info else inspect_model(path).has_weights):
+        return _from_checkpoint(str(path), config, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    logger.warning("model: random weights (seed %d), no checkpoint was given", seed)
+    return model.to(dtype)
+
+
+def _from_checkpoint(path: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    model, report = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    problems = {
+        name: sorted(str(key) for key in report[name])
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report.get(name)
+    }
+    if problems:
+        listing = "; ".join(f"{name.replace('_', ' ')}: {', '.join(keys[:5])}" for name, keys in problems.items())
+        raise ModelError(
+            f"model.path={path}: the checkpoint does not fit a {config.model_type} of this configuration ({listing}). "
+            "Loading it would leave weights at random values; check that config.json belongs to these weights."
+        )
+    return model.to(dtype)
+
+
+def _config_from_values(values: dict[str, Any]) -> PretrainedConfig:
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise ModelError("model: give model.path=DIR_OR_HUB_ID, or a preset such as model=tiny_deltanet")
+    if model_type not in known_model_types():
+        raise _not_fast_weight(str(model_type), "model.config")
+    config = AutoConfig.for_model(model_type)
+    for key in values:
+        if not hasattr(config, key):
+            known = [name for name in vars(config) if not name.startswith("_")]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ModelError(f"model.config.{key}: a {model_type} has no such setting{hint}")
+    return AutoConfig.for_model(model_type, **values)
+
+
+def _config_from_path(path: Path, name: str, overrides: dict[str, Any]) -> PretrainedConfig:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
+    if looks_local and not path.is_dir():
+        raise ModelError(f"model.path={name}: no such directory")
+    if looks_local and not (path / "config.json").is_file():
+        raise ModelError(f"model.path={name}: no config.json in this directory; is it a Hugging Face model directory?")
+    try:
+        return AutoConfig.from_pretrained(name, **overrides)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.path={name}: its configuration cannot be read ({reason}). Without access to the hub, download the "
+            "model and give its directory."
+        ) from error
+
+
+def _check_family(config: PretrainedConfig, where: str) -> None:
+    if config.model_type not in known_model_types():
+        raise _not_fast_weight(config.model_type, where)
+    if getattr(config, "attn", None):
+        raise ModelError(
+            f"{where}: this {config.model_type} mixes in softmax attention layers (config.attn). Their cache grows with "
+            "the text, so it is no fast-weight state that can be forked; only purely recurrent models are supported."
+        )
+    on_gpu_only = isinstance(get_adapter(config.model_type), FlaAdapter) and config.model_type not in FLA_VERIFIED_ON_CPU
+    if on_gpu_only and not torch.cuda.is_available():
+        raise ModelError(
+            f"{where}: the kernels of {config.model_type} need a GPU and none is available here. "
+            f"These run without one: {', '.join(FLA_VERIFIED_ON_CPU)}."
+        )
+
+
+def _not_fast_weight(model_type: str, where: str) -> ModelError:
+    return ModelError(
+        f"{where}: '{model_type}' is not a fast-weight model REFINE knows. Supported model types: "
+        f"{', '.join(known_model_types())}. For your own model, register an adapter (docs/extending.md)."
+    )

@@ -1,0 +1,76 @@
+"""Documents of unequal length without padding: one packed row and the places where each one starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Token runs of one or more sequences, ready for a model.
+
+    Attributes:
+        tokens: int64 [rows, L] when all runs have the same length L, else [1, total].
+        lengths: length of each run.
+        cu_seqlens: int64 [len(lengths) + 1] offsets of the runs in the packed row, None if ``tokens`` has one
+            row per run (then it is not needed and kernels for plain batches apply).
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor | None
+
+    @property
+    def last(self) -> Tensor:
+        """int64 [runs]: index of each run's last token in the flattened order of ``tokens``."""
+        return torch.tensor(self.lengths, device=self.tokens.device).cumsum(0) - 1
+
+
+def pack(runs: Sequence[Tensor]) -> Packed:
+    """Pack int64 [L_i] token runs, each of at least one token, in order."""
+    lengths = tuple(run.shape[0] for run in runs)
+    if min(lengths) < 1:
+        raise ValueError(f"cannot pack an empty run of tokens (lengths {lengths})")
+    if len(set(lengths)) == 1:
+        return Packed(torch.stack(list(runs)), lengths, None)
+    offsets = torch.tensor((0, *lengths), device=runs[0].device).cumsum(0)
+    return Packed(torch.cat(list(runs)).unsqueeze(0), lengths, offsets)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A micro-batch of documents S = (x_0, ..., x_{T-1}).
+
+    Attributes:
+        tokens: int64 [N, Tmax]; row b holds T_b tokens, what follows them is never read.
+        lengths: T_b for each document.
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def from_tensors(cls, tokens: Tensor, lengths: Tensor | Sequence[int]) -> Documents:
+        """From padded tokens [N, Tmax] and lengths [N]."""
+        values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        return cls(tokens, tuple(int(length) for length in values))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def total(self) -> int:
+        """Number of tokens of all documents."""
+        return sum(self.lengths)
+
+    def cut(self, starts: Sequence[int], stops: Sequence[int]) -> Packed:
+        """Pack tokens starts[b]..stops[b]-1 of every document."""
+        return pack([self.tokens[b, start:stop] for b, (start, stop) in enumerate(zip(starts, stops, strict=True))])
+
+    def even_cuts(self, segments: int) -> list[list[int]]:
+        """``segments + 1`` borders per document, as even as possible: list over borders of [N] positions."""
+        return [[index * length // segments for length in self.lengths] for index in range(segments + 1)]

@@ -1,0 +1,1 @@
+"""The driver: verl's PPO trainer with REFINE's step, and what is checked before it starts."""

@@ -1,0 +1,349 @@
+"""REFINE's training loop on verl's v1 PPO trainer.
+
+verl keeps the data loader and its state, checkpoints, resume, loggers, profiling and the Ray worker group. What is
+different is the step: rollouts come from forked states inside the training worker, so there is no inference engine,
+no replay buffer and no weight transfer.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
+from torch import Tensor
+from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.debug import marked_timer
+from verl.utils.tracking import Tracking
+from verl.workers.config import TrainingWorkerConfig
+
+from refine_verl.config import ModelSettings, RefineSettings
+from refine_verl.nsp import group_zero_std_share
+from refine_verl.plugin import ENGINE_MODEL_TYPE
+from refine_verl.report import MetricsWriter, TrainingProgress, read_metrics
+from refine_verl.trainer.advantage import compute_advantages
+from refine_verl.trainer.resources import WorkerPoolManager
+from refine_verl.workers.loss import RefineLoss
+from refine_verl.workers.worker import NSPRolloutWorker, WorkerSettings, worker_threads
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_UPDATES = 5
+"""So many updates in a row with a NaN or infinite gradient end the run."""
+
+
+class TrainingDiverged(RuntimeError):
+    """Gradients stayed NaN or infinite; a checkpoint of the last good weights was written."""
+
+
+class RefineTrainer(PPOTrainer):
+    """Mid-training with REFINE, or with the next-token loss alone (``refine.loss.rl_coef: 0``).
+
+    Args:
+        config: the resolved configuration.
+        min_length: no training document is shorter (tokens).
+    """
+
+    def __init__(self, config: DictConfig, *, min_length: int) -> None:
+        super().__init__(config)
+        self.trainer_mode = "sync"  # every TransferQueue branch of the base class is for the other modes
+        self.settings = RefineSettings.from_mapping(OmegaConf.to_container(config.refine, resolve=True))
+        self.min_length = min_length
+        self.run_dir = Path(config.trainer.default_local_dir)
+        self.skipped_in_a_row = 0
+
+    # Set-up: what PPOTrainer creates for rollout engines does not exist here
+
+    def _build_replay_buffer(self) -> None:
+        return None
+
+    def _init_resource_pool_mgr(self) -> None:
+        trainer = self.config.trainer
+        self.role_worker_mapping = {Role.Actor: ray.remote(NSPRolloutWorker)}
+        self.mapping = {Role.Actor: "workers"}
+        self.resource_pool_manager = WorkerPoolManager(
+            resource_pool_spec={"workers": [trainer.n_gpus_per_node] * trainer.nnodes}, mapping=self.mapping
+        )
+
+    def _setup(self) -> None:
+        self._init_tokenizer()
+        self._init_dataloader()
+        self._init_dump_executor()
+        self._init_resource_pool_mgr()
+        self.resource_pool_manager.create_resource_pool()
+        self.actor_rollout_wg = RayWorkerGroup(
+            resource_pool=self.resource_pool_manager.get_resource_pool(Role.Actor),
+            ray_cls_with_init=RayClassWithInitArgs(
+                cls=self.role_worker_mapping[Role.Actor], config=self._worker_config()
+            ),
+            device_name=self.config.trainer.device,
+        )
+        self.actor_rollout_wg.reset()
+        actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
+        self.actor_rollout_wg.set_loss_fn(RefineLoss(self.settings.loss, actor))
+        self._load_checkpoint()
+
+    def _worker_config(self) -> TrainingWorkerConfig:
+        section = self.config.actor_rollout_ref
+        actor = omega_conf_to_dataclass(section.actor)
+        engine = actor.engine
+        engine.use_dynamic_bsz = False
+        engine.micro_batch_size_per_gpu = actor.ppo_micro_batch_size_per_gpu
+        engine.infer_micro_batch_size_per_gpu = section.rollout.log_prob_micro_batch_size_per_gpu
+        worker = WorkerSettings(
+            refine=self.settings,
+            model=ModelSettings.from_mapping(OmegaConf.to_container(self.config.model, resolve=True)),
+            seed=self.config.data.seed,
+            min_length=self.min_length,
+            rollout_micro_batch_size=section.rollout.log_prob_micro_batch_size_per_gpu,
+            threads=worker_threads(self.config.trainer.n_gpus_per_node),
+        )
+        return TrainingWorkerConfig(
+            model_type=ENGINE_MODEL_TYPE,
+            model_config=omega_conf_to_dataclass(section.model),
+            engine_config=engine,
+            optimizer_config=actor.optim,
+            checkpoint_config=actor.checkpoint,
+            profiler_config=omega_conf_to_dataclass(section.actor.profiler),
+            extra_context={"worker": worker},
+        )
+
+    def on_step_end(self) -> None:
+        return None
+
+    def on_sample_end(self) -> None:
+        return None
+
+    # The loop
+
+    def fit(self) -> None:  # type: ignore[override]  # verl passes an agent loop, there is none
+        """Train to ``total_training_steps``, from the checkpoint if there is one; then export the model.
+
+        Raises:
+            TrainingDiverged: see :data:`MAX_SKIPPED_UPDATES`.
+        """
+        trainer = self.config.trainer
+        path = self.run_dir / "metrics.jsonl"
+        resumed = self.global_steps > 0
+        writer = MetricsWriter(path, resume_step=self.global_steps)
+        tracking = Tracking(
+            project_name=trainer.project_name,
+            experiment_name=trainer.experiment_name,
+            default_backend=trainer.logger,
+            config=OmegaConf.to_container(self.config, resolve=True),
+        )
+        self._start_profile_schedule()
+        history = read_metrics(path) if resumed else []
+        with TrainingProgress(self.total_training_steps, initial=self.global_steps, history=history) as progress:
+
+            def record(metrics: dict[str, float]) -> None:
+                writer.log(metrics, step=self.global_steps)
+                tracking.log(data=metrics, step=self.global_steps)
+                progress.update(self.global_steps, metrics)
+
+            if trainer.val_before_train and not resumed and len(self.val_dataset):
+                record(self._validate())
+            self.on_train_begin()
+            while self.global_steps < self.total_training_steps and not trainer.val_only:
+                self.global_steps += 1
+                record(self._train_one_step())
+                self._stop_if_diverged(saved=self._is_due(trainer.save_freq))
+            self.on_train_end()
+        writer.close()
+        self._shutdown_dump_executor()
+        if not trainer.val_only:
+            self.actor_rollout_wg.export(str(self.run_dir / "model"))
+
+    def _train_one_step(self) -> dict[str, float]:
+        trainer = self.config.trainer
+        metrics: dict[str, float] = {}
+        timing: dict[str, float] = {}
+        with marked_timer("step", timing):
+            self.on_step_begin()
+            self._start_profiling()
+            tokens = self.step(metrics, timing)
+            self._stop_profiling()
+            self.on_step_end()
+        metrics["perf/tokens_per_second"] = tokens / timing["step"]
+        if self._is_due(trainer.save_freq):
+            with marked_timer("save_checkpoint", timing):
+                self._save_checkpoint()
+        if self._is_due(trainer.test_freq) and len(self.val_dataset):
+            with marked_timer("validate", timing):
+                metrics.update(self._validate())
+        metrics.update({f"timing_s/{name}": seconds for name, seconds in timing.items()})
+        return metrics
+
+    def _is_due(self, frequency: int) -> bool:
+        last = self.global_steps >= self.total_training_steps
+        return frequency > 0 and (last or self.global_steps % frequency == 0)
+
+    def step(self, metrics: dict[str, float], timing_raw: dict[str, float]) -> int:
+        """The paper's four steps on one batch of documents. Returns the number of document tokens."""
+        batch = self._next_batch()
+        if self._uses_rollouts():
+            # 1-3: choose positions, write rollouts, reward them, all next to the model
+            with marked_timer("rollout", timing_raw):
+                rollouts = self.actor_rollout_wg.rollout_and_reward(batch).get()
+            timing_raw["reward"] = float(rollouts.pop("reward_seconds").max())
+            timing_raw["rollout"] -= timing_raw["reward"]
+            rewards = rollouts["rewards"]
+            rollouts["advantages"] = compute_advantages(
+                rewards, self.settings.nsp.rollout_length, self.settings.nsp.group, self.config.algorithm
+            )
+            metrics.update(self._rollout_metrics(rollouts))
+            batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs", "advantages"))
+        # 4: one optimiser step per mini-batch
+        with marked_timer("update", timing_raw):
+            updated = tu.get(self.actor_rollout_wg.update(self._in_mini_batches(batch)).get(), "metrics")
+        metrics.update(self._update_metrics(updated))
+        document_tokens = int(batch["lengths"].sum())
+        forward_tokens = metrics.pop("forward_tokens", 0) + updated["forward_tokens"][0]
+        metrics["perf/forward_tokens_per_token"] = forward_tokens / document_tokens
+        return document_tokens
+
+    def _uses_rollouts(self) -> bool:
+        return self.settings.loss.rl_coef > 0 and self.global_steps > self.settings.warmup_steps
+
+    def _next_batch(self) -> TensorDict:
+        if self.train_dataloader_it is None:
+            self.train_dataloader_it = iter(self.train_dataloader)
+        try:
+            rows = next(self.train_dataloader_it)
+        except StopIteration:
+            # the end of an epoch, or a checkpoint written exactly there
+            self.train_dataloader_it = iter(self.train_dataloader)
+            rows = next(self.train_dataloader_it)
+        return self._to_batch(rows)
+
+    def _to_batch(self, rows: dict[str, Any]) -> TensorDict:
+        documents = [torch.as_tensor(np.asarray(ids), dtype=torch.int64) for ids in rows["input_ids"]]
+        return tu.get_tensordict(
+            tensor_dict={
+                "tokens": torch.nn.utils.rnn.pad_sequence(documents, batch_first=True),
+                "lengths": torch.tensor([len(document) for document in documents]),
+                "document_id": torch.as_tensor(np.asarray(rows["document_id"], dtype=np.int64)),
+            },
+            non_tensor_dict={"global_step": self.global_steps},
+        )
+
+    def _in_mini_batches(self, batch: TensorDict) -> TensorDict:
+        """Order rows so that every mini-batch holds the same documents however many ranks share it.
+
+        Ranks get contiguous shares of the batch and cut them into mini-batches themselves.
+        """
+        size = self.settings.ppo_mini_batch_size
+        order = mini_batch_order(len(batch), size, self.actor_rollout_wg.world_size)
+        data = tu.index_select_tensor_dict(batch, order)
+        actor = self.config.actor_rollout_ref.actor
+        tu.assign_non_tensor(
+            data, mini_batch_size=size, epochs=actor.ppo_epochs, seed=self.config.data.seed, use_dynamic_bsz=False
+        )
+        return data
+
+    # Numbers
+
+    def _rollout_metrics(self, rollouts: TensorDict) -> dict[str, float]:
+        rewards = rollouts["rewards"]
+        return {
+            "nsp/reward/mean": rewards.mean().item(),
+            "nsp/reward/std": rewards.std().item() if rewards.numel() > 1 else 0.0,
+            "nsp/reward/min": rewards.min().item(),
+            "nsp/reward/max": rewards.max().item(),
+            "nsp/reward_cosine/mean": rollouts["reward_cosine"].mean().item(),
+            "nsp/reward_binary/mean": rollouts["reward_binary"].mean().item(),
+            "nsp/entropy/mean": rollouts["entropy_mean"].mean().item(),
+            "nsp/entropy/selected_mean": rollouts["entropy_selected"].mean().item(),
+            "nsp/group_zero_std": group_zero_std_share(rewards, self.settings.nsp.group),
+            "forward_tokens": float(rollouts["forward_tokens"].sum()),
+        }
+
+    def _update_metrics(self, updated: dict[str, list[float]]) -> dict[str, float]:
+        """Means over the step's mini-batches; skipped updates are counted and left out of the means."""
+        norms = updated["grad_norm"]
+        for norm in norms:
+            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+        metrics = {name: _finite_mean(values) for name, values in updated.items() if name.startswith("actor/")}
+        return {
+            **metrics,
+            "actor/grad_norm": _finite_mean(norms),
+            "actor/skipped_updates": float(sum(not math.isfinite(norm) for norm in norms)),
+            "actor/lr": float(updated["lr"][-1]),
+            "perf/max_memory_gb": float(max(updated["perf/max_memory_allocated_gb"])),
+        }
+
+    def _stop_if_diverged(self, saved: bool) -> None:
+        if self.skipped_in_a_row < MAX_SKIPPED_UPDATES:
+            return
+        if not saved:
+            self._save_checkpoint()
+        raise TrainingDiverged(
+            f"step {self.global_steps}: the last {self.skipped_in_a_row} updates had a NaN or infinite gradient and "
+            f"were skipped. The weights before them are in {self.run_dir}/global_step_{self.global_steps}. "
+            "Try a lower learning rate (actor_rollout_ref.actor.optim.lr) or look at the data of this step."
+        )
+
+    def _validate(self, *_: Any) -> dict[str, float]:
+        """Next-token loss and accuracy over every token of every validation document, each counted once."""
+        loss, correct, tokens = 0.0, 0, 0
+        for batch in self._validation_batches():
+            real = batch["document_id"] >= 0
+            scores = self.actor_rollout_wg.score(batch).get()
+            loss += scores["loss"][real].sum().item()
+            correct += int(scores["correct"][real].sum())
+            tokens += int((batch["lengths"][real] - 1).sum())
+        return {"val/ntp_loss": loss / tokens, "val/ntp_accuracy": correct / tokens}
+
+    def _validation_batches(self) -> Iterator[TensorDict]:
+        """Batches padded with copies of their first document, marked by a negative id, to a multiple of the ranks."""
+        ranks = self.actor_rollout_wg.world_size
+        for rows in self.val_dataloader:
+            batch = self._to_batch(rows)
+            missing = -len(batch) % ranks
+            if missing:
+                batch = tu.index_select_tensor_dict(batch, list(range(len(batch))) + [0] * missing)
+                batch["document_id"][-missing:] = -1
+            yield batch
+
+    def _start_profile_schedule(self) -> None:
+        """verl's profiling hooks look at the step after the current one."""
+        steps = self.config.global_profiler.steps
+        self.prev_step_profile = False
+        self.curr_step_profile = steps is not None and self.global_steps + 1 in steps
+        self.next_step_profile = False
+
+
+def mini_batch_order(rows: int, size: int, ranks: int) -> list[int]:
+    """Order in which rows 0..rows-1 go to ``ranks`` equal contiguous shares so that mini-batch m is rows m*size...
+
+    >>> mini_batch_order(rows=8, size=4, ranks=2)
+    [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    share = size // ranks
+    return [
+        start + rank * share + offset
+        for rank in range(ranks)
+        for start in range(0, rows, size)
+        for offset in range(share)
+    ]
+
+
+def _finite_mean(values: list[float]) -> float:
+    finite = [float(value) for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def tensor_bytes(data: TensorDict) -> dict[str, int]:
+    """Bytes of each tensor of a message between driver and workers."""
+    return {name: value.numel() * value.element_size() for name, value in data.items() if isinstance(value, Tensor)}

@@ -1,0 +1,95 @@
+"""verl's FSDP engine around a :class:`~refine_verl.models.FastWeightActor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.fsdp_utils import get_fsdp_full_state_dict, get_init_weight_context_manager
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+from refine_verl.config import ModelSettings, NSPSettings
+from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
+from refine_verl.plugin import ENGINE_MODEL_TYPE
+
+
+@EngineRegistry.register(model_type=ENGINE_MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "cpu"])
+class RefineEngine(FSDPEngine):
+    """Builds the actor and runs its update pass; sharding, optimiser, scheduler and checkpoints are verl's.
+
+    ``configure`` must be called before ``initialize``.
+    """
+
+    module: FastWeightActor
+    nsp: NSPSettings
+    model_settings: ModelSettings
+    seed: int
+
+    def configure(self, nsp: NSPSettings, model: ModelSettings, seed: int) -> None:
+        """Settings verl's engine constructor has no place for. ``seed``: of random weights."""
+        self.nsp = nsp
+        self.model_settings = model
+        self.seed = seed
+
+    def _build_module(self) -> nn.Module:
+        hf_config = self.model_config.hf_config
+        # as in verl: only rank 0 holds weights, the others receive their shards from it
+        context = get_init_weight_context_manager(
+            use_meta_tensor=not hf_config.tie_word_embeddings, mesh=self.device_mesh
+        )
+        with context():
+            module = load_model(self.model_config.local_path, config=hf_config, seed=self.seed)
+        # float32 parameters everywhere; on GPUs bf16 enters through autocast, so that gradients of the several
+        # passes over one document are summed in float32
+        autocast = torch.bfloat16 if get_device_name() == "cuda" else None
+        return make_actor(
+            module,
+            autocast_dtype=autocast,
+            checkpoint_segments=self.model_settings.activation_checkpointing == "segment",
+        )
+
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False
+    ) -> Any:
+        rollouts = data["rollout_tokens"].flatten(1, 2).shape[1] if "rollout_tokens" in data.keys() else 0
+        tu.assign_non_tensor(data, global_rollouts=data.shape[0] * self.get_data_parallel_size() * rollouts)
+        return super().forward_backward_batch(data, loss_function, forward_only)
+
+    def forward_step(
+        self, micro_batch: TensorDict, loss_function: Callable[..., Any], forward_only: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """One micro-batch of documents (and their rollouts) through the actor, and its share of the loss."""
+        micro_batch = micro_batch.to(get_device_id())
+        documents = documents_of(micro_batch)
+        branches = None
+        if "rollout_tokens" in micro_batch.keys():
+            branches = Branches(micro_batch["positions"], micro_batch["rollout_tokens"])
+        output = self.module(mode="update", documents=documents, branches=branches, nsp=self.nsp)
+        loss, metrics = loss_function(model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group())
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+
+    def export(self, directory: str, processing_class: Any = None) -> None:
+        """Write a Hugging Face model directory in the dtype of the parameters (float32). Call on all ranks."""
+        from transformers import AutoModelForCausalLM
+
+        state = get_fsdp_full_state_dict(self.module, offload_to_cpu=True, rank0_only=True)
+        if self.rank == 0:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            with torch.device("meta"):
+                shell = AutoModelForCausalLM.from_config(self.model_config.hf_config, dtype=torch.float32)
+            shell.save_pretrained(directory, state_dict=state)
+            if processing_class is not None:
+                processing_class.save_pretrained(directory)
+        torch.distributed.barrier()
+
+
+def documents_of(batch: TensorDict) -> Documents:
+    """The documents of a batch with ``tokens`` int64 [b, Tmax] and ``lengths`` int64 [b]."""
+    return Documents.from_tensors(batch["tokens"], batch["lengths"])

@@ -1,0 +1,84 @@
+"""The REFINE loss as verl's workers call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensordict import TensorDict
+from torch import Tensor
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import Metric
+from verl.workers.config import ActorConfig
+
+from refine_verl.config import LossSettings
+from refine_verl.nsp import refine_objective
+
+
+class RefineLoss:
+    """lambda_RL * policy loss of verl's registry + lambda_SFT * next-token loss (paper, Sec. 3.2).
+
+    Picklable: the driver makes one and sends it to the workers once.
+    """
+
+    def __init__(self, settings: LossSettings, actor: ActorConfig) -> None:
+        """Args:
+        settings: the two coefficients.
+        actor: verl's actor section; its ``policy_loss.loss_mode``, ``loss_agg_mode`` and clip ratios apply.
+        """
+        self.settings = settings
+        self.actor = actor
+
+    def __call__(
+        self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Args:
+            model_output: of :meth:`FastWeightActor.update`.
+            data: the micro-batch, with the counts of the whole mini-batch as non-tensor entries.
+            dp_group: not needed, the counts are global already.
+
+        Returns:
+            The micro-batch's share of the mini-batch's loss, and metrics that add up to the mini-batch's values.
+        """
+        dp_size = tu.get_non_tensor_data(data, "dp_size", 1)
+        rl: dict[str, Tensor | None] = {}
+        if "log_probs" in model_output:
+            rl = {
+                "log_probs": model_output["log_probs"],
+                "old_log_probs": data["old_log_probs"].flatten(0, 2),
+                "advantages": data["advantages"].flatten(),
+            }
+        loss, metrics = refine_objective(
+            model_output["ntp_loss_sum"],
+            int(data["loss_mask"].sum()),
+            **rl,
+            policy_loss=self._policy_loss,
+            rl_coef=self.settings.rl_coef,
+            sft_coef=self.settings.sft_coef,
+            global_tokens=int(tu.get_non_tensor_data(data, "batch_num_tokens", 0)),
+            global_rollouts=int(tu.get_non_tensor_data(data, "global_rollouts", 0)),
+            dp_size=dp_size,
+        )
+        # verl averages over ranks and then sums over micro-batches; shares have to be summed over both
+        return loss, {name: Metric("sum", float(value) * dp_size) for name, value in metrics.items()}
+
+    def _policy_loss(
+        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, global_rollouts: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        # every rollout has k tokens, so a mean over tokens and a mean over rollouts of means over tokens agree
+        self.actor.global_batch_info.update(
+            dp_size=1,
+            batch_num_tokens=global_rollouts * log_probs.shape[1],
+            global_batch_size=global_rollouts,
+            loss_scale_factor=self.actor.loss_scale_factor,
+        )
+        loss, metrics = get_policy_loss_fn(self.actor.policy_loss.loss_mode)(
+            old_log_prob=old_log_probs,
+            log_prob=log_probs,
+            advantages=advantages,
+            response_mask=mask,
+            loss_agg_mode=self.actor.loss_agg_mode,
+            config=self.actor,
+            rollout_is_weights=None,
+        )
+        return loss, {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,156 @@
+"""One training process: the sharded actor, its rollouts, their rewards and its updates."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.distributed import initialize_global_process_group_ray
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+
+from refine_verl.config import ModelSettings, RefineSettings
+from refine_verl.models import RolloutBatch, RolloutDraws
+from refine_verl.nsp import position_uniforms, rollout_uniforms
+from refine_verl.plugin import check_plugin
+from refine_verl.workers.engine import RefineEngine, documents_of
+from refine_verl.workers.reward_manager import HiddenStateRewardManager
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker needs beyond verl's own sections; travels in ``TrainingWorkerConfig.extra_context``.
+
+    Attributes:
+        refine: the ``refine:`` section.
+        model: the ``model:`` section.
+        seed: of all sampling and of random initial weights.
+        min_length: no document of the run is shorter (tokens).
+        rollout_micro_batch_size: documents per rollout or validation pass.
+        threads: CPU threads of this process where there is no GPU.
+    """
+
+    refine: RefineSettings
+    model: ModelSettings
+    seed: int
+    min_length: int
+    rollout_micro_batch_size: int
+    threads: int
+
+
+class NSPRolloutWorker(TrainingWorker):
+    """verl's training worker plus rollouts and rewards next to the model.
+
+    Hidden states, logits and model states never leave it (contract C2): :meth:`rollout_and_reward` returns token
+    ids and a few numbers per rollout.
+    """
+
+    engine: RefineEngine
+
+    def __init__(self, config: TrainingWorkerConfig) -> None:
+        check_plugin()
+        self.settings: WorkerSettings = config.extra_context["worker"]
+        if get_device_name() == "cpu":
+            torch.set_num_threads(self.settings.threads)
+            # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses
+            initialize_global_process_group_ray(backend="gloo")
+        super().__init__(config)
+        self.engine.configure(self.settings.refine.nsp, self.settings.model, self.settings.seed)
+        self.rewards = HiddenStateRewardManager(self.settings.refine.nsp.reward)
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
+    def rollout_and_reward(self, data: TensorDict) -> TensorDict:
+        """Steps 1 to 3 of the paper for this rank's documents.
+
+        Args:
+            data: ``tokens`` [b, Tmax], ``lengths`` [b], ``document_id`` [b], all int64; non-tensor ``global_step``.
+
+        Returns:
+            On the CPU: ``positions`` [b, c], ``rollout_tokens`` [b, c, n, k], ``old_log_probs`` [b, c, n, k],
+            ``rewards``, ``reward_cosine``, ``reward_binary`` [b, c, n], ``entropy_mean`` [b],
+            ``entropy_selected`` [b, c]; ``forward_tokens`` and ``reward_seconds`` [b], this rank's in its first row.
+        """
+        step = tu.get_non_tensor_data(data, "global_step", 0)
+        counted = self.engine.module.forward_tokens
+        self.reward_seconds = 0.0
+        with self.engine.eval_mode():
+            parts = [self._rollout_micro_batch(part, step) for part in data.split(self.settings.rollout_micro_batch_size)]
+        output = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        output["forward_tokens"] = torch.zeros(data.shape[0], dtype=torch.int64)
+        output["forward_tokens"][0] = self.engine.module.forward_tokens - counted
+        output["reward_seconds"] = torch.zeros(data.shape[0])
+        output["reward_seconds"][0] = self.reward_seconds
+        return tu.get_tensordict(tensor_dict=output)
+
+    def _rollout_micro_batch(self, data: TensorDict, step: int) -> dict[str, Tensor]:
+        nsp, seed = self.settings.refine.nsp, self.settings.seed
+        ids = data["document_id"].tolist()
+        shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
+        draws = RolloutDraws(
+            positions=_stack(position_uniforms(seed, step, document, nsp.chunks) for document in ids),
+            tokens=_stack(rollout_uniforms(seed, step, document, *shape) for document in ids),
+        )
+        rollouts: RolloutBatch = self.engine.module(
+            mode="rollout",
+            documents=documents_of(data.to(get_device_id())),
+            nsp=nsp,
+            draws=draws,
+            min_length=self.settings.min_length,
+        )
+        started = time.perf_counter()
+        rewards = self.rewards(rollouts)
+        self.reward_seconds += time.perf_counter() - started
+        return {
+            "positions": rollouts.positions,
+            "rollout_tokens": rollouts.tokens,
+            "old_log_probs": rollouts.log_probs.float(),
+            "entropy_mean": rollouts.entropy_mean.float(),
+            "entropy_selected": rollouts.entropy_selected.float(),
+            **rewards,
+        }
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
+    def update(self, data: TensorDict) -> TensorDict:
+        """Step 4: one optimiser step per mini-batch. Adds ``forward_tokens`` (all ranks) to verl's metrics."""
+        counted = self.engine.module.forward_tokens
+        # verl only sums this to count what a mini-batch predicts: T-1 tokens of each document, no mask of T flags
+        data["loss_mask"] = data["lengths"] - 1
+        output = self.train_mini_batch(data)
+        tokens = torch.tensor(self.engine.module.forward_tokens - counted, device=get_device_id())
+        torch.distributed.all_reduce(tokens, group=self.engine.get_data_parallel_group())
+        tu.get(output, "metrics")["forward_tokens"] = [tokens.item()]
+        return output
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
+    def score(self, data: TensorDict) -> TensorDict:
+        """Next-token loss (sum) and number of right argmaxes of each document: ``loss`` [b], ``correct`` [b]."""
+        losses, correct = [], []
+        with self.engine.eval_mode():
+            for part in data.split(self.settings.rollout_micro_batch_size):
+                loss, right = self.engine.module(mode="score", documents=documents_of(part.to(get_device_id())))
+                losses.append(loss)
+                correct.append(right)
+        return tu.get_tensordict(
+            tensor_dict={"loss": torch.cat(losses).double().cpu(), "correct": torch.cat(correct).cpu()}
+        )
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export(self, directory: str) -> None:
+        """Write a Hugging Face model directory that ``AutoModelForCausalLM`` loads, tokenizer included."""
+        self.engine.export(directory, self.model_config.get_processor())
+
+
+def worker_threads(workers_per_node: int) -> int:
+    """CPU threads for each of several workers on one node."""
+    return max(1, (os.cpu_count() or 1) // workers_per_node)
+
+
+def _stack(rows: object) -> Tensor:
+    return torch.stack([torch.from_numpy(row) for row in rows])  # type: ignore[attr-defined]
