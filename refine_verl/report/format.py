@@ -12,7 +12,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def format_number(value: float | None, *, percent: bool = False, digits: int = 4) -> str:
-    """`digits` significant digits: 3.142, 12.30k, 1.00×10⁻⁶, 41.20%; whole numbers as they are, None a dash."""
+    """`digits` significant digits: 3.142, 12.30k, 1.00×10⁻⁶, 41.20%; whole numbers stay whole."""
     if value is None or not math.isfinite(value):
         return "–"
     if percent:

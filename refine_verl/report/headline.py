@@ -82,7 +82,7 @@ def _throughput(records: Sequence[dict[str, Any]]) -> Headline | None:
         return None
     seconds = sum(value for _, value in finite(column(records, "timing_s/step")))
     detail = (
-        f"median; {len(values)} steps in {format_duration(seconds)}" if seconds else "median of the steps"
+        f"median; {_steps(len(values))} in {format_duration(seconds)}" if seconds else "median of the steps"
     )
     return Headline(name="Throughput", value=format_number(median(values)), unit="tokens/s", detail=detail)
 
@@ -93,9 +93,13 @@ def _cost(records: Sequence[dict[str, Any]]) -> Headline | None:
         return None
     return Headline(
         name="Cost",
-        value=format_number(sum(values) / len(values), digits=3),
+        value=f"{sum(values) / len(values):.2f}",
         detail="forward tokens per document token",
     )
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _verdict(change: float, better: int) -> str:

@@ -4,8 +4,8 @@ A line is `{"step": 12, "actor/ntp_loss": 3.2, ...}`. Step 0 holds what was meas
 may have several lines (training and validation written apart): `merge_steps` joins them.
 
 Values are written with every digit of a float64, so a resumed run can be compared bit for bit. JSON has no
-NaN and no infinity: both are written as `null` and read back as `None`, which means "measured, but not finite". A
-metric that was not measured at a step is absent from its line.
+NaN and no infinity: both are written as `null` and read back as `None`: "measured, but not finite". A metric
+that was not measured at a step is absent from its line.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Anywhere else (CI, `ray job logs`, a file) it is one plain line per step.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -134,11 +135,9 @@ class TrainingProgress:
 
     def _remember(self, metrics: Mapping[str, Any]) -> None:
         for key, value in metrics.items():
-            if value is None or isinstance(value, str):
-                continue
-            number = float(value)
-            self._first.setdefault(key, number)
-            self._last[key] = number
+            if _is_finite(value):
+                self._first.setdefault(key, float(value))
+                self._last[key] = float(value)
 
     def _figures(self) -> list[Figure]:
         """The known figures, then the first few tasks of `val/<task>/<metric>`."""
@@ -160,7 +159,7 @@ class TrainingProgress:
         for figure in self._figures():
             if figure.key not in metrics:
                 continue
-            if metrics[figure.key] is None:
+            if not _is_finite(metrics[figure.key]):
                 parts.append(f"{figure.label} not finite")
                 continue
             change = self._change(figure) if figure.key.startswith("val/") else ""
@@ -214,3 +213,7 @@ class TrainingProgress:
             if isinstance(handler, logging.StreamHandler) and handler.stream in terminal:
                 self._handlers.append((handler, handler.stream))
                 handler.setStream(sys.stderr)
+
+
+def _is_finite(value: Any) -> bool:
+    return value is not None and not isinstance(value, str) and math.isfinite(float(value))

@@ -37,8 +37,8 @@ h3 { font-size: 15px; font-weight: 620; margin: 0; }
 .tile { padding: 14px 16px 13px; }
 .tile p { margin: 0; }
 .tile .name { color: var(--muted); font-size: 13px; }
-.tile .value { font-size: 26px; font-weight: 640; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.tile .value small { white-space: nowrap; font-size: 14px; font-weight: 450; color: var(--muted); }
+.tile .value { font-size: 24px; font-weight: 640; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.tile .value small { white-space: nowrap; font-size: 13px; font-weight: 450; color: var(--muted); }
 .tile .detail { color: var(--muted); font-size: 13px; font-variant-numeric: tabular-nums; }
 .tile .value .good { color: var(--good); font-weight: 560; }
 .tile .value .poor { color: var(--poor); font-weight: 560; }
@@ -61,6 +61,7 @@ svg .tick { font-variant-numeric: tabular-nums; }
 .grid, .axis, .line, .bad { fill: none; }
 .line { stroke: var(--c); stroke-width: 1.9; stroke-linejoin: round; stroke-linecap: round; }
 .raw { stroke-width: 1; stroke-opacity: 0.35; stroke-dasharray: none; }
+.dense { stroke-opacity: 0.16; }
 .band { fill: var(--c); fill-opacity: 0.13; }
 .dot { fill: var(--c); stroke: var(--card); stroke-width: 0.8; }
 .fill { fill: var(--c); fill-opacity: 0.88; }

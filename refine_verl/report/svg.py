@@ -109,7 +109,9 @@ def _y_range(chart: Chart, columns: Sequence[Column]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if chart.from_zero:
         low = min(low, 0.0)
-    low, high = padded(low, high, share=0.06, minimum=max(abs(high), abs(low)) * 1e-3 or 0.5)
+    size = max(abs(low), abs(high))
+    # a constant gets an axis of its own size, a nearly constant one no finer than labels can tell apart
+    low, high = padded(low, high, share=0.06, minimum=size * (0.1 if low == high else 5e-4) or 0.5)
     return (max(low, 0.0) if chart.from_zero and min(values) >= 0 else low), high
 
 
@@ -137,7 +139,8 @@ def _line(line: Line, frame: Frame) -> Markup:
     window = smoothing_window(line)
     if window:
         average = moving_average(line.points, window)
-        raw = _stroke(line.points, frame, f"line raw c{line.color}")
+        style = "line raw dense" if len(line.points) > MAX_POINTS else "line raw"
+        raw = _stroke(line.points, frame, f"{style} c{line.color}")
         drawn = join(raw, _stroke(average, frame, f"line c{line.color}"))
     else:
         drawn = _stroke(line.points, frame, f"line c{line.color}")
@@ -180,6 +183,9 @@ def _band(band: Band, frame: Frame) -> Markup:
         upper = finite(thin([(step, highs[step]) for step, _ in run], MAX_POINTS))
         if len(run) > 1:
             shapes.append(f"M{_path(upper, frame)}L{_path(lower[::-1], frame)}Z")
+        else:  # as wide as a dot, so that it shows
+            x, bottom, top = frame.x(run[0][0]), frame.y(lower[0][1]), frame.y(upper[0][1])
+            shapes.append(f"M{number(x - 3)} {number(bottom)}V{number(top)}h6V{number(bottom)}Z")
     return el("path", class_=f"band c{band.color}", d="".join(shapes)) if shapes else Markup()
 
 

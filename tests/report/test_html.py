@@ -1,0 +1,323 @@
+"""report.html: complete, well-formed, self-contained, with the right figures, for every kind of run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from refine_verl.report import MetricsWriter, ReportError, write_report
+
+REFINE_CHARTS = [
+    "Reward",
+    "Reward by kind",
+    "Next-token loss",
+    "Next-token accuracy",
+    "Validation: accuracy",
+    "Entropy",
+    "Policy loss",
+    "KL to the rollout policy",
+    "Lost signal",
+    "Gradient norm",
+    "Learning rate",
+    "Time per step",
+    "Throughput",
+    "Forward tokens per token",
+    "Peak memory",
+]
+SFT_CHARTS = [title for title in REFINE_CHARTS if title in {
+    "Next-token loss", "Next-token accuracy", "Gradient norm", "Learning rate", "Time per step", "Throughput",
+    "Forward tokens per token", "Peak memory",
+}]  # fmt: skip
+
+
+def sft_step(step: int) -> dict[str, Any]:
+    return {
+        "actor/ntp_loss": 3.0 - 0.01 * step,
+        "actor/grad_norm": 0.8,
+        "actor/lr": 1e-6,
+        "perf/tokens_per_second": 1500.0 + step,
+        "perf/forward_tokens_per_token": 1.0,
+        "perf/max_memory_gb": 3.1,
+        "timing_s/update": 3.0,
+        "timing_s/step": 3.5,
+    }
+
+
+def refine_step(step: int) -> dict[str, Any]:
+    return sft_step(step) | {
+        "nsp/reward/mean": 0.4 + 0.01 * step,
+        "nsp/reward/std": 0.1,
+        "nsp/reward/min": 0.1,
+        "nsp/reward/max": 0.9,
+        "nsp/reward_cosine/mean": 0.4 + 0.01 * step,
+        "nsp/reward_binary/mean": 0.1,
+        "nsp/entropy/mean": 2.5,
+        "nsp/entropy/selected_mean": 4.0,
+        "nsp/group_zero_std": 0.0,
+        "actor/pg_loss": -0.001,
+        "actor/ppo_kl": 1e-4,
+        "actor/pg_clipfrac": 0.002,
+        "perf/forward_tokens_per_token": 2.0,
+        "timing_s/rollout": 1.0,
+        "timing_s/reward": 0.1,
+        "timing_s/step": 4.75,
+        "phase": "refine",
+    }
+
+
+def validation(step: int) -> dict[str, Any]:
+    return {"val/ntp_loss": 2.9 - 0.01 * step, "val/ntp_accuracy": 0.41 + 0.002 * step}
+
+
+def run_of(
+    directory: Path, lines: Iterable[tuple[int, dict[str, Any]]], config: dict[str, Any] | None = None
+) -> Path:
+    with MetricsWriter(directory / "metrics.jsonl") as writer:
+        for step, metrics in lines:
+            writer.log(metrics, step)
+    if config is not None:
+        (directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return directory
+
+
+def refine_run(directory: Path, steps: int = 20) -> Path:
+    task = {"val/niah/accuracy": 0.3, "val/tracking/accuracy": 0.2}
+    lines = [(0, validation(0) | task), *((step, refine_step(step)) for step in range(1, steps + 1))]
+    lines.append((steps, validation(steps) | task))
+    config = {
+        "refine": {"nsp": {"chunks": 8}},
+        "trainer": {"experiment_name": "midtrain", "total_training_steps": steps},
+    }
+    return run_of(directory, lines, config)
+
+
+def parse(path: Path) -> ET.Element:
+    """The page as XML, which it also is: a stricter check than any HTML parser's."""
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>\n")
+    return ET.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+
+
+def text_of(element: ET.Element) -> str:
+    return " ".join(" ".join(element.itertext()).split())
+
+
+def figures(page: ET.Element) -> dict[str, ET.Element]:
+    return {figure.find("figcaption/h3").text: figure for figure in page.iter("figure")}  # type: ignore[union-attr]
+
+
+def with_class(root: ET.Element, name: str) -> list[ET.Element]:
+    return [element for element in root.iter() if name in (element.get("class") or "").split()]
+
+
+def tiles(page: ET.Element) -> dict[str, str]:
+    found = {}
+    for tile in with_class(page, "tile"):
+        name, *rest = tile
+        found[text_of(name)] = " | ".join(text_of(part) for part in rest)
+    return found
+
+
+def test_refine_run_has_every_chart_and_key_figure(tmp_path: Path) -> None:
+    path = write_report(refine_run(tmp_path))
+    assert path == tmp_path / "report.html"
+    page = parse(path)
+    assert list(figures(page)) == REFINE_CHARTS
+    assert tiles(page) == {
+        "Validation loss": "2.700 −0.200 | from 2.900 at step 0",
+        "Validation accuracy": "45.00% +4.00 pts | from 41.00% at step 0",
+        # a tenth of 20 steps is 2: mean of 0.41, 0.42 and of 0.59, 0.60
+        "Reward": "0.5950 +0.180 | from 0.4150; means of the first and last 2 steps",
+        "Throughput": "1510 tokens/s | median; 20 steps in 1 min 35 s",
+        "Cost": "2.00 | forward tokens per document token",
+    }
+    assert {element.get("class") for element in with_class(page, "tile")[0].iter("small")} == {"good"}
+
+
+def test_getting_worse_is_not_shown_as_good(tmp_path: Path) -> None:
+    page = parse(write_report(run_of(tmp_path, [(0, {"val/ntp_loss": 2.0}), (1, {"val/ntp_loss": 2.5})])))
+    assert tiles(page) == {"Validation loss": "2.500 +0.500 | from 2 at step 0"}
+    assert [element.text for element in with_class(page, "poor")] == ["+0.500"]
+    assert not with_class(page, "good")
+
+
+def test_sft_run_has_no_chart_of_rewards_or_policy(tmp_path: Path) -> None:
+    lines = [(0, validation(0)), *((step, sft_step(step)) for step in range(1, 6)), (5, validation(5))]
+    page = parse(write_report(run_of(tmp_path, lines)))
+    assert list(figures(page)) == SFT_CHARTS
+    assert list(tiles(page)) == ["Validation loss", "Validation accuracy", "Throughput", "Cost"]
+    assert "nsp/" not in text_of(page)
+
+
+def test_self_contained_without_script(tmp_path: Path) -> None:
+    path = write_report(refine_run(tmp_path))
+    page = parse(path)
+    tags = {element.tag for element in page.iter()}
+    assert not tags & {"script", "link", "img", "iframe", "object", "use", "image"}
+    attributes = {name for element in page.iter() for name in element.attrib}
+    assert not {name for name in attributes if name.startswith("on")} | (
+        attributes & {"src", "href", "style"}
+    )
+    style = page.findtext("head/style") or ""
+    assert "url(" not in style and "@import" not in style
+    assert "prefers-color-scheme: dark" in style and "@media print" in style
+    policy = next(meta.get("content") for meta in page.iter("meta") if meta.get("http-equiv"))
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('1')</script> & \"quoted\" \x07"
+    config = {"trainer": {"experiment_name": evil}, "refine": {evil: evil}}
+    run_of(tmp_path, [(1, {"val/<b>/a&b": 0.5, "actor/ntp_loss": 1.0})], config)
+    (tmp_path / "environment.json").write_text(json.dumps({"host <i>": evil}))
+    page = parse(write_report(tmp_path))
+    assert not list(page.iter("script")) and not list(page.iter("b"))[0].findall("*")
+    assert page.find("body/main/header/h1").text == evil.replace("\x07", "")  # type: ignore[union-attr]
+    assert "Validation: a&b" in figures(page)
+    assert "host <i>" in text_of(page)
+
+
+def test_settings_refine_first_rest_folded_secrets_hidden(tmp_path: Path) -> None:
+    config = {
+        "data": {"train_files": ["a.parquet"], "tokenizer": "bytes"},
+        "trainer": {"wandb": {"api_key": "s3cret"}, "hf_token": "t0ken", "password": None},
+        "refine": {"nsp": {"chunks": 8, "reward": "cosine"}, "inner": {}},
+    }
+    page = parse(write_report(run_of(tmp_path, [(1, sft_step(1))], config)))
+    (details,) = page.iter("details")
+    assert "open" not in details.attrib
+    folded, whole = text_of(details), text_of(page)
+    assert 'data.train_files ["a.parquet"] data.tokenizer bytes' in folded
+    assert "api_key (hidden)" in folded and "hf_token (hidden)" in folded and "password null" in folded
+    assert "s3cret" not in whole and "t0ken" not in whole
+    assert "refine.nsp.chunks 8 refine.nsp.reward cosine" in whole and "refine.nsp" not in folded
+
+
+def test_warmup_is_shaded_in_every_chart(tmp_path: Path) -> None:
+    lines = [(step, sft_step(step) | {"phase": "warmup"}) for step in range(1, 5)]
+    lines += [(step, refine_step(step)) for step in range(5, 10)]
+    page = parse(write_report(run_of(tmp_path, lines)))
+    for title, figure in figures(page).items():
+        assert len(with_class(figure, "warmup")) == 1, title
+    plain = parse(write_report(refine_run(tmp_path / "plain")))
+    assert not with_class(plain, "warmup")
+
+
+def test_gap_breaks_the_line_and_is_marked_and_counted(tmp_path: Path) -> None:
+    norms = [1.0, 2.0, math.nan, math.inf, 1.5, 1.0]
+    lines = [(step, {"actor/grad_norm": norm}) for step, norm in enumerate(norms, start=1)]
+    page = parse(write_report(run_of(tmp_path, lines)))
+    figure = figures(page)["Gradient norm"]
+    (line,) = [path for path in with_class(figure, "line") if (path.get("d") or "").count("L")]
+    assert (line.get("d") or "").count("M") == 2
+    assert [mark.findtext("title") for mark in with_class(figure, "bad")] == [
+        "step 3: gradient norm not finite",
+        "step 4: gradient norm not finite",
+    ]
+    assert "4 (2 not finite)" in text_of(page)
+
+
+def test_all_values_not_finite(tmp_path: Path) -> None:
+    page = parse(write_report(run_of(tmp_path, [(step, {"actor/ntp_loss": math.nan}) for step in (1, 2)])))
+    assert len(with_class(figures(page)["Next-token loss"], "bad")) == 2
+    assert "actor/ntp_loss – – – – – 0 (2 not finite)" in text_of(page)
+
+
+def test_single_step_and_constant_zero(tmp_path: Path) -> None:
+    page = parse(write_report(run_of(tmp_path, [(7, refine_step(7) | {"actor/pg_loss": 0.0})])))
+    found = figures(page)
+    assert len(with_class(found["Policy loss"], "dot")) == 1
+    assert len(with_class(found["Reward"], "band")) == 2  # in the legend and in the drawing
+    assert tiles(page)["Reward"] == "0.4700 | measured once"
+    assert "nan" not in (tmp_path / "report.html").read_text().lower()
+
+
+def test_stacked_times_name_the_rest(tmp_path: Path) -> None:
+    page = parse(write_report(run_of(tmp_path, [(1, refine_step(1)), (2, refine_step(2))])))
+    figure = figures(page)["Time per step"]
+    assert [bar.findtext("title") for bar in with_class(figure, "bar")] == [
+        f"step {step}\nrollout: 1\nreward: 0.1000\nupdate: 3\nother: 0.6500" for step in (1, 2)
+    ]
+    heights = []
+    for part in with_class(with_class(figure, "bar")[0], "fill"):
+        bottom, top = (float(piece.split("V")[-1].split("H")[0].split()[-1]) for piece in (
+            (part.get("d") or "").split("V")[0], (part.get("d") or "").split("H")[0]))  # fmt: skip
+        heights.append(bottom - top)
+    assert heights[2] / heights[0] == pytest.approx(3.0, rel=0.01)
+    assert heights[3] / heights[0] == pytest.approx(0.65, rel=0.02)
+
+
+def test_every_drawn_coordinate_lies_in_the_view_box(tmp_path: Path) -> None:
+    lines = [(step, refine_step(step) | {"actor/grad_norm": 10.0**step}) for step in range(1, 12)]
+    page = parse(write_report(run_of(tmp_path, lines)))
+    circles = list(page.iter("circle"))
+    assert circles
+    for circle in circles:
+        assert 0 <= float(circle.get("cx", "-1")) <= 540
+        assert 0 <= float(circle.get("cy", "-1")) <= 240
+
+
+def test_ten_thousand_steps_stay_small_and_keep_the_spike(tmp_path: Path) -> None:
+    lines = [
+        (step, refine_step(step % 50) | {"actor/grad_norm": 1.0 + 99 * (step == 6789)})
+        for step in range(10_000)
+    ]
+    path = write_report(run_of(tmp_path, lines))
+    assert path.stat().st_size < 600_000
+    figure = figures(parse(path))["Gradient norm"]
+    (line,) = [element for element in with_class(figure, "line") if len(element.get("d") or "") > 20]
+    points = [
+        tuple(map(float, point.split())) for point in (line.get("d") or "").removeprefix("M").split("L")
+    ]
+    assert len(points) <= 410
+    top = min(points, key=lambda point: point[1])
+    assert top[0] == pytest.approx(52 + 478 * (6789 + 0.012 * 9999) / (1.024 * 9999), abs=0.2)
+
+
+def test_still_running_run_says_so(tmp_path: Path) -> None:
+    config = {"trainer": {"total_training_steps": 50}, "model": {"path": "out/base"}}
+    page = parse(write_report(run_of(tmp_path, [(3, sft_step(3))], config)))
+    assert "model out/base · 3 of 50 steps" in text_of(page.find("body/main/header"))  # type: ignore[arg-type]
+
+
+def test_damaged_side_files_do_not_cost_the_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_of(tmp_path, [(1, sft_step(1))])
+    (tmp_path / "config.yaml").write_text("a: [1,\n b: }")
+    (tmp_path / "environment.json").write_text("{")
+    page = parse(write_report(tmp_path, tmp_path / "deep" / "out.html"))
+    assert (tmp_path / "deep" / "out.html").is_file() and not (tmp_path / "report.html").exists()
+    assert not list(page.iter("details"))
+    assert "config.yaml" in caplog.text and "environment.json" in caplog.text
+
+
+def test_nothing_to_report_on(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"no metrics\.jsonl there"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "act')
+    with pytest.raises(ReportError, match="no complete line yet"):
+        write_report(tmp_path)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "refine_verl.report", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60
+        )
+
+    missing = call(str(tmp_path / "nowhere"))
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr.startswith("error: ") and "no metrics.jsonl there" in missing.stderr
+    assert not (tmp_path / "nowhere").exists()
+    run_of(tmp_path, [(1, sft_step(1))])
+    done = call(str(tmp_path))
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tmp_path / "report.html"), "")
