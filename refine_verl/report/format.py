@@ -40,14 +40,18 @@ def format_change(first: float, last: float, *, percent: bool = False) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`3 h 12 min`, `4 min 5 s`, `12.3 s`."""
+    """`3 h 12 min`, `4 min 5 s`, `12.3 s`; the spaces do not break."""
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return _unbroken(f"{seconds:.1f} s")
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+        return _unbroken(f"{minutes} min {rest} s" if rest else f"{minutes} min")
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return _unbroken(f"{hours} h {minutes} min" if minutes else f"{hours} h")
+
+
+def _unbroken(text: str) -> str:
+    return text.replace(" ", "\u00a0")
 
 
 def _plain(value: float, digits: int) -> str:

@@ -86,7 +86,7 @@ def render_report(directory: Path) -> str:
         _numbers(records),
         _settings(config),
         _environment(environment),
-        el("footer", f"Drawn from {METRICS_FILE} ({len(records)} steps) by python -m refine_verl.report"),
+        el("footer", f"Drawn from {METRICS_FILE} by python -m refine_verl.report"),
     )
     head = el(
         "head",

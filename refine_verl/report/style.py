@@ -34,10 +34,10 @@ h2 { font-size: 18px; font-weight: 620; margin: 40px 0 12px; letter-spacing: -0.
 h3 { font-size: 15px; font-weight: 620; margin: 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tile { padding: 14px 16px 13px; }
+.tile { padding: 13px 14px; }
 .tile p { margin: 0; }
 .tile .name { color: var(--muted); font-size: 13px; }
-.tile .value { font-size: 24px; font-weight: 640; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.tile .value { font-size: 22px; font-weight: 640; line-height: 1.4; font-variant-numeric: tabular-nums; }
 .tile .value small { white-space: nowrap; font-size: 13px; font-weight: 450; color: var(--muted); }
 .tile .detail { color: var(--muted); font-size: 13px; font-variant-numeric: tabular-nums; }
 .tile .value .good { color: var(--good); font-weight: 560; }
@@ -97,7 +97,13 @@ footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
   }
   body { font-size: 12px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
-  h2 { break-after: avoid; }
+  h2 { break-after: avoid; margin-top: 24px; }
+  svg text { font-size: 14px; }
+  .unit, .legend { font-size: 11px; }
+  .panel { overflow: visible; }
+  table { font-size: 10px; }
+  code, .key { font-size: 9.5px; }
+  th.number, td.number { padding: 3px 0 3px 10px; }
   .tiles { grid-template-columns: repeat(3, 1fr); }
   .charts { grid-template-columns: 1fr 1fr; }
   .tile, .card:not(.panel):not(details) { break-inside: avoid; }

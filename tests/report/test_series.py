@@ -117,7 +117,7 @@ def test_format_percent_change_and_duration() -> None:
     assert format_change(3.0, 2.75) == "−0.250"
     assert format_change(0.4, 0.425, percent=True) == "+2.50 pts"
     assert format_change(1.0, 1.0) == "0"
-    assert [format_duration(value) for value in (4.26, 125, 3600, 11_520)] == [
+    assert [format_duration(value).replace("\u00a0", " ") for value in (4.26, 125, 3600, 11_520)] == [
         "4.3 s",
         "2 min 5 s",
         "1 h",
