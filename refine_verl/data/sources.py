@@ -1,0 +1,293 @@
+"""From what the user typed under `data.train_files` to sources of documents, in a fixed order."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import logging
+import os
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from refine_verl.data.errors import DataError
+from refine_verl.data.readers import (
+    BATCH_CHARACTERS,
+    BATCH_ROWS,
+    SUPPORTED,
+    TEXT_SCHEMA,
+    check_column,
+    file_format,
+    make_batch,
+    missing_column,
+    read_file,
+)
+
+logger = logging.getLogger(__name__)
+
+STDLIB_NAME = "python_stdlib"
+STDLIB_SPLITS = ("train", "validation")
+STDLIB_VALIDATION_PERCENT = 5
+_STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+){0,2}")
+
+
+class DocumentSource(Protocol):
+    """Something that yields documents in a fixed order."""
+
+    name: str
+
+    def fingerprint(self) -> list[Any]:
+        """Changes whenever the documents may have changed; json-serialisable."""
+
+    def size(self) -> int:
+        """Bytes on disk, roughly; decides how many processes tokenise."""
+
+    def batches(self, text_key: str) -> Iterator[pa.RecordBatch]:
+        """Checked documents in batches of `readers.TEXT_SCHEMA`."""
+
+
+class FileSource:
+    """One local file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+        file_format(path)
+
+    def fingerprint(self) -> list[Any]:
+        """Absolute path, size and time of the last change."""
+        stat = self.path.stat()
+        return [str(self.path.absolute()), stat.st_size, stat.st_mtime_ns]
+
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        return self.path.stat().st_size
+
+    def batches(self, text_key: str) -> Iterator[pa.RecordBatch]:
+        """The file's documents."""
+        return read_file(self.path, self.name, text_key)
+
+
+class StandardLibrarySource:
+    """The Python sources of the running interpreter's standard library: real text on every machine.
+
+    A file belongs to `validation` when the hash of its relative name says so (5 %), else to `train`. Empty
+    and undecodable files, tests and installed packages are left out.
+    """
+
+    def __init__(self, split: str) -> None:
+        if split not in STDLIB_SPLITS:
+            raise DataError(
+                f"{STDLIB_NAME} has no split {split!r}; write "
+                f"{' or '.join(f'{STDLIB_NAME}:{known}' for known in STDLIB_SPLITS)}."
+            )
+        self.name = f"{STDLIB_NAME}:{split}"
+        self.root = Path(sysconfig.get_path("stdlib"))
+        self.files = [name for name in _standard_library_files(self.root) if _stdlib_split(name) == split]
+        if not self.files:
+            raise DataError(
+                f"{self.name}: no Python sources under {self.root} (the interpreter may ship them compiled or "
+                "zipped). Give files of your own in data.train_files and data.val_files."
+            )
+
+    def fingerprint(self) -> list[Any]:
+        """Name, size and time of the last change of every file."""
+        stats = [(name, (self.root / name).stat()) for name in self.files]
+        return [self.name, str(self.root), *([name, s.st_size, s.st_mtime_ns] for name, s in stats)]
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum((self.root / name).stat().st_size for name in self.files)
+
+    def batches(self, text_key: str) -> Iterator[pa.RecordBatch]:
+        """One document per source file, called `python_stdlib/<relative path>`."""
+        if text_key != "text":
+            raise DataError(missing_column(self.name, text_key, ["text"]))
+        for name in self.files:
+            try:
+                text = (self.root / name).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                logger.debug("%s: left out %s: %s", self.name, name, error)
+                continue
+            if text.strip():
+                yield make_batch([text], np.zeros(1, np.int64), f"{STDLIB_NAME}/{name}")
+
+
+class HubSource:
+    """A dataset of the Hugging Face hub: `org/name`, `org/name:split` or `org/name:config:split`."""
+
+    def __init__(self, spec: str, default_split: str, key: str) -> None:
+        self.name = spec
+        repo, *rest = spec.split(":")
+        split = rest[-1] if rest else default_split
+        self.dataset = _load_hub_dataset(repo, rest[0] if len(rest) == 2 else None, split, spec, key)
+
+    def fingerprint(self) -> list[Any]:
+        """The cached Arrow files, whose paths carry the dataset's revision."""
+        files = [Path(entry["filename"]) for entry in self.dataset.cache_files]
+        return [self.name, len(self.dataset), *([str(f), f.stat().st_size] for f in files)]
+
+    def size(self) -> int:
+        """Bytes of the dataset as downloaded, 0 when unknown."""
+        return int(self.dataset.info.dataset_size or 0)
+
+    def batches(self, text_key: str) -> Iterator[pa.RecordBatch]:
+        """The dataset's documents."""
+        check_column(self.dataset.features.arrow_schema, text_key, self.name)
+        texts = self.dataset.select_columns([text_key]).with_format("arrow")
+        start = 0
+        for table in texts.iter(batch_size=BATCH_ROWS):
+            rows = np.arange(start, start + len(table), dtype=np.int64)
+            start += len(table)
+            column = table.column(0).cast(pa.large_string()).combine_chunks()
+            yield make_batch(column, rows, self.name)
+
+
+def resolve_sources(names: Iterable[str], *, key: str, default_split: str) -> list[DocumentSource]:
+    """Find everything `names` stands for, in the order given; inside directories and globs sorted by path.
+
+    Args:
+        names: files, directories (searched recursively), globs, hub dataset ids, `python_stdlib[:split]`.
+        key: dotted key the names came from, for messages.
+        default_split: split of `python_stdlib` and of hub datasets named without one.
+
+    Raises:
+        DataError: nothing is there, a directory or glob is empty, or a format is not supported.
+    """
+    sources: list[DocumentSource] = []
+    for name in names:
+        sources.extend(_resolve(name, key, default_split))
+    if not sources:
+        raise DataError(f"{key} is empty: give files, a directory, a hub dataset id, or {STDLIB_NAME}.")
+    repeated = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
+    if repeated:
+        raise DataError(f"{key} names {repeated[0]} more than once; its documents would count several times.")
+    return sources
+
+
+def iterate_texts(sources: Iterable[DocumentSource], text_key: str) -> Iterator[str]:
+    """All texts, one by one, in document order."""
+    for source in sources:
+        for batch in source.batches(text_key):
+            yield from batch.column(0).to_pylist()
+
+
+def write_texts(sources: Iterable[DocumentSource], text_key: str, path: Path) -> int:
+    """Write all documents to one Arrow stream file of `TEXT_SCHEMA`; returns how many there were."""
+    documents = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, TEXT_SCHEMA) as writer:
+        for batch in _merged(batch for source in sources for batch in source.batches(text_key)):
+            writer.write_batch(batch)
+            documents += len(batch)
+    return documents
+
+
+def _merged(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Join small batches: thousands of one-document files must not become thousands of Arrow chunks."""
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        pending.append(batch)
+        rows, size = sum(map(len, pending)), sum(item.nbytes for item in pending)
+        if rows >= BATCH_ROWS or size > BATCH_CHARACTERS:
+            yield pa.concat_batches(pending)
+            pending = []
+    if pending:
+        yield pa.concat_batches(pending)
+
+
+def _resolve(name: str, key: str, default_split: str) -> list[DocumentSource]:
+    if name == STDLIB_NAME or name.startswith(f"{STDLIB_NAME}:"):
+        return [StandardLibrarySource(name.partition(":")[2] or default_split)]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return [FileSource(file) for file in _directory_files(path, key)]
+    if path.exists():
+        return [FileSource(path)]
+    if glob.has_magic(name) and not _HUB_ID.fullmatch(name):
+        return [FileSource(file) for file in _glob_files(str(path), key)]
+    if _HUB_ID.fullmatch(name) and not name.lower().endswith(SUPPORTED):
+        return [HubSource(name, default_split, key)]
+    raise DataError(f"{key}: {name} does not exist.{nearest_paths(path)}")
+
+
+def _directory_files(directory: Path, key: str) -> list[Path]:
+    found, others = [], Counter[str]()
+    for parent, folders, files in os.walk(directory):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        for file in files:
+            if file.startswith("."):
+                continue
+            if file.lower().endswith(SUPPORTED):
+                found.append(Path(parent) / file)
+            else:
+                others[Path(file).suffix or file] += 1
+    skipped = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+    if not found:
+        raise DataError(
+            f"{key}: directory {directory} holds no document files ({', '.join(SUPPORTED)}), also not further "
+            f"down; it holds {skipped or 'nothing'}."
+        )
+    if skipped:
+        logger.warning("%s: left out files of other kinds in %s: %s", key, directory, skipped)
+    return sorted(found)
+
+
+def _glob_files(pattern: str, key: str) -> list[Path]:
+    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+    files = sorted(match for match in matches if match.is_file())
+    if not files:
+        raise DataError(f"{key}: no file matches {pattern}. Check the pattern and the working directory.")
+    return files
+
+
+def nearest_paths(path: Path) -> str:
+    """A sentence on what exists close to a path that does not."""
+    parent = path.absolute().parent
+    missing = path.name
+    while not parent.is_dir():
+        missing, parent = parent.name, parent.parent
+    try:
+        existing = sorted(os.listdir(parent))
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(missing, existing, n=3, cutoff=0.5)
+    if near:
+        return " Nearest existing: " + ", ".join(str(parent / name) for name in near) + "."
+    return f" {parent} exists, but holds nothing with a name like {missing!r}."
+
+
+def _load_hub_dataset(repo: str, config: str | None, split: str, spec: str, key: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(repo, config, split=split)
+    except Exception as error:  # the hub client raises many unrelated types; all mean "could not get it"
+        raise DataError(
+            f"{key}: {spec} is no local path, and the hub dataset {repo!r} (split {split!r}) could not be loaded: "
+            f"{type(error).__name__}: {error}.{nearest_paths(Path(repo))} Hub names are org/name, org/name:split or "
+            "org/name:config:split. Without network access, copy the data here as parquet, jsonl or txt files and "
+            f"give their path in {key}."
+        ) from error
+
+
+def _standard_library_files(root: Path) -> list[str]:
+    names = []
+    for parent, folders, files in os.walk(root):
+        folders[:] = [folder for folder in folders if folder not in _STDLIB_SKIPPED]
+        names += [
+            (Path(parent) / file).relative_to(root).as_posix() for file in files if file.endswith(".py")
+        ]
+    return sorted(names)
+
+
+def _stdlib_split(name: str) -> str:
+    draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
+    return "validation" if draw < STDLIB_VALIDATION_PERCENT else "train"

@@ -1,0 +1,121 @@
+"""Tokenizers by name: an existing one, plain bytes, or a byte-level BPE trained on the documents."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers as backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from refine_verl.data.errors import DataError
+from refine_verl.data.sources import nearest_paths
+
+logger = logging.getLogger(__name__)
+
+EOS_TOKEN = "<|endoftext|>"
+SMALLEST_BPE = 257  # 256 bytes and the end-of-sequence token
+
+
+def load_tokenizer(
+    spec: str, corpus_texts: Iterable[str] | None = None, out_dir: str | Path | None = None
+) -> PreTrainedTokenizerBase:
+    """Load or make a tokenizer.
+
+    Args:
+        spec: a directory or hub id; `bytes` (token i is byte i, 256 is end-of-sequence); or `bpe:SIZE`, a
+            byte-level BPE of SIZE entries (the bytes and end-of-sequence among them) trained on `corpus_texts`.
+        corpus_texts: documents for `bpe:SIZE` (see `prepare.iterate_split_texts`); not read otherwise.
+        out_dir: where a tokenizer made here is saved, so that `AutoTokenizer` loads it; None saves nothing.
+
+    Raises:
+        DataError: nothing loadable at `spec`, a SIZE that makes no sense, or no text to train on.
+    """
+    if spec == "bytes":
+        return _finish(_byte_tokenizer(), out_dir)
+    if spec == "bpe" or spec.startswith("bpe:"):
+        return _finish(_train_bpe(_bpe_size(spec), corpus_texts), out_dir)
+    try:
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    except Exception as error:  # the loader raises many unrelated types; all mean "no tokenizer there"
+        path = Path(spec).expanduser()
+        if path.is_dir():
+            files = ", ".join(sorted(item.name for item in path.iterdir())[:12]) or "nothing"
+            raise DataError(
+                f"no tokenizer can be loaded from {path}: {error} The directory holds: {files}. It needs "
+                "tokenizer.json and tokenizer_config.json (save_pretrained writes them)."
+            ) from error
+        raise DataError(
+            f"tokenizer {spec!r} is neither a directory nor a hub id that can be loaded: {error}{nearest_paths(path)} "
+            "Without network access give a local directory, or use bytes or bpe:SIZE."
+        ) from error
+
+
+def _bpe_size(spec: str) -> int:
+    if not re.fullmatch(r"bpe:\d+", spec) or int(spec[4:]) < SMALLEST_BPE:
+        raise DataError(
+            f"tokenizer {spec!r}: write bpe:SIZE with SIZE at least {SMALLEST_BPE} (256 bytes and "
+            "end-of-sequence), for example bpe:4096."
+        )
+    return int(spec[4:])
+
+
+def _byte_tokenizer() -> backend.Tokenizer:
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    return _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+
+
+def _train_bpe(size: int, corpus_texts: Iterable[str] | None) -> backend.Tokenizer:
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    read = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal read
+        for text in corpus_texts or ():
+            read += 1
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not read:
+        raise DataError(
+            f"tokenizer bpe:{size} is trained on documents, but there are none: set data.train_files."
+        )
+    if tokenizer.get_vocab_size() < size:
+        logger.warning(
+            "tokenizer bpe:%d has only %d entries: the documents hold no more repeated pairs",
+            size,
+            tokenizer.get_vocab_size(),
+        )
+    return tokenizer
+
+
+def _byte_level(model: models.Model) -> backend.Tokenizer:
+    tokenizer = backend.Tokenizer(model)
+    # Words are split before merging also where nothing is merged: the model caches words, which is faster.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS_TOKEN])
+    return tokenizer
+
+
+def _finish(tokenizer: backend.Tokenizer, out_dir: str | Path | None) -> PreTrainedTokenizerBase:
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS_TOKEN,
+        pad_token=EOS_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
+    if out_dir is None:
+        return wrapped
+    wrapped.save_pretrained(str(out_dir))
+    return AutoTokenizer.from_pretrained(str(out_dir), trust_remote_code=False)
