@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -247,11 +248,12 @@ def test_stacked_times_name_the_rest(tmp_path: Path) -> None:
     assert [bar.findtext("title") for bar in with_class(figure, "bar")] == [
         f"step {step}\nrollout: 1\nreward: 0.1000\nupdate: 3\nother: 0.6500" for step in (1, 2)
     ]
-    heights = []
-    for part in with_class(with_class(figure, "bar")[0], "fill"):
-        bottom, top = (float(piece.split("V")[-1].split("H")[0].split()[-1]) for piece in (
-            (part.get("d") or "").split("V")[0], (part.get("d") or "").split("H")[0]))  # fmt: skip
-        heights.append(bottom - top)
+    shapes = [part.get("d") or "" for part in with_class(with_class(figure, "bar")[0], "fill")]
+    matches = [re.fullmatch(r"M\S+ (\S+)V(\S+)H\S+V\1Z", shape) for shape in shapes]
+    spans = [(float(match[1]), float(match[2])) for match in matches if match]
+    assert len(spans) == 4
+    assert [bottom for bottom, _ in spans[1:]] == [top for _, top in spans[:-1]]  # one on top of the other
+    heights = [bottom - top for bottom, top in spans]
     assert heights[2] / heights[0] == pytest.approx(3.0, rel=0.01)
     assert heights[3] / heights[0] == pytest.approx(0.65, rel=0.02)
 
