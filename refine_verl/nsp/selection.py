@@ -153,8 +153,8 @@ def select_positions(
     if length < needed:
         raise ValueError(
             f"a document of {length} tokens is too short: at least {needed} are needed (chunks + "
-            f"rollout_length), one position in each of {chunks} chunks plus {rollout_length} tokens after the "
-            "last one"
+            f"rollout_length), one position in each of {chunks} chunks plus {rollout_length} tokens after "
+            "the last one"
         )
     draws = _as_uniforms(uniforms, chunks)
     smoothed = smooth_token_entropy(

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from reference import nsp as reference
+from scipy.stats import chisquare
+
+from refine_verl.nsp import STRATEGIES, chunk_bounds, minimum_length, position_uniforms, select_positions
+
+# Documents; with three chunks each that is 30 000 draws.
+DRAWS = 10_000
+
+
+def counts(entropy: torch.Tensor, documents: int = DRAWS, **settings: object) -> np.ndarray:
+    """How often each position is chosen, over the uniforms of many documents: int `[T]`."""
+    chosen = np.zeros(len(entropy), dtype=np.int64)
+    chunks = int(settings["chunks"])  # type: ignore[call-overload]
+    for document in range(documents):
+        draws = position_uniforms(7, 3, document, chunks)
+        np.add.at(chosen, select_positions(entropy, uniforms=draws, **settings).numpy(), 1)  # type: ignore[arg-type]
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def entropy() -> torch.Tensor:
+    return 2 * torch.rand(17, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def chi_square_p(observed: np.ndarray, probabilities: list[dict[int, float]]) -> float:
+    """Smallest p-value over the chunks, and no position outside them was ever chosen."""
+    p_values = []
+    for chunk in probabilities:
+        expected = np.array(list(chunk.values())) * DRAWS
+        p_values.append(chisquare(observed[list(chunk)], expected).pvalue)
+    assert observed.sum() == DRAWS * len(probabilities)
+    assert observed[[t for chunk in probabilities for t in chunk]].sum() == observed.sum()
+    return float(min(p_values))
+
+
+@pytest.mark.parametrize("anchor", ["prediction", "token"])
+def test_entropy_strategy_draws_from_eq_6(entropy: torch.Tensor, anchor: str) -> None:
+    settings = {"chunks": 3, "rollout_length": 3, "anchor": anchor, "temperature": 0.5, "window": 2}
+    observed = counts(entropy, strategy="entropy", **settings)
+    expected = reference.chunk_probabilities(entropy.tolist(), 3, 3, anchor, 0.5, 2)
+    assert chi_square_p(observed, expected) > 1e-3
+    # Negative controls: another temperature, anchor or window is told apart.
+    other = {"prediction": "token", "token": "prediction"}[anchor]
+    for wrong in ((anchor, 0.6, 2), (other, 0.5, 2), (anchor, 0.5, 3)):
+        assert chi_square_p(observed, reference.chunk_probabilities(entropy.tolist(), 3, 3, *wrong)) < 1e-6
+
+
+def test_uniform_strategy_is_uniform_within_each_chunk(entropy: torch.Tensor) -> None:
+    observed = counts(entropy, strategy="uniform", chunks=3, rollout_length=3)
+    expected = [{t: 1 / (b - a) for t in range(a, b)} for a, b in chunk_bounds(14, 3)]
+    assert chi_square_p(observed, expected) > 1e-3
+    assert (
+        chi_square_p(observed, reference.chunk_probabilities(entropy.tolist(), 3, 3, "token", 2.0, 3)) < 1e-6
+    )
+
+
+@pytest.mark.parametrize(("strategy", "pick"), [("max_entropy", max), ("min_entropy", min)])
+def test_extreme_strategies_ignore_the_draws(entropy: torch.Tensor, strategy: str, pick: object) -> None:
+    observed = counts(entropy, 50, strategy=strategy, chunks=3, rollout_length=3, window=2)
+    smoothed = reference.smooth_entropies(entropy.tolist(), 2)
+    best = [pick(range(a, b), key=lambda t: smoothed[t + 1]) for a, b in chunk_bounds(14, 3)]  # type: ignore[operator]
+    assert observed[best].tolist() == [50, 50, 50]
+    assert observed.sum() == 150
+
+
+@pytest.mark.parametrize("strategy", ["max_entropy", "min_entropy"])
+def test_ties_go_to_the_lowest_index(strategy: str) -> None:
+    positions = select_positions(
+        torch.ones(20), chunks=3, rollout_length=2, strategy=strategy, uniforms=[0.9, 0.9, 0.9]
+    )
+    assert positions.tolist() == [0, 6, 12]
+
+
+def test_eq_6_by_hand() -> None:
+    """H = ln 1, ln 2, ln 1 gives 1/4, 1/2, 1/4 at tau 1 and 1/6, 4/6, 1/6 at tau 1/2."""
+    entropy = torch.tensor([math.nan, 0.0, math.log(2), 0.0])
+
+    def choose(uniform: float, temperature: float) -> int:
+        return int(
+            select_positions(
+                entropy, chunks=1, rollout_length=1, temperature=temperature, window=1, uniforms=[uniform]
+            )
+        )
+
+    assert [choose(u, 1.0) for u in (0.0, 0.249, 0.251, 0.749, 0.751, 1 - 2**-53)] == [0, 0, 1, 1, 2, 2]
+    assert [choose(u, 0.5) for u in (0.0, 0.166, 0.167, 0.833, 0.834)] == [0, 0, 1, 1, 2]
+
+
+def test_anchors_differ_by_one_place() -> None:
+    """The uncertain token is the first one to be predicted, or the last one of the prefix."""
+    entropy = torch.zeros(30)
+    entropy[11] = 9.0
+    found = {
+        anchor: select_positions(
+            entropy,
+            chunks=1,
+            rollout_length=4,
+            strategy="max_entropy",
+            anchor=anchor,
+            window=1,
+            uniforms=[0.0],
+        ).item()
+        for anchor in ("prediction", "token")
+    }
+    assert found == {"prediction": 10, "token": 11}
+
+
+@pytest.mark.parametrize("strategy", ["entropy", "uniform"])
+@pytest.mark.parametrize("anchor", ["prediction", "token"])
+def test_first_and_last_valid_positions_are_reachable(strategy: str, anchor: str) -> None:
+    settings = {"chunks": 2, "rollout_length": 5, "strategy": strategy, "anchor": anchor}
+    entropy = torch.rand(23)
+    lowest = select_positions(entropy, uniforms=[0.0, 0.0], **settings)  # type: ignore[arg-type]
+    highest = select_positions(entropy, uniforms=[1 - 2**-53] * 2, **settings)  # type: ignore[arg-type]
+    assert lowest.tolist() == [0, 9]
+    assert highest.tolist() == [8, 17]  # 17 = T - 1 - k
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("anchor", ["prediction", "token"])
+@pytest.mark.parametrize(("chunks", "rollout_length"), [(1, 1), (1, 5), (8, 5)])
+def test_shortest_document_leaves_no_choice(
+    strategy: str, anchor: str, chunks: int, rollout_length: int
+) -> None:
+    length = minimum_length(chunks, rollout_length)
+    assert length == chunks + rollout_length
+    positions = select_positions(
+        torch.rand(length),
+        chunks=chunks,
+        rollout_length=rollout_length,
+        strategy=strategy,
+        anchor=anchor,
+        uniforms=np.full(chunks, 0.999),
+    )
+    assert positions.dtype == torch.int64
+    assert positions.tolist() == list(range(chunks))
+
+
+def test_one_token_too_few_says_what_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"12 tokens is too short: at least 13 .*8 chunks plus 5 tokens"):
+        select_positions(torch.rand(12), chunks=8, rollout_length=5, uniforms=np.zeros(8))
+
+
+@pytest.mark.parametrize(("num_valid", "chunks"), [(1, 1), (10, 1), (10, 3), (11, 3), (8, 8), (16379, 8)])
+def test_chunks_cover_everything_and_are_equal_up_to_one(num_valid: int, chunks: int) -> None:
+    bounds = chunk_bounds(num_valid, chunks)
+    assert [t for start, stop in bounds for t in range(start, stop)] == list(range(num_valid))
+    sizes = [stop - start for start, stop in bounds]
+    assert len(sizes) == chunks
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_chunks_cannot_be_empty() -> None:
+    with pytest.raises(ValueError, match="3 valid positions cannot be split into 4"):
+        chunk_bounds(3, 4)
+    with pytest.raises(ValueError, match="chunks must be at least 1, got 0"):
+        chunk_bounds(3, 0)
+
+
+def test_window_defaults_to_the_rollout_length() -> None:
+    entropy = torch.rand(60, generator=torch.Generator().manual_seed(0))
+    settings = {"chunks": 2, "rollout_length": 6, "strategy": "max_entropy", "uniforms": [0.0, 0.0]}
+    default = select_positions(entropy, **settings)  # type: ignore[arg-type]
+    assert torch.equal(default, select_positions(entropy, window=6, **settings))  # type: ignore[arg-type]
+    assert not torch.equal(default, select_positions(entropy, window=1, **settings))  # type: ignore[arg-type]
+
+
+def test_extreme_temperature_and_broken_entropies_stay_valid() -> None:
+    cold = torch.zeros(20)
+    cold[7] = 1.0
+    positions = select_positions(
+        cold, chunks=1, rollout_length=2, temperature=1e-300, window=1, uniforms=[0.999]
+    )
+    assert positions.tolist() == [6]
+    for broken in (math.nan, math.inf, -math.inf):
+        positions = select_positions(
+            torch.full((20,), broken), chunks=2, rollout_length=2, uniforms=[0.0, 1 - 2**-53]
+        )
+        assert positions.tolist() == [0, 17]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"strategy": "max_entopy"},
+            r"'max_entopy': known are entropy, max_entropy.*did you mean 'max_entropy'",
+        ),
+        ({"anchor": "tokens"}, "known are prediction, token; did you mean 'token'"),
+        ({"temperature": 0.0}, "greater than 0, got 0.0.*max_entropy"),
+        ({"temperature": math.nan}, "greater than 0"),
+        ({"chunks": 0}, "chunks must be at least 1, got 0"),
+        ({"rollout_length": 0}, "rollout_length must be at least 1, got 0"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"uniforms": [0.5]}, r"shape \[2\], one per chunk, got \[1\]"),
+        ({"uniforms": [0.5, 1.0]}, r"\[0, 1\)"),
+    ],
+)
+def test_bad_settings_are_refused(changed: dict[str, object], message: str) -> None:
+    settings: dict[str, object] = {"chunks": 2, "rollout_length": 3, "uniforms": [0.1, 0.2]}
+    with pytest.raises(ValueError, match=message):
+        select_positions(torch.rand(20), **(settings | changed))  # type: ignore[arg-type]
