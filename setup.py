@@ -52,7 +52,7 @@ EXTRAS = {
 setup(
     name="refine_verl",
     version=VERSION,
-    description="REFINE: reinforcement learning on next-sequence prediction for fast-weight language models, on verl",
+    description="Reinforcement learning on next-sequence prediction for fast-weight language models, on verl",
     long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -141,8 +141,16 @@ def _check_bounds(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def _type_name(kinds: tuple[Any, ...]) -> str:
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
-    return " or ".join(names.get(kind, "a mapping" if typing.get_origin(kind) is dict else str(kind)) for kind in kinds)
+    names = {
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        types.NoneType: "null",
+    }
+    return " or ".join(
+        names.get(kind, "a mapping" if typing.get_origin(kind) is dict else str(kind)) for kind in kinds
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,18 +165,24 @@ class NSPSettings(Settings):
     rollout_length: int = option(
         5, "k: tokens generated after each position (Eq. 7)", at_least=1, paper="5 (Tab. 2)"
     )
-    rollouts_per_position: int = option(1, "n: rollouts generated from each position", at_least=1, paper="1 (Tab. D.1)")
+    rollouts_per_position: int = option(
+        1, "n: rollouts generated from each position", at_least=1, paper="1 (Tab. D.1)"
+    )
     selection: str = option(
         "entropy", "how the position is drawn within its chunk", choices=SELECTIONS, paper="entropy (Eq. 6)"
     )
     anchor: str = option(
         "prediction",
-        "which token the entropy belongs to: the rollout's first token (prediction) or the prefix's last (token)",
+        "which token the entropy belongs to: the rollout's first token (prediction) or the prefix's "
+        "last (token)",
         choices=ANCHORS,
         paper="token (Eq. 5-7); the authors' code: prediction",
     )
     entropy_temperature: float = option(
-        1.0, "tau of the softmax over a chunk's entropies (Eq. 6); only for selection=entropy", above=0, paper="1"
+        1.0,
+        "tau of the softmax over a chunk's entropies (Eq. 6); only for selection=entropy",
+        above=0,
+        paper="1",
     )
     smoothing_window: int | None = option(
         None, "width of the average pooling over entropies; null: rollout_length", at_least=1, paper="k"
@@ -212,7 +226,8 @@ class NSPSettings(Settings):
         if self.selection != "entropy" and self.entropy_temperature != 1.0:
             raise ConfigError(
                 "refine.nsp.entropy_temperature",
-                f"has no effect with refine.nsp.selection={self.selection}: remove it or set selection=entropy.",
+                f"has no effect with refine.nsp.selection={self.selection}: remove it or set "
+                f"selection=entropy.",
             )
         if "." not in self.reward and ":" not in self.reward:
             hint = did_you_mean(self.reward, REWARDS)
@@ -231,14 +246,20 @@ class LossSettings(Settings):
     SECTION: ClassVar[str] = "refine.loss"
 
     rl_coef: float = option(
-        0.2, "lambda_RL, weight of the policy loss; 0 turns RL off", at_least=0, paper="0.2; test time 0.4 (Tab. D.1)"
+        0.2,
+        "lambda_RL, weight of the policy loss; 0 turns RL off",
+        at_least=0,
+        paper="0.2; test time 0.4 (Tab. D.1)",
     )
-    sft_coef: float = option(1.0, "lambda_SFT, weight of the next-token loss", at_least=0, paper="1 (Tab. D.1)")
+    sft_coef: float = option(
+        1.0, "lambda_SFT, weight of the next-token loss", at_least=0, paper="1 (Tab. D.1)"
+    )
 
     def _check_rules(self) -> None:
         if self.rl_coef == 0 and self.sft_coef == 0:
             raise ConfigError(
-                "refine.loss", "rl_coef and sft_coef are both 0, so there is nothing to learn. Raise one of them."
+                "refine.loss",
+                "rl_coef and sft_coef are both 0, so there is nothing to learn. Raise one of them.",
             )
 
 
@@ -251,10 +272,16 @@ class RefineSettings(Settings):
     nsp: NSPSettings = dataclasses.field(default_factory=NSPSettings)
     loss: LossSettings = dataclasses.field(default_factory=LossSettings)
     ppo_mini_batch_size: int = option(
-        32, "sequences per optimiser step, over all workers", at_least=1, paper="32; post-training 16; test time 4"
+        32,
+        "sequences per optimiser step, over all workers",
+        at_least=1,
+        paper="32; post-training 16; test time 4",
     )
     warmup_steps: int = option(
-        0, "first steps of a run with the next-token loss only (a base model in the same run)", at_least=0, paper="0"
+        0,
+        "first steps of a run with the next-token loss only (a base model in the same run)",
+        at_least=0,
+        paper="0",
     )
 
     def _check_rules(self) -> None:
@@ -262,7 +289,8 @@ class RefineSettings(Settings):
         if loss.sft_coef == 0 and self.warmup_steps > 0:
             raise ConfigError(
                 "refine.warmup_steps",
-                f"{self.warmup_steps} warm-up steps train on the next-token loss only, but refine.loss.sft_coef=0. "
+                f"{self.warmup_steps} warm-up steps train on the next-token loss only, but "
+                f"refine.loss.sft_coef=0. "
                 "Set one of them to another value.",
             )
         if loss.rl_coef == 0:
@@ -270,13 +298,15 @@ class RefineSettings(Settings):
         if nsp.group == "position" and nsp.rollouts_per_position == 1:
             raise ConfigError(
                 "refine.nsp.group",
-                "'position' compares the rollouts of one position, but refine.nsp.rollouts_per_position=1 leaves "
+                "'position' compares the rollouts of one position, but "
+                "refine.nsp.rollouts_per_position=1 leaves "
                 "nothing to compare. Set refine.nsp.rollouts_per_position to 2 or more, or group=sequence.",
             )
         if nsp.chunks * nsp.rollouts_per_position == 1:
             raise ConfigError(
                 "refine.nsp.chunks",
-                "one chunk with one rollout leaves nothing to compare a reward with. Raise refine.nsp.chunks or "
+                "one chunk with one rollout leaves nothing to compare a reward with. Raise "
+                "refine.nsp.chunks or "
                 "refine.nsp.rollouts_per_position, or set refine.loss.rl_coef=0.",
             )
 
@@ -293,7 +323,9 @@ class ModelSettings(Settings):
         "directory or hub id, bytes, or bpe:SIZE (trained on the training text); null: the model's own",
     )
     config: dict[str, Any] = option({}, "configuration of a model with random weights; presets fill it in")
-    config_tokenizer: str | None = option(None, "the tokenizer that belongs to model.config; presets fill it in")
+    config_tokenizer: str | None = option(
+        None, "the tokenizer that belongs to model.config; presets fill it in"
+    )
     activation_checkpointing: str = option(
         "none",
         "segment: recompute each segment of the document in the backward pass, for long documents",
@@ -321,7 +353,8 @@ class ModelSettings(Settings):
         if self.random_weights and not self.config:
             raise ConfigError(
                 "model.path",
-                "no model given. Set model.path=DIR_OR_HUB_ID, or choose a preset with random weights, such as "
+                "no model given. Set model.path=DIR_OR_HUB_ID, or choose a preset with random "
+                "weights, such as "
                 "model=tiny_deltanet.",
             )
         if self.tokenizer_source is None:
@@ -347,7 +380,8 @@ class SettingInfo:
 
 
 def list_settings(*sections: type[Settings]) -> Iterator[SettingInfo]:
-    """Every key of `sections` (default: all), in the order of the code; docs/recipes.md must agree with it."""
+    """Every key of `sections` (default: all), in the order of the code; docs/recipes.md must agree "
+    "with it."""
     for section in sections or SECTIONS:
         for field in dataclasses.fields(section):
             if "help" not in field.metadata:

@@ -1,0 +1,261 @@
+"""From recipe names and `key=value` overrides to one configuration, with Hydra.
+
+The primary configuration is `conf/refine.yaml`: verl's own tree, then REFINE's sections, then a model preset,
+then a recipe. Recipes (group `recipe`) and presets (group `model`) are plain YAML files, shipped with the
+package or found in the directories of REFINE_RECIPES_PATH: `DIR/NAME.yaml` is a recipe, `DIR/model/NAME.yaml` a
+preset. Nothing here imports torch, ray or verl, except to look for GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from refine_verl.config import ConfigError, ModelSettings, RefineSettings
+
+PACKAGE = Path(__file__).parent
+CONFIG_DIR = PACKAGE / "conf"
+CONFIG_NAME = "refine"
+RECIPES_PATH_VARIABLE = "REFINE_RECIPES_PATH"
+GROUPS = {"recipe": "_global_", "model": "model"}
+"""Hydra groups of ours, with the place in the configuration that their files describe."""
+
+MAX_NAME = 120
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigFile:
+    """A recipe or preset on disk."""
+
+    group: str
+    name: str
+    path: Path
+    content: DictConfig
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the comment at the top of the file."""
+        lines = []
+        for line in self.path.read_text().splitlines():
+            if not line.startswith("#"):
+                break
+            lines.append(line.lstrip("# ").strip())
+        return re.split(r"\.\s+(?=[A-Z])", " ".join(lines))[0].removesuffix(".")
+
+
+def register_configs(environment: Mapping[str, str] = os.environ) -> list[ConfigFile]:
+    """Make recipes and presets known to Hydra; safe to call again.
+
+    Raises:
+        ConfigError: a directory of REFINE_RECIPES_PATH does not exist, a file is not a YAML mapping, or two
+            files of a group have the same name.
+    """
+    _register_sections()
+    store = ConfigStore.instance()
+    for group in GROUPS:
+        store.repo.pop(group, None)
+    files = find_configs(environment)
+    for file in files:
+        store.store(
+            group=file.group,
+            name=file.name,
+            node=file.content,
+            package=GROUPS[file.group],
+            provider=str(file.path),
+        )
+    return files
+
+
+def _register_sections() -> None:
+    """What `conf/*.yaml` refers to: the resolvers, and our sections with the defaults of the dataclasses."""
+    OmegaConf.register_new_resolver("verl_config_dir", verl_config_dir, replace=True)
+    OmegaConf.register_new_resolver("refine_auto", _automatic, replace=True)
+    sections = {"refine": dataclasses.asdict(RefineSettings()), "model": _model_defaults()}
+    store = ConfigStore.instance()
+    store.store(name="refine_sections", node=OmegaConf.create(sections), provider="refine_verl")
+
+
+def find_configs(environment: Mapping[str, str] = os.environ) -> list[ConfigFile]:
+    """All recipes and presets: the shipped ones, then those of REFINE_RECIPES_PATH.
+
+    Raises:
+        ConfigError: see `register_configs`.
+    """
+    places = [("recipe", PACKAGE / "recipes"), ("model", PACKAGE / "presets")]
+    for entry in environment.get(RECIPES_PATH_VARIABLE, "").split(os.pathsep):
+        if not entry.strip():
+            continue
+        directory = Path(entry.strip()).expanduser()
+        if not directory.is_dir():
+            raise ConfigError(RECIPES_PATH_VARIABLE, f"{directory} is not a directory.")
+        places += [("recipe", directory), ("model", directory / "model")]
+    found: dict[tuple[str, str], ConfigFile] = {}
+    for group, directory in places:
+        for path in sorted(directory.glob("*.yaml")):
+            file = ConfigFile(group=group, name=path.stem, path=path, content=_load_mapping(path))
+            other = found.setdefault((group, file.name), file)
+            if other.path.resolve() != path.resolve():
+                raise ConfigError(
+                    RECIPES_PATH_VARIABLE,
+                    f"{group} {file.name!r} is defined twice, in {other.path} and {path}. Rename one "
+                    f"of them.",
+                )
+    return list(found.values())
+
+
+def read_config_dir(directory: Path) -> list[ConfigFile]:
+    """The recipes and presets of a directory in Hydra's own layout (`--config-dir`)."""
+    return [
+        ConfigFile(group=group, name=path.stem, path=path, content=_load_mapping(path))
+        for group in GROUPS
+        for path in sorted((directory / group).glob("*.yaml"))
+    ]
+
+
+def _load_mapping(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(str(path), "must hold keys and values, as a mapping.")
+    return content
+
+
+def _model_defaults() -> dict[str, Any]:
+    """ModelSettings' defaults, unchecked: without a preset or a path they are no model yet."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(ModelSettings)
+    }
+
+
+# What the YAML files ask for by interpolation
+
+
+@functools.cache
+def verl_config_dir() -> str:
+    """verl's tree of YAML files, found without importing verl (which takes seconds).
+
+    Raises:
+        ConfigError: verl is not installed.
+    """
+    spec = importlib.util.find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("", "verl is not installed in this Python; run `make venv` or `pip install -e .`.")
+    return str(Path(list(spec.submodule_search_locations)[0]) / "trainer" / "config")
+
+
+def _automatic(what: str) -> str | int:
+    values: dict[str, Callable[[], str | int]] = {
+        "device": lambda: "cuda" if _gpu_count() else "cpu",
+        "workers": lambda: _gpu_count() or 1,
+        "dtype": lambda: "bfloat16" if _gpu_count() else "float32",
+        "experiment": experiment_name,
+        "scratch": _scratch_directory,
+    }
+    return values[what]()
+
+
+@functools.cache
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@functools.cache
+def _scratch_directory() -> str:
+    """A directory that goes away with this process, for what Hydra insists on writing in a multirun."""
+    directory = tempfile.TemporaryDirectory(prefix="refine_verl_")
+    _SCRATCH.append(directory)
+    return directory.name
+
+
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def experiment_name() -> str:
+    """Name of the run: its recipes, and in a multirun the overrides that set this run apart."""
+    if not HydraConfig.initialized():
+        return "run"
+    hydra = HydraConfig.get()
+    given = cast("list[str]", OmegaConf.to_container(hydra.overrides.task, resolve=False))
+    chosen = [item.removeprefix("recipe=") for item in given if item.startswith("recipe=")]
+    recipes = re.findall(r"[^\[\],'\" ]+", chosen[-1] if chosen else "run")
+    overrides = given if "MULTIRUN" in str(hydra.mode) else []
+    parts = [*recipes, *(item for item in overrides if not item.startswith(("recipe=", "trainer.")))]
+    name = re.sub(r"[^\w.=-]+", "-", "_".join(parts)).strip("-")
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[:MAX_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+# Composition inside a process
+
+
+def compose_config(overrides: Iterable[str], config_dirs: Sequence[str | Path] = ()) -> DictConfig:
+    """The configuration that `python -m refine_verl.main OVERRIDES` would see, not yet validated.
+
+    Args:
+        overrides: as on the command line: `recipe=midtrain`, `model.path=DIR`, `refine.nsp.chunks=4`, ...
+        config_dirs: more directories with `recipe/NAME.yaml` and `model/NAME.yaml` (Hydra's `--config-dir`).
+
+    Returns:
+        The configuration without Hydra's own section.
+
+    Raises:
+        hydra.errors.HydraException: names or keys that do not exist, overrides that cannot be read;
+            `messages.readable` puts it for a person.
+        ConfigError: see `register_configs`.
+    """
+    register_configs()
+    config = _compose(CONFIG_NAME, list(overrides), config_dirs)
+    HydraConfig.instance().set_config(config)
+    return without_hydra(config)
+
+
+@functools.cache
+def base_schema() -> DictConfig:
+    """verl's configuration with REFINE's sections and no recipe: the keys that exist. Do not change it."""
+    _register_sections()
+    return without_hydra(_compose("base", [], ()))
+
+
+def _compose(name: str, overrides: list[str], config_dirs: Sequence[str | Path]) -> DictConfig:
+    paths = [f"file://{verl_config_dir()}", *(f"file://{Path(item).absolute()}" for item in config_dirs)]
+    search = f"hydra.searchpath=[{','.join(_quoted(path) for path in paths)}]"
+    hydra = GlobalHydra.instance()
+    outer = hydra.hydra  # inside hydra.main there is one already
+    hydra.clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base=None):
+            return compose(config_name=name, overrides=[*overrides, search], return_hydra_config=True)
+    finally:
+        hydra.hydra = outer
+
+
+def _quoted(path: str) -> str:
+    escaped = path.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A copy without Hydra's own section."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])

@@ -1,0 +1,214 @@
+"""`python -m refine_verl.main recipe=NAME key=value ...`: compose, check, prepare, train.
+
+Exit codes: 0 the run finished, 1 it failed, 2 the configuration or its files are unusable (nothing is
+written then).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from refine_verl.compose import (
+    CONFIG_DIR,
+    CONFIG_NAME,
+    RECIPES_PATH_VARIABLE,
+    ConfigFile,
+    base_schema,
+    find_configs,
+    read_config_dir,
+    register_configs,
+    without_hydra,
+)
+from refine_verl.config import ConfigError, list_settings
+from refine_verl.data import DataError
+from refine_verl.messages import readable
+from refine_verl.validate import validate
+
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+USAGE = f"""\
+python -m refine_verl.main recipe=NAME [model=PRESET] [KEY=VALUE ...]
+
+Trains a fast-weight language model with REFINE on stock verl, on CPU or GPUs.
+
+  python -m refine_verl.main recipe=quickstart
+  python -m refine_verl.main recipe=midtrain model.path=DIR data.train_files=FILES
+  python -m refine_verl.main recipe=[midtrain,mine] refine.nsp.chunks=4
+  python -m refine_verl.main -m recipe=midtrain refine.nsp.chunks=2,4,8 ...    one run per value
+
+  --cfg job --resolve   print the configuration and stop
+  --config-dir DIR      more recipes (DIR/recipe/NAME.yaml, their first line `# @package _global_`) and
+                        presets (DIR/model/NAME.yaml)
+  --hydra-help          Hydra's own options
+
+Recipes of your own: set {RECIPES_PATH_VARIABLE}=DIR[{os.pathsep}DIR...] to directories with NAME.yaml files.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        argv: arguments without the program's name; default: the process's.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _configure_logging()
+    try:
+        if {"-h", "--help"} & set(arguments):
+            _print_help()
+            return 0
+        register_configs()
+        return _run_hydra(arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        return _refuse(error)
+
+
+def _run_hydra(arguments: list[str]) -> int:
+    """Let Hydra parse `arguments` and call `_job`; its errors come out as exceptions instead of its "
+    "own messages."""
+    before = sys.argv, os.environ.get(FULL_ERROR)
+    sys.argv = [sys.argv[0], *arguments]
+    os.environ[FULL_ERROR] = "1"
+    try:
+        hydra.main(config_path=str(CONFIG_DIR), config_name=CONFIG_NAME, version_base=None)(_job)()
+    finally:
+        sys.argv = before[0]
+        _restore_environment(before[1])
+    return 0
+
+
+def _restore_environment(full_error: str | None) -> None:
+    if full_error is None:
+        os.environ.pop(FULL_ERROR, None)
+    else:
+        os.environ[FULL_ERROR] = full_error
+
+
+def _job(config: DictConfig) -> None:
+    """One run of a (multi)run; leaves with SystemExit unless all went well, which also ends a multirun."""
+    code = run(without_hydra(config), _files_in_use())
+    if code:
+        raise SystemExit(code)
+
+
+def run(config: DictConfig, files: Sequence[ConfigFile] = ()) -> int:
+    """Check `config`, prepare its documents and train. Returns the exit code.
+
+    Args:
+        config: as composed, without Hydra's own section.
+        files: recipes and presets that may have contributed, for messages.
+    """
+    try:
+        valid = validate(config, files)
+    except (ConfigError, DataError) as error:
+        return _refuse(error)
+    # Only a sound configuration is worth the seconds that torch, transformers and verl take to load.
+    from refine_verl.models.loading import ModelError
+    from refine_verl.plugin import PluginError
+    from refine_verl.preflight import prepare_run
+    from refine_verl.trainer.launch import train
+    from refine_verl.trainer.refine_trainer import TrainingDiverged
+    from refine_verl.trainer.resources import ResourceError
+
+    try:
+        prepared = prepare_run(valid)
+        run_dir = train(prepared.launch_config(), min_length=prepared.min_length)
+    except (ConfigError, DataError, ModelError) as error:
+        return _refuse(error)
+    except (PluginError, ResourceError, TrainingDiverged) as error:
+        return _fail(str(error))
+    except Exception:
+        traceback.print_exc()
+        return FAILED
+    _say_what_is_where(run_dir)
+    return 0
+
+
+def _say_what_is_where(run_dir: Path) -> None:
+    console = Console(soft_wrap=True)
+    contents = (
+        ("report.html", "curves of the run"),
+        ("model", "the trained model, for AutoModelForCausalLM.from_pretrained"),
+        ("metrics.jsonl", "every metric of every step"),
+        ("config.yaml", "the resolved configuration"),
+    )
+    lines = [f"\nThe run is in {run_dir}"]
+    lines += [f"  {name:<14} {meaning}" for name, meaning in contents if (run_dir / name).exists()]
+    if (run_dir / "model").is_dir():
+        lines += [
+            "Next: go on from this model with documents of your own (parquet, jsonl, txt or a "
+            "directory of them)",
+            f"  python -m refine_verl.main recipe=midtrain model.path={run_dir / 'model'} "
+            f"data.train_files=FILES",
+        ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _files_in_use() -> list[ConfigFile]:
+    files = find_configs()
+    for source in HydraConfig.get().runtime.config_sources:
+        if source.provider == "command-line" and source.schema == "file":
+            files += read_config_dir(Path(source.path))
+    return files
+
+
+def _refuse(error: Exception) -> int:
+    said_by_us = isinstance(error, ValueError) and not isinstance(
+        error, (HydraException, OmegaConfBaseException)
+    )
+    return _fail(str(error) if said_by_us else readable(error, base_schema()), BAD_INPUT)
+
+
+def _fail(message: str, code: int = FAILED) -> int:
+    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
+    return code
+
+
+def _print_help() -> None:
+    console = Console(soft_wrap=True)
+
+    def show(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    show(USAGE)
+    files = find_configs()
+    for title, group in (("Recipes (recipe=NAME)", "recipe"), ("Model presets (model=NAME)", "model")):
+        show(f"{title}:")
+        for file in files:
+            if file.group == group:
+                show(f"  {file.name:<16} {file.summary}")
+        show("")
+    show("Keys (verl's own keys work under verl's names, e.g. actor_rollout_ref.actor.optim.lr=1e-6):")
+    for setting in list_settings():
+        show(
+            f"  {setting.key}={'null' if setting.default is None else setting.default}\n      {setting.help}"
+        )
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("refine_verl").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The last checks before anything starts: the model, the reward, the tokenizer and the documents.
+
+Slower than `validate` (torch, transformers and the user's files are read) but still without Ray and without
+weights. The cache of tokenised documents and `PreparedRun.launch_config`'s directory are written last.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from refine_verl.config import ConfigError
+from refine_verl.data import DataSettings
+from refine_verl.validate import ValidConfig, check_against_verl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from refine_verl.data.prepare import PreparedData
+    from refine_verl.models.loading import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+BPE_TRAINING_CHARACTERS = 20_000_000
+"""Text a tokenizer is trained on at most; more changes a small vocabulary little and costs minutes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that can start.
+
+    Attributes:
+        valid: the configuration and its typed sections.
+        model: what is known of the model before its weights are read.
+        tokenizer: fits the model's vocabulary.
+        train, validation: directories of tokenised documents; validation is None without `data.val_files`.
+    """
+
+    valid: ValidConfig
+    model: ModelInfo
+    tokenizer: PreTrainedTokenizerBase
+    train: PreparedData
+    validation: PreparedData | None
+
+    @property
+    def min_length(self) -> int:
+        """Fewest tokens of a training document."""
+        return self.valid.data.min_length
+
+    def launch_config(self) -> DictConfig:
+        """The configuration with everything in files: what `trainer.launch.train` takes.
+
+        Writes `initial_model/` into the run directory: the tokenizer, and for random weights the model's
+        configuration. verl and its workers read models and tokenizers from directories only.
+        """
+        config = copy.deepcopy(self.valid.config)
+        directory = Path(config.trainer.default_local_dir) / "initial_model"
+        self.tokenizer.save_pretrained(str(directory))
+        config.actor_rollout_ref.model.tokenizer_path = str(directory)
+        if self.valid.model.random_weights:
+            self.model.config.save_pretrained(str(directory))
+            config.actor_rollout_ref.model.path = str(directory)
+        config.data.train_files = [str(self.train.path)]
+        config.data.val_files = [] if self.validation is None else [str(self.validation.path)]
+        return config
+
+
+def prepare_run(valid: ValidConfig) -> PreparedRun:
+    """Check what `valid` refers to, and tokenise the documents.
+
+    Raises:
+        ConfigError, refine_verl.data.DataError, refine_verl.models.loading.ModelError: a reward, a file, a
+            tokenizer or a model that cannot be used.
+    """
+    from refine_verl.models.loading import inspect_model
+
+    info = inspect_model(valid.model.path, valid.model.init_config)
+    _check_reward(valid.refine.nsp.reward)
+    check_against_verl(valid.config)
+    _say_where_weights_come_from(valid, info)
+    tokenizer = _load_tokenizer(valid, info)
+    train = _prepare_training(valid, tokenizer)
+    validation = _prepare_validation(valid.data, tokenizer)
+    return PreparedRun(valid=valid, model=info, tokenizer=tokenizer, train=train, validation=validation)
+
+
+def _check_reward(name: str) -> None:
+    from refine_verl.nsp import validate_reward_name
+
+    try:
+        validate_reward_name(name)
+    except ValueError as error:
+        raise ConfigError("refine.nsp.reward", str(error)) from error
+
+
+def _say_where_weights_come_from(valid: ValidConfig, info: ModelInfo) -> None:
+    if valid.model.random_weights:
+        logger.info("model: %s from random weights (model.path is not set)", info.model_type)
+    elif valid.model.config:
+        logger.info(
+            "model: %s from %s; the preset's model.config is not used", info.model_type, valid.model.path
+        )
+
+
+def _load_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerBase:
+    from refine_verl.data.prepare import iterate_split_texts
+    from refine_verl.data.tokenizers import load_tokenizer
+
+    source = valid.model.tokenizer_source
+    assert source is not None  # ModelSettings has refused it
+    corpus = iterate_split_texts(valid.data, "train", BPE_TRAINING_CHARACTERS)
+    tokenizer = load_tokenizer(source, corpus)
+    if len(tokenizer) > info.vocab_size:
+        raise ConfigError(
+            "model.tokenizer",
+            f"{source} has {len(tokenizer)} tokens, but the model predicts only {info.vocab_size}. "
+            + (
+                "Set model.config.vocab_size to match, or take the model's own tokenizer."
+                if valid.model.random_weights
+                else "Take the model's own tokenizer: leave model.tokenizer out."
+            ),
+        )
+    return tokenizer
+
+
+def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    from refine_verl.data.prepare import prepare
+
+    nsp, batch = valid.refine.nsp, int(valid.config.data.train_batch_size)
+    return prepare(
+        valid.data,
+        "train",
+        tokenizer,
+        minimum_length=nsp.shortest_document,
+        reason=(
+            f"refine.nsp.chunks={nsp.chunks} positions need "
+            f"refine.nsp.rollout_length={nsp.rollout_length} tokens "
+            "after each"
+        ),
+        minimum_sequences=batch,
+        sequences_reason=f"data.train_batch_size={batch}",
+    )
+
+
+def _prepare_validation(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PreparedData | None:
+    """Every document counts that has a token to predict, whatever rollouts need."""
+    from refine_verl.data.prepare import prepare
+
+    if not data.val_files:
+        return None
+    scored = dataclasses.replace(data, min_length=1)
+    return prepare(
+        scored, "validation", tokenizer, minimum_length=2, reason="a token is predicted from the one before"
+    )
