@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fla.models  # noqa: F401  registers fla's model types with transformers
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -52,8 +53,6 @@ def inspect_model(path: str | Path | None, config: dict[str, Any] | None = None)
         ModelError: no such directory, no readable config.json, not a fast-weight model, or one whose kernels only
             run on a GPU while there is none.
     """
-    import fla  # noqa: F401 registers its model types with transformers
-
     overrides = dict(config or {})
     if path is None:
         loaded = _config_from_values(overrides)

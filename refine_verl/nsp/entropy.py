@@ -29,8 +29,17 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     Returns:
         `[...]`, float32, or float64 for float64 logits. Never requires grad: it only chooses positions.
     """
-    probabilities = torch.softmax(logits, dim=-1, dtype=accumulation_dtype(logits))
-    return torch.special.entr(probabilities).sum(dim=-1)
+    # H = log Z - E[l] with l = logits - max: one exp and two reductions, a third of the time of p log p
+    shifted = logits.to(accumulation_dtype(logits))
+    shifted = shifted - shifted.amax(dim=-1, keepdim=True)
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    entropy = total.log() - torch.linalg.vecdot(weights, shifted) / total
+    forbidden = torch.isnan(entropy)
+    if bool(forbidden.any()):  # 0 * -inf
+        probabilities = torch.softmax(logits[forbidden], dim=-1, dtype=entropy.dtype)
+        entropy[forbidden] = torch.special.entr(probabilities).sum(dim=-1)
+    return entropy
 
 
 @torch.no_grad()

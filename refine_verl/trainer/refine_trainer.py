@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +26,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
+from refine_verl.data.dataset import collate_columns, pad_batch
 from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.nsp import group_zero_std_share
 from refine_verl.plugin import ENGINE_MODEL_TYPE
@@ -227,14 +226,10 @@ class RefineTrainer(PPOTrainer):
             rows = next(self.train_dataloader_it)
         return self._to_batch(rows)
 
-    def _to_batch(self, rows: dict[str, Any]) -> TensorDict:
-        documents = [torch.as_tensor(np.asarray(ids), dtype=torch.int64) for ids in rows["input_ids"]]
+    def _to_batch(self, columns: dict[str, Any], multiple: int = 1) -> TensorDict:
+        """Padded tensors of one batch; dummies of weight 0 fill it up to ``multiple`` rows."""
         return tu.get_tensordict(
-            tensor_dict={
-                "tokens": torch.nn.utils.rnn.pad_sequence(documents, batch_first=True),
-                "lengths": torch.tensor([len(document) for document in documents]),
-                "document_id": torch.as_tensor(np.asarray(rows["document_id"], dtype=np.int64)),
-            },
+            tensor_dict=pad_batch(collate_columns(columns), multiple),
             non_tensor_dict={"global_step": self.global_steps},
         )
 
@@ -296,25 +291,14 @@ class RefineTrainer(PPOTrainer):
 
     def _validate(self, *_: Any) -> dict[str, float]:
         """Next-token loss and accuracy over every token of every validation document, each counted once."""
-        loss, correct, tokens = 0.0, 0, 0
-        for batch in self._validation_batches():
-            real = batch["document_id"] >= 0
+        totals = torch.zeros(3, dtype=torch.float64)
+        for columns in self.val_dataloader:
+            batch = self._to_batch(columns, multiple=self.actor_rollout_wg.world_size)
             scores = self.actor_rollout_wg.score(batch).get()
-            loss += scores["loss"][real].sum().item()
-            correct += int(scores["correct"][real].sum())
-            tokens += int((batch["lengths"][real] - 1).sum())
+            counts = torch.stack([scores["loss"], scores["correct"].double(), batch["lengths"].double() - 1])
+            totals += counts @ batch["weight"].double()
+        loss, correct, tokens = totals.tolist()
         return {"val/ntp_loss": loss / tokens, "val/ntp_accuracy": correct / tokens}
-
-    def _validation_batches(self) -> Iterator[TensorDict]:
-        """Batches padded with copies of their first document, marked by a negative id, to a multiple of the ranks."""
-        ranks = self.actor_rollout_wg.world_size
-        for rows in self.val_dataloader:
-            batch = self._to_batch(rows)
-            missing = -len(batch) % ranks
-            if missing:
-                batch = tu.index_select_tensor_dict(batch, list(range(len(batch))) + [0] * missing)
-                batch["document_id"][-missing:] = -1
-            yield batch
 
     def _start_profile_schedule(self) -> None:
         """verl's profiling hooks look at the step after the current one."""

@@ -1,0 +1,342 @@
+"""What a REFINE step costs beside a plain fine-tuning step on the same model and batch.
+
+    python -m benchmarks.step_cost --preset cpu --json step_cost.json
+
+Runs three kinds of step interleaved in one process: next-token loss only (``sft``), REFINE by forking states
+(``fork``) and REFINE by recomputing every prefix (``prefix``). Each is one optimiser step over the same documents,
+one document at a time. Forking is first checked against recomputing; if they differ nothing is timed.
+Needs torch, transformers and fla only, so it runs on a bare GPU machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig
+
+from refine_verl.config import NSPSettings
+from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws, load_model, make_actor
+from refine_verl.nsp import (
+    RewardInputs,
+    get_reward,
+    group_standardise,
+    position_uniforms,
+    refine_objective,
+    rollout_uniforms,
+)
+
+KINDS = ("sft", "fork", "prefix")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and a batch. ``model`` goes into the Hugging Face configuration of a DeltaNet."""
+
+    model: dict[str, Any]
+    length: int
+    documents: int
+    rollout_micro_batch: int
+    device: str
+    checkpoint_segments: bool
+    rounds: int
+    prefix_rounds: int
+
+
+PRESETS = {
+    # vocabulary and head size are those of DeltaNet-1.3B
+    "cpu": Preset(
+        model={"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 2, "vocab_size": 32000},
+        length=4096,
+        documents=1,
+        rollout_micro_batch=1,
+        device="cpu",
+        checkpoint_segments=False,
+        rounds=7,
+        prefix_rounds=2,
+    ),
+    "gpu": Preset(
+        model={"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 16, "vocab_size": 32000},
+        length=16384,
+        documents=4,
+        rollout_micro_batch=4,
+        device="cuda",
+        checkpoint_segments=True,
+        rounds=7,
+        prefix_rounds=1,
+    ),
+    # seconds instead of minutes: for the tests of this script
+    "tiny": Preset(
+        model={"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 128},
+        length=256,
+        documents=2,
+        rollout_micro_batch=1,
+        device="cpu",
+        checkpoint_segments=False,
+        rounds=2,
+        prefix_rounds=1,
+    ),
+}
+
+
+class Bench:
+    """One model, its optimiser and one batch, and the three kinds of step over them."""
+
+    def __init__(self, preset: Preset, nsp: NSPSettings, seed: int = 0) -> None:
+        self.preset, self.nsp = preset, nsp
+        config = AutoConfig.for_model("delta_net", fuse_cross_entropy=False, **preset.model)
+        model = load_model(None, config=config, seed=seed).to(preset.device)
+        self.actor: FastWeightActor = make_actor(
+            model,
+            autocast_dtype=torch.bfloat16 if preset.device == "cuda" else None,
+            checkpoint_segments=preset.checkpoint_segments,
+        )
+        self.optimizer = torch.optim.AdamW(self.actor.parameters(), lr=1e-6)
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = preset.model["vocab_size"]
+        tokens = torch.randint(0, vocabulary, (preset.documents, preset.length), generator=generator)
+        self.tokens = tokens.to(preset.device)
+        self.predicted = preset.documents * (preset.length - 1)
+        self.rollouts = preset.documents * nsp.chunks * nsp.rollouts_per_position
+
+    def documents(self, rows: slice) -> Documents:
+        tokens = self.tokens[rows]
+        return Documents.from_tensors(tokens, (self.preset.length,) * len(tokens))
+
+    def step(self, kind: str) -> None:
+        """One optimiser step."""
+        self.optimizer.zero_grad()
+        self.backward(kind, None if kind == "sft" else self.write(kind))
+        self.optimizer.step()
+
+    def write(self, kind: str) -> tuple[Branches, Tensor, Tensor]:
+        """Rollouts of the whole batch: branches, their log-probabilities [B, c, n, k] and advantages [B, c, n]."""
+        nsp, size = replace(self.nsp, rollout=kind), self.preset.rollout_micro_batch
+        parts = []
+        for start in range(0, self.preset.documents, size):
+            rows = range(start, min(start + size, self.preset.documents))
+            rollouts = self.actor(
+                mode="rollout",
+                documents=self.documents(slice(rows.start, rows.stop)),
+                nsp=nsp,
+                draws=_draws(rows, nsp),
+                min_length=self.preset.length,
+            )
+            copies = nsp.rollouts_per_position
+            rewards = get_reward(nsp.reward)(
+                RewardInputs(
+                    predicted_hidden=rollouts.predicted_hidden.flatten(0, 2),
+                    target_hidden=rollouts.target_hidden.repeat_interleave(copies, 1).flatten(0, 1),
+                    predicted_tokens=rollouts.tokens.flatten(0, 2),
+                    target_tokens=rollouts.target_tokens.repeat_interleave(copies, 1).flatten(0, 1),
+                )
+            )
+            advantages = group_standardise(rewards.view(rollouts.tokens.shape[:3]))
+            parts.append((rollouts.positions, rollouts.tokens, rollouts.log_probs, advantages))
+        positions, tokens, log_probs, advantages = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Branches(positions, tokens), log_probs, advantages
+
+    def backward(self, kind: str, written: tuple[Branches, Tensor, Tensor] | None) -> float:
+        """Gradients of the batch, document by document. Returns the loss."""
+        nsp = self.nsp if kind == "sft" else replace(self.nsp, rollout=kind)
+        total = 0.0
+        for b in range(self.preset.documents):
+            rows = slice(b, b + 1)
+            branches, rl = None, ()
+            if written is not None:
+                all_branches, old, advantages = written
+                branches = Branches(all_branches.positions[rows], all_branches.tokens[rows])
+                rl = (old[rows].flatten(0, 2), advantages[rows].flatten())
+            output = self.actor(mode="update", documents=self.documents(rows), branches=branches, nsp=nsp)
+            loss, _ = refine_objective(
+                output["ntp_loss_sum"],
+                self.preset.length - 1,
+                output.get("log_probs"),
+                *rl,
+                rl_coef=0.2,
+                sft_coef=1.0,
+                global_tokens=self.predicted,
+                global_rollouts=self.rollouts,
+            )
+            loss.backward()
+            total += loss.item()
+        return total
+
+
+def _draws(rows: range, nsp: NSPSettings) -> RolloutDraws:
+    shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
+    return RolloutDraws(
+        torch.stack([torch.from_numpy(position_uniforms(0, 1, b, nsp.chunks)) for b in rows]),
+        torch.stack([torch.from_numpy(rollout_uniforms(0, 1, b, *shape)) for b in rows]),
+    )
+
+
+def compare(bench: Bench) -> dict[str, float]:
+    """Relative differences between forking and recomputing: log-probabilities, loss and gradient of a whole step.
+
+    Both take the rollouts that forking wrote, so a sampled token that flips at the edge of its interval in low
+    precision does not hide the comparison.
+    """
+    branches, old, advantages = bench.write("fork")
+    gradients, losses, log_probs = [], [], []
+    for kind in ("fork", "prefix"):
+        bench.optimizer.zero_grad()
+        losses.append(bench.backward(kind, (branches, old, advantages)))
+        gradients.append([parameter.grad.double().cpu() for parameter in bench.actor.parameters()])
+        with torch.no_grad():
+            output = bench.actor(
+                mode="update",
+                documents=bench.documents(slice(0, 1)),
+                branches=Branches(branches.positions[:1], branches.tokens[:1]),
+                nsp=replace(bench.nsp, rollout=kind),
+            )
+        log_probs.append(output["log_probs"].double().cpu())
+    bench.optimizer.zero_grad()
+    difference = sum((a - b).square().sum() for a, b in zip(*gradients, strict=True)).sqrt()
+    norm = sum(b.square().sum() for b in gradients[1]).sqrt()
+    return {
+        "gradient": (difference / norm).item(),
+        "loss": abs(losses[0] - losses[1]) / abs(losses[1]),
+        "log_probs": (log_probs[0] - log_probs[1]).abs().mean().item(),
+    }
+
+
+def measure_time(bench: Bench, rounds: int, prefix_rounds: int) -> dict[str, list[float]]:
+    """Seconds per step, kinds interleaved so that a change of the machine's speed meets all of them."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    bench.step("sft"), bench.step("fork")  # warm up
+    for index in range(rounds):
+        for kind in KINDS:
+            if kind == "prefix" and index >= prefix_rounds:
+                continue
+            _synchronise(bench.preset.device)
+            started = time.perf_counter()
+            bench.step(kind)
+            _synchronise(bench.preset.device)
+            seconds[kind].append(time.perf_counter() - started)
+    return seconds
+
+
+def count_tokens(bench: Bench, kind: str) -> float:
+    """Tokens put through the model per document token in one step."""
+    bench.actor.forward_tokens = 0
+    bench.step(kind)
+    return bench.actor.forward_tokens / bench.tokens.numel()
+
+
+def measure_memory(preset: Preset, nsp: NSPSettings, kind: str) -> dict[str, int]:
+    """Bytes: peak of this process (or device) after three steps, and what was in use before the first."""
+    bench = Bench(preset, nsp)
+    for parameter in bench.actor.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    bench.optimizer.step()  # its state belongs to the model, not to the step
+    before = _memory(preset.device, peak=False)
+    for _ in range(3):
+        bench.step(kind)
+    return {"peak": _memory(preset.device, peak=True), "before": before}
+
+
+def _memory(device: str, peak: bool) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    field = "VmHWM" if peak else "VmRSS"
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _memory_in_a_process(preset: str, kind: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "benchmarks.step_cost", "--preset", preset, "--memory-of", kind]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def run(name: str, rounds: int | None) -> dict[str, Any]:
+    """Everything: check, time, count, measure memory.
+
+    Raises:
+        SystemExit: forking and recomputing differ by more than rounding.
+    """
+    preset, nsp = PRESETS[name], NSPSettings()
+    bench = Bench(preset, nsp)
+    differences = compare(bench)
+    # float32 sums in another order; bf16 matmuls round every product
+    limit = 5e-2 if preset.device == "cuda" else 1e-3
+    if max(differences.values()) > limit:
+        raise SystemExit(f"fork and prefix differ by more than {limit}: {differences}; nothing was timed")
+    seconds = measure_time(bench, rounds or preset.rounds, preset.prefix_rounds)
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    memory = {kind: _memory_in_a_process(name, kind) for kind in ("sft", "fork")}
+    return {
+        "fork_over_sft": medians["fork"] / medians["sft"],
+        "prefix_over_fork": medians["prefix"] / medians["fork"],
+        "memory_ratio": memory["fork"]["peak"] / memory["sft"]["peak"],
+        "memory_ratio_above_model": _above(memory["fork"]) / _above(memory["sft"]),
+        "forward_tokens_per_token": count_tokens(bench, "fork"),
+        "forward_tokens_per_token_prefix": count_tokens(bench, "prefix"),
+        "difference_fork_prefix": differences,
+        "seconds": seconds,
+        "memory_bytes": memory,
+        "settings": {"preset": name, **asdict(preset), "nsp": asdict(nsp)},
+        "environment": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if preset.device == "cuda" else platform.processor() or "cpu",
+        },
+    }
+
+
+def _above(memory: dict[str, int]) -> int:
+    return max(1, memory["peak"] - memory["before"])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [f"{'step':<8}{'median s':>10}{'min s':>10}{'max s':>10}{'over sft':>10}"]
+    base = statistics.median(result["seconds"]["sft"])
+    for kind, values in result["seconds"].items():
+        middle = statistics.median(values)
+        lines.append(f"{kind:<8}{middle:>10.3f}{min(values):>10.3f}{max(values):>10.3f}{middle / base:>10.2f}")
+    lines.append("")
+    for key, value in result.items():
+        if isinstance(value, float):
+            lines.append(f"{key:<34}{value:.3f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default: the preset's)")
+    parser.add_argument("--memory-of", choices=("sft", "fork"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if PRESETS[arguments.preset].device == "cuda" and not torch.cuda.is_available():
+        parser.error("--preset gpu needs a CUDA device and none is available")
+    if arguments.memory_of:
+        print(json.dumps(measure_memory(PRESETS[arguments.preset], NSPSettings(), arguments.memory_of)))
+        return
+    result = run(arguments.preset, arguments.rounds)
+    print(table(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
