@@ -1,9 +1,10 @@
 """How token rows are laid out in chunks for the delta-rule and convolution stand-ins.
 
-A *plan* is a pure function of the sequence lengths, so it is cached and shared by all layers and all operators of a
-forward pass. Sequences are padded to a multiple of the chunk size only, never to the longest one, and a chunk never
-holds tokens of two sequences: every matrix product is a batch entry that belongs to exactly one sequence, which is
-what makes the result of one document independent of its neighbours, bit for bit.
+A *plan* is a pure function of the sequence lengths, so it is cached and shared by all layers and all
+operators of a forward pass. Sequences are padded to a multiple of the chunk size only, never to the longest
+one, and a chunk never holds tokens of two sequences: every matrix product is a batch entry that belongs to
+exactly one sequence, which is what makes the result of one document independent of its neighbours, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 MAX_CHUNK = 64
-"""Largest chunk. On CPUs 64 beat 32 (more sequential steps) and 128 (more work inside a chunk) for heads of 64-128."""
+"""Largest chunk: 32 means more sequential steps, 128 more work inside a chunk; both were slower on CPUs."""
 
 _MIN_CHUNK = 8
-# Cost model of `choose_chunk`, in multiply-adds: what one sequential step costs before any arithmetic. Fitted on a
-# two-core machine; it only has to tell "one long document" from "many short ones".
+# Cost model of `choose_chunk`, in multiply-adds: what one sequential step costs before any arithmetic. Fitted
+# on a two-core machine; it only has to tell "one long document" from "many short ones".
 _STEP_OVERHEAD = 1.5e6
 
 
@@ -30,10 +31,10 @@ class ChunkPlan:
         chunk: tokens per chunk.
         sequences: number of sequences, empty ones included.
         active: number of sequences that own a chunk at each sequential step; never increases.
-        order: ``[n]`` sequence index of each state row, longest first; ``None`` where that is the given order.
+        order: ``[n]`` sequence index of each state row, longest first; ``None`` if in given order.
         inverse: inverse permutation of ``order``; ``None`` like it.
-        gather: ``[chunks * chunk]`` packed token of each slot; padding repeats the last token of its own sequence.
-            ``None`` where the rows are equally long and divide into chunks, so that a view does.
+        gather: ``[chunks * chunk]`` packed token of each slot; padding repeats the last token of its own
+            sequence. ``None`` where the rows are equally long and divide into chunks, so that a view does.
         slot: ``[tokens]`` slot of each packed token; ``None`` like ``gather``.
         padding: ``[chunks * chunk]`` true for padding slots; ``None`` where there are none.
     """

@@ -1,7 +1,7 @@
 """CPU stand-ins for fla's short causal convolution, with its signatures and its state layout.
 
-The state of a sequence is ``[D, W]``: slot j holds the convolution's input of token ``T - W + j``. (A kernel of width W
-looks back W - 1 tokens only, so slot 0 is carried along but never read.)
+The state of a sequence is ``[D, W]``: slot j holds the convolution's input of token ``T - W + j``. (A kernel
+of width W looks back W - 1 tokens only, so slot 0 is carried along but never read.)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def _packed_index(lengths: tuple[int, ...], width: int) -> tuple[torch.Tensor, t
     """Index a row where every sequence is preceded by its ``width`` state rows.
 
     Returns:
-        ``source`` ``[tokens + n * width]``: row of ``cat(tokens, states)`` that each row comes from; ``tokens``:
-        row of each token; ``last`` ``[n * width]``: the last ``width`` rows of each sequence.
+        ``source`` ``[tokens + n * width]``: row of ``cat(tokens, states)`` that each row comes from;
+        ``tokens``: row of each token; ``last`` ``[n * width]``: the last ``width`` rows of each sequence.
     """
     with torch.inference_mode(False):
         sizes = torch.tensor(lengths)
@@ -124,7 +124,8 @@ def causal_conv1d(
 
     Returns:
         ``y`` ``[B, T, D]`` in x's dtype and the final state ``[N, D, W]`` in x's dtype, or ``None``; both
-        differentiable with respect to x, weight, bias, residual and the initial state. Nothing is written in place.
+        differentiable with respect to x, weight, bias, residual and the initial state. Nothing is written in
+        place.
 
     Raises:
         ValueError: for an unknown activation or shapes that do not fit together.
@@ -176,8 +177,9 @@ def causal_conv1d_update(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per sequence: `causal_conv1d` for ``[N, 1, D]``, ``[1, N, D]`` (packed) or ``[N, D]`` inputs.
 
-    Unlike fla's kernel it returns a new cache and leaves the given one alone. fla's ``ShortConvolution.step`` uses the
-    returned tensor, so nothing depends on the write, and snapshots of the state that share it stay valid.
+    Unlike fla's kernel it returns a new cache and leaves the given one alone. fla's ``ShortConvolution.step``
+    uses the returned tensor, so nothing depends on the write, and snapshots of the state that share it stay
+    valid.
 
     Raises:
         ValueError: if the number of tokens is not the number of cached sequences.
@@ -189,8 +191,13 @@ def causal_conv1d_update(
     if len(rows) != len(cache):
         raise ValueError(f"causal_conv1d_update: {len(rows)} tokens for a cache of {len(cache)} sequences")
     y, state = causal_conv1d(
-        rows, weight, bias, None if residual is None else residual.reshape(rows.shape), cache,
-        output_final_state=True, activation=activation,
+        rows,
+        weight,
+        bias,
+        None if residual is None else residual.reshape(rows.shape),
+        cache,
+        output_final_state=True,
+        activation=activation,
     )
     assert state is not None
     return y.view(shape), state.to(cache.dtype)

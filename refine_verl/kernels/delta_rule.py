@@ -22,9 +22,19 @@ def check_unknown(name: str, unknown: dict[str, Any]) -> None:
 
 
 def run_scan(
-    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None, *,
-    scale: float | None, initial_state: torch.Tensor | None, output_final_state: bool | None, l2norm: bool,
-    cu_seqlens: torch.Tensor | None, chunk_size: int | None = None,
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor | None,
+    *,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool | None,
+    l2norm: bool,
+    cu_seqlens: torch.Tensor | None,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check shapes, plan the chunks and run `delta_scan`; shared by the plain and the gated rule.
 
@@ -79,8 +89,8 @@ def chunk_delta_rule(
         **kwargs: refused unless ``None`` or ``False``.
 
     Returns:
-        ``o`` ``[B, T, H, V]`` in v's dtype and the final state ``[N, H, K, V]`` (float32; float64 for float64 inputs)
-        or ``None``. Both are differentiable with respect to q, k, v, beta and the initial state.
+        ``o`` ``[B, T, H, V]`` in v's dtype and the final state ``[N, H, K, V]`` (float32; float64 for float64
+        inputs) or ``None``. Both are differentiable with respect to q, k, v, beta and the initial state.
 
     Raises:
         ValueError: if shapes do not fit together.
@@ -89,8 +99,17 @@ def chunk_delta_rule(
     del cu_seqlens_cpu
     check_unknown("chunk_delta_rule", kwargs)
     return run_scan(
-        "chunk_delta_rule", q, k, v, beta, None, scale=scale, initial_state=initial_state,
-        output_final_state=output_final_state, l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+        "chunk_delta_rule",
+        q,
+        k,
+        v,
+        beta,
+        None,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        l2norm=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,
     )
 
@@ -108,11 +127,19 @@ def fused_recurrent_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same rule under the name fla's layer calls for 64 tokens or fewer; ``beta`` defaults to ones.
 
-    See `chunk_delta_rule`. On the CPU both names run the same chunked code, so switching between them does not
-    change the result, and neither needs a contiguous state or one that requires grad.
+    See `chunk_delta_rule`. On the CPU both names run the same chunked code, so switching between them does
+    not change the result, and neither needs a contiguous state or one that requires grad.
     """
     return run_scan(
-        "fused_recurrent_delta_rule", q, k, v, torch.ones_like(v[..., 0]) if beta is None else beta, None,
-        scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-        l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+        "fused_recurrent_delta_rule",
+        q,
+        k,
+        v,
+        torch.ones_like(v[..., 0]) if beta is None else beta,
+        None,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        l2norm=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
     )

@@ -11,16 +11,27 @@ from refine_verl.kernels.delta_rule import check_unknown, run_scan
 
 
 def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor | None) -> torch.Tensor:
-    """``-exp(A_log) * softplus(g + dt_bias)``: log-decay ``[B, T, HV]`` from the raw gate, float32 or float64."""
+    """Log-decay ``-exp(A_log) * softplus(g + dt_bias)``, ``[B, T, HV]``, from the raw gate."""
     dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
     raw = g.to(dtype) if dt_bias is None else g.to(dtype) + dt_bias.to(dtype)
     return -A_log.to(dtype).exp() * F.softplus(raw)
 
 
 def _gated(
-    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, beta: torch.Tensor, *,
-    initial_state: torch.Tensor | None, A_log: torch.Tensor | None, dt_bias: torch.Tensor | None,
-    use_gate_in_kernel: bool, use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bool, state_v_first: bool,
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    beta: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    state_v_first: bool,
     **scan: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Apply gate, sigmoid and state layout around the shared scan."""
@@ -69,7 +80,8 @@ def chunk_gated_delta_rule(
 
     Args:
         q, k: ``[B, T, H, K]``.
-        v: ``[B, T, HV, V]``, ``HV`` a multiple of ``H``: value heads ``j*HV/H ... (j+1)*HV/H - 1`` use key head j.
+        v: ``[B, T, HV, V]``, ``HV`` a multiple of ``H``: value heads ``j*HV/H ... (j+1)*HV/H - 1`` use key
+        head j.
         g: ``[B, T, HV]`` log-decay, or the raw gate with ``use_gate_in_kernel``.
         beta: ``[B, T, HV]`` step sizes, or their logits with ``use_beta_sigmoid_in_kernel``.
         scale: factor on the output, ``K ** -0.5`` by default.
@@ -87,8 +99,8 @@ def chunk_gated_delta_rule(
         **kwargs: refused unless ``None`` or ``False`` (fla's ``cp_context``, say).
 
     Returns:
-        ``o`` ``[B, T, HV, V]`` in v's dtype and the final state (float32; float64 for float64 inputs) or ``None``.
-        Both are differentiable with respect to every tensor argument.
+        ``o`` ``[B, T, HV, V]`` in v's dtype and the final state (float32; float64 for float64 inputs) or
+        ``None``. Both are differentiable with respect to every tensor argument.
 
     Raises:
         ValueError: if shapes or flags do not fit together.
@@ -97,10 +109,23 @@ def chunk_gated_delta_rule(
     del cu_seqlens_cpu, chunk_indices
     check_unknown("chunk_gated_delta_rule", kwargs)
     return _gated(
-        "chunk_gated_delta_rule", q, k, v, g, beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias,
-        use_gate_in_kernel=use_gate_in_kernel, use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-        allow_neg_eigval=allow_neg_eigval, state_v_first=state_v_first, scale=scale,
-        output_final_state=output_final_state, l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+        "chunk_gated_delta_rule",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        initial_state=initial_state,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        scale=scale,
+        output_final_state=output_final_state,
+        l2norm=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,
     )
 
@@ -126,16 +151,29 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same rule under the name fla's layer calls for short inputs without grad; unlike there, differentiable.
+    """The same rule under the name fla's layer calls for short inputs without grad; unlike there,
+    differentiable.
 
-    See `chunk_gated_delta_rule`. ``g`` may be ``None`` (no decay) and ``beta`` defaults to ones. The per-channel
-    decays ``gk`` and ``gv`` have no CPU implementation.
+    See `chunk_gated_delta_rule`. ``g`` may be ``None`` (no decay) and ``beta`` defaults to ones. The
+    per-channel decays ``gk`` and ``gv`` have no CPU implementation.
     """
     check_unknown("fused_recurrent_gated_delta_rule", {"gk": gk, "gv": gv, **kwargs})
     return _gated(
-        "fused_recurrent_gated_delta_rule", q, k, v, g, torch.ones_like(v[..., 0]) if beta is None else beta,
-        initial_state=initial_state, A_log=A_log, dt_bias=dt_bias, use_gate_in_kernel=use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
-        state_v_first=state_v_first, scale=scale, output_final_state=output_final_state,
-        l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+        "fused_recurrent_gated_delta_rule",
+        q,
+        k,
+        v,
+        g,
+        torch.ones_like(v[..., 0]) if beta is None else beta,
+        initial_state=initial_state,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        scale=scale,
+        output_final_state=output_final_state,
+        l2norm=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
     )

@@ -13,7 +13,9 @@ _ROWS_PER_CHUNK = 1024
 
 def _refuse_sharded(name: str, process_group: Any) -> None:
     if process_group is not None:
-        raise NotImplementedError(f"{name} on the CPU does not support a vocabulary sharded over a process group")
+        raise NotImplementedError(
+            f"{name} on the CPU does not support a vocabulary sharded over a process group"
+        )
 
 
 def cross_entropy_loss(
@@ -63,8 +65,15 @@ def cross_entropy_forward(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``FusedCrossEntropyLoss.forward``, whose original asserts that its tensors are on an accelerator."""
     losses = cross_entropy_loss(
-        input, target, self.label_smoothing, self.logit_scale, self.lse_square_scale, self.logit_softcapping,
-        self.ignore_index, self.inplace_backward, self.process_group,
+        input,
+        target,
+        self.label_smoothing,
+        self.logit_scale,
+        self.lse_square_scale,
+        self.logit_softcapping,
+        self.ignore_index,
+        self.inplace_backward,
+        self.process_group,
     )
     if self.reduction != "none":
         count = (target != self.ignore_index).sum() if self.reduction == "mean" else 1
@@ -73,17 +82,23 @@ def cross_entropy_forward(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss of ``linear(x, weight, bias)`` with the gradients computed chunk by chunk during the forward pass."""
+    """Loss of ``linear(x, weight, bias)``; its gradients are computed in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        divisor: torch.Tensor, options: dict[str, Any], l2_factor: float,
+        ctx: Any,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        divisor: torch.Tensor,
+        options: dict[str, Any],
+        l2_factor: float,
     ) -> torch.Tensor:
         params = [weight] if bias is None else [weight, bias]
         leaves = [p.detach().requires_grad_() for p in params]
         d_params = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
-        d_x, total = torch.empty_like(x), 0.0
+        d_x, total = torch.empty_like(x), d_params[0].new_zeros(())
         for start in range(0, len(x), _ROWS_PER_CHUNK):
             rows = slice(start, start + _ROWS_PER_CHUNK)
             with torch.enable_grad():
@@ -91,9 +106,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = F.linear(part, *leaves)
                 loss = cross_entropy_loss(logits, target[rows], **options)[0].sum() / divisor
                 # The L2 pull on the largest logit has a gradient but no value, as in fla.
-                pull = logits.max(-1).values.float().square().sum() * (0.5 * l2_factor / len(x))
+                pull = logits.max(-1).values.to(loss.dtype).square().sum() * (0.5 * l2_factor / len(x))
                 grads = torch.autograd.grad(loss + pull if l2_factor else loss, [part, *leaves])
-            total = total + loss.detach()
+            total += loss.detach()
             d_x[rows] = grads[0]
             for accumulator, grad in zip(d_params, grads[1:], strict=True):
                 accumulator.add_(grad)
@@ -130,8 +145,8 @@ def fused_linear_cross_entropy_loss(
         target: ``[N]``.
         weight, bias: ``[V, D]`` and ``[V]``.
         ignore_index, label_smoothing, logit_scale, logit_softcapping: see `cross_entropy_loss`.
-        num_chunks, accumulate_grad_in_fp32: accepted for fla's signature; chunks have a fixed number of rows, and
-            parameter gradients are always accumulated in float32 at least.
+        num_chunks, accumulate_grad_in_fp32: accepted for fla's signature; chunks have a fixed number of rows,
+            and parameter gradients are always accumulated in float32 at least.
         reduction: ``"mean"`` over the targets that count, or ``"sum"``.
         use_l2warp, l2_penalty_factor: pull the largest logit of each row towards zero (gradient only).
         process_group: must be ``None``.
@@ -143,7 +158,9 @@ def fused_linear_cross_entropy_loss(
     _refuse_sharded("fused_linear_cross_entropy_loss", process_group)
     counted = (target != ignore_index).sum().clamp_min(1)
     options = {
-        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "logit_scale": logit_scale,
         "logit_softcapping": logit_softcapping,
     }
     divisor = counted if reduction == "mean" else torch.ones_like(counted)

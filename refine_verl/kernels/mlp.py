@@ -27,7 +27,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dz: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _swiglu_backward(*ctx.saved_tensors, dz)
+        x, y = ctx.saved_tensors
+        return _swiglu_backward(x, y, dz)
 
 
 class _SwiGLULinear(torch.autograd.Function):
@@ -45,12 +46,14 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # type: ignore[override]  # custom_bwd is untyped
+        ctx: Any, d_out: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         x, y, weight = ctx.saved_tensors
         d_x = d_y = d_weight = d_bias = None
         rows = d_out.reshape(-1, d_out.shape[-1])
         if ctx.needs_input_grad[2]:
-            d_weight = torch.mm(rows.t(), _swiglu(x, y).view(-1, x.shape[-1])).to(weight.dtype)
+            d_weight = torch.mm(rows.t(), _swiglu(x, y).reshape(-1, x.shape[-1])).to(weight.dtype)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dz = torch.mm(rows, weight).to(x.dtype).view_as(x)
             d_x, d_y = _swiglu_backward(x, y, dz)
@@ -61,6 +64,8 @@ class _SwiGLULinear(torch.autograd.Function):
 
 def swiglu(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """``silu(x) * y`` for tensors of one shape and dtype."""
+    if not torch.is_grad_enabled():
+        return _swiglu(x, y)
     return _SwiGLU.apply(x, y)
 
 
@@ -68,4 +73,6 @@ def swiglu_linear(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """``linear(silu(x) * y, weight, bias)`` for ``[..., I]`` inputs and an ``[O, I]`` weight."""
+    if not torch.is_grad_enabled():
+        return F.linear(_swiglu(x, y), weight, bias)
     return _SwiGLULinear.apply(x, y, weight, bias)

@@ -22,12 +22,18 @@ def _gate(g: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``x / rms(x) * weight + bias``, then optionally times ``act(g)``; keeps only its inputs and one scalar a row."""
+    """``x / rms(x) * weight + bias``, maybe times ``act(g)``; keeps only its inputs and one scalar a row."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, g: torch.Tensor | None,
-        eps: float, activation: str, out_dtype: torch.dtype,
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        g: torch.Tensor | None,
+        eps: float,
+        activation: str,
+        out_dtype: torch.dtype,
     ) -> torch.Tensor:
         rstd = _rstd(x, eps)
         ctx.save_for_backward(x, weight, bias, g, rstd)
@@ -51,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
             dy = dy * act
         x_hat = x * rstd
         product = dy * x_hat
-        d_weight = None if weight is None else product.view(-1, width).sum(0).to(weight.dtype)
+        d_weight = None if weight is None else product.reshape(-1, width).sum(0).to(weight.dtype)
         d_bias = None if bias is None else dy.reshape(-1, width).sum(0).to(bias.dtype)
         if weight is None:
             along, dx = product.mean(-1, keepdim=True), dy.clone()
@@ -63,8 +69,12 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _normalise(
-    x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    g: torch.Tensor | None, activation: str,
+    x: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    g: torch.Tensor | None,
+    activation: str,
 ) -> torch.Tensor:
     y = x * rstd
     if weight is not None:
@@ -75,8 +85,15 @@ def _normalise(
 
 
 def _rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, g: torch.Tensor | None,
-    residual: torch.Tensor | None, eps: float, prenorm: bool, residual_in_fp32: bool, activation: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    g: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    prenorm: bool,
+    residual_in_fp32: bool,
+    activation: str,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     total = x
     if residual is not None:
@@ -107,8 +124,8 @@ def rms_norm(
     Computed in float32 (float64 for float64 inputs) whatever the input's dtype, like fla's kernel.
 
     Returns:
-        ``y`` in x's dtype; with ``prenorm`` also ``z`` in the residual's dtype (without a residual: x's, or float32
-        with ``residual_in_fp32``).
+        ``y`` in x's dtype; with ``prenorm`` also ``z`` in the residual's dtype (without a residual: x's, or
+        float32 with ``residual_in_fp32``).
     """
     return _rms_norm(x, weight, bias, None, residual, eps, prenorm, residual_in_fp32, "")
 
@@ -130,7 +147,9 @@ def rms_norm_gated(
         ValueError: for another activation.
     """
     if activation not in ("swish", "silu", "sigmoid"):
-        raise ValueError(f"rms_norm_gated: activation must be 'swish', 'silu' or 'sigmoid', got {activation!r}")
+        raise ValueError(
+            f"rms_norm_gated: activation must be 'swish', 'silu' or 'sigmoid', got {activation!r}"
+        )
     return _rms_norm(x, weight, bias, g, residual, eps, prenorm, residual_in_fp32, activation)
 
 

@@ -1,8 +1,9 @@
 """Put the CPU stand-ins in use: the one place that changes anything in fla.
 
-fla's layers import their kernels by name, and fla has no registry in which a CPU implementation could be entered (its
-``dispatch`` decorator chooses between accelerator back-ends only, and does not cover the operators below). What is left
-is to replace the names its modules look up at call time. They are listed in `TARGETS`; each has a comparison test.
+fla's layers import their kernels by name, and fla has no registry in which a CPU implementation could be
+entered (its ``dispatch`` decorator chooses between accelerator back-ends only, and does not cover the
+operators below). What is left is to replace the names its modules look up at call time. They are listed in
+`TARGETS`; each has a comparison test.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ TARGETS: dict[str, Callable[..., Any]] = {
     "fla.layers.delta_net:fused_recurrent_delta_rule": delta_rule.fused_recurrent_delta_rule,
     "fla.layers.gated_deltanet:chunk_gated_delta_rule": gated_delta_rule.chunk_gated_delta_rule,
     "fla.layers.gated_deltanet:fused_recurrent_gated_delta_rule": gated_delta_rule.fused_recurrent_gated_delta_rule,
-    # Without a cache the Gated DeltaNet layer calls the convolution itself instead of through ShortConvolution.
+    # Without a cache the Gated DeltaNet layer calls the convolution itself instead of through
+    # ShortConvolution.
     "fla.layers.gated_deltanet:causal_conv1d": conv.causal_conv1d,
     "fla.modules.causal_conv1d.ops:causal_conv1d": conv.causal_conv1d,
     "fla.modules.causal_conv1d.ops:causal_conv1d_update": conv.causal_conv1d_update,
@@ -61,8 +63,8 @@ def _resolve(target: str) -> tuple[Any, str]:
         getattr(holder, name)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"flash-linear-attention {_fla_version()} has no {target}, which the CPU kernels replace ({error}). "
-            "They are written for versions >=0.6,<0.7: install one of these."
+            f"flash-linear-attention {_fla_version()} has no {target}, which the CPU "
+            f"kernels replace ({error}). They are written for versions >=0.6,<0.7: install one of these."
         ) from error
     return holder, name
 

@@ -7,9 +7,7 @@ import torch
 from refine_verl.kernels.chunking import sequence_lengths
 
 
-def _positions(
-    x: torch.Tensor, offsets: int | torch.Tensor, cu_seqlens: torch.Tensor | None
-) -> torch.Tensor:
+def _positions(x: torch.Tensor, offsets: int | torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """Position of every token: ``[1, T]`` or ``[B, T]``."""
     batch, tokens = x.shape[:2]
     shift = offsets if isinstance(offsets, torch.Tensor) else torch.full((1,), offsets)

@@ -4,19 +4,20 @@ Per head, with a state ``S`` of shape ``[K, V]``, log-decay ``g_t <= 0`` and ste
 
     S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - exp(g_t) S_{t-1}^T k_t))^T,      o_t = scale * S_t^T q_t
 
-A chunk of C tokens that starts from state ``S`` is solved at once (the WY form). With ``b`` the running sum of ``g`` in
-the chunk, ``D_ij = exp(b_i - b_j)``, ``L = tril(K K^T * D, -1)`` and ``P = scale * tril(Q K^T * D)``:
+A chunk of C tokens that starts from state ``S`` is solved at once (the WY form). With ``b`` the running sum
+of ``g`` in the chunk, ``D_ij = exp(b_i - b_j)``, ``L = tril(K K^T * D, -1)``, ``P = scale * tril(Q K^T * D)``:
 
     U  = (I + diag(beta) L)^{-1} diag(beta) (V - exp(b) K S)       the C rank-one writes
     O  = scale * exp(b) Q S + P U
     S' = exp(b_C) S + (exp(b_C - b) K)^T U
 
-Everything inside the chunks is batched over all chunks of all sequences; only ``U`` and ``S'`` are sequential, over the
-chunks of the longest sequence. ``g = None`` (plain delta rule) skips all factors ``exp(...)``.
+Everything inside the chunks is batched over all chunks of all sequences; only ``U`` and ``S'`` are
+sequential, over the chunks of the longest sequence. ``g = None`` (plain delta rule) skips all factors
+``exp(...)``.
 
-The backward pass is written by hand: autograd would keep about a dozen chunk-sized tensors per layer, this keeps
-normalised q and k, v, the chunk states and the inverse, and recomputes the rest. The sequential part then runs from
-the last chunk to the first with two small products per chunk and gradient.
+The backward pass is written by hand: autograd would keep about a dozen chunk-sized tensors per layer, this
+keeps normalised q and k, v, the chunk states and the inverse, and recomputes the rest. The sequential part
+then runs from the last chunk to the first with two small products per chunk and gradient.
 """
 
 from __future__ import annotations
@@ -95,21 +96,21 @@ def _to_chunks(x: torch.Tensor, chunk: int, dtype: torch.dtype, groups: int = 1)
 
 
 def _scaled_to_chunks(
-    x: torch.Tensor, settings: ScanSettings, scale: float, groups: int
+    x: torch.Tensor, settings: ScanSettings, scale: float, groups: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Normalise and scale ``[B, T, H, K]`` rows on their way into ``[M, chunk, K]``; also return the factors."""
+    """Normalise and scale ``[B, T, H, K]`` rows into ``[M, chunk, K]``; with ``keep`` also return the factors."""
     chunk = settings.plan.chunk
     if not settings.l2norm:
         out = _to_chunks(x, chunk, settings.dtype, groups)
         return (out if scale == 1.0 else out.mul_(scale)), None
-    rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=settings.dtype).square_().add_(L2_EPS).rsqrt_()
-    if scale != 1.0:
-        rstd.mul_(scale)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=settings.dtype)
+    # scale / sqrt(norm^2 + eps), with the scale under the root: two small operations instead of four.
+    rstd = torch.addcmul(norm.new_tensor(L2_EPS / scale**2), norm, norm, value=scale**-2).rsqrt_()
     source, factor = _layout(x, chunk).unsqueeze(3), _layout(rstd, chunk).unsqueeze(3)
     steps, batch, heads, _, _, width = source.shape
     out = torch.empty((steps, batch, heads, groups, chunk, width), dtype=settings.dtype)
-    torch.mul(source.expand_as(out), factor, out=out)
-    return out.view(-1, chunk, width), _to_chunks(rstd, chunk, settings.dtype, groups)
+    torch.mul(source if groups == 1 else source.expand_as(out), factor, out=out)
+    return out.view(-1, chunk, width), (_to_chunks(rstd, chunk, settings.dtype, groups) if keep else None)
 
 
 def _from_chunks(x: torch.Tensor, shape: torch.Size, plan: ChunkPlan, groups: int = 1) -> torch.Tensor:
@@ -132,17 +133,26 @@ def _scalar_chunks(x: torch.Tensor, settings: ScanSettings) -> torch.Tensor:
 
 
 def _prepare(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor | None,
     settings: ScanSettings,
+    keep: bool,
 ) -> _Chunks:
-    """Lay the inputs out in chunks."""
+    """Lay the inputs out in chunks; ``keep`` says whether a backward pass will follow."""
     plan, groups = settings.plan, v.shape[2] // k.shape[2]
-    q_chunks, q_rstd = _scaled_to_chunks(_rows(q, plan), settings, settings.scale, groups)
-    k_chunks, k_rstd = _scaled_to_chunks(_rows(k, plan), settings, 1.0, groups)
+    q_chunks, q_rstd = _scaled_to_chunks(_rows(q, plan), settings, settings.scale, groups, keep)
+    k_chunks, k_rstd = _scaled_to_chunks(_rows(k, plan), settings, 1.0, groups, keep)
     return _Chunks(
-        q=q_chunks, k=k_chunks, v=_to_chunks(_rows(v, plan), plan.chunk, settings.dtype),
-        beta=_scalar_chunks(beta, settings), decay=None if g is None else _scalar_chunks(g, settings).cumsum_(1),
-        q_rstd=q_rstd, k_rstd=k_rstd,
+        q=q_chunks,
+        k=k_chunks,
+        v=_to_chunks(_rows(v, plan), plan.chunk, settings.dtype),
+        beta=_scalar_chunks(beta, settings),
+        decay=None if g is None else _scalar_chunks(g, settings).cumsum_(1),
+        q_rstd=q_rstd,
+        k_rstd=k_rstd,
     )
 
 
@@ -155,6 +165,8 @@ def _lower(products: torch.Tensor, pair_decay: torch.Tensor | None, diagonal: in
 
 def _solve(keys: torch.Tensor, beta: torch.Tensor, pair_decay: torch.Tensor | None) -> torch.Tensor:
     """``(I + diag(beta) L)^{-1}``, ``[M, C, C]``."""
+    if keys.shape[1] == 1:
+        return torch.ones_like(beta)
     lower = torch.bmm(keys, keys.mT).mul_(beta)
     if pair_decay is not None:
         lower.mul_(pair_decay)
@@ -179,61 +191,85 @@ def _forward(
         want_final: whether the final states are needed.
 
     Returns:
-        Outputs ``[M, C, V]``; final states ``[n, H, K, V]`` in plan order or ``None``; the state before every chunk
-        ``[M, K, V]``; the inverse ``[M, C, C]``.
+        Outputs ``[M, C, V]``; final states ``[n, H, K, V]`` in plan order or ``None``; the state before every
+        chunk ``[M, K, V]``; the inverse ``[M, C, C]``.
     """
-    heads = state.shape[1]
-    pair_decay, gamma = x.pair_decay(), x.chunk_decay()
+    pair_decay = x.pair_decay()
     inverse = _solve(x.k, x.beta, pair_decay)
-    solve = inverse * x.beta.mT
+    run = _one_step if plan.active == (len(state),) else _all_steps
+    writes, states, final = run(x, inverse * x.beta.mT, state, plan, want_final)
+    scores = _lower(torch.bmm(x.q, x.k.mT), pair_decay, 0)
+    out = torch.bmm(scores, writes).baddbmm_(x.read_queries(), states)
+    return out, final, states, inverse
+
+
+def _one_step(
+    x: _Chunks, solve: torch.Tensor, state: torch.Tensor, plan: ChunkPlan, want_final: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`_all_steps` where every sequence is one chunk (short segments, decoding): no copies of the state."""
+    states, gamma = state.flatten(0, 1), x.chunk_decay()
+    writes = torch.bmm(solve, torch.baddbmm(x.v, x.read_keys(), states, alpha=-1))
+    if not want_final:
+        return writes, states, None
+    decayed = states if gamma is None else states * gamma
+    return writes, states, torch.baddbmm(decayed, x.write_keys().mT, writes).view_as(state)
+
+
+def _all_steps(
+    x: _Chunks, solve: torch.Tensor, state: torch.Tensor, plan: ChunkPlan, want_final: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the writes U ``[M, C, V]``, the state before each chunk ``[M, K, V]`` and the final states."""
+    heads, active, gamma = state.shape[1], plan.active, x.chunk_decay()
     read, write = x.read_keys(), x.write_keys().mT
     writes = torch.empty_like(x.v)
     states = x.v.new_empty(x.v.shape[0], *state.shape[2:])
     final = state.clone() if want_final else None
-
     sizes = _sizes(plan, heads)
     views = [t.split(sizes) for t in (states, writes, solve, x.v, read, write)]
     decays = gamma.split(sizes) if gamma is not None else None
     if sizes:
-        views[0][0].copy_(state[: plan.active[0]].flatten(0, 1))
+        views[0][0].copy_(state[: active[0]].flatten(0, 1))
     for i, (before, write_i, solve_i, v_i, read_i, keys_i) in enumerate(zip(*views, strict=True)):
         torch.bmm(solve_i, torch.baddbmm(v_i, read_i, before, alpha=-1), out=write_i)
-        following = plan.active[i + 1] if i + 1 < len(sizes) else 0
-        if following == 0 and not want_final:
+        following = active[i + 1] if i + 1 < len(sizes) else 0
+        if following == 0 and final is None:
             break
         decayed = before if decays is None else before * decays[i]
-        if following == plan.active[i]:
+        if following == active[i]:
             torch.baddbmm(decayed, keys_i, write_i, out=views[0][i + 1])
             continue
         after = torch.baddbmm(decayed, keys_i, write_i)
         if following:
             views[0][i + 1].copy_(after[: following * heads])
         if final is not None:
-            final[following : plan.active[i]] = after[following * heads :].view(-1, *state.shape[1:])
-
-    scores = _lower(torch.bmm(x.q, x.k.mT), pair_decay, 0)
-    out = torch.bmm(scores, writes).baddbmm_(x.read_queries(), states)
-    return out, final, states, inverse
+            final[following : active[i]] = after[following * heads :].view(-1, *state.shape[1:])
+    return writes, states, final
 
 
 def _backward_states(
-    x: _Chunks, inverse: torch.Tensor, d_writes: torch.Tensor, d_read: torch.Tensor,
-    d_final: torch.Tensor | None, plan: ChunkPlan, shape: torch.Size,
+    x: _Chunks,
+    inverse: torch.Tensor,
+    d_writes: torch.Tensor,
+    d_read: torch.Tensor,
+    d_final: torch.Tensor | None,
+    plan: ChunkPlan,
+    shape: torch.Size,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the sequential part of the backward pass, last chunk first.
 
     Args:
         x: inputs in chunk layout.
         inverse: ``(I + diag(beta) L)^{-1}``, ``[M, C, C]``.
-        d_writes: ``[M, C, V]``, the part of the gradient of ``U`` that came through ``O``. Completed in place.
+        d_writes: ``[M, C, V]``, the part of the gradient of ``U`` that came through ``O``. Completed in
+        place.
         d_read: ``[M, K, V]``, the part of the gradient of each chunk's initial state that came through ``O``.
         d_final: ``[n, H, K, V]`` gradient of the final states in plan order, or ``None``.
         plan: the layout.
         shape: shape ``[n, H, K, V]`` of the initial states.
 
     Returns:
-        ``d_after`` ``[M, K, V]``: gradient of the state after each chunk. ``d_rhs`` ``[M, C, V]``: inverse^T dU.
-        ``d_state`` ``[n, H, K, V]``: gradient of the initial states.
+        ``d_after`` ``[M, K, V]``: gradient of the state after each chunk. ``d_rhs`` ``[M, C, V]``: inverse^T
+        dU. ``d_state`` ``[n, H, K, V]``: gradient of the initial states.
     """
     heads, active = shape[1], plan.active
     d_after, d_rhs = torch.empty_like(d_read), torch.empty_like(d_writes)
@@ -255,10 +291,15 @@ def _backward_states(
 
 
 def _backward(
-    x: _Chunks, states: torch.Tensor, inverse: torch.Tensor, d_out: torch.Tensor,
-    d_final: torch.Tensor | None, plan: ChunkPlan, shape: torch.Size,
+    x: _Chunks,
+    states: torch.Tensor,
+    inverse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_final: torch.Tensor | None,
+    plan: ChunkPlan,
+    shape: torch.Size,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Return the gradients of stored q, k, v, beta, g (chunk layout) and of the initial states (plan order)."""
+    """Return the gradients of q, k, v, beta, g (stored ones, chunk layout) and of the initial states."""
     pair_decay = x.pair_decay()
     lower = _lower(torch.bmm(x.k, x.k.mT), pair_decay, -1)
     residual = torch.baddbmm(x.v, x.read_keys(), states, alpha=-1)
@@ -286,10 +327,11 @@ def _backward(
         return d_q, d_k, d_v, d_beta, None, d_state
     growth = x.decay.exp()
     d_write.mul_((x.decay[:, -1:] - x.decay).exp_())
-    d_chunk = (states * d_after).sum((1, 2), keepdim=True).mul_(x.chunk_decay())
+    d_chunk = (states * d_after).sum((1, 2), keepdim=True).mul_(growth[:, -1:])
     d_chunk.add_((x.k * d_write).sum((1, 2), keepdim=True))
     d_q.mul_(growth).baddbmm_(d_scores, x.k)
-    # Keys act in two roles, with decay exp(b) when they read and exp(-b) when they write; hence the gradient of b.
+    # Keys act in two roles, with decay exp(b) when they read and exp(-b) when they write; hence the gradient
+    # of b.
     d_read.mul_(growth.neg_()).baddbmm_(d_lower, x.k)
     d_write.baddbmm_(d_scores.mT, x.q).baddbmm_(d_lower.mT, x.k)
     d_decay = (x.q * d_q).sum(-1, keepdim=True).add_((x.k * (d_read - d_write)).sum(-1, keepdim=True))
@@ -298,7 +340,9 @@ def _backward(
     return d_q, d_write.add_(d_read), d_v, d_beta, d_g, d_state
 
 
-def _undo_norm(d: torch.Tensor, stored: torch.Tensor, rstd: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _undo_norm(
+    d: torch.Tensor, stored: torch.Tensor, rstd: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     """Gradient of the caller's q or k from that of ``scale * x / |x|`` (or ``scale * x``), in place."""
     if rstd is None:
         return d if scale == 1.0 else d.mul_(scale)
@@ -311,15 +355,24 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None,
-        state: torch.Tensor, settings: ScanSettings, want_final: bool,
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: torch.Tensor,
+        g: torch.Tensor | None,
+        state: torch.Tensor,
+        settings: ScanSettings,
+        want_final: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         with torch.autocast("cpu", enabled=False):
-            x = _prepare(q, k, v, beta, g, settings)
+            x = _prepare(q, k, v, beta, g, settings, True)
             out, final, states, inverse = _forward(x, state, settings.plan, want_final)
             rows = _from_chunks(out, v.shape, settings.plan).to(v.dtype)
         ctx.settings, ctx.state_shape = settings, state.shape
-        ctx.shapes = [(t.shape, t.dtype) for t in (q, k, v, beta)] + [None if g is None else (g.shape, g.dtype)]
+        ctx.shapes = [(t.shape, t.dtype) for t in (q, k, v, beta)] + [
+            None if g is None else (g.shape, g.dtype)
+        ]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x.q, x.k, x.v, x.beta, x.decay, x.q_rstd, x.k_rstd, states, inverse)
         return rows, final
@@ -351,7 +404,9 @@ class _Scan(torch.autograd.Function):
         return *grads, d_state, None, None
 
 
-def _restore(d: torch.Tensor, like: tuple[torch.Size, torch.dtype], plan: ChunkPlan, heads: int) -> torch.Tensor:
+def _restore(
+    d: torch.Tensor, like: tuple[torch.Size, torch.dtype], plan: ChunkPlan, heads: int
+) -> torch.Tensor:
     """Bring a gradient from chunk layout to the shape and dtype of its input."""
     shape, dtype = like
     full = shape if len(shape) == 4 else torch.Size((*shape, 1))
@@ -359,14 +414,21 @@ def _restore(d: torch.Tensor, like: tuple[torch.Size, torch.dtype], plan: ChunkP
 
 
 def delta_scan(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None,
-    state: torch.Tensor | None, settings: ScanSettings, want_final: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor | None,
+    state: torch.Tensor | None,
+    settings: ScanSettings,
+    want_final: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the (gated) delta rule over whole sequences.
 
     Args:
         q, k: ``[B, T, H, K]``.
-        v: ``[B, T, HV, V]`` with ``HV`` a multiple of ``H``; each group of ``HV / H`` value heads shares a key head.
+        v: ``[B, T, HV, V]`` with ``HV`` a multiple of ``H``; each group of ``HV / H`` value heads shares a
+        key head.
         beta: ``[B, T, HV]``.
         g: ``[B, T, HV]`` log-decay, at most 0, or ``None`` for the plain delta rule.
         state: ``[n, HV, K, V]`` initial states, one per sequence of the plan, or ``None`` for zeros.
@@ -374,8 +436,8 @@ def delta_scan(
         want_final: whether to return the final states.
 
     Returns:
-        Outputs ``[B, T, HV, V]`` in v's dtype; final states ``[n, HV, K, V]`` in the compute dtype, or ``None``.
-        Both are differentiable (once) with respect to every tensor argument.
+        Outputs ``[B, T, HV, V]`` in v's dtype; final states ``[n, HV, K, V]`` in the compute dtype, or
+        ``None``. Both are differentiable (once) with respect to every tensor argument.
     """
     plan = settings.plan
     if state is None:
@@ -389,7 +451,7 @@ def delta_scan(
         out, final = _Scan.apply(*tensors, settings, want_final)
     else:
         with torch.autocast("cpu", enabled=False):
-            chunks, final, *_ = _forward(_prepare(q, k, v, beta, g, settings), state, plan, want_final)
+            chunks, final, *_ = _forward(_prepare(q, k, v, beta, g, settings, False), state, plan, want_final)
             out = _from_chunks(chunks, v.shape, plan).to(v.dtype)
     if final is not None and plan.inverse is not None:
         final = final.index_select(0, plan.inverse)

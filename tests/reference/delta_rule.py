@@ -24,8 +24,8 @@ def delta_rule_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token loop over ``[B, T, H, K]`` q and k, ``[B, T, HV, V]`` v, ``[B, T, HV]`` beta and log-decay g.
 
-    Returns the outputs ``[B, T, HV, V]`` and the final states ``[N, HV, K, V]``. With ``cu_seqlens`` the one row holds
-    N sequences, each starting from its own row of ``initial_state``.
+    Returns the outputs ``[B, T, HV, V]`` and the final states ``[N, HV, K, V]``. With ``cu_seqlens`` the one
+    row holds N sequences, each starting from its own row of ``initial_state``.
     """
     if cu_seqlens is not None:
         parts = []
@@ -39,7 +39,11 @@ def delta_rule_reference(
     if l2norm:
         q, k = l2_normalise(q), l2_normalise(k)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    state = q.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if initial_state is None else initial_state
+    state = (
+        q.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+        if initial_state is None
+        else initial_state
+    )
     outputs = []
     for t in range(v.shape[1]):
         if g is not None:
