@@ -22,9 +22,8 @@ Strategy = Callable[[np.ndarray, float, float], int]
 def _softmax_draw(entropy: np.ndarray, temperature: float, uniform: float) -> int:
     """Draw from softmax(H / tau) by inverting the CDF at one uniform number (Eq. 6)."""
     cdf = np.cumsum(np.exp((entropy - entropy.max()) / temperature))
-    drawn = np.searchsorted(cdf, uniform * cdf[-1], side="right")
-    # If the product rounds up to the total, the last position that has any weight is meant.
-    return int(min(drawn, np.searchsorted(cdf, cdf[-1], side="left")))
+    # A float64 below 1 times the total is below the total, also after rounding: the index exists.
+    return int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))
 
 
 def _uniform_draw(entropy: np.ndarray, temperature: float, uniform: float) -> int:

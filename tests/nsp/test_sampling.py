@@ -127,10 +127,10 @@ def test_inverse_cdf_by_hand() -> None:
     torch.testing.assert_close(log_probs, expected)
 
 
-@pytest.mark.parametrize("draw", [0.0, 0.5, LARGEST])
+@pytest.mark.parametrize("draw", [0.0, 0.5, LARGEST, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_impossible_tokens_are_never_drawn(draw: float, dtype: torch.dtype) -> None:
-    """Including at both ends of the vocabulary and after underflow."""
+    """At both ends of the vocabulary, after underflow, and for a draw that was rounded up to 1."""
     logits = torch.randn(200, 50, dtype=dtype, generator=torch.Generator().manual_seed(0))
     logits[:, :3] = -math.inf
     logits[:, -3:] = -math.inf

@@ -175,10 +175,11 @@ def test_window_defaults_to_the_rollout_length() -> None:
 def test_extreme_temperature_and_broken_entropies_stay_valid() -> None:
     cold = torch.zeros(20)
     cold[7] = 1.0
-    positions = select_positions(
-        cold, chunks=1, rollout_length=2, temperature=1e-300, window=1, uniforms=[0.999]
-    )
-    assert positions.tolist() == [6]
+    for uniform in (0.0, 0.999, 1 - 2**-53):  # all other positions have weight 0, those before it included
+        positions = select_positions(
+            cold, chunks=1, rollout_length=2, temperature=1e-300, window=1, uniforms=[uniform]
+        )
+        assert positions.tolist() == [6]
     for broken in (math.nan, math.inf, -math.inf):
         positions = select_positions(
             torch.full((20,), broken), chunks=2, rollout_length=2, uniforms=[0.0, 1 - 2**-53]
