@@ -36,9 +36,9 @@ def make_key(payload: Any) -> str:
 def cached_directory(parent: Path, name: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
     """Return `parent/name`, building it first where it is missing.
 
-    `build` fills an empty directory beside the final place, which is then renamed: what exists under its final
-    name is complete, whoever was killed while building. Two processes may build the same entry at once; the
-    first to finish wins and the other's work is thrown away.
+    `build` fills an empty directory beside the final place, which is then renamed: what exists under its
+    final name is complete, whoever was killed while building. Two processes may build the same entry at
+    once; the first to finish wins and the other's work is thrown away.
 
     Returns:
         The directory, and whether it was there already.
@@ -77,7 +77,8 @@ def _make_parents(parent: Path) -> list[Path]:
             raise PermissionError("not writable")
     except OSError as error:
         raise DataError(
-            f"data.cache_dir={parent} cannot be used: {error}. Set data.cache_dir to a directory you may write to."
+            f"data.cache_dir={parent} cannot be used: {error}. "
+            "Set data.cache_dir to a directory you may write to."
         ) from error
     return missing
 

@@ -30,8 +30,8 @@ class DocumentDataset(Dataset[dict[str, Any]]):
         path = Path(path)
         if not path.is_dir():
             raise DataError(
-                f"no prepared documents at {path}. On several machines data.cache_dir must lie on a file system "
-                "that all of them see."
+                f"no prepared documents at {path}. On several machines data.cache_dir must lie on a file "
+                "system that all of them see."
             )
         self.statistics = read_statistics(path)
         self.table = datasets.load_from_disk(str(path))
@@ -68,8 +68,8 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         rows: what `DocumentDataset` or `VerlDocumentDataset` returns (`input_ids` [T], `document_id`).
 
     Returns:
-        `tokens` int64 [B, Tmax] (0 where padded), `lengths` int64 [B], `document_id` int64 [B], and `weight`
-        float32 [B], all 1. All values are tensors: `TensorDict(batch, batch_size=len(rows))` takes them as is.
+        `tokens` int64 [B, Tmax] (0 where padded), `lengths` int64 [B], `document_id` int64 [B], and
+        `weight` float32 [B], all 1. `TensorDict(batch, batch_size=len(rows))` takes it as it is.
     """
     sequences = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
     return {
@@ -81,7 +81,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def collate_columns(columns: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """`collate` for a batch that verl's own collate function has already turned into object arrays by column."""
+    """`collate` for a batch that verl's own collate function has turned into object arrays by column."""
     return collate(
         [
             {"input_ids": ids, "document_id": document}

@@ -169,9 +169,9 @@ def _require_sequences(
     row = tokens[longest]
     why = _because(reason) if minimum_length >= settings.min_length else f" (data.min_length={minimum})"
     raise DataError(
-        f"{key}: all {len(tokens)} documents are too short. They must have at least {minimum} tokens{why}; the "
-        f"longest has {row['length']} ({row['source']}, row {row['row']}). Give longer documents, or lower what "
-        "asks for the length."
+        f"{key}: all {len(tokens)} documents are too short. They must have at least {minimum} tokens{why}; "
+        f"the longest has {row['length']} ({row['source']}, row {row['row']}). Give longer documents, "
+        "or lower what asks for the length."
     )
 
 

@@ -98,8 +98,8 @@ def check_column(schema: pa.Schema, text_key: str, name: str) -> None:
     is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     if not any(check(value_type) for check in is_text):
         raise DataError(
-            f"{name}, row 0 and following: column {text_key!r} holds {kind}, not strings. Choose a text column "
-            f"with data.text_key; the columns are: {', '.join(schema.names)}."
+            f"{name}, row 0 and following: column {text_key!r} holds {kind}, not strings. Choose a text "
+            f"column with data.text_key; the columns are: {', '.join(schema.names)}."
         )
 
 
@@ -112,7 +112,7 @@ def missing_column(name: str, text_key: str, columns: Sequence[str]) -> str:
 
 
 def _read_parquet(path: Path, name: str, text_key: str) -> Iterator[pa.RecordBatch]:
-    with _reading(name, "parquet file"), pq.ParquetFile(path) as file:
+    with _reading(name, "parquet file"), pq.ParquetFile(path, page_checksum_verification=True) as file:
         check_column(file.schema_arrow, text_key, name)
         start = 0
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[text_key]):
@@ -165,7 +165,8 @@ def _text_of_line(line: bytes, row: int, name: str, text_key: str) -> str:
         record = json.loads(line.decode("utf-8-sig" if row == 0 else "utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where} is not valid json: {error}. Each line must hold one json object; repair or remove the line."
+            f"{where} is not valid json: {error}. Each line must hold one json object; "
+            "repair or remove the line."
         ) from error
     if not isinstance(record, dict):
         raise DataError(
@@ -195,7 +196,8 @@ def read_text(path: Path, name: str, text_key: str) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{name}, row 0 is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8 first."
+            f"{name}, row 0 is not UTF-8 text (byte {error.start}: {error.reason}). "
+            "Convert it to UTF-8 first."
         ) from error
 
 

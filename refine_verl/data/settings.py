@@ -23,7 +23,7 @@ class DataSettings:
         max_length: most tokens a sequence may have; None leaves documents whole.
         min_length: fewest tokens a sequence must have; shorter ones are left out and counted.
         long_documents: `window` cuts longer documents into consecutive pieces, `head` keeps the first piece.
-        append_eos: put the tokenizer's end-of-sequence token after each document (unless it is there already).
+        append_eos: put the tokenizer's end-of-sequence token after each document, unless it is there.
         cache_dir: where tokenised documents are kept; default `$XDG_CACHE_HOME/refine_verl/data`.
         num_workers: processes that tokenise; None chooses by the amount of text and the cores.
         progress: progress bars on or off; None shows them on a terminal only.

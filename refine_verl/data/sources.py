@@ -94,8 +94,8 @@ class StandardLibrarySource:
         self.files = [name for name in _standard_library_files(self.root) if _stdlib_split(name) == split]
         if not self.files:
             raise DataError(
-                f"{self.name}: no Python sources under {self.root} (the interpreter may ship them compiled or "
-                "zipped). Give files of your own in data.train_files and data.val_files."
+                f"{self.name}: no Python sources under {self.root} (the interpreter may ship them compiled "
+                "or zipped). Give files of your own in data.train_files and data.val_files."
             )
 
     def fingerprint(self) -> list[Any]:
@@ -232,8 +232,8 @@ def _directory_files(directory: Path, key: str) -> list[Path]:
     skipped = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     if not found:
         raise DataError(
-            f"{key}: directory {directory} holds no document files ({', '.join(SUPPORTED)}), also not further "
-            f"down; it holds {skipped or 'nothing'}."
+            f"{key}: directory {directory} holds no document files ({', '.join(SUPPORTED)}), also not "
+            f"further down; it holds {skipped or 'nothing'}."
         )
     if skipped:
         logger.warning("%s: left out files of other kinds in %s: %s", key, directory, skipped)
@@ -271,10 +271,10 @@ def _load_hub_dataset(repo: str, config: str | None, split: str, spec: str, key:
         return datasets.load_dataset(repo, config, split=split)
     except Exception as error:  # the hub client raises many unrelated types; all mean "could not get it"
         raise DataError(
-            f"{key}: {spec} is no local path, and the hub dataset {repo!r} (split {split!r}) could not be loaded: "
-            f"{type(error).__name__}: {error}.{nearest_paths(Path(repo))} Hub names are org/name, org/name:split or "
-            "org/name:config:split. Without network access, copy the data here as parquet, jsonl or txt files and "
-            f"give their path in {key}."
+            f"{key}: {spec} is no local path, and the hub dataset {repo!r} (split {split!r}) could not be "
+            f"loaded: {type(error).__name__}: {error}.{nearest_paths(Path(repo))} Hub names are org/name, "
+            "org/name:split or org/name:config:split. Without network access, copy the data here as parquet, "
+            f"jsonl or txt files and give their path in {key}."
         ) from error
 
 

@@ -45,7 +45,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         settings = {key: repr(value) for key, value in sorted(tokenizer.init_kwargs.items())}
         return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), settings]
     rules = json.loads(backend.to_str())
-    # Truncation and padding are call settings that stick to the object; they say nothing about the vocabulary.
+    # Truncation and padding are call settings that stick to the object; they do not change the tokens.
     for key in ("truncation", "padding"):
         rules.pop(key, None)
     return [type(tokenizer).__name__, tokenizer.eos_token_id, rules]

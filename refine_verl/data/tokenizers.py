@@ -28,7 +28,7 @@ def load_tokenizer(
 
     Args:
         spec: a directory or hub id; `bytes` (token i is byte i, 256 is end-of-sequence); or `bpe:SIZE`, a
-            byte-level BPE of SIZE entries (the bytes and end-of-sequence among them) trained on `corpus_texts`.
+            byte-level BPE of SIZE entries (bytes and end-of-sequence among them) trained on `corpus_texts`.
         corpus_texts: documents for `bpe:SIZE` (see `prepare.iterate_split_texts`); not read otherwise.
         out_dir: where a tokenizer made here is saved, so that `AutoTokenizer` loads it; None saves nothing.
 
@@ -50,8 +50,8 @@ def load_tokenizer(
                 "tokenizer.json and tokenizer_config.json (save_pretrained writes them)."
             ) from error
         raise DataError(
-            f"tokenizer {spec!r} is neither a directory nor a hub id that can be loaded: {error}{nearest_paths(path)} "
-            "Without network access give a local directory, or use bytes or bpe:SIZE."
+            f"tokenizer {spec!r} is neither a directory nor a hub id that can be loaded: {error}"
+            f"{nearest_paths(path)} Without network access give a local directory, or use bytes or bpe:SIZE."
         ) from error
 
 

@@ -1,9 +1,11 @@
-"""The dataset class verl loads: `data.custom_cls.{path: pkg://refine_verl.data.verl_dataset, name: VerlDocumentDataset}`.
+"""The dataset class verl loads, through `data.custom_cls.path=pkg://refine_verl.data.verl_dataset` and
+`data.custom_cls.name=VerlDocumentDataset`.
 
-verl builds the datasets inside its driver process and batches them with its own collate function, which stacks
-tensors and puts everything else into object arrays. Sequences differ in length, so this class hands them out as
-numpy arrays; `dataset.collate_columns` makes padded tensors of a batch. Order is verl's: `data.shuffle` and
-`data.seed` decide it for training, and `data.validation_shuffle=false` keeps document order for validation.
+verl builds the datasets inside its driver process and batches them with its own collate function, which
+stacks tensors and puts everything else into object arrays. Sequences differ in length, so this class hands
+them out as numpy arrays; `dataset.collate_columns` makes padded tensors of a batch. Order is verl's:
+`data.shuffle` and `data.seed` decide it for training, and `data.validation_shuffle=false` keeps document
+order for validation.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ class VerlDocumentDataset(Dataset[dict[str, Any]]):
     """`DocumentDataset` behind the constructor verl calls. Reads a prepared directory; tokenises nothing.
 
     Args:
-        data_files: the directory made by `prepare` (or a list with that one entry); None or an empty list give
-            an empty dataset (no validation).
+        data_files: the directory made by `prepare` (or a list with that one entry); None or an empty list
+            give an empty dataset (no validation).
         tokenizer: not used, the documents are tokens already.
         processor: not used.
         config: verl's `data` section; `shuffle` and `seed` choose the subset when `max_samples` is set.
