@@ -18,7 +18,7 @@ TORCH ?= torch>=2.7,<2.14
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Half the cores: the distributed tests run two processes at a time.
 TEST_THREADS := $(shell echo $$(( $(CORES) > 1 ? $(CORES) / 2 : 1 )))

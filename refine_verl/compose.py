@@ -2,8 +2,8 @@
 
 The primary configuration is `conf/refine.yaml`: verl's own tree, then REFINE's sections, then a model preset,
 then a recipe. Recipes (group `recipe`) and presets (group `model`) are plain YAML files, shipped with the
-package or found in the directories of REFINE_RECIPES_PATH: `DIR/NAME.yaml` is a recipe, `DIR/model/NAME.yaml` a
-preset. Nothing here imports torch, ray or verl, except to look for GPUs.
+package or found in the directories of REFINE_RECIPES_PATH: `DIR/NAME.yaml` is a recipe, `DIR/model/NAME.yaml`
+a preset. Nothing here imports torch, ray or verl, except to look for GPUs.
 """
 
 from __future__ import annotations

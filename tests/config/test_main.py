@@ -1,0 +1,152 @@
+"""The command line: exit codes, one message, nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from refine_verl.main import main
+
+RecipeFile = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "recipe: choose one with recipe=NAME. Available: midtrain, pretrain, quickstart, sft"),
+        (["recipe=midtran"], "unknown recipe 'midtran'. Available: midtrain, pretrain"),
+        (["recipe=midtran"], "Did you mean 'midtrain'?"),
+        (["recipe=[midtrain,stf]"], "unknown recipe 'stf'"),
+        (["recipe=[midtrain,stf]"], "Did you mean 'sft'?"),
+        (["recipe=midtrain,sft"], "recipe=[midtrain,sft] for a list, or add -m"),
+        (["recipe=quickstart", "model=tiny_deltnet"], "model: unknown model preset 'tiny_deltnet'"),
+        (["recipe=quickstart", "model=hf_model"], "model: this is a part of verl"),
+        (
+            ["recipe=quickstart", "refine.nsp.chunk=3"],
+            "refine.nsp.chunk: unknown key. Did you mean 'refine.nsp.chunks'?",
+        ),
+        (["recipe=quickstart", "lr=3"], "lr: unknown key. Did you mean 'actor_rollout_ref.actor.optim.lr'?"),
+        (["recipe=quickstart", "+refine.nsp.chunk=3"], "refine.nsp.chunk: unknown key."),
+        (["recipe=quickstart", "refine.nsp.chunks"], "not of the form key=value"),
+        (["recipe=quickstart", "data.train_files=a=b"], "Quote special characters"),
+        (["recipe=quickstart", "refine.nsp.chunks=0"], "refine.nsp.chunks: must be at least 1, got 0."),
+        (["recipe=quickstart", "data.long_documents=tail"], "data.long_documents='tail' is not one of"),
+        (
+            ["-m", "recipe=quickstart", "refine.nsp.chunks=0,4"],
+            "refine.nsp.chunks: must be at least 1, got 0.",
+        ),
+        (["recipe=midtrain", "data.train_files=x"], "model.path: no model given"),
+        (["recipe=midtrain", "data.train_files=x", "model.path=./nowhere"], "nowhere: no such directory"),
+        (["recipe=quickstart", "refine.nsp.reward=nowhere.reward"], "refine.nsp.reward: "),
+        (["recipe=quickstart", "data.train_files=nowhere.jsonl", "model.tokenizer=bytes"], "nowhere.jsonl"),
+        (["recipe=quickstart", "model.tokenizer=bpe:4096"], "model.tokenizer: bpe:4096 has 4096 tokens"),
+    ],
+)
+def test_bad_input_exits_with_2_one_line_and_writes_nothing(
+    arguments: list[str],
+    message: str,
+    empty_directory: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(arguments) == 2
+    said = capfd.readouterr().err
+    assert message in said
+    assert said.count("error: ") == 1 and "Traceback" not in said and "HYDRA_FULL_ERROR" not in said
+    assert list(empty_directory.iterdir()) == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_parent_that_does_not_exist_is_named(
+    recipe_file: RecipeFile, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe_file("mine", "defaults: [midtrian, _self_]\n")
+    assert main(["recipe=mine"]) == 2
+    assert "unknown recipe 'midtrian' (in the defaults of 'mine')" in capfd.readouterr().err
+
+
+def test_a_wrong_key_in_config_dir_names_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "configs" / "recipe" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\ndefaults: [quickstart, _self_]\nrefine: {nsp: {chunk: 3}}\n")
+    assert main(["--config-dir", str(tmp_path / "configs"), "recipe=mine"]) == 2
+    assert f"refine.nsp.chunk: unknown key (in {path})" in capfd.readouterr().err
+
+
+def test_help_shows_recipes_presets_and_keys(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capfd.readouterr().out
+    for name in ("quickstart", "tiny_deltanet", "refine.nsp.rollout_length=5", "REFINE_RECIPES_PATH"):
+        assert name in said
+
+
+def test_a_good_configuration_reaches_the_trainer(
+    empty_directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from omegaconf import DictConfig
+
+    from refine_verl.trainer import launch
+
+    received: list[tuple[DictConfig, int]] = []
+
+    def train(config: DictConfig, *, min_length: int) -> Path:
+        received.append((config, min_length))
+        return Path(config.trainer.default_local_dir)
+
+    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (empty_directory / "text.txt").write_text("def f(x):\n    return x + 1\n" * 400)
+    files = ["data.train_files=text.txt", "data.val_files=text.txt", "data.train_batch_size=2"]
+    more = [
+        "refine.ppo_mini_batch_size=2",
+        "data.max_length=64",
+        "model.tokenizer=bytes",
+        "trainer.logger=[]",
+    ]
+    micro = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"]
+    assert main(["recipe=quickstart", *files, *more, *micro]) == 0
+    config, min_length = received[0]
+    assert min_length == 13
+    run_dir = empty_directory / "outputs" / "refine_verl" / "quickstart"
+    model = config.actor_rollout_ref.model
+    assert model.path == model.tokenizer_path == str(run_dir / "initial_model")
+    assert (run_dir / "initial_model" / "config.json").is_file()
+    assert (run_dir / "initial_model" / "tokenizer.json").is_file()
+    assert Path(config.data.train_files[0]).is_dir() and Path(config.data.val_files[0]).is_dir()
+
+
+def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "refine_verl.main", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_as_a_process_bad_input_exits_with_2(empty_directory: Path) -> None:
+    done = run_python("recipe=quickstart", "refine.nsp.chunk=3", cwd=empty_directory)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("Did you mean 'refine.nsp.chunks'?")
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert list(empty_directory.iterdir()) == []
+
+
+def test_as_a_process_the_configuration_can_be_shown_without_running(empty_directory: Path) -> None:
+    done = run_python("recipe=midtrain", "--cfg", "job", "--resolve", cwd=empty_directory)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "chunks: 8" in done.stdout and "experiment_name: midtrain" in done.stdout and "${" not in done.stdout
+    )
+    assert list(empty_directory.iterdir()) == []
