@@ -214,6 +214,10 @@ def _resolve(name: str, key: str, default_split: str) -> list[DocumentSource]:
     if glob.has_magic(name) and not _HUB_ID.fullmatch(name):
         return [FileSource(file) for file in _glob_files(str(path), key)]
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(SUPPORTED):
+        # Said before, not after: without a network the hub client tries for half a minute.
+        logger.warning(
+            "%s: %s is no local path.%s Asking the Hugging Face hub for it.", key, name, nearest_paths(path)
+        )
         return [HubSource(name, default_split, key)]
     raise DataError(f"{key}: {name} does not exist.{nearest_paths(path)}")
 

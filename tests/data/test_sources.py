@@ -127,6 +127,12 @@ class TestHub:
         with pytest.raises(DataError, match=r"(?s)ConnectionError: offline.*copy the data here as parquet"):
             resolve("other/name")
 
+    def test_asking_the_hub_is_said_with_the_nearest_path(self, hub, caplog):
+        (hub / "some-org" / "some-test").mkdir(parents=True)
+        resolve("some-org/some-text")
+        assert "some-org/some-text is no local path. Nearest existing: " in caplog.text
+        assert "some-test. Asking the Hugging Face hub" in caplog.text
+
     def test_local_path_comes_first(self, hub):
         local = hub / "some-org" / "some-text"
         local.mkdir(parents=True)
