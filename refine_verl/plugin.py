@@ -64,7 +64,8 @@ def _cpu_device_module() -> types.ModuleType:
     module = types.ModuleType("refine_verl.plugin.cpu_device")
     module.__dict__.update(
         is_available=lambda: True,
-        current_device=lambda: 0,
+        # verl hands this to Tensor.to; an index would mean an accelerator
+        current_device=lambda: "cpu",
         device_count=lambda: os.cpu_count() or 1,
         set_device=_nothing,
         synchronize=_nothing,
@@ -112,8 +113,8 @@ class CpuPlatform(PlatformBase):
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
         return not torch.cuda.is_available()
 
-    def current_device(self) -> int:
-        return 0
+    def current_device(self) -> Any:
+        return "cpu"
 
     def device_count(self) -> int:
         return os.cpu_count() or 1

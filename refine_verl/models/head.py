@@ -61,7 +61,8 @@ class FusedHead(nn.Linear):
         return torch.cat(losses), torch.cat(correct)
 
     def _log_probs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        return gather_log_probs(super().forward(hidden), targets, temperature)
+        # a copy: FSDP2 hooks the outputs of its modules and must not be handed a view
+        return gather_log_probs(super().forward(hidden), targets, temperature).clone()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -59,6 +59,8 @@ def inspect_model(path: str | Path | None, config: dict[str, Any] | None = None)
     else:
         loaded = _config_from_path(Path(path), str(path), overrides)
     _check_family(loaded, "model.config" if path is None else str(path))
+    if not loaded.architectures:  # a configuration made from values; verl and transformers export by this name
+        loaded.architectures = [AutoModelForCausalLM._model_mapping[type(loaded)].__name__]
     has_weights = path is not None and (
         not Path(path).is_dir() or any(any(Path(path).glob(name)) for name in _WEIGHT_FILES)
     )

@@ -26,8 +26,10 @@ def compute_advantages(rewards: Tensor, rollout_length: int, group: str, algorit
         float32 [B, c, n].
     """
     batch, chunks, rollouts = rewards.shape
-    token_rewards = torch.zeros(rewards.numel(), rollout_length)
-    token_rewards[:, -1] = rewards.flatten()
+    # float64: the mean of equal float32 rewards may be off by one rounding, and a tiny difference over a tiny
+    # standard deviation is no small number
+    token_rewards = torch.zeros(rewards.numel(), rollout_length, dtype=torch.float64)
+    token_rewards[:, -1] = rewards.flatten().double()
     estimator = get_adv_estimator_fn(algorithm.adv_estimator)
     arguments: dict[str, Any] = {
         "token_level_rewards": token_rewards,
