@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from refine_verl.config import NSPSettings
-from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws, load_model, make_actor
+from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws, load_model, make_actor, snapshot_count
 from refine_verl.nsp import (
     RewardInputs,
     get_reward,
@@ -131,7 +131,7 @@ class Bench:
                 documents=self.documents(slice(rows.start, rows.stop)),
                 nsp=nsp,
                 draws=_draws(rows, nsp),
-                min_length=self.preset.length,
+                snapshots=snapshot_count(nsp.chunks, self.preset.length),
             )
             copies = nsp.rollouts_per_position
             rewards = get_reward(nsp.reward)(

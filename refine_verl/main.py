@@ -131,7 +131,7 @@ def run(config: DictConfig, files: Sequence[ConfigFile] = ()) -> int:
 
     try:
         prepared = prepare_run(valid)
-        run_dir = train(prepared.launch_config(), min_length=prepared.min_length)
+        run_dir = train(prepared.launch_config())
     except (ConfigError, DataError, ModelError) as error:
         return _refuse(error)
     except (PluginError, ResourceError, TrainingDiverged) as error:

@@ -47,11 +47,6 @@ class PreparedRun:
     train: PreparedData
     validation: PreparedData | None
 
-    @property
-    def min_length(self) -> int:
-        """Fewest tokens of a training document."""
-        return self.valid.data.min_length
-
     def launch_config(self) -> DictConfig:
         """The configuration with everything in files: what `trainer.launch.train` takes.
 

@@ -1,6 +1,6 @@
 """Fast-weight models: their state, packed batches and the passes REFINE makes. torch, transformers and fla only."""
 
-from refine_verl.models.actor import Branches, FastWeightActor, RolloutBatch, RolloutDraws, make_actor
+from refine_verl.models.actor import Branches, FastWeightActor, RolloutBatch, RolloutDraws, make_actor, snapshot_count
 from refine_verl.models.adapters import ModelAdapter, get_adapter, known_model_types, register_adapter
 from refine_verl.models.loading import ModelError, ModelInfo, inspect_model, load_model
 from refine_verl.models.packing import Documents, Packed, pack
@@ -24,4 +24,5 @@ __all__ = [
     "make_actor",
     "pack",
     "register_adapter",
+    "snapshot_count",
 ]

@@ -23,9 +23,16 @@ from refine_verl.models.packing import Documents, Packed, pack
 from refine_verl.models.state import FastWeightState
 from refine_verl.nsp import align_entropy, sample_from_logits, select_positions
 
-# Snapshots per chunk while a document is read: replaying from the nearest one costs at most
-# c * T / (c * SNAPSHOTS) = T / 8 tokens for all positions together.
+# Replaying from the nearest snapshot then costs at most c * T / (8 c) = T / 8 tokens for all positions together.
 SNAPSHOTS_PER_CHUNK = 8
+
+
+def snapshot_count(chunks: int, max_length: int) -> int:
+    """Segments in which documents of at most ``max_length`` tokens are read while their states are kept.
+
+    A function of settings alone: under FSDP every rank has to make the same number of passes.
+    """
+    return min(SNAPSHOTS_PER_CHUNK * chunks, max_length)
 
 
 @dataclass(frozen=True)
@@ -103,17 +110,16 @@ class FastWeightActor(nn.Module):
 
     # The four modes
 
-    def rollout(self, documents: Documents, nsp: NSPSettings, draws: RolloutDraws, min_length: int) -> RolloutBatch:
+    def rollout(self, documents: Documents, nsp: NSPSettings, draws: RolloutDraws, snapshots: int) -> RolloutBatch:
         """Steps 1 and 2 of the paper: choose positions by entropy, continue from each (Eq. 5-8).
 
         Args:
             documents: the micro-batch.
             nsp: c, k, n and how to select and sample.
             draws: the random numbers to use.
-            min_length: a lower bound on the length of *every* document of the run. It fixes the number of
-                passes, which must be the same on all ranks.
+            snapshots: in how many segments to read (:func:`snapshot_count`); the same on all ranks.
         """
-        hidden, snapshots = self._read(documents, nsp, min_length)
+        hidden, kept = self._read(documents, snapshots if nsp.rollout == "fork" else 0)
         entropy = list(self._head(torch.cat(hidden), "entropy").split(documents.lengths))
         positions = torch.stack(
             [self._select(entropy[b], nsp, draws.positions[b]) for b in range(len(documents))]
@@ -121,7 +127,7 @@ class FastWeightActor(nn.Module):
         if nsp.rollout == "prefix":
             tokens, log_probs, predicted = reference.rollout(self, documents, positions, nsp, draws.tokens)
         else:
-            state = self._replay(documents, positions, snapshots)
+            state = self._replay(documents, positions, kept)
             last = torch.stack([hidden[b][t] for b, row in enumerate(positions.tolist()) for t in row])
             tokens, log_probs, predicted = self._continue(last, state, nsp, draws.tokens)
         steps = torch.arange(1, nsp.rollout_length + 1, device=positions.device)
@@ -227,27 +233,27 @@ class FastWeightActor(nn.Module):
         return hidden.reshape(-1, hidden.shape[-1]), after
 
     def _read(
-        self, documents: Documents, nsp: NSPSettings, min_length: int
+        self, documents: Documents, snapshots: int
     ) -> tuple[list[Tensor], list[tuple[list[int], FastWeightState | None]]]:
-        """One pass over S that keeps the state at even intervals.
+        """One pass over S that keeps the state at even intervals (``snapshots`` 0: none).
 
         Returns:
             Hidden states [T, d] of each document, and for each segment its first tokens and the state before it.
         """
-        fork = nsp.rollout == "fork"
-        borders = documents.even_cuts(min(SNAPSHOTS_PER_CHUNK * nsp.chunks, min_length) if fork else 1)
-        parts: list[Sequence[Tensor]] = []
-        snapshots: list[tuple[list[int], FastWeightState | None]] = []
+        borders = documents.even_cuts(max(snapshots, 1))
+        parts: list[list[Tensor]] = []
+        kept: list[tuple[list[int], FastWeightState | None]] = []
         state: FastWeightState | None = None
         for starts, stops in zip(borders, borders[1:], strict=False):
-            snapshots.append((starts, state))
-            packed = documents.cut(starts, stops)
-            hidden, state = self.run(packed, state, keep_state=fork)
-            parts.append(hidden.split(packed.lengths))
-        if fork:
-            assert state is not None
-            snapshots[0] = (borders[0], state.zeros_like())
-        return [torch.cat(column) for column in zip(*parts, strict=True)], snapshots
+            kept.append((starts, state))
+            # a document that has ended reads any token instead: nothing looks at its state any more
+            packed = documents.cut(starts, [max(stop, start + 1) for start, stop in zip(starts, stops, strict=True)])
+            hidden, state = self.run(packed, state, keep_state=snapshots > 0)
+            pieces = zip(hidden.split(packed.lengths), starts, stops, strict=True)
+            parts.append([piece[: stop - start] for piece, start, stop in pieces])
+        if state is not None:
+            kept[0] = (borders[0], state.zeros_like())
+        return [torch.cat(column) for column in zip(*parts, strict=True)], kept
 
     @staticmethod
     def _select(entropy: Tensor, nsp: NSPSettings, draws: Tensor) -> Tensor:

@@ -68,9 +68,19 @@ class Documents:
         return sum(self.lengths)
 
     def cut(self, starts: Sequence[int], stops: Sequence[int]) -> Packed:
-        """Pack tokens starts[b]..stops[b]-1 of every document."""
-        return pack([self.tokens[b, start:stop] for b, (start, stop) in enumerate(zip(starts, stops, strict=True))])
+        """Pack tokens starts[b]..stops[b]-1 of every document; past its end a document yields its first token."""
+        runs = []
+        for b, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            ended = start >= self.lengths[b]
+            runs.append(self.tokens[b, :1] if ended else self.tokens[b, start:stop])
+        return pack(runs)
 
     def even_cuts(self, segments: int) -> list[list[int]]:
-        """``segments + 1`` borders per document, as even as possible: list over borders of [N] positions."""
-        return [[index * length // segments for length in self.lengths] for index in range(segments + 1)]
+        """``segments + 1`` borders per document, as even as possible: list over borders of [N] positions.
+
+        A document of fewer tokens than segments gets one token in each of the first and none in the rest.
+        """
+        return [
+            [index * length // segments if length >= segments else min(index, length) for length in self.lengths]
+            for index in range(segments + 1)
+        ]

@@ -27,13 +27,12 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("refine_verl", "verl", "ray", "torch", "transformers", "flash-linear-attention", "triton", "datasets")
 
 
-def train(config: DictConfig, *, min_length: int) -> Path:
+def train(config: DictConfig) -> Path:
     """Run the training that ``config`` describes, from its last checkpoint if there is one.
 
     Args:
         config: resolved and validated; ``data.train_files`` and ``data.val_files`` name prepared directories and
             ``actor_rollout_ref.model.path`` a model directory.
-        min_length: fewest tokens of a training document.
 
     Returns:
         The run directory, with ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``report.html``, ``model/``
@@ -48,7 +47,7 @@ def train(config: DictConfig, *, min_length: int) -> Path:
     OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     (run_dir / "environment.json").write_text(json.dumps(environment(config), indent=2) + "\n")
     with ray_session(config):
-        trainer = RefineTrainer(config, min_length=min_length)
+        trainer = RefineTrainer(config)
         trainer.init()
         try:
             trainer.fit()

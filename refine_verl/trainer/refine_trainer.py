@@ -51,14 +51,12 @@ class RefineTrainer(PPOTrainer):
 
     Args:
         config: the resolved configuration.
-        min_length: no training document is shorter (tokens).
     """
 
-    def __init__(self, config: DictConfig, *, min_length: int) -> None:
+    def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
         self.trainer_mode = "sync"  # every TransferQueue branch of the base class is for the other modes
         self.settings = RefineSettings.from_mapping(OmegaConf.to_container(config.refine, resolve=True))
-        self.min_length = min_length
         self.run_dir = Path(config.trainer.default_local_dir)
         self.skipped_in_a_row = 0
 
@@ -104,7 +102,7 @@ class RefineTrainer(PPOTrainer):
             refine=self.settings,
             model=ModelSettings.from_mapping(OmegaConf.to_container(self.config.model, resolve=True)),
             seed=self.config.data.seed,
-            min_length=self.min_length,
+            max_length=self.config.data.max_length or 2**31,  # null: documents are not cut
             rollout_micro_batch_size=section.rollout.log_prob_micro_batch_size_per_gpu,
             threads=worker_threads(self.config.trainer.n_gpus_per_node),
         )

@@ -17,7 +17,7 @@ from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from refine_verl.config import ModelSettings, RefineSettings
-from refine_verl.models import RolloutBatch, RolloutDraws
+from refine_verl.models import RolloutBatch, RolloutDraws, snapshot_count
 from refine_verl.nsp import position_uniforms, rollout_uniforms
 from refine_verl.plugin import check_plugin
 from refine_verl.workers.engine import RefineEngine, documents_of
@@ -32,7 +32,7 @@ class WorkerSettings:
         refine: the ``refine:`` section.
         model: the ``model:`` section.
         seed: of all sampling and of random initial weights.
-        min_length: no document of the run is shorter (tokens).
+        max_length: no document of the run is longer (tokens).
         rollout_micro_batch_size: documents per rollout or validation pass.
         threads: CPU threads of this process where there is no GPU.
     """
@@ -40,7 +40,7 @@ class WorkerSettings:
     refine: RefineSettings
     model: ModelSettings
     seed: int
-    min_length: int
+    max_length: int
     rollout_micro_batch_size: int
     threads: int
 
@@ -102,7 +102,7 @@ class NSPRolloutWorker(TrainingWorker):
             documents=documents_of(data.to(get_device_id())),
             nsp=nsp,
             draws=draws,
-            min_length=self.settings.min_length,
+            snapshots=snapshot_count(nsp.chunks, self.settings.max_length),
         )
         started = time.perf_counter()
         rewards = self.rewards(rollouts)

@@ -80,7 +80,7 @@ def test_rollouts_agree(make: Callable[..., FastWeightActor], lengths: tuple[int
     actor, documents = make(), documents_of(lengths)
     draws = draws_for(documents, NSP)
     forked, recomputed = (
-        actor(mode="rollout", documents=documents, nsp=replace(NSP, rollout=how), draws=draws, min_length=min(lengths))
+        actor(mode="rollout", documents=documents, nsp=replace(NSP, rollout=how), draws=draws, snapshots=24)
         for how in ("fork", "prefix")
     )
     assert torch.equal(forked.positions, recomputed.positions)
@@ -148,7 +148,7 @@ def test_updates_agree_for_other_shapes(make: Callable[..., FastWeightActor], ro
 
 def test_old_log_probs_are_those_of_the_update(make: Callable[..., FastWeightActor]) -> None:
     actor, documents = make(), documents_of((40, 33))
-    rollouts = actor(mode="rollout", documents=documents, nsp=NSP, draws=draws_for(documents, NSP), min_length=33)
+    rollouts = actor(mode="rollout", documents=documents, nsp=NSP, draws=draws_for(documents, NSP), snapshots=24)
     output = actor(
         mode="update", documents=documents, branches=Branches(rollouts.positions, rollouts.tokens), nsp=NSP
     )
@@ -180,7 +180,7 @@ def test_a_dropped_convolution_state_fails(
     documents, batch = documents_of((40, 33)), a_batch("spread", NSP)
     draws = draws_for(documents, NSP)
     good = step(make(), documents, NSP, *batch)
-    written = make()(mode="rollout", documents=documents, nsp=NSP, draws=draws, min_length=33)
+    written = make()(mode="rollout", documents=documents, nsp=NSP, draws=draws, snapshots=24)
     original = adapters_module._fresh_layers
 
     def without_convolution(layers: tuple, clone_conv: bool) -> tuple:
@@ -190,7 +190,7 @@ def test_a_dropped_convolution_state_fails(
     monkeypatch.setattr(adapters_module, "_fresh_layers", without_convolution)
     with pytest.raises(AssertionError):
         assert_same_step(step(make(), documents, NSP, *batch), good)
-    bad = make()(mode="rollout", documents=documents, nsp=NSP, draws=draws, min_length=33)
+    bad = make()(mode="rollout", documents=documents, nsp=NSP, draws=draws, snapshots=24)
     assert relative(bad.log_probs, written.log_probs) > 1e-3
 
 
