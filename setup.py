@@ -29,7 +29,11 @@ CORE = [
     "zstandard>=0.22,<1",
     "hydra-core>=1.3.2,<1.4",
     "omegaconf>=2.3,<2.4",
+    "psutil>=5.9,<8",
+    "pyyaml>=6,<7",
     "rich>=13,<16",
+    # tensordict's pyvers wants it below 26; said here, pip does not find out by trying every other version.
+    "packaging>=25,<26",
     # What verl imports but declares only in an extra that pins half the GPU world.
     "TransferQueue>=0.1.10,<0.2",
     "cachetools>=5,<9",
