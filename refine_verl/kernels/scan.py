@@ -5,7 +5,8 @@ Per head, with a state ``S`` of shape ``[K, V]``, log-decay ``g_t <= 0`` and ste
     S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - exp(g_t) S_{t-1}^T k_t))^T,      o_t = scale * S_t^T q_t
 
 A chunk of C tokens that starts from state ``S`` is solved at once (the WY form). With ``b`` the running sum
-of ``g`` in the chunk, ``D_ij = exp(b_i - b_j)``, ``L = tril(K K^T * D, -1)``, ``P = scale * tril(Q K^T * D)``:
+of ``g`` in the chunk, ``D_ij = exp(b_i - b_j)``, ``L = tril(K K^T * D, -1)`` and
+``P = scale * tril(Q K^T * D)``:
 
     U  = (I + diag(beta) L)^{-1} diag(beta) (V - exp(b) K S)       the C rank-one writes
     O  = scale * exp(b) Q S + P U
@@ -98,7 +99,7 @@ def _to_chunks(x: torch.Tensor, chunk: int, dtype: torch.dtype, groups: int = 1)
 def _scaled_to_chunks(
     x: torch.Tensor, settings: ScanSettings, scale: float, groups: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Normalise and scale ``[B, T, H, K]`` rows into ``[M, chunk, K]``; with ``keep`` also return the factors."""
+    """Normalise and scale ``[B, T, H, K]`` rows into ``[M, chunk, K]``; ``keep`` the factors, too."""
     chunk = settings.plan.chunk
     if not settings.l2norm:
         out = _to_chunks(x, chunk, settings.dtype, groups)
@@ -196,9 +197,12 @@ def _forward(
     """
     pair_decay = x.pair_decay()
     inverse = _solve(x.k, x.beta, pair_decay)
+    solve = inverse * x.beta.mT
     run = _one_step if plan.active == (len(state),) else _all_steps
-    writes, states, final = run(x, inverse * x.beta.mT, state, plan, want_final)
-    scores = _lower(torch.bmm(x.q, x.k.mT), pair_decay, 0)
+    writes, states, final = run(x, solve, state, plan, want_final)
+    # Here and in the backward pass, chunk-sized buffers are used again where they can be: a fresh one costs a
+    # page fault per 4 KiB, often more than the arithmetic that fills it.
+    scores = _lower(torch.bmm(x.q, x.k.mT, out=solve), pair_decay, 0)
     out = torch.bmm(scores, writes).baddbmm_(x.read_queries(), states)
     return out, final, states, inverse
 
@@ -303,27 +307,26 @@ def _backward(
     pair_decay = x.pair_decay()
     lower = _lower(torch.bmm(x.k, x.k.mT), pair_decay, -1)
     residual = torch.baddbmm(x.v, x.read_keys(), states, alpha=-1)
-    writes = torch.bmm(inverse, residual * x.beta)
+    d_writes = residual * x.beta
+    writes = torch.bmm(inverse, d_writes)
     scores = _lower(torch.bmm(x.q, x.k.mT), pair_decay, 0)
-    d_writes = torch.bmm(scores.mT, d_out)
-    del scores
+    torch.bmm(scores.mT, d_out, out=d_writes)
     d_after, d_rhs, d_state = _backward_states(
         x, inverse, d_writes, torch.bmm(x.read_queries().mT, d_out), d_final, plan, shape
     )
     del d_writes
     d_lower = torch.bmm(d_rhs, writes.mT)  # up to the factor -beta
-    d_beta = d_rhs.mul(residual).sum(-1, keepdim=True)
+    d_beta = residual.mul_(d_rhs).sum(-1, keepdim=True).sub_(lower.mul_(d_lower).sum(-1, keepdim=True))
     del residual
-    d_beta.sub_((lower * d_lower).sum(-1, keepdim=True))
     d_v = d_rhs.mul_(x.beta)
     d_lower = _lower(d_lower.mul_(-x.beta), pair_decay, -1)
-    del lower
-    d_scores = _lower(torch.bmm(d_out, writes.mT), pair_decay, 0)
+    d_scores = _lower(torch.bmm(d_out, writes.mT, out=scores), pair_decay, 0)
     d_write = torch.bmm(writes, d_after.mT)
     d_q, d_read = torch.bmm(d_out, states.mT), torch.bmm(d_v, states.mT)
     if x.decay is None:
         d_q.baddbmm_(d_scores, x.k)
-        d_k = d_write.sub_(d_read).baddbmm_(d_scores.mT, x.q).baddbmm_(d_lower.add_(d_lower.mT.clone()), x.k)
+        symmetric = lower.copy_(d_lower.mT).add_(d_lower)
+        d_k = d_write.sub_(d_read).baddbmm_(d_scores.mT, x.q).baddbmm_(symmetric, x.k)
         return d_q, d_k, d_v, d_beta, None, d_state
     growth = x.decay.exp()
     d_write.mul_((x.decay[:, -1:] - x.decay).exp_())
