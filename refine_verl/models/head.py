@@ -90,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part, wanted = hidden[start : start + rows].to(dtype), targets[start : start + rows]
                 logits = F.linear(part, matrix, offset).to(sums)
                 loss += F.cross_entropy(logits, wanted, reduction="sum", ignore_index=IGNORED)
-                if not (want_hidden or want_weight):
+                if not (want_hidden or want_weight or want_bias):
                     continue
                 grad = _logit_gradient_(logits, wanted).to(dtype)
                 if grad_hidden is not None:
