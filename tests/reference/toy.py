@@ -1,0 +1,79 @@
+"""Small documents, their random numbers and one update pass: shared by the tests of models and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from refine_verl.config import NSPSettings
+from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws
+from refine_verl.nsp import position_uniforms, refine_objective, rollout_uniforms
+
+VOCABULARY = 61
+NSP = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=2)
+
+
+def documents_of(lengths: Sequence[int], seed: int = 3) -> Documents:
+    """Random documents; the padding behind each one is random too, so reading it shows."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    return Documents.from_tensors(tokens, lengths)
+
+
+def one_by_one(documents: Documents) -> list[Documents]:
+    """The same documents, each in a batch of its own and without padding."""
+    return [
+        Documents.from_tensors(documents.tokens[b : b + 1, :length], [length])
+        for b, length in enumerate(documents.lengths)
+    ]
+
+
+def draws_for(ids: Sequence[int], nsp: NSPSettings = NSP, step: int = 1) -> RolloutDraws:
+    """What the worker draws for documents of these ids."""
+    shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
+    return RolloutDraws(
+        torch.stack([torch.from_numpy(position_uniforms(0, step, b, nsp.chunks)) for b in ids]),
+        torch.stack([torch.from_numpy(rollout_uniforms(0, step, b, *shape)) for b in ids]),
+    )
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted."""
+    return ((got - wanted).norm() / wanted.norm().clamp(min=1e-300)).item()
+
+
+def share_of_loss(
+    actor: FastWeightActor,
+    documents: Documents,
+    branches: Branches,
+    old: Tensor,
+    advantages: Tensor,
+    totals: tuple[int, int],
+    nsp: NSPSettings = NSP,
+) -> Tensor:
+    """This micro-batch's share of the REFINE loss, already back-propagated.
+
+    Args:
+        old: `[N * c * n, k]`; advantages: `[N * c * n]`; totals: tokens and rollouts of the mini-batch.
+    """
+    output = actor(mode="update", documents=documents, branches=branches, nsp=nsp)
+    loss, _ = refine_objective(
+        output["ntp_loss_sum"],
+        documents.total - len(documents),
+        output["log_probs"],
+        old,
+        advantages,
+        rl_coef=0.7,
+        sft_coef=1.0,
+        global_tokens=totals[0],
+        global_rollouts=totals[1],
+    )
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(actor: FastWeightActor) -> dict[str, Tensor]:
+    """A copy of every parameter's gradient."""
+    return {name: parameter.grad.clone() for name, parameter in actor.named_parameters()}
