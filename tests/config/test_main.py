@@ -97,10 +97,10 @@ def test_a_good_configuration_reaches_the_trainer(
 
     from refine_verl.trainer import launch
 
-    received: list[tuple[DictConfig, int]] = []
+    received: list[DictConfig] = []
 
-    def train(config: DictConfig, *, min_length: int) -> Path:
-        received.append((config, min_length))
+    def train(config: DictConfig) -> Path:
+        received.append(config)
         return Path(config.trainer.default_local_dir)
 
     monkeypatch.setattr(launch, "train", train)
@@ -115,8 +115,8 @@ def test_a_good_configuration_reaches_the_trainer(
     ]
     micro = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"]
     assert main(["recipe=quickstart", *files, *more, *micro]) == 0
-    config, min_length = received[0]
-    assert min_length == 13
+    config = received[0]
+    assert config.data.min_length == 13
     run_dir = empty_directory / "outputs" / "refine_verl" / "quickstart"
     model = config.actor_rollout_ref.model
     assert model.path == model.tokenizer_path == str(run_dir / "initial_model")
