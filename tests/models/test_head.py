@@ -44,9 +44,7 @@ def test_cross_entropy_and_its_gradients(set_chunk: Callable[[int], None], chunk
     leaves = [hidden.requires_grad_(), *head.parameters()]
     loss = head(hidden, "cross_entropy", targets=targets)
     got = torch.autograd.grad(3 * loss, leaves)
-    plain = F.cross_entropy(
-        F.linear(hidden, head.weight, head.bias), targets, ignore_index=IGNORED, reduction="sum"
-    )
+    plain = F.cross_entropy(F.linear(hidden, head.weight, head.bias), targets, ignore_index=IGNORED, reduction="sum")
     wanted = torch.autograd.grad(3 * plain, leaves)
     torch.testing.assert_close(loss, plain, rtol=1e-13, atol=0)
     for a, b in zip(got, wanted, strict=True):

@@ -7,7 +7,16 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from reference.toy import NSP, VOCABULARY, documents_of, draws_for, gradients, one_by_one, relative, share_of_loss
+from reference.toy import (
+    NSP,
+    VOCABULARY,
+    documents_of,
+    draws_for,
+    gradients,
+    one_by_one,
+    relative,
+    share_of_loss,
+)
 from torch import Tensor
 
 from refine_verl.config import NSPSettings
@@ -82,9 +91,7 @@ def accumulate(
     for rows in split:
         part = Documents.from_tensors(documents.tokens[rows], [documents.lengths[b] for b in rows])
         forks = Branches(branches.positions[rows], branches.tokens[rows])
-        loss += share_of_loss(
-            actor, part, forks, old[rows].flatten(0, 2), advantages[rows].flatten(), totals=totals
-        )
+        loss += share_of_loss(actor, part, forks, old[rows].flatten(0, 2), advantages[rows].flatten(), totals=totals)
     return loss, gradients(actor)
 
 

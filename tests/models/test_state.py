@@ -91,7 +91,8 @@ def test_results_are_independent_of_their_source(operation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("operation", "uses"), [("select", [1, 0, 1]), ("fork", [3, 3, 3]), ("stack", [2, 2, 2]), ("gather", [0, 1, 1])]
+    ("operation", "uses"),
+    [("select", [1, 0, 1]), ("fork", [3, 3, 3]), ("stack", [2, 2, 2]), ("gather", [0, 1, 1])],
 )
 def test_gradients_count_how_often_a_row_is_used(operation: str, uses: list[int]) -> None:
     state = a_state(grad=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from refine_verl.config import NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws
@@ -13,6 +15,21 @@ from refine_verl.nsp import position_uniforms, refine_objective, rollout_uniform
 
 VOCABULARY = 61
 NSP = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=2)
+
+
+def tiny_config(family: str, **values: object) -> Any:
+    """A tiny configuration of ``family``."""
+    settings = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 2,
+        "vocab_size": VOCABULARY,
+        "hidden_ratio": 2,
+        "fuse_cross_entropy": False,
+    }
+    if family == "gated_deltanet":
+        settings.update(head_dim=16, expand_v=1.0)
+    return AutoConfig.for_model(family, **{**settings, **values})
 
 
 def documents_of(lengths: Sequence[int], seed: int = 3) -> Documents:

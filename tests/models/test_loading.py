@@ -1,0 +1,126 @@
+"""From a directory to a model: everything fits, or the reason is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from reference.toy import tiny_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from refine_verl.models import ModelError, inspect_model, load_model
+
+
+@pytest.fixture
+def checkpoint(family: str, tmp_path: Path) -> Path:
+    """A directory as fla and transformers write it."""
+    directory = tmp_path / "checkpoint"
+    torch.manual_seed(4)
+    AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(directory)
+    return directory
+
+
+def test_a_checkpoint_loads_completely_and_computes_the_same(checkpoint: Path) -> None:
+    wanted, report = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    info = inspect_model(checkpoint)
+    assert info.has_weights and info.vocab_size == 61
+    model = load_model(checkpoint)
+    saved = load_file(checkpoint / "model.safetensors")
+    state = model.state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) and state[name].dtype == torch.float32 for name in saved)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, wanted(input_ids=tokens).logits)
+
+
+def rewrite(checkpoint: Path, rename: dict[str, str | None]) -> None:
+    """Rename keys of the weights; None removes them."""
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    renamed = {rename.get(name, name): value for name, value in weights.items()}
+    save_file({name: value for name, value in renamed.items() if name}, file, metadata={"format": "pt"})
+
+
+KEY = "model.layers.1.attn.o_proj.weight"
+
+
+def test_a_missing_key_is_refused(checkpoint: Path) -> None:
+    rewrite(checkpoint, {KEY: None})
+    with pytest.raises(ModelError) as error:
+        load_model(checkpoint)
+    assert f"missing keys: {KEY}" in str(error.value) and str(checkpoint) in str(error.value)
+
+
+def test_a_renamed_key_is_refused(checkpoint: Path) -> None:
+    rewrite(checkpoint, {KEY: "model.layers.1.attn.out.weight"})
+    with pytest.raises(ModelError) as error:
+        load_model(checkpoint)
+    assert f"missing keys: {KEY}" in str(error.value)
+    assert "unexpected keys: model.layers.1.attn.out.weight" in str(error.value)
+
+
+def test_weights_of_another_shape_are_refused(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "vocab_size": 64}))
+    with pytest.raises(ModelError, match=r"mismatched keys: lm_head.weight .*61, 32.*64, 32"):
+        load_model(checkpoint)
+
+
+def test_random_weights_are_a_function_of_the_seed(family: str) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (load_model(None, config=tiny_config(family), seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is not touched
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_a_directory_with_a_configuration_alone_gives_random_weights(family: str, tmp_path: Path) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    assert not inspect_model(tmp_path).has_weights
+    wanted = load_model(None, config=tiny_config(family), seed=3).state_dict()
+    got = load_model(tmp_path, seed=3).state_dict()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def refusal(path: Path | None, config: dict[str, object] | None = None) -> str:
+    with pytest.raises(ModelError) as error:
+        inspect_model(path, config)
+    return str(error.value)
+
+
+def test_a_transformer_is_refused(tmp_path: Path) -> None:
+    LlamaConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    said = refusal(tmp_path)
+    assert "'llama' is not a fast-weight model" in said and str(tmp_path) in said
+    assert "delta_net, gated_deltanet" in said and "docs/extending.md" in said
+
+
+def test_a_hybrid_with_softmax_attention_is_refused(family: str, tmp_path: Path) -> None:
+    attention = {"layers": [1], "num_heads": 2}
+    tiny_config(family, attn=attention).save_pretrained(tmp_path)
+    assert "softmax attention layers (config.attn)" in refusal(tmp_path)
+
+
+def test_directories_without_a_model_are_refused(tmp_path: Path) -> None:
+    assert "no such directory" in refusal(tmp_path / "nowhere")
+    assert "no config.json in this directory" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{ not json")
+    assert "its configuration cannot be read" in refusal(tmp_path)
+
+
+def test_values_without_a_known_family_are_refused() -> None:
+    assert "model.path=DIR_OR_HUB_ID" in refusal(None, {})
+    assert "'llama' is not a fast-weight model" in refusal(None, {"model_type": "llama"})
+    said = refusal(None, {"model_type": "delta_net", "hiden_size": 32})
+    assert "model.config.hiden_size" in said and "did you mean 'hidden_size'" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_families_that_need_a_gpu_are_refused_without_one() -> None:
+    said = refusal(None, {"model_type": "gla"})
+    assert "need a GPU" in said and "delta_net, gated_deltanet" in said
