@@ -29,15 +29,19 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     Returns:
         `[...]`, float32, or float64 for float64 logits. Never requires grad: it only chooses positions.
     """
-    # H = log Z - E[l] with l = logits - max: one exp and two reductions, a third of the time of p log p
-    shifted = logits.to(accumulation_dtype(logits))
-    shifted = shifted - shifted.amax(dim=-1, keepdim=True)
-    weights = shifted.exp()
+    return _entropy_(logits.to(accumulation_dtype(logits), copy=True))
+
+
+def _entropy_(logits: Tensor) -> Tensor:
+    """`entropy_from_logits` of logits in the accumulation dtype, which are overwritten."""
+    # H = log Z - E[l] with l = logits - max: one exp and two reductions, a third of the time of sum(-p log p)
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    weights = logits.exp()
     total = weights.sum(dim=-1)
-    entropy = total.log() - torch.linalg.vecdot(weights, shifted) / total
+    entropy = total.log() - torch.linalg.vecdot(weights, logits) / total
     forbidden = torch.isnan(entropy)
     if bool(forbidden.any()):  # 0 * -inf
-        probabilities = torch.softmax(logits[forbidden], dim=-1, dtype=entropy.dtype)
+        probabilities = torch.softmax(logits[forbidden], dim=-1)
         entropy[forbidden] = torch.special.entr(probabilities).sum(dim=-1)
     return entropy
 
@@ -50,7 +54,7 @@ def chunked_entropy(hidden: Tensor, project: Callable[[Tensor], Tensor], chunk_s
 
     Args:
         hidden: `[L, d]`, hidden states after the final norm.
-        project: the LM head, `[m, d] -> [m, V]`.
+        project: the LM head, `[m, d] -> [m, V]`; what it returns is overwritten.
         chunk_size: rows per call of `project`.
 
     Returns:
@@ -66,7 +70,11 @@ def chunked_entropy(hidden: Tensor, project: Callable[[Tensor], Tensor], chunk_s
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if hidden.shape[0] == 0:
         return hidden.new_empty(0, dtype=accumulation_dtype(hidden))
-    return torch.cat([entropy_from_logits(project(rows)) for rows in hidden.split(chunk_size)])
+    parts = []
+    for rows in hidden.split(chunk_size):
+        logits = project(rows)
+        parts.append(_entropy_(logits.to(accumulation_dtype(logits))))
+    return torch.cat(parts)
 
 
 def align_entropy(next_token_entropy: Tensor) -> Tensor:
