@@ -1,0 +1,154 @@
+"""Whether the checkpoint a run would go on from fits it, asked before Ray starts and anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import PretrainedConfig
+
+from refine_verl.config import ConfigError, require_choice
+
+RESUME_MODES = ("auto", "disable", "resume_path")
+TRACKER = "latest_checkpointed_iteration.txt"
+"""verl's note of the last complete checkpoint of a run directory."""
+
+_STEP = "global_step_"
+# What a checkpoint of verl's FSDP engine holds of each kind of content, per rank.
+_SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
+# Settings of a model that say nothing of its weights or of what it computes with them.
+_NOT_THE_MODEL = {
+    "architectures",
+    "attn_implementation",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_START_OVER = "start over with another trainer.default_local_dir or with trainer.resume_mode=disable"
+
+
+def checkpoint_to_resume(config: DictConfig) -> Path | None:
+    """The checkpoint directory ``global_step_N`` that the run goes on from, None for a fresh run.
+
+    Raises:
+        ConfigError: an unknown ``trainer.resume_mode``, or the checkpoint it names does not exist.
+    """
+    trainer = config.trainer
+    mode = trainer.resume_mode
+    require_choice("trainer.resume_mode", mode, RESUME_MODES)
+    if mode == "disable":
+        return None
+    if mode == "auto":
+        return _latest(Path(trainer.default_local_dir))
+    given = trainer.resume_from_path
+    if not isinstance(given, str) or not Path(given).name.startswith(_STEP):
+        raise ConfigError(
+            "trainer.resume_from_path",
+            f"must name a checkpoint directory RUN/{_STEP}N with trainer.resume_mode=resume_path, got {given!r}.",
+        )
+    if not Path(given).is_dir():
+        raise ConfigError("trainer.resume_from_path", f"{given}: no such directory.")
+    return Path(given)
+
+
+def check_checkpoint(config: DictConfig, model: PretrainedConfig) -> Path | None:
+    """Check that the run can go on from its checkpoint, if it has one.
+
+    Args:
+        config: the resolved configuration.
+        model: configuration of the model the run would train.
+
+    Returns:
+        The checkpoint directory, None for a fresh run.
+
+    Raises:
+        ConfigError: there is a checkpoint, but of another number of workers or another model, or an incomplete
+            one.
+    """
+    folder = checkpoint_to_resume(config)
+    if folder is None:
+        return None
+    actor = folder / "actor"
+    _check_world_size(config, folder, _read_json(actor / "fsdp_config.json", folder).get("world_size"))
+    _check_shards(config, folder)
+    wanted = json.loads(model.to_json_string(use_diff=False))
+    _check_model(folder, _read_json(actor / "huggingface" / "config.json", folder), wanted)
+    return folder
+
+
+def _latest(run_dir: Path) -> Path | None:
+    tracker = run_dir / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    folder = run_dir / f"{_STEP}{text}"
+    if not text.isdigit() or not folder.is_dir():
+        raise ConfigError(
+            "trainer.default_local_dir",
+            f"{tracker} names step {text!r}, but there is no {folder}. Write the number of a checkpoint that "
+            f"exists into that file, or {_START_OVER}.",
+        )
+    return folder
+
+
+def _check_world_size(config: DictConfig, folder: Path, saved: Any) -> None:
+    workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    if saved != workers:
+        raise ConfigError(
+            "trainer.n_gpus_per_node",
+            f"this run has {workers} worker(s) (trainer.n_gpus_per_node * trainer.nnodes), but the checkpoint "
+            f"{folder} was written by {saved} and can only be resumed by as many. Ask for {saved}, or "
+            f"{_START_OVER}.",
+        )
+
+
+def _check_shards(config: DictConfig, folder: Path) -> None:
+    workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    contents = config.actor_rollout_ref.actor.checkpoint.load_contents
+    for content, name in _SHARDS.items():
+        if content not in contents:
+            continue
+        for rank in range(workers):
+            file = folder / "actor" / f"{name}_world_size_{workers}_rank_{rank}.pt"
+            # on a cluster each node may keep the shards of its own ranks only
+            if config.trainer.nnodes == 1 and not file.is_file():
+                raise ConfigError(
+                    "trainer.resume_mode",
+                    f"the checkpoint {folder} is incomplete: {file.name} is missing. Resume an earlier one with "
+                    f"trainer.resume_mode=resume_path trainer.resume_from_path=RUN/{_STEP}N, or {_START_OVER}.",
+                )
+
+
+def _check_model(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    names = sorted((saved.keys() & wanted.keys()) - _NOT_THE_MODEL)
+    different = [
+        f"{name}={wanted[name]} instead of {saved[name]}"
+        for name in names
+        if not name.startswith("_") and saved[name] != wanted[name]
+    ]
+    if different:
+        shown = ", ".join(different[:5]) + (", ..." if len(different) > 5 else "")
+        raise ConfigError(
+            "model",
+            f"this run's model is not that of the checkpoint {folder}, which it would go on from ({shown}). "
+            f"Choose the same model, or {_START_OVER}.",
+        )
+
+
+def _read_json(file: Path, folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "trainer.resume_mode", f"the checkpoint {folder} cannot be read: {file}: {error}. Or {_START_OVER}."
+        ) from error
+    assert isinstance(content, dict)
+    return content
