@@ -27,7 +27,15 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from refine_verl.config import NSPSettings
-from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws, load_model, make_actor, snapshot_count
+from refine_verl.models import (
+    Branches,
+    Documents,
+    FastWeightActor,
+    RolloutDraws,
+    load_model,
+    make_actor,
+    snapshot_count,
+)
 from refine_verl.nsp import (
     RewardInputs,
     get_reward,

@@ -113,8 +113,7 @@ def find_configs(environment: Mapping[str, str] = os.environ) -> list[ConfigFile
             if other.path.resolve() != path.resolve():
                 raise ConfigError(
                     RECIPES_PATH_VARIABLE,
-                    f"{group} {file.name!r} is defined twice, in {other.path} and {path}. Rename one "
-                    f"of them.",
+                    f"{group} {file.name!r} is defined twice, in {other.path} and {path}. Rename one of them.",
                 )
     return list(found.values())
 

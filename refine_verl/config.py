@@ -148,9 +148,7 @@ def _type_name(kinds: tuple[Any, ...]) -> str:
         bool: "true or false",
         types.NoneType: "null",
     }
-    return " or ".join(
-        names.get(kind, "a mapping" if typing.get_origin(kind) is dict else str(kind)) for kind in kinds
-    )
+    return " or ".join(names.get(kind, "a mapping" if typing.get_origin(kind) is dict else str(kind)) for kind in kinds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,19 +160,14 @@ class NSPSettings(Settings):
     chunks: int = option(
         8, "c: chunks per document; one position is drawn in each (Eq. 6)", at_least=1, paper="8 (Tab. 2)"
     )
-    rollout_length: int = option(
-        5, "k: tokens generated after each position (Eq. 7)", at_least=1, paper="5 (Tab. 2)"
-    )
-    rollouts_per_position: int = option(
-        1, "n: rollouts generated from each position", at_least=1, paper="1 (Tab. D.1)"
-    )
+    rollout_length: int = option(5, "k: tokens generated after each position (Eq. 7)", at_least=1, paper="5 (Tab. 2)")
+    rollouts_per_position: int = option(1, "n: rollouts generated from each position", at_least=1, paper="1 (Tab. D.1)")
     selection: str = option(
         "entropy", "how the position is drawn within its chunk", choices=SELECTIONS, paper="entropy (Eq. 6)"
     )
     anchor: str = option(
         "prediction",
-        "which token the entropy belongs to: the rollout's first token (prediction) or the prefix's "
-        "last (token)",
+        "which token the entropy belongs to: the rollout's first token (prediction) or the prefix's last (token)",
         choices=ANCHORS,
         paper="token (Eq. 5-7); the authors' code: prediction",
     )
@@ -226,8 +219,7 @@ class NSPSettings(Settings):
         if self.selection != "entropy" and self.entropy_temperature != 1.0:
             raise ConfigError(
                 "refine.nsp.entropy_temperature",
-                f"has no effect with refine.nsp.selection={self.selection}: remove it or set "
-                f"selection=entropy.",
+                f"has no effect with refine.nsp.selection={self.selection}: remove it or set selection=entropy.",
             )
         if "." not in self.reward and ":" not in self.reward:
             hint = did_you_mean(self.reward, REWARDS)
@@ -251,9 +243,7 @@ class LossSettings(Settings):
         at_least=0,
         paper="0.2; test time 0.4 (Tab. D.1)",
     )
-    sft_coef: float = option(
-        1.0, "lambda_SFT, weight of the next-token loss", at_least=0, paper="1 (Tab. D.1)"
-    )
+    sft_coef: float = option(1.0, "lambda_SFT, weight of the next-token loss", at_least=0, paper="1 (Tab. D.1)")
 
     def _check_rules(self) -> None:
         if self.rl_coef == 0 and self.sft_coef == 0:
@@ -323,9 +313,7 @@ class ModelSettings(Settings):
         "directory or hub id, bytes, or bpe:SIZE (trained on the training text); null: the model's own",
     )
     config: dict[str, Any] = option({}, "configuration of a model with random weights; presets fill it in")
-    config_tokenizer: str | None = option(
-        None, "the tokenizer that belongs to model.config; presets fill it in"
-    )
+    config_tokenizer: str | None = option(None, "the tokenizer that belongs to model.config; presets fill it in")
     activation_checkpointing: str = option(
         "none",
         "segment: recompute each segment of the document in the backward pass, for long documents",

@@ -155,10 +155,8 @@ def _say_what_is_where(run_dir: Path) -> None:
     lines += [f"  {name:<14} {meaning}" for name, meaning in contents if (run_dir / name).exists()]
     if (run_dir / "model").is_dir():
         lines += [
-            "Next: go on from this model with documents of your own (parquet, jsonl, txt or a "
-            "directory of them)",
-            f"  python -m refine_verl.main recipe=midtrain model.path={run_dir / 'model'} "
-            f"data.train_files=FILES",
+            "Next: go on from this model with documents of your own (parquet, jsonl, txt or a directory of them)",
+            f"  python -m refine_verl.main recipe=midtrain model.path={run_dir / 'model'} data.train_files=FILES",
         ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
@@ -173,9 +171,7 @@ def _files_in_use() -> list[ConfigFile]:
 
 
 def _refuse(error: Exception) -> int:
-    said_by_us = isinstance(error, ValueError) and not isinstance(
-        error, (HydraException, OmegaConfBaseException)
-    )
+    said_by_us = isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException))
     return _fail(str(error) if said_by_us else readable(error, base_schema()), BAD_INPUT)
 
 
@@ -200,9 +196,7 @@ def _print_help() -> None:
         show("")
     show("Keys (verl's own keys work under verl's names, e.g. actor_rollout_ref.actor.optim.lr=1e-6):")
     for setting in list_settings():
-        show(
-            f"  {setting.key}={'null' if setting.default is None else setting.default}\n      {setting.help}"
-        )
+        show(f"  {setting.key}={'null' if setting.default is None else setting.default}\n      {setting.help}")
 
 
 def _configure_logging() -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,15 +75,35 @@ def prepare_run(valid: ValidConfig) -> PreparedRun:
             tokenizer or a model that cannot be used.
     """
     from refine_verl.models.loading import inspect_model
+    from refine_verl.trainer.checkpoints import check_checkpoint
 
+    _import_external_lib(valid.config.actor_rollout_ref.model.external_lib)
     info = inspect_model(valid.model.path, valid.model.init_config)
     _check_reward(valid.refine.nsp.reward)
     check_against_verl(valid.config)
+    check_checkpoint(valid.config, info.config)
     _say_where_weights_come_from(valid, info)
     tokenizer = _load_tokenizer(valid, info)
     train = _prepare_training(valid, tokenizer)
     validation = _prepare_validation(valid.data, tokenizer)
     return PreparedRun(valid=valid, model=info, tokenizer=tokenizer, train=train, validation=validation)
+
+
+def _import_external_lib(names: str | Sequence[str] | None) -> None:
+    """Import what verl will import: packages that register models and adapters.
+
+    Raises:
+        ConfigError: a package cannot be imported.
+    """
+    for name in [names] if isinstance(names, str) else names or []:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a user's module may fail in any way while it is imported
+            raise ConfigError(
+                "actor_rollout_ref.model.external_lib",
+                f"{name} cannot be imported ({type(error).__name__}: {error}). Install it, or put its directory on "
+                "PYTHONPATH.",
+            ) from error
 
 
 def _check_reward(name: str) -> None:
@@ -97,9 +119,7 @@ def _say_where_weights_come_from(valid: ValidConfig, info: ModelInfo) -> None:
     if valid.model.random_weights:
         logger.info("model: %s from random weights (model.path is not set)", info.model_type)
     elif valid.model.config:
-        logger.info(
-            "model: %s from %s; the preset's model.config is not used", info.model_type, valid.model.path
-        )
+        logger.info("model: %s from %s; the preset's model.config is not used", info.model_type, valid.model.path)
 
 
 def _load_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerBase:
@@ -149,6 +169,4 @@ def _prepare_validation(data: DataSettings, tokenizer: PreTrainedTokenizerBase) 
     if not data.val_files:
         return None
     scored = dataclasses.replace(data, min_length=1)
-    return prepare(
-        scored, "validation", tokenizer, minimum_length=2, reason="a token is predicted from the one before"
-    )
+    return prepare(scored, "validation", tokenizer, minimum_length=2, reason="a token is predicted from the one before")

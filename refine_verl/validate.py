@@ -139,9 +139,7 @@ def check_against_verl(config: DictConfig) -> None:
 
 def _readable_verl_error(error: Exception) -> str:
     """verl's message with full dotted keys and without the Python around it."""
-    cause = (
-        error.__cause__ if error.__cause__ is not None and not str(error.__cause__).startswith("<") else error
-    )
+    cause = error.__cause__ if error.__cause__ is not None and not str(error.__cause__).startswith("<") else error
     text = " ".join(str(cause).split()) or _failed_line(cause)
     text = re.sub(r"^\[[\w.]+\] ", "", text)
     section = re.search(r"full_key: (\S+)", str(error))
@@ -227,9 +225,7 @@ def _check_lengths(config: DictConfig, refine: RefineSettings) -> None:
 def _check_trainer(config: DictConfig) -> int:
     trainer = config.trainer
     if not config.data.train_files:
-        raise ConfigError(
-            "data.train_files", "no documents given. Set data.train_files=FILE, a directory or a list."
-        )
+        raise ConfigError("data.train_files", "no documents given. Set data.train_files=FILE, a directory or a list.")
     for name in ("n_gpus_per_node", "nnodes", "total_epochs"):
         _require_integer(f"trainer.{name}", trainer[name], at_least=1)
     if trainer.total_training_steps is not None:
@@ -250,8 +246,7 @@ def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> 
     if mini > batch:
         raise ConfigError(
             "refine.ppo_mini_batch_size",
-            f"{mini} is more than data.train_batch_size={batch}. Lower it to {batch} or raise "
-            f"data.train_batch_size.",
+            f"{mini} is more than data.train_batch_size={batch}. Lower it to {batch} or raise data.train_batch_size.",
         )
     if batch % mini:
         raise ConfigError(
@@ -300,9 +295,7 @@ def _check_fixed(config: DictConfig) -> None:
     for key, (allowed, reason) in FIXED.items():
         value = OmegaConf.select(config, key)
         if value != allowed:
-            shown = (
-                str(allowed).lower() if isinstance(allowed, bool) else "null" if allowed is None else allowed
-            )
+            shown = str(allowed).lower() if isinstance(allowed, bool) else "null" if allowed is None else allowed
             raise ConfigError(key, f"{value} is not supported: {reason}. The only value is {shown}.")
 
 

@@ -77,8 +77,7 @@ def _make_parents(parent: Path) -> list[Path]:
             raise PermissionError("not writable")
     except OSError as error:
         raise DataError(
-            f"data.cache_dir={parent} cannot be used: {error}. "
-            "Set data.cache_dir to a directory you may write to."
+            f"data.cache_dir={parent} cannot be used: {error}. Set data.cache_dir to a directory you may write to."
         ) from error
     return missing
 

@@ -105,9 +105,7 @@ def prepare(
         )
         _require_sequences(plan, tokens, key, minimum, settings, minimum_length, reason)
         cut_sequences(tokens, plan, directory)
-        (directory / STATISTICS_FILE).write_text(
-            json.dumps(dataclasses.asdict(plan.statistics), indent=2) + "\n"
-        )
+        (directory / STATISTICS_FILE).write_text(json.dumps(dataclasses.asdict(plan.statistics), indent=2) + "\n")
 
     name = f"sequences-{make_key([tokens_name, cutting])}"
     path, reused = cached_directory(cache, name, build_sequences)
@@ -127,14 +125,10 @@ def read_statistics(path: Path) -> DataStatistics:
         values: dict[str, Any] = json.loads((path / STATISTICS_FILE).read_text())
         return DataStatistics(**values)
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{path} is not a directory of prepared documents ({error}); delete it and retry."
-        ) from error
+        raise DataError(f"{path} is not a directory of prepared documents ({error}); delete it and retry.") from error
 
 
-def iterate_split_texts(
-    settings: DataSettings, split: str, limit_characters: int | None = None
-) -> Iterator[str]:
+def iterate_split_texts(settings: DataSettings, split: str, limit_characters: int | None = None) -> Iterator[str]:
     """The texts of a split in document order, to train a tokenizer on; stops after `limit_characters`."""
     sources = resolve_sources(settings.files(split), key=split_key(split), default_split=split)
     seen = 0

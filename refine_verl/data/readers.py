@@ -54,9 +54,7 @@ def file_format(path: Path) -> str:
     )
 
 
-def make_batch(
-    values: Sequence[str] | pa.Array, rows: np.ndarray, name: str, unit: str = "row"
-) -> pa.RecordBatch:
+def make_batch(values: Sequence[str] | pa.Array, rows: np.ndarray, name: str, unit: str = "row") -> pa.RecordBatch:
     """Check texts and put them into a `TEXT_SCHEMA` batch.
 
     Args:
@@ -165,8 +163,7 @@ def _text_of_line(line: bytes, row: int, name: str, text_key: str) -> str:
         record = json.loads(line.decode("utf-8-sig" if row == 0 else "utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where} is not valid json: {error}. Each line must hold one json object; "
-            "repair or remove the line."
+            f"{where} is not valid json: {error}. Each line must hold one json object; repair or remove the line."
         ) from error
     if not isinstance(record, dict):
         raise DataError(
@@ -196,8 +193,7 @@ def read_text(path: Path, name: str, text_key: str) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{name}, row 0 is not UTF-8 text (byte {error.start}: {error.reason}). "
-            "Convert it to UTF-8 first."
+            f"{name}, row 0 is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8 first."
         ) from error
 
 
@@ -210,9 +206,7 @@ def _invalid_unicode(values: Sequence[str] | pa.Array, rows: np.ndarray, name: s
             return DataError(
                 f"{name}, {_place(row, unit)} is not valid Unicode text ({error}). Repair or remove the row."
             )
-    return DataError(
-        f"{name}: rows {rows[0]} to {rows[-1]} hold a text that is not valid. Write the file again."
-    )
+    return DataError(f"{name}: rows {rows[0]} to {rows[-1]} hold a text that is not valid. Write the file again.")
 
 
 def _place(row: int, unit: str) -> str:

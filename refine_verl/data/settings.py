@@ -59,13 +59,10 @@ class DataSettings:
         if not isinstance(self.text_key, str) or not self.text_key:
             raise DataError(f"data.text_key={self.text_key!r} must be the name of a column.")
         if self.long_documents not in LONG_DOCUMENT_POLICIES:
-            near = difflib.get_close_matches(
-                str(self.long_documents), LONG_DOCUMENT_POLICIES, n=1, cutoff=0.4
-            )
+            near = difflib.get_close_matches(str(self.long_documents), LONG_DOCUMENT_POLICIES, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise DataError(
-                f"data.long_documents={self.long_documents!r} is not one of: "
-                f"{', '.join(LONG_DOCUMENT_POLICIES)}.{hint}"
+                f"data.long_documents={self.long_documents!r} is not one of: {', '.join(LONG_DOCUMENT_POLICIES)}.{hint}"
             )
 
     @classmethod

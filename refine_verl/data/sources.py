@@ -215,9 +215,7 @@ def _resolve(name: str, key: str, default_split: str) -> list[DocumentSource]:
         return [FileSource(file) for file in _glob_files(str(path), key)]
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(SUPPORTED):
         # Said before, not after: without a network the hub client tries for half a minute.
-        logger.warning(
-            "%s: %s is no local path.%s Asking the Hugging Face hub for it.", key, name, nearest_paths(path)
-        )
+        logger.warning("%s: %s is no local path.%s Asking the Hugging Face hub for it.", key, name, nearest_paths(path))
         return [HubSource(name, default_split, key)]
     raise DataError(f"{key}: {name} does not exist.{nearest_paths(path)}")
 
@@ -286,9 +284,7 @@ def _standard_library_files(root: Path) -> list[str]:
     names = []
     for parent, folders, files in os.walk(root):
         folders[:] = [folder for folder in folders if folder not in _STDLIB_SKIPPED]
-        names += [
-            (Path(parent) / file).relative_to(root).as_posix() for file in files if file.endswith(".py")
-        ]
+        names += [(Path(parent) / file).relative_to(root).as_posix() for file in files if file.endswith(".py")]
     return sorted(names)
 
 

@@ -69,9 +69,7 @@ def tokenize_sources(
         DataError: a file or row is bad, or `append_eos` without an end-of-sequence token.
     """
     if append_eos and tokenizer.eos_token_id is None:
-        raise DataError(
-            "data.append_eos=true, but the tokenizer has no end-of-sequence token; set it to false."
-        )
+        raise DataError("data.append_eos=true, but the tokenizer has no end-of-sequence token; set it to false.")
     texts = directory / "texts.arrow"
     documents = write_texts(sources, text_key, texts)
     if not documents:
@@ -132,12 +130,8 @@ def _save(dataset: datasets.Dataset, directory: Path) -> None:
     (directory / "saved").rmdir()
 
 
-def _encode(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, eos: int | None
-) -> dict[str, list[Any]]:
-    encoded = tokenizer(
-        batch["text"], return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
+def _encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, eos: int | None) -> dict[str, list[Any]]:
+    encoded = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False, verbose=False)
     input_ids = encoded["input_ids"]
     if eos is not None:
         input_ids = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in input_ids]

@@ -87,9 +87,7 @@ def _train_bpe(size: int, corpus_texts: Iterable[str] | None) -> backend.Tokeniz
 
     tokenizer.train_from_iterator(counted(), trainer)
     if not read:
-        raise DataError(
-            f"tokenizer bpe:{size} is trained on documents, but there are none: set data.train_files."
-        )
+        raise DataError(f"tokenizer bpe:{size} is trained on documents, but there are none: set data.train_files.")
     if tokenizer.get_vocab_size() < size:
         logger.warning(
             "tokenizer bpe:%d has only %d entries: the documents hold no more repeated pairs",

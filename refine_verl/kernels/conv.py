@@ -85,9 +85,7 @@ def _taps(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().t().to(dtype).contiguous()
 
 
-def _conv_forward(
-    padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
-) -> torch.Tensor:
+def _conv_forward(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool) -> torch.Tensor:
     out = _convolve(padded, _taps(padded, weight), bias)
     return (F.silu(out, inplace=True) if silu else out).to(padded.dtype)
 

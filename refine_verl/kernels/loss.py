@@ -13,9 +13,7 @@ _ROWS_PER_CHUNK = 1024
 
 def _refuse_sharded(name: str, process_group: Any) -> None:
     if process_group is not None:
-        raise NotImplementedError(
-            f"{name} on the CPU does not support a vocabulary sharded over a process group"
-        )
+        raise NotImplementedError(f"{name} on the CPU does not support a vocabulary sharded over a process group")
 
 
 def cross_entropy_loss(
@@ -50,9 +48,7 @@ def cross_entropy_loss(
         logits = logits * logit_scale
     if logit_softcapping is not None:
         logits = logit_softcapping * torch.tanh(logits / logit_softcapping)
-    loss = F.cross_entropy(
-        logits, target, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
+    loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
     if lse_square_scale == 0.0:
         return loss, torch.zeros_like(loss)
     z_loss = lse_square_scale * torch.logsumexp(logits, -1).square()

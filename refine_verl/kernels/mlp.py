@@ -69,9 +69,7 @@ def swiglu(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(x, y)
 
 
-def swiglu_linear(
-    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def swiglu_linear(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``linear(silu(x) * y, weight, bias)`` for ``[..., I]`` inputs and an ``[O, I]`` weight."""
     if not torch.is_grad_enabled():
         return F.linear(_swiglu(x, y), weight, bias)

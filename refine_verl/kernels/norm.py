@@ -147,9 +147,7 @@ def rms_norm_gated(
         ValueError: for another activation.
     """
     if activation not in ("swish", "silu", "sigmoid"):
-        raise ValueError(
-            f"rms_norm_gated: activation must be 'swish', 'silu' or 'sigmoid', got {activation!r}"
-        )
+        raise ValueError(f"rms_norm_gated: activation must be 'swish', 'silu' or 'sigmoid', got {activation!r}")
     return _rms_norm(x, weight, bias, g, residual, eps, prenorm, residual_in_fp32, activation)
 
 

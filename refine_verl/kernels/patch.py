@@ -25,9 +25,7 @@ TARGETS: dict[str, Callable[..., Any]] = {
     "fla.layers.delta_net:chunk_delta_rule": delta_rule.chunk_delta_rule,
     "fla.layers.delta_net:fused_recurrent_delta_rule": delta_rule.fused_recurrent_delta_rule,
     "fla.layers.gated_deltanet:chunk_gated_delta_rule": gated_delta_rule.chunk_gated_delta_rule,
-    "fla.layers.gated_deltanet:fused_recurrent_gated_delta_rule": (
-        gated_delta_rule.fused_recurrent_gated_delta_rule
-    ),
+    "fla.layers.gated_deltanet:fused_recurrent_gated_delta_rule": (gated_delta_rule.fused_recurrent_gated_delta_rule),
     # Without a cache the Gated DeltaNet layer calls the convolution itself instead of through
     # ShortConvolution.
     "fla.layers.gated_deltanet:causal_conv1d": conv.causal_conv1d,

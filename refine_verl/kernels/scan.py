@@ -343,9 +343,7 @@ def _backward(
     return d_q, d_write.add_(d_read), d_v, d_beta, d_g, d_state
 
 
-def _undo_norm(
-    d: torch.Tensor, stored: torch.Tensor, rstd: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def _undo_norm(d: torch.Tensor, stored: torch.Tensor, rstd: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Gradient of the caller's q or k from that of ``scale * x / |x|`` (or ``scale * x``), in place."""
     if rstd is None:
         return d if scale == 1.0 else d.mul_(scale)
@@ -373,9 +371,7 @@ class _Scan(torch.autograd.Function):
             out, final, states, inverse = _forward(x, state, settings.plan, want_final)
             rows = _from_chunks(out, v.shape, settings.plan).to(v.dtype)
         ctx.settings, ctx.state_shape = settings, state.shape
-        ctx.shapes = [(t.shape, t.dtype) for t in (q, k, v, beta)] + [
-            None if g is None else (g.shape, g.dtype)
-        ]
+        ctx.shapes = [(t.shape, t.dtype) for t in (q, k, v, beta)] + [None if g is None else (g.shape, g.dtype)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x.q, x.k, x.v, x.beta, x.decay, x.q_rstd, x.k_rstd, states, inverse)
         return rows, final
@@ -395,9 +391,7 @@ class _Scan(torch.autograd.Function):
                     d_out.view(-1, ctx.state_shape[1], plan.chunk, d_out.shape[-1]).masked_fill_(
                         plan.padding.view(-1, 1, plan.chunk, 1), 0
                     )
-            d_q, d_k, d_v, d_beta, d_g, d_state = _backward(
-                x, states, inverse, d_out, d_final, plan, ctx.state_shape
-            )
+            d_q, d_k, d_v, d_beta, d_g, d_state = _backward(x, states, inverse, d_out, d_final, plan, ctx.state_shape)
             d_q = _undo_norm(d_q, x.q, x.q_rstd, settings.scale)
             d_k = _undo_norm(d_k, x.k, x.k_rstd, 1.0)
         grads = [
@@ -407,9 +401,7 @@ class _Scan(torch.autograd.Function):
         return *grads, d_state, None, None
 
 
-def _restore(
-    d: torch.Tensor, like: tuple[torch.Size, torch.dtype], plan: ChunkPlan, heads: int
-) -> torch.Tensor:
+def _restore(d: torch.Tensor, like: tuple[torch.Size, torch.dtype], plan: ChunkPlan, heads: int) -> torch.Tensor:
     """Bring a gradient from chunk layout to the shape and dtype of its input."""
     shape, dtype = like
     full = shape if len(shape) == 4 else torch.Size((*shape, 1))

@@ -121,9 +121,9 @@ class FastWeightActor(nn.Module):
         """
         hidden, kept = self._read(documents, snapshots if nsp.rollout == "fork" else 0)
         entropy = list(self._head(torch.cat(hidden), "entropy").split(documents.lengths))
-        positions = torch.stack(
-            [self._select(entropy[b], nsp, draws.positions[b]) for b in range(len(documents))]
-        ).to(documents.tokens.device)
+        positions = torch.stack([self._select(entropy[b], nsp, draws.positions[b]) for b in range(len(documents))]).to(
+            documents.tokens.device
+        )
         if nsp.rollout == "prefix":
             tokens, log_probs, predicted = reference.rollout(self, documents, positions, nsp, draws.tokens)
         else:

@@ -93,7 +93,8 @@ class FlaAdapter:
         # A filled cache with use_cache=False would come back ruined (fla keeps half of it), so a state that is
         # read is always also written: into our own copy of the dictionaries.
         kwargs: dict[str, Any] = {} if packed.cu_seqlens is None else {"cu_seqlens": packed.cu_seqlens}
-        output = model.base_model(
+        trunk: Any = model.base_model
+        output = trunk(
             input_ids=packed.tokens, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs
         )
         if not keep_state:

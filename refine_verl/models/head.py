@@ -27,17 +27,17 @@ class FusedHead(nn.Linear):
     names stay as they are.
     """
 
-    def forward(self, hidden: Tensor, task: str = "logits", **kwargs: Any) -> Any:
+    def forward(self, input: Tensor, task: str = "logits", **kwargs: Any) -> Any:
         """Args:
-        hidden: [L, d] hidden states after the final norm (any leading dimensions for ``logits``).
+        input: [L, d] hidden states after the final norm (any leading dimensions for ``logits``).
         task: ``logits``; ``entropy`` -> [L] entropy of each prediction, no gradient (Eq. 5);
             ``cross_entropy`` (targets [L]) -> scalar sum over targets that are not IGNORED (Eq. 2);
             ``score`` (targets [L]) -> per token negative log-likelihood [L] and whether the argmax is right
             [L], no gradient; ``log_probs`` (targets [L], temperature) -> [L] log-probabilities.
         """
         if task == "logits":
-            return super().forward(hidden)
-        return getattr(self, f"_{task}")(hidden, **kwargs)
+            return super().forward(input)
+        return getattr(self, f"_{task}")(input, **kwargs)
 
     def _rows(self) -> int:
         return max(1, _CHUNK_ELEMENTS // self.out_features)

@@ -54,10 +54,7 @@ def inspect_model(path: str | Path | None, config: dict[str, Any] | None = None)
             run on a GPU while there is none.
     """
     overrides = dict(config or {})
-    if path is None:
-        loaded = _config_from_values(overrides)
-    else:
-        loaded = _config_from_path(Path(path), str(path), overrides)
+    loaded = _config_from_values(overrides) if path is None else _config_from_path(str(path), overrides)
     _check_family(loaded, "model.config" if path is None else str(path))
     if not loaded.architectures:  # a configuration made from values; verl and transformers export by this name
         loaded.architectures = [AutoModelForCausalLM._model_mapping[type(loaded)].__name__]
@@ -68,7 +65,11 @@ def inspect_model(path: str | Path | None, config: dict[str, Any] | None = None)
 
 
 def load_model(
-    path: str | Path | None, *, config: PretrainedConfig | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+    path: str | Path | None,
+    *,
+    config: PretrainedConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> nn.Module:
     """Read a causal language model, or make one with random weights where there are none.
 
@@ -130,7 +131,8 @@ def _config_from_values(values: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **values)
 
 
-def _config_from_path(path: Path, name: str, overrides: dict[str, Any]) -> PretrainedConfig:
+def _config_from_path(name: str, overrides: dict[str, Any]) -> PretrainedConfig:
+    path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
     if looks_local and not path.is_dir():
         raise ModelError(f"model.path={name}: no such directory")
@@ -151,10 +153,12 @@ def _check_family(config: PretrainedConfig, where: str) -> None:
         raise _not_fast_weight(config.model_type, where)
     if getattr(config, "attn", None):
         raise ModelError(
-            f"{where}: this {config.model_type} mixes in softmax attention layers (config.attn). Their cache grows with "
-            "the text, so it is no fast-weight state that can be forked; only purely recurrent models are supported."
+            f"{where}: this {config.model_type} mixes in softmax attention layers (config.attn). Their cache grows "
+            "with the text, so it is no fast-weight state that can be forked; only purely recurrent models are supported."
         )
-    on_gpu_only = isinstance(get_adapter(config.model_type), FlaAdapter) and config.model_type not in FLA_VERIFIED_ON_CPU
+    on_gpu_only = (
+        isinstance(get_adapter(config.model_type), FlaAdapter) and config.model_type not in FLA_VERIFIED_ON_CPU
+    )
     if on_gpu_only and not torch.cuda.is_available():
         raise ModelError(
             f"{where}: the kernels of {config.model_type} need a GPU and none is available here. "

@@ -79,7 +79,9 @@ class FastWeightState:
         if len(states) == 1:
             return states[0]
         leaves, spec = zip(*(pytree.tree_flatten(state.tree) for state in states), strict=True)
-        joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)]
+        joined = [
+            torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)
+        ]
         return FastWeightState(pytree.tree_unflatten(joined, spec[0]))
 
     @staticmethod

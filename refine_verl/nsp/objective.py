@@ -175,9 +175,7 @@ def refine_objective(
             advantages = advantages[:, None].expand_as(log_probs)
         if mask is None:
             mask = torch.ones_like(log_probs, dtype=torch.bool)
-        pg_loss, pg_metrics = policy_loss(
-            log_probs, old_log_probs, advantages, mask, global_rollouts=global_rollouts
-        )
+        pg_loss, pg_metrics = policy_loss(log_probs, old_log_probs, advantages, mask, global_rollouts=global_rollouts)
         loss = loss + rl_coef * pg_loss
         share = rollouts / max(global_rollouts, 1)
         metrics["actor/pg_loss"] = pg_loss.detach()

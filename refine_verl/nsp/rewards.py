@@ -129,10 +129,7 @@ def validate_reward_name(name: str) -> None:
 
 def _path_of(function: Callable[..., object]) -> str:
     kind = type(function)
-    return (
-        f"{getattr(function, '__module__', kind.__module__)}."
-        f"{getattr(function, '__qualname__', kind.__qualname__)}"
-    )
+    return f"{getattr(function, '__module__', kind.__module__)}.{getattr(function, '__qualname__', kind.__qualname__)}"
 
 
 def _resolve(name: str) -> RewardFunction:
@@ -169,13 +166,9 @@ def _checked(function: RewardFunction, name: str) -> RewardFunction:
         where = f"reward {name!r} ({_path_of(function)})"
         count = inputs.predicted_tokens.shape[0]
         if not isinstance(reward, Tensor):
-            raise TypeError(
-                f"{where} returned a {type(reward).__name__}; expected a tensor of shape [{count}]"
-            )
+            raise TypeError(f"{where} returned a {type(reward).__name__}; expected a tensor of shape [{count}]")
         if reward.shape != (count,):
-            raise ValueError(
-                f"{where} returned shape {list(reward.shape)}; expected [{count}], one number per rollout"
-            )
+            raise ValueError(f"{where} returned shape {list(reward.shape)}; expected [{count}], one number per rollout")
         reward = reward.detach() if reward.is_floating_point() else reward.float()
         if not torch.isfinite(reward).all() and _finite(inputs):
             bad = int((~torch.isfinite(reward)).sum())

@@ -46,9 +46,7 @@ def _stream(key: np.ndarray, chunk: int = 0, rollout: int = 0) -> np.random.Gene
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def uniforms(
-    seed: int, step: int, document_id: int, purpose: str, shape: int | tuple[int, ...]
-) -> np.ndarray:
+def uniforms(seed: int, step: int, document_id: int, purpose: str, shape: int | tuple[int, ...]) -> np.ndarray:
     """Numbers in [0, 1) that depend on nothing but the arguments.
 
     Args:
@@ -71,9 +69,7 @@ def position_uniforms(seed: int, step: int, document_id: int, chunks: int) -> np
     return uniforms(seed, step, document_id, "position", chunks)
 
 
-def rollout_uniforms(
-    seed: int, step: int, document_id: int, chunks: int, rollouts: int, length: int
-) -> np.ndarray:
+def rollout_uniforms(seed: int, step: int, document_id: int, chunks: int, rollouts: int, length: int) -> np.ndarray:
     """One number per token to generate: float64 `[c, n, k]`.
 
     Entry (i, r, j) is a pure function of (seed, step, document, i, r, j): other values of c, n or k leave
@@ -143,17 +139,13 @@ def sample_from_logits(
     """
     draws = torch.as_tensor(uniforms, dtype=torch.float64, device=logits.device)
     if logits.dim() != 2 or draws.shape != logits.shape[:1]:
-        raise ValueError(
-            f"expected logits [R, V] and uniforms [R], got {list(logits.shape)} and {list(draws.shape)}"
-        )
+        raise ValueError(f"expected logits [R, V] and uniforms [R], got {list(logits.shape)} and {list(draws.shape)}")
     rows = max(1, _CDF_ELEMENTS // max(1, logits.shape[1]))
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     log_probs = torch.empty(logits.shape[0], dtype=accumulation_dtype(logits), device=logits.device)
     for start in range(0, logits.shape[0], rows):
         part = slice(start, start + rows)
         all_log_probs = scaled_log_softmax(logits[part], temperature)
-        tokens[part] = (
-            all_log_probs.argmax(dim=-1) if temperature == 0 else _invert_cdf(all_log_probs, draws[part])
-        )
+        tokens[part] = all_log_probs.argmax(dim=-1) if temperature == 0 else _invert_cdf(all_log_probs, draws[part])
         log_probs[part] = all_log_probs.gather(-1, tokens[part, None])[:, 0]
     return tokens, log_probs

@@ -14,9 +14,7 @@ from refine_verl.report.metrics import MetricsError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 written, 2 nothing to report on (nothing is written then)."""
-    parser = argparse.ArgumentParser(
-        "python -m refine_verl.report", description="Write report.html of a run."
-    )
+    parser = argparse.ArgumentParser("python -m refine_verl.report", description="Write report.html of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory with metrics.jsonl")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: report.html in RUN_DIR)")
     options = parser.parse_args(arguments)

@@ -81,9 +81,7 @@ def _throughput(records: Sequence[dict[str, Any]]) -> Headline | None:
     if not values:
         return None
     seconds = sum(value for _, value in finite(column(records, "timing_s/step")))
-    detail = (
-        f"median; {_steps(len(values))} in {format_duration(seconds)}" if seconds else "median of the steps"
-    )
+    detail = f"median; {_steps(len(values))} in {format_duration(seconds)}" if seconds else "median of the steps"
     return Headline(name="Throughput", value=format_number(median(values)), unit="tokens/s", detail=detail)
 
 

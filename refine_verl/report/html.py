@@ -29,9 +29,7 @@ from refine_verl.report.svg import Chart, render_chart, smoothing_window
 __all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "REPORT_FILE", "ReportError", "write_report"]
 
 CONFIG_FILE, ENVIRONMENT_FILE, REPORT_FILE = "config.yaml", "environment.json", "report.html"
-SECRET_KEY = re.compile(
-    r"(^|_)(api_?key|secret|password|credentials?|(hf|access|auth)_?token)$", re.IGNORECASE
-)
+SECRET_KEY = re.compile(r"(^|_)(api_?key|secret|password|credentials?|(hf|access|auth)_?token)$", re.IGNORECASE)
 NUMBER_COLUMNS = ("first", "last", "lowest", "highest", "mean", "steps")
 NUMBER_GROUPS = ("val", "nsp", "actor", "perf", "timing_s")  # their order in the table; others follow
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -69,9 +67,7 @@ def render_report(directory: Path) -> str:
     """The page as text; see `write_report`."""
     metrics_path = directory / METRICS_FILE
     if not metrics_path.is_file():
-        raise ReportError(
-            f"{directory}: no {METRICS_FILE} there; give the directory of a run that has started"
-        )
+        raise ReportError(f"{directory}: no {METRICS_FILE} there; give the directory of a run that has started")
     records = merge_steps(read_metrics(metrics_path))
     if not records:
         raise ReportError(f"{metrics_path}: no complete line yet; wait for the first step")
@@ -132,9 +128,7 @@ def _title(directory: Path, config: Mapping[str, Any]) -> str:
     return str(_lookup(config, "trainer.experiment_name") or directory.resolve().name)
 
 
-def _header(
-    title: str, records: Sequence[dict[str, Any]], config: Mapping[str, Any], metrics_path: Path
-) -> Markup:
+def _header(title: str, records: Sequence[dict[str, Any]], config: Mapping[str, Any], metrics_path: Path) -> Markup:
     last = records[-1]["step"]
     total = _lookup(config, "trainer.total_training_steps")
     running = isinstance(total, int) and last < total
@@ -157,9 +151,7 @@ def _header(
 
 def _tile(headline: Headline) -> Markup:
     unit = el("small", " " + headline.unit) if headline.unit else None
-    change = (
-        join(" ", el("small", headline.change, class_=headline.verdict or None)) if headline.change else None
-    )
+    change = join(" ", el("small", headline.change, class_=headline.verdict or None)) if headline.change else None
     return el(
         "div",
         el("p", headline.name, class_="name"),
@@ -212,9 +204,7 @@ def _numbers(records: Sequence[dict[str, Any]]) -> Markup:
     head = el("tr", el("th", "metric"), *(el("th", name, class_="number") for name in NUMBER_COLUMNS))
     rows = [row for key in sorted(keys, key=_rank) if (row := _number_row(key, records))]
     table = el("table", el("thead", head), el("tbody", *rows))
-    return el(
-        "section", el("h2", "Final numbers"), el("div", el("div", table, class_="panel"), class_="card")
-    )
+    return el("section", el("h2", "Final numbers"), el("div", el("div", table, class_="panel"), class_="card"))
 
 
 def _rank(key: str) -> tuple[int, str]:

@@ -65,7 +65,9 @@ def ray_session(config: DictConfig) -> Iterator[None]:
         return
     options: dict[str, Any] = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)  # type: ignore[assignment]
     runtime_env = OmegaConf.merge(
-        get_ppo_ray_runtime_env(config), {"env_vars": _worker_environment(config)}, options.pop("runtime_env", None) or {}
+        get_ppo_ray_runtime_env(config),
+        {"env_vars": _worker_environment(config)},
+        options.pop("runtime_env", None) or {},
     )
     options = {name: value for name, value in options.items() if value is not None}
     if "address" not in options and "RAY_ADDRESS" not in os.environ:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from verl.utils.debug import marked_timer
 from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
-from refine_verl.data.dataset import collate_columns, pad_batch
 from refine_verl.config import ModelSettings, RefineSettings
+from refine_verl.data.dataset import collate_columns, pad_batch
 from refine_verl.nsp import group_zero_std_share
 from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.report import MetricsWriter, TrainingProgress, read_metrics
@@ -56,9 +57,10 @@ class RefineTrainer(PPOTrainer):
     def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
         self.trainer_mode = "sync"  # every TransferQueue branch of the base class is for the other modes
-        self.settings = RefineSettings.from_mapping(OmegaConf.to_container(config.refine, resolve=True))
+        self.settings = RefineSettings.from_mapping(config.refine)
         self.run_dir = Path(config.trainer.default_local_dir)
         self.skipped_in_a_row = 0
+        self.train_dataloader_it: Iterator[Any] | None = None
 
     # Set-up: what PPOTrainer creates for rollout engines does not exist here
 
@@ -100,7 +102,7 @@ class RefineTrainer(PPOTrainer):
         engine.infer_micro_batch_size_per_gpu = section.rollout.log_prob_micro_batch_size_per_gpu
         worker = WorkerSettings(
             refine=self.settings,
-            model=ModelSettings.from_mapping(OmegaConf.to_container(self.config.model, resolve=True)),
+            model=ModelSettings.from_mapping(self.config.model),
             seed=self.config.data.seed,
             max_length=self.config.data.max_length or 2**31,  # null: documents are not cut
             rollout_micro_batch_size=section.rollout.log_prob_micro_batch_size_per_gpu,
@@ -124,7 +126,7 @@ class RefineTrainer(PPOTrainer):
 
     # The loop
 
-    def fit(self) -> None:  # type: ignore[override]  # verl passes an agent loop, there is none
+    def fit(self) -> None:  # verl passes an agent loop manager, there is none here
         """Train to ``total_training_steps``, from the checkpoint if there is one; then export the model.
 
         Raises:

@@ -58,7 +58,7 @@ class RefineEngine(FSDPEngine):
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False
     ) -> Any:
-        rollouts = data["rollout_tokens"].flatten(1, 2).shape[1] if "rollout_tokens" in data.keys() else 0
+        rollouts = data["rollout_tokens"].flatten(1, 2).shape[1] if "rollout_tokens" in data else 0
         tu.assign_non_tensor(data, global_rollouts=data.shape[0] * self.get_data_parallel_size() * rollouts)
         return super().forward_backward_batch(data, loss_function, forward_only)
 
@@ -69,7 +69,7 @@ class RefineEngine(FSDPEngine):
         micro_batch = micro_batch.to(get_device_id())
         documents = documents_of(micro_batch)
         branches = None
-        if "rollout_tokens" in micro_batch.keys():
+        if "rollout_tokens" in micro_batch:
             branches = Branches(micro_batch["positions"], micro_batch["rollout_tokens"])
         output = self.module(mode="update", documents=documents, branches=branches, nsp=self.nsp)
         loss, metrics = loss_function(model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group())

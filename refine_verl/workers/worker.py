@@ -81,7 +81,9 @@ class NSPRolloutWorker(TrainingWorker):
         counted = self.engine.module.forward_tokens
         self.reward_seconds = 0.0
         with self.engine.eval_mode():
-            parts = [self._rollout_micro_batch(part, step) for part in data.split(self.settings.rollout_micro_batch_size)]
+            parts = [
+                self._rollout_micro_batch(part, step) for part in data.split(self.settings.rollout_micro_batch_size)
+            ]
         output = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         output["forward_tokens"] = torch.zeros(data.shape[0], dtype=torch.int64)
         output["forward_tokens"][0] = self.engine.module.forward_tokens - counted

@@ -49,9 +49,7 @@ def test_a_recipe_chooses_its_preset_and_the_command_line_another() -> None:
 
 
 def test_a_recipe_wins_over_a_preset(recipe_file: RecipeFile) -> None:
-    recipe_file(
-        "wide", "defaults: [{override /model: tiny_deltanet}, _self_]\nmodel: {config: {hidden_size: 64}}\n"
-    )
+    recipe_file("wide", "defaults: [{override /model: tiny_deltanet}, _self_]\nmodel: {config: {hidden_size: 64}}\n")
     assert compose_config(["recipe=wide"]).model.config.hidden_size == 64
 
 

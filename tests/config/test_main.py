@@ -67,9 +67,7 @@ def test_bad_input_exits_with_2_one_line_and_writes_nothing(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_parent_that_does_not_exist_is_named(
-    recipe_file: RecipeFile, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_parent_that_does_not_exist_is_named(recipe_file: RecipeFile, capfd: pytest.CaptureFixture[str]) -> None:
     recipe_file("mine", "defaults: [midtrian, _self_]\n")
     assert main(["recipe=mine"]) == 2
     assert "unknown recipe 'midtrian' (in the defaults of 'mine')" in capfd.readouterr().err
@@ -149,7 +147,5 @@ def test_as_a_process_bad_input_exits_with_2(empty_directory: Path) -> None:
 def test_as_a_process_the_configuration_can_be_shown_without_running(empty_directory: Path) -> None:
     done = run_python("recipe=midtrain", "--cfg", "job", "--resolve", cwd=empty_directory)
     assert done.returncode == 0, done.stderr
-    assert (
-        "chunks: 8" in done.stdout and "experiment_name: midtrain" in done.stdout and "${" not in done.stdout
-    )
+    assert "chunks: 8" in done.stdout and "experiment_name: midtrain" in done.stdout and "${" not in done.stdout
     assert list(empty_directory.iterdir()) == []

@@ -158,9 +158,7 @@ def test_values_of_the_wrong_kind(quickstart: DictConfig, key: str, value: objec
         ),
     ],
 )
-def test_what_does_not_fit_together(
-    quickstart: DictConfig, changes: dict[str, object], key: str, message: str
-) -> None:
+def test_what_does_not_fit_together(quickstart: DictConfig, changes: dict[str, object], key: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         validate(changed(quickstart, **changes))
     assert caught.value.key == key
@@ -206,9 +204,7 @@ def test_verl_options_without_effect_are_refused_with_a_reason(quickstart: DictC
 def test_paths_become_absolute_but_hub_ids_stay(quickstart: DictConfig, empty_directory: Path) -> None:
     (empty_directory / "checkpoint").mkdir()
     local = validate(changed(quickstart, model__path="checkpoint", trainer__default_local_dir="runs/a"))
-    assert (
-        local.model.path == local.config.actor_rollout_ref.model.path == str(empty_directory / "checkpoint")
-    )
+    assert local.model.path == local.config.actor_rollout_ref.model.path == str(empty_directory / "checkpoint")
     assert local.config.trainer.default_local_dir == str(empty_directory / "runs/a")
     assert validate(changed(quickstart, model__path="fla-hub/x")).model.path == "fla-hub/x"
 

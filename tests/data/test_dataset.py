@@ -91,15 +91,11 @@ class TestThroughVerl:
         from omegaconf import OmegaConf
 
         custom = {"path": "pkg://refine_verl.data.verl_dataset", "name": "VerlDocumentDataset"}
-        return OmegaConf.create(
-            {"train_files": str(prepared.path), "shuffle": True, "seed": 7, "custom_cls": custom}
-        )
+        return OmegaConf.create({"train_files": str(prepared.path), "shuffle": True, "seed": 7, "custom_cls": custom})
 
     def train_loader(self, verl, config):
         utils, loader, collate_fn = verl
-        dataset = utils.create_rl_dataset(
-            config.train_files, config, None, None, is_train=True, max_samples=-1
-        )
+        dataset = utils.create_rl_dataset(config.train_files, config, None, None, is_train=True, max_samples=-1)
         sampler = utils.create_rl_sampler(config, dataset)
         return loader(dataset, batch_size=4, drop_last=True, collate_fn=collate_fn, sampler=sampler)
 
@@ -131,8 +127,6 @@ class TestThroughVerl:
             batch = pad_batch(collate_columns(columns), multiple=4)
             assert len(batch["tokens"]) % 4 == 0
             seen.index_add_(0, batch["document_id"], batch["weight"])
-            for tokens, length, document in zip(
-                batch["tokens"], batch["lengths"], batch["document_id"], strict=True
-            ):
+            for tokens, length, document in zip(batch["tokens"], batch["lengths"], batch["document_id"], strict=True):
                 assert tokens.tolist()[:length] == [ord("a") + int(document)] * (int(document) + 3)
         assert seen.tolist() == [1.0] * 11

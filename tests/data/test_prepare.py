@@ -64,9 +64,7 @@ def test_ids_do_not_depend_on_the_number_of_processes(make_settings, bytes_token
     lines = "".join(json.dumps({"text": f"{i} " * (i % 7 + 1)}) + "\n" for i in range(700))
     one, two = (
         prepare(
-            make_settings(
-                {"a.jsonl": lines}, num_workers=n, cache_dir=str(tmp_path / f"cache{n}"), max_length=8
-            ),
+            make_settings({"a.jsonl": lines}, num_workers=n, cache_dir=str(tmp_path / f"cache{n}"), max_length=8),
             "train",
             bytes_tokenizer,
         )
@@ -90,19 +88,13 @@ def test_all_too_short_says_how_long_and_why(make_settings, bytes_tokenizer, tmp
         prepare(make_settings(FILES), "train", bytes_tokenizer, 14, reason)
     with pytest.raises(DataError, match=r"at least 40 tokens \(data\.min_length=40\)"):
         prepare(make_settings(FILES, min_length=40), "train", bytes_tokenizer, 14, reason)
-    with pytest.raises(
-        DataError, match=rf"data\.max_length=8 is too short: .*at least 14 tokens because {reason}"
-    ):
+    with pytest.raises(DataError, match=rf"data\.max_length=8 is too short: .*at least 14 tokens because {reason}"):
         prepare(make_settings(FILES, max_length=8), "train", bytes_tokenizer, 14, reason)
 
 
 def test_too_few_sequences(make_settings, bytes_tokenizer):
-    with pytest.raises(
-        DataError, match=r"data\.train_files gives 3 sequences, but at least 4 .* because one batch"
-    ):
-        prepare(
-            make_settings(FILES), "train", bytes_tokenizer, minimum_sequences=4, sequences_reason="one batch"
-        )
+    with pytest.raises(DataError, match=r"data\.train_files gives 3 sequences, but at least 4 .* because one batch"):
+        prepare(make_settings(FILES), "train", bytes_tokenizer, minimum_sequences=4, sequences_reason="one batch")
 
 
 def test_validation_is_separate_and_may_be_missing(make_settings, bytes_tokenizer, tmp_path):
@@ -156,9 +148,7 @@ class TestCache:
         assert (first.path, first.statistics) == (second.path, second.statistics)
         assert "reused from" in caplog.text
 
-    def test_other_lengths_cut_again_without_tokenising_again(
-        self, make_settings, bytes_tokenizer, monkeypatch
-    ):
+    def test_other_lengths_cut_again_without_tokenising_again(self, make_settings, bytes_tokenizer, monkeypatch):
         settings = make_settings(FILES)
         first = prepare(settings, "train", bytes_tokenizer)
         monkeypatch.setattr("refine_verl.data.prepare.tokenize_sources", forbidden)
@@ -255,9 +245,7 @@ class TestSettings:
     def test_from_an_omegaconf_section_with_other_keys(self):
         from omegaconf import OmegaConf
 
-        data = OmegaConf.create(
-            {"train_files": ["a", "b"], "val_files": None, "max_length": 7, "shuffle": True}
-        )
+        data = OmegaConf.create({"train_files": ["a", "b"], "val_files": None, "max_length": 7, "shuffle": True})
         settings = DataSettings.from_mapping(data)
         assert (settings.train_files, settings.val_files, settings.max_length) == (("a", "b"), (), 7)
 

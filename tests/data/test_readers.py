@@ -41,9 +41,7 @@ def test_parquet(tmp_path):
     assert read(write_parquet(tmp_path / "a.parquet", DOCUMENTS)) == (DOCUMENTS, [0, 1, 2])
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
-)
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
 def test_parquet_string_types(tmp_path, kind):
     table = pa.table({"text": pa.array(DOCUMENTS).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet")
@@ -90,18 +88,14 @@ def test_wrong_column_lists_the_columns(tmp_path):
         DataError, match=r"a\.parquet has no column 'body'; its columns are: id, text\..*data\.text_key"
     ):
         read(write_parquet(tmp_path / "a.parquet", DOCUMENTS), "body")
-    with pytest.raises(
-        DataError, match=r"a\.jsonl, line 1 has no column 'body'; its columns are: id, text\."
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1 has no column 'body'; its columns are: id, text\."):
         read(write(tmp_path / "a.jsonl", json_lines(DOCUMENTS)), "body")
     with pytest.raises(DataError, match=r"a\.txt has no column 'body'; its columns are: text\."):
         read(write(tmp_path / "a.txt", b"words"), "body")
 
 
 def test_column_of_numbers(tmp_path):
-    with pytest.raises(
-        DataError, match=r"a\.parquet, row 0 .*'id' holds int64, not strings.*columns are: id, text"
-    ):
+    with pytest.raises(DataError, match=r"a\.parquet, row 0 .*'id' holds int64, not strings.*columns are: id, text"):
         read(write_parquet(tmp_path / "a.parquet", DOCUMENTS), "id")
 
 
@@ -153,9 +147,7 @@ def test_corrupt_parquet(tmp_path):
 def test_damaged_zst(tmp_path):
     data = compress(json_lines([f"document number {i} of many" for i in range(5000)]))
     cut = write(tmp_path / "a.jsonl.zst", data[: len(data) // 2])
-    with pytest.raises(
-        DataError, match=r"a\.jsonl\.zst is not a readable zstd-compressed file.*[Tt]runcated"
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst is not a readable zstd-compressed file.*[Tt]runcated"):
         read(cut)
     with pytest.raises(DataError, match=r"is not a readable zstd-compressed file"):
         read(write(cut, b"plain text"))

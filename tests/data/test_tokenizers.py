@@ -81,16 +81,12 @@ def test_bpe_without_text(corpus):
 
 def test_directory_without_a_tokenizer(tmp_path):
     (tmp_path / "weights.bin").write_text("x")
-    with pytest.raises(
-        DataError, match=r"(?s)no tokenizer can be loaded from .*The directory holds: weights\.bin"
-    ):
+    with pytest.raises(DataError, match=r"(?s)no tokenizer can be loaded from .*The directory holds: weights\.bin"):
         load_tokenizer(str(tmp_path))
 
 
 def test_neither_directory_nor_reachable_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-tokenizer").mkdir()
-    with pytest.raises(
-        DataError, match=r"(?s)neither a directory nor a hub id.*Nearest existing: .*my-tokenizer"
-    ):
+    with pytest.raises(DataError, match=r"(?s)neither a directory nor a hub id.*Nearest existing: .*my-tokenizer"):
         load_tokenizer("my-tokeniser")

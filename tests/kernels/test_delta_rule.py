@@ -167,9 +167,7 @@ def test_state_carries_over_segments() -> None:
     state, parts = inputs["initial_state"], []
     for start, end in ((0, 1), (1, 3), (3, 70), (70, 130)):
         cut = {n: x[:, start:end] for n, x in inputs.items() if x is not None and n != "initial_state"}
-        part, state = GATED_CHUNK(
-            **cut, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
-        )
+        part, state = GATED_CHUNK(**cut, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-13)
 
@@ -205,8 +203,7 @@ def test_gate_and_beta_inside_the_kernel() -> None:
             actual = [out, final.transpose(-1, -2)]
             assert max(errors(list(expected), actual)) < TOLERANCE
             grads = [
-                torch.autograd.grad(o.square().sum(), (a_log, dt_bias), retain_graph=True)
-                for o in (expected[0], out)
+                torch.autograd.grad(o.square().sum(), (a_log, dt_bias), retain_graph=True) for o in (expected[0], out)
             ]
             assert max(errors(list(grads[0]), list(grads[1]))) < 1e-10
 
@@ -354,9 +351,7 @@ def test_short_sequences_get_short_chunks() -> None:
     ],
 )
 def test_misfits_are_named(change: dict[str, Any], message: str) -> None:
-    inputs: dict[str, Any] = {
-        n: x for n, x in make_inputs(1, 10, dtype=torch.float32).items() if x is not None
-    }
+    inputs: dict[str, Any] = {n: x for n, x in make_inputs(1, 10, dtype=torch.float32).items() if x is not None}
     with pytest.raises(ValueError, match=message):
         CHUNK(**{**inputs, **change})
 

@@ -94,9 +94,7 @@ def test_kernels_come_into_use_where_there_is_none(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "target", ["fla.layers.delta_net:gone", "fla.gone:f", "fla.modules.fused_cross_entropy.ops:Gone.forward"]
 )
-def test_a_missing_target_names_the_version_and_changes_nothing(
-    target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_target_names_the_version_and_changes_nothing(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = current()
     with monkeypatch.context() as patched:
         patched.setattr(patch, "TARGETS", {**patch.TARGETS, target: len})

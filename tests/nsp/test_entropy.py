@@ -38,17 +38,13 @@ def test_entropy_of_known_distributions() -> None:
         (torch.bfloat16, torch.float32, 1e-5),
     ],
 )
-def test_entropy_matches_reference_in_every_dtype(
-    dtype: torch.dtype, result: torch.dtype, tolerance: float
-) -> None:
+def test_entropy_matches_reference_in_every_dtype(dtype: torch.dtype, result: torch.dtype, tolerance: float) -> None:
     logits = (3 * torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0))).to(dtype)
     computed = entropy_from_logits(logits)
     assert computed.dtype == result
     assert computed.shape == (2, 5)
     expected = [[reference.entropy(row) for row in rows] for rows in logits.double().tolist()]
-    torch.testing.assert_close(
-        computed.double(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=0
-    )
+    torch.testing.assert_close(computed.double(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])

@@ -135,9 +135,7 @@ def test_local_denominators_would_be_caught(mini_batch: dict[str, Tensor]) -> No
     """Negative control: averaging micro-batch means differs, since the documents have unequal lengths."""
     whole = share(slice(0, 6), mini_batch)[0]
     means = [part[0] * 6 for part in (share(slice(i, i + 1), mini_batch) for i in range(6))]
-    local = [
-        (torch.nn.functional.softplus(mini_batch["weight"] * n).sum() / n) for n in mini_batch["lengths"]
-    ]
+    local = [(torch.nn.functional.softplus(mini_batch["weight"] * n).sum() / n) for n in mini_batch["lengths"]]
     assert torch.stack(means).mean().item() == pytest.approx(whole.item(), rel=1e-12)
     assert torch.stack(local).mean().item() != pytest.approx(whole.item(), rel=1e-2)
 
@@ -227,9 +225,7 @@ def test_share_of_groups_without_signal() -> None:
 
 @pytest.mark.parametrize("function", [group_standardise, group_zero_std_share])
 def test_bad_groups_are_refused(function: Any) -> None:
-    with pytest.raises(
-        ValueError, match="unknown group 'sequences': known are position, sequence; did you mean"
-    ):
+    with pytest.raises(ValueError, match="unknown group 'sequences': known are position, sequence; did you mean"):
         function(torch.rand(2, 3, 1), "sequences")
     with pytest.raises(ValueError, match=r"\[B, c, n\], got \[2, 3\]"):
         function(torch.rand(2, 3))

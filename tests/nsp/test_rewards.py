@@ -54,9 +54,7 @@ def test_cosine_is_not_computed_in_bfloat16() -> None:
     target = (predicted.float() + torch.randn(4, 1, 300, generator=generator)).bfloat16()
     tokens = torch.zeros(4, 1, dtype=torch.int64)
     reward = cosine_reward(
-        RewardInputs(
-            predicted_hidden=predicted, target_hidden=target, predicted_tokens=tokens, target_tokens=tokens
-        )
+        RewardInputs(predicted_hidden=predicted, target_hidden=target, predicted_tokens=tokens, target_tokens=tokens)
     )
     x, y = predicted.double()[:, 0], target.double()[:, 0]
     expected = (x * y).sum(-1) / (x.square().sum(-1).sqrt() * y.square().sum(-1).sqrt())
@@ -82,9 +80,7 @@ def test_shapes_must_fit() -> None:
 
 def test_unknown_name_is_refused_with_the_nearest() -> None:
     for lookup in (get_reward, validate_reward_name):
-        with pytest.raises(
-            ValueError, match=r"'cosin': known are binary, cosine, hybrid; did you mean 'cosine'"
-        ):
+        with pytest.raises(ValueError, match=r"'cosin': known are binary, cosine, hybrid; did you mean 'cosine'"):
             lookup("cosin")
 
 

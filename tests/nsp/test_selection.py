@@ -56,9 +56,7 @@ def test_uniform_strategy_is_uniform_within_each_chunk(entropy: torch.Tensor) ->
     observed = counts(entropy, strategy="uniform", chunks=3, rollout_length=3)
     expected = [{t: 1 / (b - a) for t in range(a, b)} for a, b in chunk_bounds(14, 3)]
     assert chi_square_p(observed, expected) > 1e-3
-    assert (
-        chi_square_p(observed, reference.chunk_probabilities(entropy.tolist(), 3, 3, "token", 2.0, 3)) < 1e-6
-    )
+    assert chi_square_p(observed, reference.chunk_probabilities(entropy.tolist(), 3, 3, "token", 2.0, 3)) < 1e-6
 
 
 @pytest.mark.parametrize(("strategy", "pick"), [("max_entropy", max), ("min_entropy", min)])
@@ -84,9 +82,7 @@ def test_eq_6_by_hand() -> None:
 
     def choose(uniform: float, temperature: float) -> int:
         return int(
-            select_positions(
-                entropy, chunks=1, rollout_length=1, temperature=temperature, window=1, uniforms=[uniform]
-            )
+            select_positions(entropy, chunks=1, rollout_length=1, temperature=temperature, window=1, uniforms=[uniform])
         )
 
     assert [choose(u, 1.0) for u in (0.0, 0.249, 0.251, 0.749, 0.751, 1 - 2**-53)] == [0, 0, 1, 1, 2, 2]
@@ -126,9 +122,7 @@ def test_first_and_last_valid_positions_are_reachable(strategy: str, anchor: str
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 @pytest.mark.parametrize("anchor", ["prediction", "token"])
 @pytest.mark.parametrize(("chunks", "rollout_length"), [(1, 1), (1, 5), (8, 5)])
-def test_shortest_document_leaves_no_choice(
-    strategy: str, anchor: str, chunks: int, rollout_length: int
-) -> None:
+def test_shortest_document_leaves_no_choice(strategy: str, anchor: str, chunks: int, rollout_length: int) -> None:
     length = minimum_length(chunks, rollout_length)
     assert length == chunks + rollout_length
     positions = select_positions(
@@ -176,14 +170,10 @@ def test_extreme_temperature_and_broken_entropies_stay_valid() -> None:
     cold = torch.zeros(20)
     cold[7] = 1.0
     for uniform in (0.0, 0.999, 1 - 2**-53):  # all other positions have weight 0, those before it included
-        positions = select_positions(
-            cold, chunks=1, rollout_length=2, temperature=1e-300, window=1, uniforms=[uniform]
-        )
+        positions = select_positions(cold, chunks=1, rollout_length=2, temperature=1e-300, window=1, uniforms=[uniform])
         assert positions.tolist() == [6]
     for broken in (math.nan, math.inf, -math.inf):
-        positions = select_positions(
-            torch.full((20,), broken), chunks=2, rollout_length=2, uniforms=[0.0, 1 - 2**-53]
-        )
+        positions = select_positions(torch.full((20,), broken), chunks=2, rollout_length=2, uniforms=[0.0, 1 - 2**-53])
         assert positions.tolist() == [0, 17]
 
 

@@ -39,11 +39,7 @@ def delta_rule_reference(
     if l2norm:
         q, k = l2_normalise(q), l2_normalise(k)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    state = (
-        q.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-        if initial_state is None
-        else initial_state
-    )
+    state = q.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if initial_state is None else initial_state
     outputs = []
     for t in range(v.shape[1]):
         if g is not None:

@@ -79,9 +79,7 @@ def validation(step: int) -> dict[str, Any]:
     return {"val/ntp_loss": 2.9 - 0.01 * step, "val/ntp_accuracy": 0.41 + 0.002 * step}
 
 
-def run_of(
-    directory: Path, lines: Iterable[tuple[int, dict[str, Any]]], config: dict[str, Any] | None = None
-) -> Path:
+def run_of(directory: Path, lines: Iterable[tuple[int, dict[str, Any]]], config: dict[str, Any] | None = None) -> Path:
     with MetricsWriter(directory / "metrics.jsonl") as writer:
         for step, metrics in lines:
             writer.log(metrics, step)
@@ -165,9 +163,7 @@ def test_self_contained_without_script(tmp_path: Path) -> None:
     tags = {element.tag for element in page.iter()}
     assert not tags & {"script", "link", "img", "iframe", "object", "use", "image"}
     attributes = {name for element in page.iter() for name in element.attrib}
-    assert not {name for name in attributes if name.startswith("on")} | (
-        attributes & {"src", "href", "style"}
-    )
+    assert not {name for name in attributes if name.startswith("on")} | (attributes & {"src", "href", "style"})
     style = page.findtext("head/style") or ""
     assert "url(" not in style and "@import" not in style
     assert "prefers-color-scheme: dark" in style and "@media print" in style
@@ -269,17 +265,12 @@ def test_every_drawn_coordinate_lies_in_the_view_box(tmp_path: Path) -> None:
 
 
 def test_ten_thousand_steps_stay_small_and_keep_the_spike(tmp_path: Path) -> None:
-    lines = [
-        (step, refine_step(step % 50) | {"actor/grad_norm": 1.0 + 99 * (step == 6789)})
-        for step in range(10_000)
-    ]
+    lines = [(step, refine_step(step % 50) | {"actor/grad_norm": 1.0 + 99 * (step == 6789)}) for step in range(10_000)]
     path = write_report(run_of(tmp_path, lines))
     assert path.stat().st_size < 600_000
     figure = figures(parse(path))["Gradient norm"]
     (line,) = [element for element in with_class(figure, "line") if len(element.get("d") or "") > 20]
-    points = [
-        tuple(map(float, point.split())) for point in (line.get("d") or "").removeprefix("M").split("L")
-    ]
+    points = [tuple(map(float, point.split())) for point in (line.get("d") or "").removeprefix("M").split("L")]
     assert len(points) <= 410
     top = min(points, key=lambda point: point[1])
     assert top[0] == pytest.approx(52 + 478 * (6789 + 0.012 * 9999) / (1.024 * 9999), abs=0.2)
@@ -312,9 +303,7 @@ def test_nothing_to_report_on(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "refine_verl.report", *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60
-        )
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
 
     missing = call(str(tmp_path / "nowhere"))
     assert (missing.returncode, missing.stdout) == (2, "")

@@ -173,7 +173,5 @@ def test_needs_no_torch_ray_or_verl() -> None:
         "sys.exit(','.join({'torch', 'ray', 'verl', 'transformers', 'matplotlib'} & set(sys.modules)) or 0)"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=60)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr

@@ -26,9 +26,7 @@ def plain_console() -> Console:
 
 def terminal() -> Console:
     environ = {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
-    return Console(
-        file=io.StringIO(), force_terminal=True, force_interactive=True, width=100, _environ=environ
-    )
+    return Console(file=io.StringIO(), force_terminal=True, force_interactive=True, width=100, _environ=environ)
 
 
 def written(console: Console) -> str:
@@ -51,9 +49,7 @@ def test_without_a_terminal_one_plain_line_per_step() -> None:
         r"\| 0:00:00 left",
         lines[2],
     )
-    assert (
-        lines[3] == "midtrain 3/3 | validation loss 3.500 (−0.500) | validation accuracy 27.00% (+2.00 pts)"
-    )
+    assert lines[3] == "midtrain 3/3 | validation loss 3.500 (−0.500) | validation accuracy 27.00% (+2.00 pts)"
     assert len(lines) == 4
     assert isinstance(console.file, io.StringIO)
     assert "\x1b" not in console.file.getvalue()
