@@ -1,0 +1,119 @@
+"""One rank, two ranks, other micro-batches: the same rollouts, the same gradients. And updates that must not happen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from reference.toy import relative
+from torch import Tensor
+
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
+
+Ranks = dict[int, dict[str, Any]]
+# float32 sums in another order
+GRADIENT, LOSS = 2e-5, 1e-5
+
+
+def worst(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest relative difference of any parameter's tensor."""
+    assert got.keys() == wanted.keys()
+    return max(relative(got[name].double(), wanted[name].double()) for name in wanted)
+
+
+def same_rollouts(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert torch.equal(got["positions"], wanted["positions"])
+    assert torch.equal(got["rollout_tokens"], wanted["rollout_tokens"])
+    for name in ("old_log_probs", "rewards", "reward_cosine", "entropy_mean", "entropy_selected"):
+        torch.testing.assert_close(got[name], wanted[name], rtol=2e-5, atol=1e-6)
+    assert torch.equal(got["reward_binary"], wanted["reward_binary"])
+
+
+def same_steps(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    for step, reference in zip(got, wanted, strict=True):
+        same_rollouts(step["rollouts"], reference["rollouts"])
+        for name in ("actor/ntp_loss", "actor/grad_norm", "nsp/reward/mean", "nsp/entropy/mean"):
+            assert step["metrics"][name] == pytest.approx(reference["metrics"][name], rel=LOSS), name
+        for name in ("actor/pg_loss", "actor/ppo_kl"):
+            assert step["metrics"][name] == pytest.approx(reference["metrics"][name], abs=1e-6), name
+        assert len(step["gradients"]) == len(reference["gradients"]) == 2
+        for mine, theirs in zip(step["gradients"], reference["gradients"], strict=True):
+            assert worst(mine, theirs) < GRADIENT
+        assert worst(step["parameters"], reference["parameters"]) < 1e-6
+
+
+def test_random_weights_do_not_depend_on_the_ranks(ranks: Ranks) -> None:
+    one, two = ranks[1]["initial"], ranks[2]["initial"]
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_two_ranks_are_one(ranks: Ranks) -> None:
+    same_steps(ranks[2]["steps"], ranks[1]["steps"])
+
+
+def test_other_micro_batches_change_nothing(ranks: Ranks) -> None:
+    same_steps(ranks[1]["other_micro_batches"], ranks[1]["steps"])
+
+
+def test_the_second_rank_counts(ranks: Ranks) -> None:
+    """Negative control: rank 0's documents alone give other gradients, by far more than the tolerance."""
+    alone, together = ranks[1]["rank_0_alone"], ranks[2]["steps"][0]
+    same_rollouts(alone["rollouts"], {name: value[[0, 1, 4, 5]] for name, value in together["rollouts"].items()})
+    assert worst(alone["gradients"][0], together["gradients"][0]) > 100 * GRADIENT
+    first = together["gradients"][0], together["gradients"][1]
+    assert worst(*first) > 100 * GRADIENT  # and the two mini-batches differ from each other
+
+
+def test_rollouts_differ_between_steps_documents_and_copies(ranks: Ranks) -> None:
+    first, second = (step["rollouts"] for step in ranks[1]["steps"])
+    tokens = first["rollout_tokens"]
+    assert not torch.equal(tokens[:, :, 0], tokens[:, :, 1])
+    assert not torch.equal(tokens[0], tokens[2])
+    assert not torch.equal(tokens, second["rollout_tokens"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", ["nan", "infinite"])
+def test_a_bad_gradient_skips_its_update_only(ranks: Ranks, kind: str, world: int) -> None:
+    """The first of two mini-batches has an advantage that is not finite."""
+    result = ranks[world][kind]
+    bad, good = result["grad_norms"]
+    assert not math.isfinite(bad) and math.isfinite(good)
+    assert result["metrics"]["actor/skipped_updates"] == 1
+    assert result["metrics"]["actor/grad_norm"] == good  # means leave the skipped update out
+    assert all(value == value and abs(value) < 1e3 for value in result["metrics"].values())
+    assert result["in_a_row"] == 0  # the good one ended the row
+    assert not worst(result["after"], result["before"]) == 0
+    assert all(tensor.isfinite().all() for tensor in result["after"].values())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_only_bad_gradients_leave_every_bit_of_the_weights(ranks: Ranks, world: int) -> None:
+    result = ranks[world]["all_bad"]
+    assert all(not math.isfinite(norm) for norm in result["grad_norms"])
+    assert all(torch.equal(result["after"][name], result["before"][name]) for name in result["before"])
+    assert result["metrics"]["actor/skipped_updates"] == 2 and result["in_a_row"] == 2
+    assert "not finite" in ranks[world]["log"]
+
+
+def test_validation_counts_every_document_once(ranks: Ranks) -> None:
+    """Five documents in batches of 3 and 2: neither divides by two ranks, so dummies fill them up."""
+    one, two = ranks[1], ranks[2]
+    for name in ("validation", "validation_after"):
+        assert two[name]["val/ntp_loss"] == pytest.approx(one[name]["val/ntp_loss"], rel=1e-6)
+        assert two[name]["val/ntp_accuracy"] == one[name]["val/ntp_accuracy"]
+        assert one[name]["val/ntp_loss"] == pytest.approx(one[f"{name}_by_hand"][0], rel=1e-5)
+        assert one[name]["val/ntp_accuracy"] == pytest.approx(one[f"{name}_by_hand"][1], abs=1e-12)
+    assert one["validation_after"]["val/ntp_loss"] < one["validation"]["val/ntp_loss"]
+
+
+def test_little_crosses_ray(ranks: Ranks) -> None:
+    """Contract C2: 128 documents, c=8, n=1, k=5; less than 1 MB a step besides token ids."""
+    sizes = ranks[1]["message_bytes"]
+    assert set(sizes["sent"]) == set(sizes["received"]) == {"rollout_and_reward", "update", "score"}
+    total = sum(sizes["sent"].values()) + sum(sizes["received"].values())
+    # the control: every reward, log-probability and advantage of every rollout did cross
+    assert 128 * 8 * (4 * 3 + 2 * 5 * 4) < total < 1_000_000
+    assert total < 200_000
