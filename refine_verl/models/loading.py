@@ -154,7 +154,7 @@ def _check_family(config: PretrainedConfig, where: str) -> None:
     if getattr(config, "attn", None):
         raise ModelError(
             f"{where}: this {config.model_type} mixes in softmax attention layers (config.attn). Their cache grows "
-            "with the text, so it is no fast-weight state that can be forked; only purely recurrent models are supported."
+            "with the text, so it is no fast-weight state to fork; only purely recurrent models are supported."
         )
     on_gpu_only = (
         isinstance(get_adapter(config.model_type), FlaAdapter) and config.model_type not in FLA_VERIFIED_ON_CPU

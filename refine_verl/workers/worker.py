@@ -19,7 +19,7 @@ from verl.workers.engine_workers import TrainingWorker
 from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.models import RolloutBatch, RolloutDraws, snapshot_count
 from refine_verl.nsp import position_uniforms, rollout_uniforms
-from refine_verl.plugin import check_plugin
+from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.reward_manager import HiddenStateRewardManager
 
@@ -62,6 +62,8 @@ class NSPRolloutWorker(TrainingWorker):
             # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses
             initialize_global_process_group_ray(backend="gloo")
         super().__init__(config)
+        if type(self.engine) is not RefineEngine:
+            raise PluginError(f"verl built a {type(self.engine).__name__}: another plug-in owns '{config.model_type}'")
         self.engine.configure(self.settings.refine.nsp, self.settings.model, self.settings.seed)
         self.rewards = HiddenStateRewardManager(self.settings.refine.nsp.reward)
 
