@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def run(config: DictConfig, files: Sequence[ConfigFile] = ()) -> int:
         valid = validate(config, files)
     except (ConfigError, DataError) as error:
         return _refuse(error)
+    _quieten_third_parties()
     # Only a sound configuration is worth the seconds that torch, transformers and verl take to load.
     from refine_verl.models.loading import ModelError
     from refine_verl.plugin import PluginError
@@ -197,6 +199,13 @@ def _print_help() -> None:
     show("Keys (verl's own keys work under verl's names, e.g. actor_rollout_ref.actor.optim.lr=1e-6):")
     for setting in list_settings():
         show(f"  {setting.key}={'null' if setting.default is None else setting.default}\n      {setting.help}")
+
+
+def _quieten_third_parties() -> None:
+    """Leave out what verl, fla and torchdata say about parts of theirs that are not in use here."""
+    os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
+    for message in (".*engine is not available", "Triton is not supported", "'set_vital' is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _configure_logging() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -48,13 +50,23 @@ def train(config: DictConfig) -> Path:
     (run_dir / "environment.json").write_text(json.dumps(environment(config), indent=2) + "\n")
     with ray_session(config):
         trainer = RefineTrainer(config)
-        trainer.init()
+        with contextlib.redirect_stdout(_Debug()):  # verl announces what it reads with print
+            trainer.init()
         try:
             trainer.fit()
         finally:
             if (run_dir / "metrics.jsonl").is_file():
                 write_report(run_dir)
     return run_dir
+
+
+class _Debug(io.TextIOBase):
+    """A stream that logs what is printed to it."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            logger.debug("%s", text.rstrip())
+        return len(text)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ import ray
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
-from torch import Tensor
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
@@ -175,6 +174,7 @@ class RefineTrainer(PPOTrainer):
             self._stop_profiling()
             self.on_step_end()
         metrics["perf/tokens_per_second"] = tokens / timing["step"]
+        metrics["refine/active"] = float(self._uses_rollouts())
         if self._is_due(trainer.save_freq):
             with marked_timer("save_checkpoint", timing):
                 self._save_checkpoint()
@@ -268,12 +268,21 @@ class RefineTrainer(PPOTrainer):
         """Means over the step's mini-batches; skipped updates are counted and left out of the means."""
         norms = updated["grad_norm"]
         for norm in norms:
-            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row < MAX_SKIPPED_UPDATES:  # a good update after that many comes too late
+                self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+        skipped = sum(not math.isfinite(norm) for norm in norms)
+        if skipped:
+            logger.warning(
+                "step %d: %d of %d updates skipped, their gradient was NaN or infinite",
+                self.global_steps,
+                skipped,
+                len(norms),
+            )
         metrics = {name: _finite_mean(values) for name, values in updated.items() if name.startswith("actor/")}
         return {
             **metrics,
             "actor/grad_norm": _finite_mean(norms),
-            "actor/skipped_updates": float(sum(not math.isfinite(norm) for norm in norms)),
+            "actor/skipped_updates": float(skipped),
             "actor/lr": float(updated["lr"][-1]),
             "perf/max_memory_gb": float(max(updated["perf/max_memory_allocated_gb"])),
         }
@@ -284,7 +293,7 @@ class RefineTrainer(PPOTrainer):
         if not saved:
             self._save_checkpoint()
         raise TrainingDiverged(
-            f"step {self.global_steps}: the last {self.skipped_in_a_row} updates had a NaN or infinite gradient and "
+            f"step {self.global_steps}: {self.skipped_in_a_row} updates in a row had a NaN or infinite gradient and "
             f"were skipped. The weights before them are in {self.run_dir}/global_step_{self.global_steps}. "
             "Try a lower learning rate (actor_rollout_ref.actor.optim.lr) or look at the data of this step."
         )
@@ -326,8 +335,3 @@ def mini_batch_order(rows: int, size: int, ranks: int) -> list[int]:
 def _finite_mean(values: list[float]) -> float:
     finite = [float(value) for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def tensor_bytes(data: TensorDict) -> dict[str, int]:
-    """Bytes of each tensor of a message between driver and workers."""
-    return {name: value.numel() * value.element_size() for name, value in data.items() if isinstance(value, Tensor)}
