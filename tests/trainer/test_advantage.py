@@ -1,0 +1,79 @@
+"""Advantages through verl's registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
+
+from refine_verl.nsp import group_standardise
+from refine_verl.trainer.advantage import compute_advantages
+
+REWARDS = torch.tensor([[[1.0, 3.0], [5.0, 7.0]], [[2.0, 2.0], [2.0, 2.0]]])  # [B=2, c=2, n=2]
+
+
+def algorithm(**values: Any) -> DictConfig:
+    return OmegaConf.create({"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": True, **values})
+
+
+def test_sequence_groups_by_hand() -> None:
+    """Mean 4 and unbiased standard deviation sqrt(20/3) of 1, 3, 5, 7; equal rewards teach nothing."""
+    got = compute_advantages(REWARDS, 5, "sequence", algorithm())
+    std = (20 / 3) ** 0.5
+    wanted = torch.tensor([[[-3.0, -1.0], [1.0, 3.0]], [[0.0, 0.0], [0.0, 0.0]]]) / std
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+    assert got.dtype == torch.float32 and (got[1] == 0).all()
+
+
+def test_position_groups_by_hand() -> None:
+    got = compute_advantages(REWARDS, 5, "position", algorithm())
+    half = 1 / 2**0.5
+    wanted = torch.tensor([[[-half, half], [-half, half]], [[0.0, 0.0], [0.0, 0.0]]])
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_without_dividing_by_the_standard_deviation() -> None:
+    got = compute_advantages(REWARDS, 5, "sequence", algorithm(norm_adv_by_std_in_grpo=False))
+    assert got[0].tolist() == [[-3.0, -1.0], [1.0, 3.0]]
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("group", ["sequence", "position"])
+def test_random_rewards_agree_with_our_own_formula(group: str, length: int) -> None:
+    rewards = torch.rand(6, 8, 3, generator=torch.Generator().manual_seed(0))
+    got = compute_advantages(rewards, length, group, algorithm())
+    torch.testing.assert_close(got, group_standardise(rewards, group), rtol=1e-5, atol=1e-6)
+
+
+def test_equal_rewards_that_float32_cannot_average_give_exactly_zero() -> None:
+    rewards = torch.full((1, 7, 3), 0.1)
+    assert (compute_advantages(rewards, 5, "sequence", algorithm()) == 0).all()
+
+
+def test_rloo_by_hand() -> None:
+    """Leave one out: each reward minus the mean of the other three."""
+    got = compute_advantages(REWARDS, 5, "sequence", algorithm(adv_estimator="rloo"))
+    wanted = [[1 - 5, 3 - 13 / 3], [5 - 11 / 3, 7 - 3]]
+    torch.testing.assert_close(got[0], torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_a_users_estimator_gets_what_it_asks_for() -> None:
+    seen: dict[str, Any] = {}
+
+    def twice(token_level_rewards: Tensor, response_mask: Tensor, index: Any, **others: Any) -> tuple[Tensor, Tensor]:
+        seen.update(rewards=token_level_rewards, mask=response_mask, index=list(index), others=set(others))
+        outcome = 2 * token_level_rewards.sum(-1, keepdim=True) * response_mask
+        return outcome, outcome
+
+    register_adv_est("test_twice")(twice)
+    try:
+        got = compute_advantages(REWARDS, 4, "position", algorithm(adv_estimator="test_twice"))
+    finally:
+        del ADV_ESTIMATOR_REGISTRY["test_twice"]
+    assert torch.equal(got, 2 * REWARDS)
+    assert seen["rewards"].shape == (8, 4) and (seen["rewards"][:, :-1] == 0).all()
+    assert seen["index"] == [0, 0, 1, 1, 2, 2, 3, 3] and {"config", "norm_adv_by_std_in_grpo"} <= seen["others"]

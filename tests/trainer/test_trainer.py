@@ -1,0 +1,212 @@
+"""The driver's decisions, with a worker group that only remembers what it was asked."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+from reference.runs import toy_overrides
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+
+from refine_verl.compose import compose_config, register_configs
+from refine_verl.trainer.refine_trainer import (
+    MAX_SKIPPED_UPDATES,
+    RefineTrainer,
+    TrainingDiverged,
+    mini_batch_order,
+)
+from refine_verl.validate import validate
+
+Make = Callable[..., RefineTrainer]
+
+
+@functools.cache
+def resolved(*more: str) -> DictConfig:
+    """Nothing is read or written at these paths."""
+    register_configs()
+    return validate(compose_config(toy_overrides(Path("toy"), Path("toy/run"), *more))).config
+
+
+class FakeGroup:
+    """Two workers that return made-up numbers and keep every message."""
+
+    world_size = 2
+
+    def __init__(self, grad_norms: list[float]) -> None:
+        self.grad_norms = grad_norms
+        self.calls: list[tuple[str, TensorDict]] = []
+
+    def rollout_and_reward(self, data: TensorDict) -> Any:
+        self.calls.append(("rollout_and_reward", data.clone()))
+        rows, generator = len(data), torch.Generator().manual_seed(0)
+        tensors = {
+            "positions": torch.arange(rows * 3).view(rows, 3),
+            "rollout_tokens": torch.zeros(rows, 3, 1, 3, dtype=torch.int64),
+            "old_log_probs": torch.zeros(rows, 3, 1, 3),
+            "entropy_mean": torch.ones(rows),
+            "entropy_selected": torch.ones(rows, 3),
+            "forward_tokens": torch.full((rows,), 10),
+            "reward_seconds": torch.zeros(rows),
+        }
+        for name in ("rewards", "reward_cosine", "reward_binary"):
+            tensors[name] = torch.rand(rows, 3, 1, generator=generator)
+        self.rewards = tensors["rewards"]
+        return SimpleNamespace(get=lambda: tu.get_tensordict(tensor_dict=tensors))
+
+    def update(self, data: TensorDict) -> Any:
+        self.calls.append(("update", data.clone()))
+        metrics = {
+            "actor/ntp_loss": [2.0 if math.isfinite(norm) else math.nan for norm in self.grad_norms],
+            "grad_norm": self.grad_norms,
+            "lr": [0.1],
+            "perf/max_memory_allocated_gb": [1.0, 3.0],
+            "forward_tokens": [100],
+        }
+        return SimpleNamespace(get=lambda: tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics}))
+
+
+def columns(rows: int) -> dict[str, np.ndarray]:
+    documents = np.empty(rows, dtype=object)
+    for b in range(rows):
+        documents[b] = np.arange(20 + b)
+    return {"input_ids": documents, "document_id": np.arange(rows, dtype=object)}
+
+
+@pytest.fixture
+def make() -> Make:
+    def build(*more: str, grad_norms: tuple[float, ...] = (1.0, 3.0), rows: int = 8) -> RefineTrainer:
+        trainer = RefineTrainer(copy.deepcopy(resolved(*more)))
+        trainer.actor_rollout_wg = FakeGroup(list(grad_norms))
+        trainer.train_dataloader, trainer.train_dataloader_it = [columns(rows)], None
+        trainer.global_steps, trainer.total_training_steps = 3, 10
+        return trainer
+
+    return build
+
+
+def test_a_step_sends_documents_then_rollouts_with_their_advantages(make: Make) -> None:
+    trainer = make()
+    metrics: dict[str, float] = {}
+    tokens = trainer.step(metrics, {})
+    group = trainer.actor_rollout_wg
+    (first, documents), (second, update) = group.calls
+    assert (first, second) == ("rollout_and_reward", "update")
+    assert tokens == documents["lengths"].sum() == sum(range(20, 28))
+    assert tu.get_non_tensor_data(documents, "global_step", None) == 3
+    # the rows are reordered together: each update row still has its own position, and its group's advantage
+    order = update["document_id"].tolist()
+    assert order == mini_batch_order(8, 4, 2)
+    assert update["positions"].tolist() == torch.arange(24).view(8, 3)[order].tolist()
+    rewards = group.rewards.flatten(1)
+    wanted = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(update["advantages"].flatten(1), wanted[order], rtol=1e-5, atol=1e-6)
+    assert tu.get_non_tensor_data(update, "mini_batch_size", None) == 4
+    assert metrics["perf/forward_tokens_per_token"] == (8 * 10 + 100) / tokens
+    assert metrics["nsp/reward/mean"] == pytest.approx(rewards.mean().item())
+    assert metrics["actor/grad_norm"] == 2.0 and metrics["perf/max_memory_gb"] == 3.0
+
+
+@pytest.mark.parametrize(("step", "rolls_out"), [(1, False), (2, False), (3, True)])
+def test_warm_up_steps_make_no_rollouts(make: Make, step: int, rolls_out: bool) -> None:
+    trainer = make("refine.warmup_steps=2")
+    trainer.global_steps = step
+    metrics: dict[str, float] = {}
+    trainer.step(metrics, {})
+    names = [name for name, _ in trainer.actor_rollout_wg.calls]
+    assert names == (["rollout_and_reward", "update"] if rolls_out else ["update"])
+    assert ("rollout_tokens" in trainer.actor_rollout_wg.calls[-1][1].keys()) == rolls_out
+    assert ("nsp/reward/mean" in metrics) == rolls_out
+
+
+def test_the_baseline_never_rolls_out(make: Make) -> None:
+    trainer = make("refine.loss.rl_coef=0", "refine.warmup_steps=0")
+    metrics: dict[str, float] = {}
+    trainer.step(metrics, {})
+    assert [name for name, _ in trainer.actor_rollout_wg.calls] == ["update"]
+
+
+def test_a_skipped_update_is_counted_logged_and_left_out_of_the_means(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(grad_norms=(math.nan, 3.0))
+    metrics: dict[str, float] = {}
+    with caplog.at_level(logging.WARNING, logger="refine_verl"):
+        trainer.step(metrics, {})
+    assert metrics["actor/skipped_updates"] == 1
+    assert metrics["actor/grad_norm"] == 3.0 and metrics["actor/ntp_loss"] == 2.0
+    assert "step 3: 1 of 2 updates skipped" in caplog.text
+    assert trainer.skipped_in_a_row == 0
+
+
+@pytest.mark.parametrize(
+    ("norms", "stops"),
+    [
+        ((math.nan,) * 4, False),
+        ((math.nan,) * 5, True),
+        ((math.inf, math.nan) * 3, True),
+        ((math.nan,) * 4 + (1.0,) + (math.nan,) * 4, False),
+        ((math.nan,) * 5 + (1.0,), True),
+        ((1.0,) * 8, False),
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True], ids=["unsaved", "saved"])
+def test_five_bad_updates_in_a_row_save_and_stop(
+    make: Make, monkeypatch: pytest.MonkeyPatch, norms: tuple[float, ...], stops: bool, saved: bool
+) -> None:
+    trainer, written = make(), []
+    monkeypatch.setattr(trainer, "_save_checkpoint", lambda: written.append(trainer.global_steps))
+    for norm in norms:  # one by one: the count goes on from step to step
+        trainer.actor_rollout_wg.grad_norms = [norm]
+        trainer.step({}, {})
+    if not stops:
+        trainer._stop_if_diverged(saved=saved)
+        assert written == []
+        return
+    with pytest.raises(TrainingDiverged) as error:
+        trainer._stop_if_diverged(saved=saved)
+    said = str(error.value)
+    assert f"{trainer.run_dir}/global_step_3" in said and "actor_rollout_ref.actor.optim.lr" in said
+    assert f"{MAX_SKIPPED_UPDATES} updates in a row" in said
+    assert written == ([] if saved else [3])
+
+
+def test_due_steps(make: Make) -> None:
+    trainer = make()
+    due = {}
+    for frequency in (-1, 0, 4):
+        due[frequency] = []
+        for trainer.global_steps in range(1, 11):
+            if trainer._is_due(frequency):
+                due[frequency].append(trainer.global_steps)
+    assert due == {-1: [], 0: [], 4: [4, 8, 10]}
+
+
+def test_a_used_up_data_loader_starts_again(make: Make) -> None:
+    """Also right after a checkpoint written at the end of an epoch: its iterator is empty from the start."""
+    trainer = make()
+    first = trainer._next_batch()
+    assert torch.equal(trainer._next_batch()["tokens"], first["tokens"])
+    trainer.train_dataloader_it = iter([])
+    assert torch.equal(trainer._next_batch()["tokens"], first["tokens"])
+
+
+@pytest.mark.parametrize(("rows", "size", "ranks"), [(8, 4, 1), (8, 4, 2), (12, 6, 3), (16, 4, 4), (6, 6, 2)])
+def test_mini_batches_hold_the_same_documents_for_any_number_of_ranks(rows: int, size: int, ranks: int) -> None:
+    order = mini_batch_order(rows, size, ranks)
+    assert sorted(order) == list(range(rows))
+    shares = [order[rank * rows // ranks : (rank + 1) * rows // ranks] for rank in range(ranks)]
+    part = size // ranks
+    for batch in range(rows // size):
+        documents = [row for share in shares for row in share[batch * part : (batch + 1) * part]]
+        assert documents == list(range(batch * size, (batch + 1) * size))
