@@ -77,6 +77,7 @@ def prepare_run(valid: ValidConfig) -> PreparedRun:
     from refine_verl.models.loading import inspect_model
     from refine_verl.trainer.checkpoints import check_checkpoint
 
+    _check_device(valid.config.trainer.device)
     _import_external_lib(valid.config.actor_rollout_ref.model.external_lib)
     info = inspect_model(valid.model.path, valid.model.init_config)
     _check_reward(valid.refine.nsp.reward)
@@ -104,6 +105,20 @@ def _import_external_lib(names: str | Sequence[str] | None) -> None:
                 f"{name} cannot be imported ({type(error).__name__}: {error}). Install it, or put its directory on "
                 "PYTHONPATH.",
             ) from error
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.device",
+            "cpu is for hosts without a GPU: fla's kernels are taken wherever one is visible. Hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= (empty) to run on the CPU.",
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        # the driver of a cluster may sit on a node without a GPU; verl must not take it for a CPU run
+        os.environ.setdefault("VERL_PLATFORM", "nvidia")
 
 
 def _check_reward(name: str) -> None:

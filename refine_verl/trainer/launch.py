@@ -22,6 +22,7 @@ from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from refine_verl.plugin import check_plugin
 from refine_verl.report import write_report
+from refine_verl.schema import leaves
 from refine_verl.trainer.refine_trainer import RefineTrainer
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def train(config: DictConfig) -> Path:
     check_plugin()
     run_dir = Path(config.trainer.default_local_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    _say_what_changed(run_dir / "config.yaml", config)
     OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     (run_dir / "environment.json").write_text(json.dumps(environment(config), indent=2) + "\n")
     with ray_session(config):
@@ -105,6 +107,18 @@ def _worker_environment(config: DictConfig) -> dict[str, str]:
     # OpenMP threads that spin while they wait for each other come to a standstill on a core that is shared with
     # anything else; sleeping costs them microseconds.
     return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+
+
+def _say_what_changed(path: Path, config: DictConfig) -> None:
+    """Log the settings in which this start of a run differs from the one before, which it may resume."""
+    if not path.is_file():
+        return
+    before, now = (dict(leaves(item)) for item in (OmegaConf.load(path), OmegaConf.create(OmegaConf.to_yaml(config))))
+    changed = [
+        f"{key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)
+    ]
+    if changed:
+        logger.warning("%s was used before, with other settings: %s", path.parent, "; ".join(changed))
 
 
 def environment(config: DictConfig) -> dict[str, Any]:
