@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +76,7 @@ def prepare_run(valid: ValidConfig) -> PreparedRun:
             tokenizer or a model that cannot be used.
     """
     from refine_verl.models.loading import inspect_model
+    from refine_verl.trainer.advantage import check_estimator
     from refine_verl.trainer.checkpoints import check_checkpoint
 
     _check_device(valid.config.trainer.device)
@@ -82,6 +84,7 @@ def prepare_run(valid: ValidConfig) -> PreparedRun:
     info = inspect_model(valid.model.path, valid.model.init_config)
     _check_reward(valid.refine.nsp.reward)
     check_against_verl(valid.config)
+    check_estimator(valid.config.algorithm.adv_estimator)
     check_checkpoint(valid.config, info.config)
     _say_where_weights_come_from(valid, info)
     tokenizer = _load_tokenizer(valid, info)

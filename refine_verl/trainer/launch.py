@@ -113,7 +113,8 @@ def _say_what_changed(path: Path, config: DictConfig) -> None:
     """Log the settings in which this start of a run differs from the one before, which it may resume."""
     if not path.is_file():
         return
-    before, now = (dict(leaves(item)) for item in (OmegaConf.load(path), OmegaConf.create(OmegaConf.to_yaml(config))))
+    written = DictConfig(OmegaConf.load(path))
+    before, now = dict(leaves(written)), dict(leaves(DictConfig(OmegaConf.create(OmegaConf.to_yaml(config)))))
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)
     ]
