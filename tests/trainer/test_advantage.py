@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
+from refine_verl.config import ConfigError
 from refine_verl.nsp import group_standardise
-from refine_verl.trainer.advantage import compute_advantages
+from refine_verl.trainer.advantage import check_estimator, compute_advantages
 
 REWARDS = torch.tensor([[[1.0, 3.0], [5.0, 7.0]], [[2.0, 2.0], [2.0, 2.0]]])  # [B=2, c=2, n=2]
 
@@ -77,3 +78,23 @@ def test_a_users_estimator_gets_what_it_asks_for() -> None:
     assert torch.equal(got, 2 * REWARDS)
     assert seen["rewards"].shape == (8, 4) and (seen["rewards"][:, :-1] == 0).all()
     assert seen["index"] == [0, 0, 1, 1, 2, 2, 3, 3] and {"config", "norm_adv_by_std_in_grpo"} <= seen["others"]
+
+
+@pytest.mark.parametrize("name", ["remax", "optimal_token_baseline", "gae"])
+def test_an_estimator_that_needs_more_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"algorithm.adv_estimator: {name} needs "):
+        check_estimator(name)
+
+
+def test_every_other_estimator_of_verl_works() -> None:
+    rewards = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    refused = []
+    for name in ADV_ESTIMATOR_REGISTRY:
+        try:
+            check_estimator(name)
+        except ConfigError:
+            refused.append(str(name))
+            continue
+        got = compute_advantages(rewards, 3, "sequence", algorithm(adv_estimator=str(name), gamma=1.0))
+        assert got.shape == rewards.shape and got.isfinite().all() and (got != 0).any(), name
+    assert sorted(refused) == ["gae", "optimal_token_baseline", "remax", "tir_optimal_token_baseline"]

@@ -125,7 +125,7 @@ def test_warm_up_steps_make_no_rollouts(make: Make, step: int, rolls_out: bool) 
     trainer.step(metrics, {})
     names = [name for name, _ in trainer.actor_rollout_wg.calls]
     assert names == (["rollout_and_reward", "update"] if rolls_out else ["update"])
-    assert ("rollout_tokens" in trainer.actor_rollout_wg.calls[-1][1].keys()) == rolls_out
+    assert ("rollout_tokens" in trainer.actor_rollout_wg.calls[-1][1].keys()) == rolls_out  # noqa: SIM118
     assert ("nsp/reward/mean" in metrics) == rolls_out
 
 

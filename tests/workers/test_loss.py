@@ -1,0 +1,136 @@
+"""The loss as verl's workers call it, by hand and against the objective it is made of."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import ActorConfig
+
+from refine_verl.config import LossSettings
+from refine_verl.nsp import ppo_clip_loss, refine_objective
+from refine_verl.workers.loss import RefineLoss
+
+
+def actor(**values: object) -> ActorConfig:
+    settings = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, **values}
+    return ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **settings)
+
+
+def micro_batch(old: Tensor, advantages: Tensor, tokens: int, totals: tuple[int, int], dp_size: int = 1) -> TensorDict:
+    """``old`` [N, c, n, k], ``advantages`` [N, c, n]; totals of the mini-batch: predicted tokens, rollouts."""
+    rows = len(old)
+    mask = torch.zeros(rows, dtype=torch.int64)
+    mask[0] = tokens
+    return tu.get_tensordict(
+        tensor_dict={"old_log_probs": old, "advantages": advantages, "loss_mask": mask},
+        non_tensor_dict={"batch_num_tokens": totals[0], "global_rollouts": totals[1], "dp_size": dp_size},
+    )
+
+
+def test_by_hand() -> None:
+    """Two rollouts of two tokens. Ratios 1.5 and 0.5 clip to 1.2 and stay 0.5; L = 0.5 * L_PPO + 2 * L_NTP."""
+    old = torch.full((1, 2, 1, 2), -2.0)
+    new = (old + torch.tensor([[1.5, 0.5], [1.0, 1.0]]).log().view(1, 2, 1, 2)).flatten(0, 2)
+    data = micro_batch(old, torch.tensor([[[1.0], [-1.0]]]), tokens=10, totals=(10, 2))
+    loss, metrics = RefineLoss(LossSettings(rl_coef=0.5, sft_coef=2.0), actor())(
+        {"ntp_loss_sum": torch.tensor(30.0), "log_probs": new}, data
+    )
+    pg = ((-1.2 - 0.5) / 2 + (1 + 1) / 2) / 2
+    assert loss.item() == pytest.approx(0.5 * pg + 2 * 3.0)
+    values = {name: metric.aggregate() for name, metric in metrics.items()}
+    assert values["actor/ntp_loss"] == pytest.approx(3.0)
+    assert values["actor/pg_loss"] == pytest.approx(pg)
+    assert values["actor/pg_clipfrac"] == pytest.approx(0.25)
+    assert values["actor/ppo_kl"] == pytest.approx(-(math.log(1.5) + math.log(0.5)) / 4)
+
+
+def random_case(rows: int = 3) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    old = -3 * torch.rand(rows, 4, 2, 5, generator=generator, dtype=torch.float64)
+    new = old + 0.3 * torch.randn(old.shape, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(rows, 4, 2, generator=generator, dtype=torch.float64)
+    output = {
+        "ntp_loss_sum": torch.tensor(57.0, dtype=torch.float64, requires_grad=True),
+        "log_probs": new.flatten(0, 2).requires_grad_(),
+    }
+    return output, old, advantages
+
+
+@pytest.mark.parametrize("dp_size", [1, 4])
+def test_it_is_the_objective(dp_size: int) -> None:
+    """A third of a mini-batch: value and gradients are those of the share that `nsp` defines."""
+    output, old, advantages = random_case()
+    totals = (60, 72)
+    got, _ = RefineLoss(LossSettings(rl_coef=0.2, sft_coef=1.0), actor())(
+        output, micro_batch(old, advantages, 20, totals, dp_size)
+    )
+    wanted, _ = refine_objective(
+        output["ntp_loss_sum"],
+        20,
+        output["log_probs"],
+        old.flatten(0, 2),
+        advantages.flatten(),
+        policy_loss=ppo_clip_loss,
+        rl_coef=0.2,
+        sft_coef=1.0,
+        global_tokens=totals[0],
+        global_rollouts=totals[1],
+        dp_size=dp_size,
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+    leaves = list(output.values())
+    for mine, theirs in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(wanted, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_micro_batches_and_ranks_add_up() -> None:
+    """As verl does it: losses and metrics averaged over ranks, then summed over micro-batches."""
+    output, old, advantages = random_case(rows=4)
+    totals, settings = (40, 32), LossSettings(rl_coef=0.2, sft_coef=1.0)
+    whole, metrics = RefineLoss(settings, actor())(output, micro_batch(old, advantages, 40, totals))
+    parts = []
+    for b in range(4):  # two ranks of two micro-batches
+        share = {"ntp_loss_sum": output["ntp_loss_sum"] / 4, "log_probs": output["log_probs"][8 * b : 8 * b + 8]}
+        data = micro_batch(old[b : b + 1], advantages[b : b + 1], 10, totals, dp_size=2)
+        parts.append(RefineLoss(settings, actor())(share, data))
+    total = sum(loss for loss, _ in parts) / 2
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
+    for name, metric in metrics.items():
+        summed = sum(part[name].aggregate() for _, part in parts) / 2
+        assert summed == pytest.approx(metric.aggregate(), rel=1e-6, abs=1e-12), name
+
+
+def test_without_rollouts_only_the_next_token_loss_is_left() -> None:
+    data = micro_batch(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1), 4, (8, 0))
+    loss, metrics = RefineLoss(LossSettings(rl_coef=0.2, sft_coef=1.0), actor())(
+        {"ntp_loss_sum": torch.tensor(6.0)}, data
+    )
+    assert loss.item() == pytest.approx(6 / 8) and set(metrics) == {"actor/ntp_loss"}
+
+
+def test_verls_settings_and_other_losses_apply() -> None:
+    output, old, advantages = random_case()
+    data = micro_batch(old, advantages, 20, (20, 24))
+    settings = LossSettings(rl_coef=1.0, sft_coef=0.0)
+    plain, _ = RefineLoss(settings, actor())(output, data)
+    narrow, _ = RefineLoss(settings, actor(clip_ratio=0.01, clip_ratio_low=0.01, clip_ratio_high=0.01))(output, data)
+    assert narrow.item() != plain.item()
+    other = actor(policy_loss=OmegaConf.create({"loss_mode": "gpg"}))
+    got, _ = RefineLoss(settings, other)(output, data)
+    wanted = -(advantages.flatten()[:, None] * output["log_probs"]).mean()
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+
+
+def test_it_can_be_sent_to_workers() -> None:
+    output, old, advantages = random_case()
+    data = micro_batch(old, advantages, 20, (20, 24))
+    loss = RefineLoss(LossSettings(rl_coef=0.2, sft_coef=1.0), actor())
+    copy = pickle.loads(pickle.dumps(loss))
+    assert copy(output, data)[0].item() == loss(output, data)[0].item()
