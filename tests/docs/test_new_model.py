@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from reference.toy import NSP, documents_of, draws_for, relative
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from refine_verl.compose import compose_config
+from refine_verl.config import ConfigError
 from refine_verl.models import (
     Branches,
     Documents,
@@ -27,6 +30,8 @@ from refine_verl.models import (
     make_actor,
 )
 from refine_verl.nsp import refine_objective
+from refine_verl.preflight import prepare_run
+from refine_verl.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 # float64 rounding through two layers; a wrong state is off by more than 1e-3 (see the negative controls)
@@ -144,6 +149,16 @@ def test_the_memory_equals_the_recurrence() -> None:
         read = (memory.transpose(-1, -2) @ q[..., t, :, None]).squeeze(-1)
         assert relative(outputs[..., t, :], read) < RELATIVE
     assert relative(after, memory) < RELATIVE
+
+
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFINE_RECIPES_PATH", str(ROOT / "examples/new_model/recipes"))
+    monkeypatch.chdir(tmp_path)
+    config = compose_config(["recipe=new_model", "actor_rollout_ref.model.external_lib=not_there"])
+    with pytest.raises(ConfigError, match="external_lib: not_there cannot be imported .*PYTHONPATH"):
+        prepare_run(validate(config))
+    HydraConfig.instance().cfg = None
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
