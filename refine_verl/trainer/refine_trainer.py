@@ -134,7 +134,8 @@ class RefineTrainer(PPOTrainer):
         trainer = self.config.trainer
         path = self.run_dir / "metrics.jsonl"
         resumed = self.global_steps > 0
-        writer = MetricsWriter(path, resume_step=self.global_steps)
+        # a fresh run measures step 0 again too; validation alone takes nothing away
+        writer = MetricsWriter(path, resume_step=None if trainer.val_only else self.global_steps if resumed else -1)
         tracking = Tracking(
             project_name=trainer.project_name,
             experiment_name=trainer.experiment_name,
@@ -150,7 +151,7 @@ class RefineTrainer(PPOTrainer):
                 tracking.log(data=metrics, step=self.global_steps)
                 progress.update(self.global_steps, metrics)
 
-            if trainer.val_before_train and not resumed and len(self.val_dataset):
+            if (trainer.val_only or trainer.val_before_train and not resumed) and len(self.val_dataset):
                 record(self._validate())
             self.on_train_begin()
             while self.global_steps < self.total_training_steps and not trainer.val_only:

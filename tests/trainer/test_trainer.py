@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from refine_verl.compose import compose_config, register_configs
+from refine_verl.report import read_metrics
 from refine_verl.trainer.refine_trainer import (
     MAX_SKIPPED_UPDATES,
     RefineTrainer,
@@ -46,6 +48,18 @@ class FakeGroup:
     def __init__(self, grad_norms: list[float]) -> None:
         self.grad_norms = grad_norms
         self.calls: list[tuple[str, TensorDict]] = []
+        self.exported: list[str] = []
+
+    def export(self, directory: str) -> None:
+        self.exported.append(directory)
+
+    def score(self, data: TensorDict) -> Any:
+        """Row b has a loss of b + 1 per predicted token and one right answer."""
+        self.calls.append(("score", data.clone()))
+        assert len(data) % self.world_size == 0
+        rows = torch.arange(1.0, len(data) + 1, dtype=torch.float64)
+        tensors = {"loss": rows * (data["lengths"] - 1), "correct": torch.ones(len(data), dtype=torch.int64)}
+        return SimpleNamespace(get=lambda: tu.get_tensordict(tensor_dict=tensors))
 
     def rollout_and_reward(self, data: TensorDict) -> Any:
         self.calls.append(("rollout_and_reward", data.clone()))
@@ -199,6 +213,76 @@ def test_a_used_up_data_loader_starts_again(make: Make) -> None:
     assert torch.equal(trainer._next_batch()["tokens"], first["tokens"])
     trainer.train_dataloader_it = iter([])
     assert torch.equal(trainer._next_batch()["tokens"], first["tokens"])
+
+
+@pytest.fixture
+def loop(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RefineTrainer]:
+    """A trainer whose `fit` runs to step 3 of a made-up training in tmp_path."""
+
+    def build(*more: str, start: int = 0, **kwargs: Any) -> RefineTrainer:
+        every = ("trainer.logger=[]", "trainer.save_freq=2", "trainer.test_freq=3", "refine.warmup_steps=0")
+        trainer = make(*every, *more, **kwargs)
+        trainer.global_steps, trainer.total_training_steps = start, 3
+        trainer.run_dir = tmp_path
+        trainer.val_dataset, trainer.val_dataloader = [0] * 3, [columns(3)]
+        trainer.saved = []
+        monkeypatch.setattr(trainer, "_save_checkpoint", lambda: trainer.saved.append(trainer.global_steps))
+        trainer._init_dump_executor()
+        return trainer
+
+    return build
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return read_metrics(directory / "metrics.jsonl")
+
+
+def test_the_loop_validates_saves_and_exports_when_due(loop: Make, tmp_path: Path) -> None:
+    trainer = loop()
+    trainer.fit()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    assert ["val/ntp_loss" in line for line in lines(tmp_path)] == [True, False, False, True]
+    assert trainer.saved == [2, 3]
+    assert trainer.actor_rollout_wg.exported == [str(tmp_path / "model")]
+    # 3 documents of 20, 21 and 22 tokens; a dummy for the second worker does not count
+    assert lines(tmp_path)[0]["val/ntp_loss"] == pytest.approx((19 * 1 + 20 * 2 + 21 * 3) / 60)
+
+
+def test_a_resumed_loop_goes_on_in_the_same_file(loop: Make, tmp_path: Path) -> None:
+    old = [{"step": step, "actor/ntp_loss": 9.0} for step in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    trainer = loop(start=2)
+    trainer.fit()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    assert lines(tmp_path)[:3] == old[:3] and lines(tmp_path)[3]["actor/ntp_loss"] == 2.0
+
+
+def test_a_run_without_a_checkpoint_starts_its_file_again(loop: Make, tmp_path: Path) -> None:
+    """Killed before its first checkpoint: what it had measured is measured again, step 0 too."""
+    old = [{"step": step, "actor/ntp_loss": 9.0} for step in range(2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    loop().fit()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    assert 9.0 not in [line.get("actor/ntp_loss") for line in lines(tmp_path)]
+
+
+def test_a_diverged_loop_leaves_its_last_step_and_a_checkpoint(loop: Make, tmp_path: Path) -> None:
+    trainer = loop("trainer.save_freq=-1", grad_norms=(math.nan, math.inf))
+    with pytest.raises(TrainingDiverged, match="step 3: 5 updates in a row"):
+        trainer.fit()
+    assert trainer.saved == [3] and trainer.actor_rollout_wg.exported == []
+    last = lines(tmp_path)[-1]
+    assert last["step"] == 3 and last["actor/skipped_updates"] == 2 and last["actor/ntp_loss"] is None
+
+
+@pytest.mark.parametrize("start", [0, 2], ids=["fresh", "from a checkpoint"])
+def test_validation_alone_trains_and_exports_nothing(loop: Make, tmp_path: Path, start: int) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
+    trainer = loop("trainer.val_only=true", start=start)
+    trainer.fit()
+    assert [name for name, _ in trainer.actor_rollout_wg.calls] == ["score"]
+    assert [line["step"] for line in lines(tmp_path)] == [5, start]  # and takes nothing away
+    assert trainer.actor_rollout_wg.exported == [] and trainer.saved == []
 
 
 @pytest.mark.parametrize(("rows", "size", "ranks"), [(8, 4, 1), (8, 4, 2), (12, 6, 3), (16, 4, 4), (6, 6, 2)])
