@@ -85,7 +85,7 @@ def test_a_bad_gradient_skips_its_update_only(ranks: Ranks, kind: str, world: in
     assert result["metrics"]["actor/grad_norm"] == good  # means leave the skipped update out
     assert all(value == value and abs(value) < 1e3 for value in result["metrics"].values())
     assert result["in_a_row"] == 0  # the good one ended the row
-    assert not worst(result["after"], result["before"]) == 0
+    assert worst(result["after"], result["before"]) > 0
     assert all(tensor.isfinite().all() for tensor in result["after"].values())
 
 
