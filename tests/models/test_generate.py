@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -73,3 +74,25 @@ def test_one_token_is_not_fed_back(make: Make) -> None:
     actor.forward_tokens = 0
     generate(actor, prompts)
     assert actor.forward_tokens == sum(LENGTHS) + len(LENGTHS) * (STEPS - 1)
+
+
+def test_kernels_that_write_in_place_cannot_reach_a_state(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, fla's single-token decoding overwrites the convolution states it is given; so does this model."""
+    actor, prompts = make(), documents_of((9, 9))
+    forward, spoiled = actor.base_model.forward, []
+
+    def overwriting(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        given = [part for layer in past_key_values for part in layer["conv_state"] if part is not None]
+        output = forward(*args, past_key_values=past_key_values, **kwargs)
+        for part in given:
+            part.zero_()
+            spoiled.append(part)
+        return output
+
+    with torch.no_grad():
+        _, state = actor.run(prompts.cut([0, 0], [8, 8]), None, keep_state=True)
+        before = [tensor.clone() for tensor in state.tensors]
+        monkeypatch.setattr(actor.base_model, "forward", overwriting)
+        actor.run(prompts.cut([8, 8], [9, 9]), state, keep_state=True)
+    assert len(spoiled) == 2 * 3  # layers, and the convolutions of queries, keys and values
+    assert all(torch.equal(tensor, kept) for tensor, kept in zip(state.tensors, before, strict=True))
