@@ -304,3 +304,13 @@ def test_every_family_is_in_the_support_table() -> None:
     cells = " ".join(row[0] for row in rows(ROOT / "README.md"))
     for family in (*FLA_VERIFIED_ON_CPU, *FLA_THROUGH_THE_SAME_ADAPTER):
         assert f"`{family}`" in cells, family
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_benchmarks_presets_are_documented_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    preset = importlib.import_module("benchmarks.step_cost").PRESETS[name]
+    model = preset.model
+    row = next(row for row in rows(ROOT / "docs/performance.md") if row[0] == f"`{name}`" and row[1].isdigit())
+    sizes = [model["num_hidden_layers"], model["hidden_size"], model["vocab_size"], preset.length, preset.documents]
+    assert row[1:] == [*map(str, sizes), "yes" if preset.checkpoint_segments else "no"]
