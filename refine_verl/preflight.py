@@ -65,6 +65,9 @@ class PreparedRun:
             config.actor_rollout_ref.model.path = str(directory)
         config.data.train_files = [str(self.train.path)]
         config.data.val_files = [] if self.validation is None else [str(self.validation.path)]
+        if self.validation is None:
+            # verl takes the size of the (empty) validation set for null, and no loader can have batches of 0
+            config.data.val_batch_size = 1
         return config
 
 

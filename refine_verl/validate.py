@@ -29,6 +29,7 @@ FOLLOWERS = {
     "actor_rollout_ref.model.path": "model.path",
     "actor_rollout_ref.actor.ppo_mini_batch_size": "refine.ppo_mini_batch_size",
     "actor_rollout_ref.rollout.n": "refine.nsp.rollouts_per_position",
+    "actor_rollout_ref.actor.grad_clip": "actor_rollout_ref.actor.optim.clip_grad",
     "actor_rollout_ref.rollout.temperature": "refine.nsp.temperature",
 }
 """verl's keys that take their value from a short key; setting them apart would be a contradiction."""
@@ -40,6 +41,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "trainer.v1.trainer_mode": ("sync", _ONE_PATH),
     "transfer_queue.enable": (False, _ONE_PATH),
     "distillation.enabled": (False, "there is no teacher"),
+    "data.gen_batch_size": (None, "a step reads data.train_batch_size documents"),
     "critic.enable": (False, "advantages are relative to the group, without a critic"),
     "algorithm.use_kl_in_reward": (False, _NO_REFERENCE),
     "actor_rollout_ref.actor.use_kl_loss": (False, _NO_REFERENCE),

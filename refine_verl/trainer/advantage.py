@@ -13,7 +13,6 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from refine_verl.config import ConfigError
 from refine_verl.nsp import group_ids
 
-
 _OFFERED = ("token_level_rewards", "response_mask", "index", "norm_adv_by_std_in_grpo", "config")
 
 

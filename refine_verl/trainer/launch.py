@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from refine_verl.plugin import check_plugin
-from refine_verl.report import write_report
+from refine_verl.report import ReportError, write_report
 from refine_verl.schema import leaves
 from refine_verl.trainer.refine_trainer import RefineTrainer
 
@@ -57,9 +57,16 @@ def train(config: DictConfig) -> Path:
         try:
             trainer.fit()
         finally:
-            if (run_dir / "metrics.jsonl").is_file():
-                write_report(run_dir)
+            _report(run_dir)
     return run_dir
+
+
+def _report(run_dir: Path) -> None:
+    """Write ``report.html``, also for a run that failed; a run without a single metric has none."""
+    try:
+        write_report(run_dir)
+    except ReportError as error:
+        logger.warning("no report: %s", error)
 
 
 class _Debug(io.TextIOBase):

@@ -13,6 +13,7 @@ from verl.single_controller.base.decorator import Dispatch, make_nd_compute_data
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.distributed import initialize_global_process_group_ray
+from verl.utils.import_utils import import_external_libs
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
@@ -55,6 +56,8 @@ class NSPRolloutWorker(TrainingWorker):
     engine: RefineEngine
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
+        # the driver's model config arrives pickled, its imports do not
+        import_external_libs(config.model_config.external_lib)
         check_plugin()
         self.settings: WorkerSettings = config.extra_context["worker"]
         if get_device_name() == "cpu":
