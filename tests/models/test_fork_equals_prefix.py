@@ -18,7 +18,14 @@ from refine_verl.models import (
     RolloutDraws,
 )
 from refine_verl.models import adapters as adapters_module
-from refine_verl.nsp import RewardInputs, get_reward, group_standardise, position_uniforms, refine_objective, rollout_uniforms
+from refine_verl.nsp import (
+    RewardInputs,
+    get_reward,
+    group_standardise,
+    position_uniforms,
+    refine_objective,
+    rollout_uniforms,
+)
 
 RELATIVE = 1e-9
 NSP = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=2)
@@ -112,9 +119,7 @@ POSITIONS = {
 @pytest.mark.parametrize("where", POSITIONS)
 @pytest.mark.parametrize("grad_scope", ["full", "branch"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "checkpoint"])
-def test_updates_agree(
-    make: Callable[..., FastWeightActor], where: str, grad_scope: str, checkpointing: bool
-) -> None:
+def test_updates_agree(make: Callable[..., FastWeightActor], where: str, grad_scope: str, checkpointing: bool) -> None:
     documents = documents_of((40, 33))
     nsp = replace(NSP, grad_scope=grad_scope)
     branches, old, advantages = a_batch(where, nsp)
@@ -122,7 +127,9 @@ def test_updates_agree(
     wanted = step(make(), documents, replace(nsp, rollout="prefix"), branches, old, advantages)
     assert_same_step(forked, wanted)
     if checkpointing:
-        recomputing = step(make(checkpoint_segments=True), documents, replace(nsp, rollout="prefix"), branches, old, advantages)
+        recomputing = step(
+            make(checkpoint_segments=True), documents, replace(nsp, rollout="prefix"), branches, old, advantages
+        )
         assert_same_step(recomputing, wanted)
 
 
@@ -149,9 +156,7 @@ def test_updates_agree_for_other_shapes(make: Callable[..., FastWeightActor], ro
 def test_old_log_probs_are_those_of_the_update(make: Callable[..., FastWeightActor]) -> None:
     actor, documents = make(), documents_of((40, 33))
     rollouts = actor(mode="rollout", documents=documents, nsp=NSP, draws=draws_for(documents, NSP), snapshots=24)
-    output = actor(
-        mode="update", documents=documents, branches=Branches(rollouts.positions, rollouts.tokens), nsp=NSP
-    )
+    output = actor(mode="update", documents=documents, branches=Branches(rollouts.positions, rollouts.tokens), nsp=NSP)
     assert relative(output["log_probs"].detach(), rollouts.log_probs.flatten(0, 2)) < RELATIVE
 
 
@@ -185,7 +190,9 @@ def test_a_dropped_convolution_state_fails(
 
     def without_convolution(layers: tuple, clone_conv: bool) -> tuple:
         fresh = original(layers, clone_conv)
-        return tuple({**layer, "conv_state": tuple(torch.zeros_like(p) for p in layer["conv_state"])} for layer in fresh)
+        return tuple(
+            {**layer, "conv_state": tuple(torch.zeros_like(p) for p in layer["conv_state"])} for layer in fresh
+        )
 
     monkeypatch.setattr(adapters_module, "_fresh_layers", without_convolution)
     with pytest.raises(AssertionError):
