@@ -4,8 +4,8 @@
 
 Runs three kinds of step interleaved in one process: next-token loss only (``sft``), REFINE by forking states
 (``fork``) and REFINE by recomputing every prefix (``prefix``). Each is one optimiser step over the same documents,
-one document at a time. Forking is first checked against recomputing; if they differ nothing is timed.
-Needs torch, transformers and fla only, so it runs on a bare GPU machine.
+forward and backward one document at a time; rollouts keep no activations and read several at once. Forking is first
+checked against recomputing; if they differ nothing is timed. Needs torch, transformers and fla only, so it runs on a bare GPU machine.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ PRESETS = {
     "cpu": Preset(
         model={"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 2, "vocab_size": 2048},
         length=4096,
-        documents=4,
-        rollout_micro_batch=4,
+        documents=8,
+        rollout_micro_batch=8,
         device="cpu",
         checkpoint_segments=False,
         rounds=5,
