@@ -5,7 +5,8 @@
 Runs three kinds of step interleaved in one process: next-token loss only (``sft``), REFINE by forking states
 (``fork``) and REFINE by recomputing every prefix (``prefix``). Each is one optimiser step over the same documents,
 forward and backward one document at a time; rollouts keep no activations and read several at once. Forking is first
-checked against recomputing; if they differ nothing is timed. Needs torch, transformers and fla only, so it runs on a bare GPU machine.
+checked against recomputing; if they differ nothing is timed. Needs torch, transformers and fla only, so it runs on
+a bare GPU machine.
 """
 
 from __future__ import annotations
