@@ -50,7 +50,7 @@ EXTRAS = {
     "vllm": [f"verl[vllm]=={VERL}"],
     "eval": ["lm-eval>=0.4.9,<0.5"],
     # Exact pins: a formatter or type checker that changes under a contributor is a broken build.
-    "dev": ["mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.5"],
+    "dev": ["mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.5", "scipy>=1.11,<2"],
 }
 
 setup(
