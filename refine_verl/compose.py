@@ -59,7 +59,7 @@ class ConfigFile:
         return re.split(r"\.\s+(?=[A-Z])", " ".join(lines))[0].removesuffix(".")
 
 
-def register_configs(environment: Mapping[str, str] = os.environ) -> list[ConfigFile]:
+def register_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFile]:
     """Make recipes and presets known to Hydra; safe to call again.
 
     Raises:
@@ -91,14 +91,14 @@ def _register_sections() -> None:
     store.store(name="refine_sections", node=OmegaConf.create(sections), provider="refine_verl")
 
 
-def find_configs(environment: Mapping[str, str] = os.environ) -> list[ConfigFile]:
+def find_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFile]:
     """All recipes and presets: the shipped ones, then those of REFINE_RECIPES_PATH.
 
     Raises:
         ConfigError: see `register_configs`.
     """
     places = [("recipe", PACKAGE / "recipes"), ("model", PACKAGE / "presets")]
-    for entry in environment.get(RECIPES_PATH_VARIABLE, "").split(os.pathsep):
+    for entry in (os.environ if environment is None else environment).get(RECIPES_PATH_VARIABLE, "").split(os.pathsep):
         if not entry.strip():
             continue
         directory = Path(entry.strip()).expanduser()

@@ -368,8 +368,7 @@ class SettingInfo:
 
 
 def list_settings(*sections: type[Settings]) -> Iterator[SettingInfo]:
-    """Every key of `sections` (default: all), in the order of the code; docs/recipes.md must agree "
-    "with it."""
+    """Every key of `sections` (default: all), in the order of the code; docs/recipes.md must agree."""
     for section in sections or SECTIONS:
         for field in dataclasses.fields(section):
             if "help" not in field.metadata:

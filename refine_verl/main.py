@@ -84,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_hydra(arguments: list[str]) -> int:
-    """Let Hydra parse `arguments` and call `_job`; its errors come out as exceptions instead of its "
-    "own messages."""
+    """Let Hydra parse `arguments` and call `_job`; its errors come out as exceptions, not as messages of its own."""
     before = sys.argv, os.environ.get(FULL_ERROR)
     sys.argv = [sys.argv[0], *arguments]
     os.environ[FULL_ERROR] = "1"
@@ -133,9 +132,12 @@ def run(config: DictConfig, files: Sequence[ConfigFile] = ()) -> int:
 
     try:
         prepared = prepare_run(valid)
-        run_dir = train(prepared.launch_config())
     except (ConfigError, DataError, ModelError) as error:
         return _refuse(error)
+    try:
+        run_dir = train(prepared.launch_config())
+    except ModelError as error:  # from a worker, wrapped by Ray with its traceback
+        return _fail(str(getattr(error, "cause", error)))
     except (PluginError, ResourceError, TrainingDiverged) as error:
         return _fail(str(error))
     except Exception:

@@ -15,7 +15,7 @@ door                                                   used by
 ``PPOTrainer`` of trainer v1 (subclass)                ``trainer.refine_trainer.RefineTrainer``
 ``ResourcePoolManager`` (subclass)                     ``trainer.resources.WorkerPoolManager``
 ``data.custom_cls``                                    ``data.verl_dataset``
-advantage and policy-loss registries (called)          ``trainer.advantage``, ``workers.engine``
+advantage and policy-loss registries (called)          ``trainer.advantage``, ``workers.loss``
 =====================================================  =====================================================
 """
 

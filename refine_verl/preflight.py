@@ -85,11 +85,14 @@ def prepare_run(valid: ValidConfig) -> PreparedRun:
     _check_device(valid.config.trainer.device)
     _import_external_lib(valid.config.actor_rollout_ref.model.external_lib)
     info = inspect_model(valid.model.path, valid.model.init_config)
+    _check_weights(valid, info)
+    _check_architecture(info)
     _check_reward(valid.refine.nsp.reward)
     check_against_verl(valid.config)
     check_estimator(valid.config.algorithm.adv_estimator)
     check_checkpoint(valid.config, info.config)
     _say_where_weights_come_from(valid, info)
+    _find_documents(valid.data)
     tokenizer = _load_tokenizer(valid, info)
     train = _prepare_training(valid, tokenizer)
     validation = _prepare_validation(valid.data, tokenizer)
@@ -127,6 +130,31 @@ def _check_device(device: str) -> None:
         os.environ.setdefault("VERL_PLATFORM", "nvidia")
 
 
+def _check_weights(valid: ValidConfig, info: ModelInfo) -> None:
+    from refine_verl.models.loading import ModelError
+
+    if valid.model.path is not None and not info.has_weights:
+        raise ModelError(
+            f"model.path={valid.model.path}: the directory has a config.json but no weights (*.safetensors or "
+            "pytorch_model*.bin); is the download complete? For random weights use a preset, such as "
+            "model=tiny_deltanet."
+        )
+
+
+def _check_architecture(info: ModelInfo) -> None:
+    """Build the model without memory: sizes that do not fit together come out here and not in a worker."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from refine_verl.models.loading import ModelError
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(info.config)
+    except Exception as error:  # model classes check their configuration with assert and raise as they like
+        raise ModelError(f"no {info.model_type} can be made of this configuration: {error or repr(error)}") from error
+
+
 def _check_reward(name: str) -> None:
     from refine_verl.nsp import validate_reward_name
 
@@ -162,6 +190,16 @@ def _load_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerB
             ),
         )
     return tokenizer
+
+
+def _find_documents(data: DataSettings) -> None:
+    """Refuse a wrong name in either split before the other one is tokenised."""
+    from refine_verl.data.settings import split_key
+    from refine_verl.data.sources import resolve_sources
+
+    for split in ("train", "validation"):
+        if data.files(split):
+            resolve_sources(data.files(split), key=split_key(split), default_split=split)
 
 
 def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:

@@ -1,5 +1,4 @@
-"""Holding a composed configuration to the keys that exist (C7): recipes are merged by Hydra without "
-"this check."""
+"""Holding a composed configuration to the keys that exist, which Hydra does not do when it merges recipes."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def check_keys(config: DictConfig, schema: DictConfig, files: Iterable[ConfigFil
     """
     given, known = _plain(config), _plain(schema)
     for key, value, expected in _differences(given, known, ""):
-        where = _origin(key, files)
+        where = _origin(key, value, files)
         if expected is _UNKNOWN:
             raise ConfigError(key, f"unknown key{where}.{nearest_key(key, schema)}")
         raise ConfigError(key, f"takes {_kind(expected)}, got {value!r}{where}.")
@@ -166,14 +165,14 @@ def _leaves(container: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", value
 
 
-def _origin(key: str, files: Iterable[ConfigFile]) -> str:
-    """` (in FILE)` for the recipe or preset that holds `key`; user files come after the shipped ones."""
+def _origin(key: str, value: Any, files: Iterable[ConfigFile]) -> str:
+    """` (in FILE)` for the recipe or preset that sets `key` to `value`; user files come after the shipped ones."""
     for file in reversed(list(files)):
         package = GROUPS[file.group]
         local = key if package == "_global_" else key.removeprefix(f"{package}.")
         node: Any = _plain(file.content)
         for part in local.split("."):
             node = node.get(part, _UNKNOWN) if isinstance(node, dict) else _UNKNOWN
-        if node is not _UNKNOWN and (package == "_global_" or local != key):
+        if node is not _UNKNOWN and node == value and (package == "_global_" or local != key):
             return f" (in {file.path})"
     return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import traceback
 from collections.abc import Iterable
@@ -126,7 +127,10 @@ def check_against_verl(config: DictConfig) -> None:
     from hydra.errors import InstantiationException
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
     from verl.utils.config import validate_config
+    from verl.utils.tracking import Tracking
 
+    for name in [config.trainer.logger] if isinstance(config.trainer.logger, str) else config.trainer.logger or []:
+        require_choice("trainer.logger", name, sorted(Tracking.supported_backend), kind="logger")
     estimators = sorted(str(name) for name in ADV_ESTIMATOR_REGISTRY if name != "gae")
     require_choice("algorithm.adv_estimator", config.algorithm.adv_estimator, estimators, kind="estimator")
     losses = sorted(str(name) for name in POLICY_LOSS_REGISTRY)
@@ -235,10 +239,25 @@ def _check_trainer(config: DictConfig) -> int:
     for name in ("save_freq", "test_freq"):
         _require_integer(f"trainer.{name}", trainer[name], at_least=-1)
     _require_integer("data.seed", config.data.seed, at_least=0)
+    _require_integer("actor_rollout_ref.actor.ppo_epochs", config.actor_rollout_ref.actor.ppo_epochs, at_least=1)
+    rate = config.actor_rollout_ref.actor.optim.lr
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
+        raise ConfigError("actor_rollout_ref.actor.optim.lr", f"must be a number greater than 0, got {rate!r}.")
+    _check_run_directory(Path(trainer.default_local_dir).expanduser())
     require_choice("trainer.device", trainer.device, DEVICES, kind="device")
     strategy = config.actor_rollout_ref.actor.strategy
     require_choice("actor_rollout_ref.actor.strategy", strategy, STRATEGIES, kind="strategy")
     return int(trainer.n_gpus_per_node * trainer.nnodes)
+
+
+def _check_run_directory(path: Path) -> None:
+    """The run directory, or the place where it is to be made, must be a directory that can be written to."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        problem = "cannot be written to" if place.is_dir() else "is no directory"
+        raise ConfigError("trainer.default_local_dir", f"{path}: {place} {problem}. Name another place.")
 
 
 def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> None:

@@ -65,7 +65,8 @@ def prepare(
 
     Raises:
         DataError: no files, files that cannot be read, rows without text, no document that is long enough,
-            or too few sequences. Nothing is left behind in the cache directory.
+            or too few sequences. Nothing half-written is left in the cache directory; documents that were
+            tokenised before they turned out to be too few or too short stay there for the next attempt.
     """
     key = split_key(split)
     _check_lengths(settings, minimum_length, reason)

@@ -26,8 +26,9 @@ class RewardInputs:
     Attributes:
         predicted_hidden: `[R, k, d]`, h_pred(t+1) ... h_pred(t+k): hidden states after the final norm at the
             generated tokens (Eq. 7).
-        target_hidden: `[R, k, d]`, h_gt: the same at the real tokens, from the pass over the document (Eq.
-        8). predicted_tokens: int `[R, k]`.
+        target_hidden: `[R, k, d]`, h_gt: the same at the real tokens, from the pass over the document
+            (Eq. 8).
+        predicted_tokens: int `[R, k]`.
         target_tokens: int `[R, k]`.
 
     Raises:

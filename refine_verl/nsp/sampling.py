@@ -53,7 +53,7 @@ def uniforms(seed: int, step: int, document_id: int, purpose: str, shape: int | 
         seed, step, document_id: integers in 0 ... 2**63-1.
         purpose: a key of `PURPOSES`; different purposes are independent streams.
         shape: of the result, filled in C order: a longer first dimension leaves the earlier entries
-        unchanged.
+            unchanged.
 
     Returns:
         float64 array of that shape.

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id, get_device_name
+from verl.utils.device import get_device_id, get_device_name, get_torch_device
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.import_utils import import_external_libs
 from verl.workers.config import TrainingWorkerConfig
@@ -85,7 +85,7 @@ class NSPRolloutWorker(TrainingWorker):
         step = tu.get_non_tensor_data(data, "global_step", 0)
         counted = self.engine.module.forward_tokens
         self.reward_seconds = 0.0
-        with self.engine.eval_mode():
+        with self.engine.eval_mode(), self.engine.gathered():
             parts = [
                 self._rollout_micro_batch(part, step) for part in data.split(self.settings.rollout_micro_batch_size)
             ]
@@ -111,6 +111,7 @@ class NSPRolloutWorker(TrainingWorker):
             draws=draws,
             snapshots=snapshot_count(nsp.chunks, self.settings.max_length),
         )
+        get_torch_device().synchronize()  # or the reward would be charged for what the device has still to do
         started = time.perf_counter()
         rewards = self.rewards(rollouts)
         self.reward_seconds += time.perf_counter() - started
@@ -139,7 +140,7 @@ class NSPRolloutWorker(TrainingWorker):
     def score(self, data: TensorDict) -> TensorDict:
         """Next-token loss (sum) and number of right argmaxes of each document: ``loss`` [b], ``correct`` [b]."""
         losses, correct = [], []
-        with self.engine.eval_mode():
+        with self.engine.eval_mode(), self.engine.gathered():
             for part in data.split(self.settings.rollout_micro_batch_size):
                 loss, right = self.engine.module(mode="score", documents=documents_of(part.to(get_device_id())))
                 losses.append(loss)
@@ -155,8 +156,9 @@ class NSPRolloutWorker(TrainingWorker):
 
 
 def worker_threads(workers_per_node: int) -> int:
-    """CPU threads for each of several workers on one node."""
-    return max(1, (os.cpu_count() or 1) // workers_per_node)
+    """CPU threads for each of several workers on one node: OMP_NUM_THREADS, or an equal share of the cores."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) else max(1, (os.cpu_count() or 1) // workers_per_node)
 
 
 def _stack(rows: object) -> Tensor:

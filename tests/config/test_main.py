@@ -108,6 +108,7 @@ def test_a_good_configuration_reaches_the_trainer(
     more = [
         "refine.ppo_mini_batch_size=2",
         "data.max_length=64",
+        "data.min_length=null",
         "model.tokenizer=bytes",
         "trainer.logger=[]",
     ]
