@@ -29,7 +29,8 @@ help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
 quickstart: $(VENV)/.package
-	@$(BIN)/python -m refine_verl.main recipe=quickstart $(ARGS)
+	@# One thread: the operations of so small a model are too short to share.
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m refine_verl.main recipe=quickstart $(ARGS)
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} $(BIN)/python -m pytest -q -m "not gpu" --durations=15 $(ARGS)
