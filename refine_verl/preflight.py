@@ -85,8 +85,8 @@ def prepare_run(valid: ValidConfig) -> PreparedRun:
     _check_device(valid.config.trainer.device)
     _import_external_lib(valid.config.actor_rollout_ref.model.external_lib)
     info = inspect_model(valid.model.path, valid.model.init_config)
-    _check_weights(valid, info)
     _check_architecture(info)
+    _check_weights(valid, info)
     _check_reward(valid.refine.nsp.reward)
     check_against_verl(valid.config)
     check_estimator(valid.config.algorithm.adv_estimator)
@@ -132,13 +132,17 @@ def _check_device(device: str) -> None:
 
 def _check_weights(valid: ValidConfig, info: ModelInfo) -> None:
     from refine_verl.models.loading import ModelError
+    from refine_verl.models.weights import check_weights
 
-    if valid.model.path is not None and not info.has_weights:
+    if valid.model.path is None:
+        return
+    if not info.has_weights:
         raise ModelError(
             f"model.path={valid.model.path}: the directory has a config.json but no weights (*.safetensors or "
             "pytorch_model*.bin); is the download complete? For random weights use a preset, such as "
             "model=tiny_deltanet."
         )
+    check_weights(valid.model.path, info.config)
 
 
 def _check_architecture(info: ModelInfo) -> None:

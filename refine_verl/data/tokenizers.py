@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from refine_verl.data.errors import DataError
 from refine_verl.data.sources import nearest_paths
+from refine_verl.hub import local_files_only, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def load_tokenizer(
     if spec == "bpe" or spec.startswith("bpe:"):
         return _finish(_train_bpe(_bpe_size(spec), corpus_texts), out_dir)
     try:
-        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False, local_files_only=local_files_only(spec))
     except Exception as error:  # the loader raises many unrelated types; all mean "no tokenizer there"
         path = Path(spec).expanduser()
         if path.is_dir():
@@ -49,8 +50,9 @@ def load_tokenizer(
                 f"no tokenizer can be loaded from {path}: {error} The directory holds: {files}. It needs "
                 "tokenizer.json and tokenizer_config.json (save_pretrained writes them)."
             ) from error
+        reason = why_not(spec) if isinstance(error, OSError) else error
         raise DataError(
-            f"tokenizer {spec!r} is neither a directory nor a hub id that can be loaded: {error}"
+            f"tokenizer {spec!r} is neither a directory nor a hub id that can be loaded: {reason}."
             f"{nearest_paths(path)} Without network access give a local directory, or use bytes or bpe:SIZE."
         ) from error
 

@@ -13,16 +13,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from refine_verl.hub import local_files_only, why_not
 from refine_verl.kernels import ensure_kernels
 from refine_verl.models.adapters import FLA_VERIFIED_ON_CPU, FlaAdapter, get_adapter, known_model_types
+from refine_verl.models.errors import ModelError
+from refine_verl.models.weights import describe_problems, misfit
 
 logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-
-
-class ModelError(ValueError):
-    """A model that cannot be trained: what is wrong with it and what would work."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,8 @@ def _from_checkpoint(path: str, config: PretrainedConfig, dtype: torch.dtype) ->
     model, report = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    problems = {
-        name: sorted(" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in report[name])
-        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report.get(name)
-    }
-    if problems:
-        listing = "; ".join(f"{name.replace('_', ' ')}: {', '.join(keys[:5])}" for name, keys in problems.items())
-        raise ModelError(
-            f"model.path={path}: the checkpoint does not fit a {config.model_type} of this configuration ({listing}). "
-            "Loading it would leave weights at random values; check that config.json belongs to these weights."
-        )
+    if problems := describe_problems(report):
+        raise misfit(path, config, problems)
     return model.to(dtype)
 
 
@@ -139,13 +129,15 @@ def _config_from_path(name: str, overrides: dict[str, Any]) -> PretrainedConfig:
     if looks_local and not (path / "config.json").is_file():
         raise ModelError(f"model.path={name}: no config.json in this directory; is it a Hugging Face model directory?")
     try:
-        return AutoConfig.from_pretrained(name, **overrides)
+        return AutoConfig.from_pretrained(name, local_files_only=local_files_only(name), **overrides)
     except (OSError, ValueError, KeyError) as error:
+        if not looks_local and isinstance(error, OSError):
+            raise ModelError(
+                f"model.path={name}: there is no such directory, and as a hub id it cannot be read: {why_not(name)}. "
+                "Without access to the hub, download the model elsewhere and give its directory."
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model.path={name}: its configuration cannot be read ({reason}). Without access to the hub, download the "
-            "model and give its directory."
-        ) from error
+        raise ModelError(f"model.path={name}: its configuration cannot be read ({reason}).") from error
 
 
 def _check_family(config: PretrainedConfig, where: str) -> None:

@@ -1,0 +1,215 @@
+"""Whether a checkpoint's weights fit the model of its configuration, from the headers of its files alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from refine_verl.models.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+# What `from_pretrained` looks for, in its order; any other file is no checkpoint to it.
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_SHOWN = 4
+_AGAIN = "Download or copy it again"
+
+
+def check_weights(path: str | Path, config: PretrainedConfig) -> None:
+    """Refuse weights that are damaged or do not fit, without reading or downloading them.
+
+    The rules are those of ``from_pretrained``, asked on the meta device: renamed keys, tied embeddings, buffers and a
+    missing prefix of the base model are judged by the loader itself. Of ``pytorch_model.bin`` only the presence and
+    the container are checked (its keys lie in a pickle), of a hub id what the local cache holds.
+
+    Args:
+        path: a model directory, or a hub id.
+        config: of the model that is to be loaded from there.
+
+    Raises:
+        ModelError: no file that would be loaded, a shard that is not there, a damaged file, or keys or shapes other
+            than the model's; names the file, the first keys and both shapes.
+    """
+    files = _local_files(Path(path), config) if Path(path).is_dir() else _cached_files(str(path))
+    if files is None:
+        return
+    if not all(file.suffix == ".safetensors" for file in files):
+        for file in files:
+            _check_container(file)
+        return
+    headers: dict[str, Tensor] = {}
+    origin: dict[str, Path] = {}
+    for file in files:
+        for name, shape in _header(file).items():
+            headers[name] = torch.empty(shape, device="meta")
+            origin[name] = file
+    report = _ask_the_loader(path, config, headers)
+    if report is not None and (problems := describe_problems(report, origin)):
+        raise misfit(path, config, problems)
+
+
+def misfit(path: str | Path, config: PretrainedConfig, problems: str) -> ModelError:
+    """The refusal of weights that do not fit; ``problems`` from `describe_problems`."""
+    return ModelError(
+        f"model.path={path}: the weights do not fit a {config.model_type} of this configuration ({problems}). "
+        "Loading them would leave parameters at random values; check that config.json belongs to these weights and "
+        "that all of them are there."
+    )
+
+
+def describe_problems(report: Mapping[str, Any], origin: Mapping[str, Path] | None = None) -> str:
+    """Missing keys, unexpected keys and wrong shapes of a loading report, or an empty string if all is well.
+
+    Args:
+        report: the ``output_loading_info`` of ``from_pretrained``.
+        origin: the file of each key, to name it.
+    """
+
+    def where(name: str) -> str:
+        return f" in {origin[name].name}" if origin and name in origin else ""
+
+    def listing(title: str, items: list[str]) -> str:
+        more = f", ... ({len(items)} in all)" if len(items) > _SHOWN else ""
+        return f"{title}: {', '.join(items[:_SHOWN])}{more}"
+
+    parts = []
+    if missing := sorted(map(str, report.get("missing_keys", ()))):
+        files = sorted({file.name for file in origin.values()}) if origin else []
+        parts.append(listing("missing keys", missing) + (f", not in {_few(files)}" if files else ""))
+    if unexpected := sorted(map(str, report.get("unexpected_keys", ()))):
+        parts.append(listing("unexpected keys", [f"{name}{where(name)}" for name in unexpected]))
+    if wrong := sorted(report.get("mismatched_keys", ()), key=lambda item: str(item[0])):
+        shapes = [
+            f"{name} is {list(saved)}{where(str(name))} and {list(wanted)} in the model"
+            for name, saved, wanted in wrong
+        ]
+        parts.append(listing("wrong shapes", shapes))
+    return "; ".join(parts)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} ... {names[-1]}"
+
+
+# The files
+
+
+def _local_files(directory: Path, config: PretrainedConfig) -> list[Path]:
+    named = getattr(config, "transformers_weights", None)
+    for name in [named] if named else _NAMES:
+        file = directory / name
+        if file.is_file():
+            if not name.endswith(".index.json"):
+                return [file]
+            shards = [directory / shard for shard in _shards(file)]
+            missing = [shard.name for shard in shards if not shard.is_file()]
+            if missing:
+                raise ModelError(
+                    f"model.path={directory}: {name} lists {len(shards)} files, but {len(missing)} of them are not "
+                    f"there: {_few(missing)}. Is the download complete?"
+                )
+            return shards
+    raise ModelError(
+        f"model.path={directory}: no weights by a name that transformers loads ({named or ', '.join(_NAMES)})."
+    )
+
+
+def _cached_files(hub_id: str) -> list[Path] | None:
+    """The weights of a hub id if they were downloaded before; None leaves them to the loader."""
+
+    def cached(name: str) -> Path | None:
+        found = try_to_load_from_cache(hub_id, name)
+        return Path(found) if isinstance(found, str) else None
+
+    if single := cached("model.safetensors"):
+        return [single]
+    if index := cached("model.safetensors.index.json"):
+        shards = [cached(name) for name in _shards(index)]
+        return [shard for shard in shards if shard is not None] if None not in shards else None
+    return None
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(index, f"no weight_map can be read from it: {error!r}") from error
+
+
+def _header(file: Path) -> dict[str, list[int]]:
+    """Shape of every tensor; the library also compares the length of the file with what the header promises."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, str(error)) from error
+
+
+def _check_container(file: Path) -> None:
+    """A pickle is not read before the run that trusts it; a file that was cut off lacks the end of its archive."""
+    with file.open("rb") as stream:
+        start = stream.read(2)
+    if not start or _is_lfs_pointer(file) or (start == b"PK" and not zipfile.is_zipfile(file)):
+        raise _damaged(file, "the end of the archive is missing")
+
+
+def _damaged(file: Path, reason: str) -> ModelError:
+    if _is_lfs_pointer(file):
+        return ModelError(f"model.path: {file} is a Git LFS pointer and not the file itself. Run `git lfs pull` there.")
+    size = file.stat().st_size if file.exists() else 0
+    return ModelError(f"model.path: {file} is damaged or incomplete ({reason}; it has {size} bytes). {_AGAIN}.")
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(40).startswith(b"version https://git-lfs")
+
+
+# The loader
+
+
+def _ask_the_loader(path: str | Path, config: PretrainedConfig, headers: dict[str, Tensor]) -> dict[str, Any] | None:
+    """What ``from_pretrained`` says of these keys and shapes; None if it cannot load from the meta device."""
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    try:
+        with _quiet_transformers():
+            _, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=headers,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:  # a model's own initialisation may need real tensors; the workers check again
+        logger.warning("model.path=%s: its weights are checked only when they are loaded (%s)", path, error)
+        return None
+    assert isinstance(report, dict)
+    return report
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the loader's own report and progress bar."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
