@@ -1,6 +1,7 @@
 """What a REFINE step costs beside a plain fine-tuning step on the same model and batch.
 
     python -m benchmarks.step_cost --preset cpu --json step_cost.json
+    python -m benchmarks.step_cost --preset cpu_lact
 
 Runs three kinds of step interleaved in one process: next-token loss only (``sft``), REFINE by forking states
 (``fork``) and REFINE by recomputing every prefix (``prefix``). Each is one optimiser step over the same documents,
@@ -51,7 +52,7 @@ KINDS = ("sft", "fork", "prefix")
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and a batch. ``model`` goes into the Hugging Face configuration of a DeltaNet."""
+    """A model and a batch. ``model`` goes into the Hugging Face configuration of a ``model_type``."""
 
     model: dict[str, Any]
     length: int
@@ -61,7 +62,16 @@ class Preset:
     checkpoint_segments: bool
     rounds: int
     prefix_rounds: int
+    model_type: str = "delta_net"
 
+
+# The published 760M configuration without its size.
+LACT = {
+    "w0_w2_low_rank": 32,
+    "use_muon": True,
+    "use_momentum": True,
+    "rope_theta": 1e6,
+}
 
 PRESETS = {
     # Head size as in DeltaNet-1.3B. A small vocabulary: at width 256 an LM head for 32,000 tokens would be 72% of the
@@ -86,7 +96,48 @@ PRESETS = {
         rounds=7,
         prefix_rounds=1,
     ),
-    # seconds instead of minutes: for the tests of this script
+    # Attention heads of 64 as in LaCT-760M, and as many updates in a document.
+    "cpu_lact": Preset(
+        model={
+            **LACT,
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attn_heads": 4,
+            "num_lact_heads": 2,
+            "lact_chunk_size": 512,
+            "window_size": 512,
+            "vocab_size": 2048,
+        },
+        length=4096,
+        documents=4,
+        rollout_micro_batch=4,
+        device="cpu",
+        checkpoint_segments=False,
+        rounds=5,
+        prefix_rounds=1,
+        model_type="lact_swiglu",
+    ),
+    "gpu_lact": Preset(
+        model={
+            **LACT,
+            "hidden_size": 1536,
+            "num_hidden_layers": 24,
+            "num_attn_heads": 24,
+            "num_lact_heads": 4,
+            "lact_chunk_size": 2048,
+            "window_size": 2048,
+            "vocab_size": 32000,
+        },
+        length=16384,
+        documents=4,
+        rollout_micro_batch=4,
+        device="cuda",
+        checkpoint_segments=True,
+        rounds=7,
+        prefix_rounds=1,
+        model_type="lact_swiglu",
+    ),
+    # seconds instead of minutes: for the tests of the scripts
     "tiny": Preset(
         model={"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 128},
         length=256,
@@ -97,6 +148,27 @@ PRESETS = {
         rounds=2,
         prefix_rounds=1,
     ),
+    "tiny_lact": Preset(
+        model={
+            **LACT,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attn_heads": 4,
+            "num_lact_heads": 2,
+            "lact_chunk_size": 32,
+            "window_size": 48,
+            "w0_w2_low_rank": 4,
+            "vocab_size": 128,
+        },
+        length=256,
+        documents=2,
+        rollout_micro_batch=1,
+        device="cpu",
+        checkpoint_segments=False,
+        rounds=2,
+        prefix_rounds=1,
+        model_type="lact_swiglu",
+    ),
 }
 
 
@@ -105,7 +177,7 @@ class Bench:
 
     def __init__(self, preset: Preset, nsp: NSPSettings, seed: int = 0) -> None:
         self.preset, self.nsp = preset, nsp
-        config = AutoConfig.for_model("delta_net", fuse_cross_entropy=False, **preset.model)
+        config = AutoConfig.for_model(preset.model_type, fuse_cross_entropy=False, **preset.model)
         model = load_model(None, config=config, seed=seed).to(preset.device)
         self.actor: FastWeightActor = make_actor(
             model,
@@ -338,7 +410,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=("sft", "fork"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if PRESETS[arguments.preset].device == "cuda" and not torch.cuda.is_available():
-        parser.error("--preset gpu needs a CUDA device and none is available")
+        parser.error(f"--preset {arguments.preset} needs a CUDA device and none is available")
     if arguments.memory_of:
         print(json.dumps(measure_memory(PRESETS[arguments.preset], NSPSettings(), arguments.memory_of)))
         return
