@@ -85,7 +85,7 @@ def prepare(
     cutting = [settings.max_length, minimum, settings.long_documents]
 
     def build_tokens(directory: Path) -> None:
-        logger.info("%s: reading and tokenising %s", key, _describe(sources))
+        logger.info("%s: reading and tokenising %s", key, describe(sources))
         tokenize_sources(
             sources,
             tokenizer,
@@ -145,7 +145,7 @@ def _check_lengths(settings: DataSettings, minimum_length: int, reason: str) -> 
     if settings.max_length is not None and settings.max_length < minimum_length:
         raise DataError(
             f"data.max_length={settings.max_length} is too short: sequences need at least {minimum_length} "
-            f"tokens{_because(reason)}. Raise data.max_length to {minimum_length} or more."
+            f"tokens{because(reason)}. Raise data.max_length to {minimum_length} or more."
         )
 
 
@@ -162,7 +162,7 @@ def _require_sequences(
         return
     longest = int(np.argmax(document_lengths(tokens)))
     row = tokens[longest]
-    why = _because(reason) if minimum_length >= settings.min_length else f" (data.min_length={minimum})"
+    why = because(reason) if minimum_length >= settings.min_length else f" (data.min_length={minimum})"
     raise DataError(
         f"{key}: all {len(tokens)} documents are too short. They must have at least {minimum} tokens{why}; "
         f"the longest has {row['length']} ({row['source']}, row {row['row']}). Give longer documents, "
@@ -173,15 +173,17 @@ def _require_sequences(
 def _require_enough(statistics: DataStatistics, key: str, needed: int, reason: str) -> None:
     if statistics.windows < needed:
         raise DataError(
-            f"{key} gives {statistics.windows} sequences, but at least {needed} are needed{_because(reason)} "
+            f"{key} gives {statistics.windows} sequences, but at least {needed} are needed{because(reason)} "
             f"({statistics.too_short} documents were too short). Give more documents."
         )
 
 
-def _because(reason: str) -> str:
+def because(reason: str) -> str:
+    """A reason as a clause for a message, empty for none."""
     return f" because {reason}" if reason else ""
 
 
-def _describe(sources: list[DocumentSource]) -> str:
+def describe(sources: list[DocumentSource]) -> str:
+    """The first few sources by name."""
     names = ", ".join(source.name for source in sources[:3])
     return names if len(sources) <= 3 else f"{names} and {len(sources) - 3} more"

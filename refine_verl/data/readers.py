@@ -79,7 +79,7 @@ def make_batch(values: Sequence[str] | pa.Array, rows: np.ndarray, name: str, un
         more = f" (and {len(positions) - 1} more close behind)" if len(positions) > 1 else ""
         what = "no text (null)" if not texts[first].is_valid else "empty text or only white space"
         raise DataError(
-            f"{name}, {_place(rows[first], unit)} has {what}{more}. Every document needs text: "
+            f"{name}, {place(rows[first], unit)} has {what}{more}. Every document needs text: "
             "remove such rows, or choose another column with data.text_key."
         )
     return pa.RecordBatch.from_arrays(
@@ -110,7 +110,7 @@ def missing_column(name: str, text_key: str, columns: Sequence[str]) -> str:
 
 
 def _read_parquet(path: Path, name: str, text_key: str) -> Iterator[pa.RecordBatch]:
-    with _reading(name, "parquet file"), pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with reading(name, "parquet file"), pq.ParquetFile(path, page_checksum_verification=True) as file:
         check_column(file.schema_arrow, text_key, name)
         start = 0
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[text_key]):
@@ -120,7 +120,7 @@ def _read_parquet(path: Path, name: str, text_key: str) -> Iterator[pa.RecordBat
 
 
 @contextmanager
-def _reading(name: str, kind: str) -> Iterator[None]:
+def reading(name: str, kind: str) -> Iterator[None]:
     """Turn Arrow's complaints about a damaged file into ours."""
     try:
         yield
@@ -139,7 +139,7 @@ def _read_json_lines(path: Path, name: str, text_key: str, *, compressed: bool) 
     characters = 0
     # Arrow's decompressor, unlike a plain zstd reader, reports a stream that stops in the middle of a frame.
     with (
-        _reading(name, kind),
+        reading(name, kind),
         pa.input_stream(str(path), compression="zstd" if compressed else None) as stream,
         io.BufferedReader(stream, 1 << 20) as lines,
     ):
@@ -158,7 +158,7 @@ def _read_json_lines(path: Path, name: str, text_key: str, *, compressed: bool) 
 
 
 def _text_of_line(line: bytes, row: int, name: str, text_key: str) -> str:
-    where = f"{name}, {_place(row, 'line')}"
+    where = f"{name}, {place(row, 'line')}"
     try:
         record = json.loads(line.decode("utf-8-sig" if row == 0 else "utf-8"))
     except (ValueError, RecursionError) as error:
@@ -167,7 +167,7 @@ def _text_of_line(line: bytes, row: int, name: str, text_key: str) -> str:
         ) from error
     if not isinstance(record, dict):
         raise DataError(
-            f"{where} holds a json {_json_type(record)}, not an object. Each line must be an object such as "
+            f"{where} holds a json {json_type(record)}, not an object. Each line must be an object such as "
             f'{{"{text_key}": "..."}}; write the file as json lines.'
         )
     if text_key not in record:
@@ -175,7 +175,7 @@ def _text_of_line(line: bytes, row: int, name: str, text_key: str) -> str:
     text = record[text_key]
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: {text_key!r} is a json {_json_type(text)}, not a string. Repair or remove the line, "
+            f"{where}: {text_key!r} is a json {json_type(text)}, not a string. Repair or remove the line, "
             "or choose another column with data.text_key."
         )
     return text
@@ -204,15 +204,17 @@ def _invalid_unicode(values: Sequence[str] | pa.Array, rows: np.ndarray, name: s
             (text or "").encode("utf-8")
         except UnicodeError as error:
             return DataError(
-                f"{name}, {_place(row, unit)} is not valid Unicode text ({error}). Repair or remove the row."
+                f"{name}, {place(row, unit)} is not valid Unicode text ({error}). Repair or remove the row."
             )
     return DataError(f"{name}: rows {rows[0]} to {rows[-1]} hold a text that is not valid. Write the file again.")
 
 
-def _place(row: int, unit: str) -> str:
+def place(row: int, unit: str) -> str:
+    """The place of a row in a message: rows count from 0, lines from 1."""
     return f"line {row + 1}" if unit == "line" else f"row {row}"
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What json calls the type of a decoded value."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
     return "null" if value is None else names[type(value)]

@@ -45,17 +45,17 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         for field in ("train_files", "val_files"):
-            object.__setattr__(self, field, _as_names(getattr(self, field), f"data.{field}"))
-        _require_integer("data.min_length", self.min_length, at_least=1)
+            object.__setattr__(self, field, as_names(getattr(self, field), f"data.{field}"))
+        require_integer("data.min_length", self.min_length, at_least=1)
         if self.max_length is not None:
-            _require_integer("data.max_length", self.max_length, at_least=1)
+            require_integer("data.max_length", self.max_length, at_least=1)
             if self.max_length < self.min_length:
                 raise DataError(
                     f"data.max_length={self.max_length} is smaller than data.min_length={self.min_length}: "
                     "no sequence could be kept. Raise data.max_length or lower data.min_length."
                 )
         if self.num_workers is not None:
-            _require_integer("data.num_workers", self.num_workers, at_least=1)
+            require_integer("data.num_workers", self.num_workers, at_least=1)
         if not isinstance(self.text_key, str) or not self.text_key:
             raise DataError(f"data.text_key={self.text_key!r} must be the name of a column.")
         if self.long_documents not in LONG_DOCUMENT_POLICIES:
@@ -84,7 +84,8 @@ def split_key(split: str) -> str:
     return keys[split]
 
 
-def _as_names(value: Any, key: str) -> tuple[str, ...]:
+def as_names(value: Any, key: str) -> tuple[str, ...]:
+    """One name or several as a tuple; a `DataError` that names `key` for anything else."""
     if value is None:
         return ()
     names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
@@ -94,6 +95,7 @@ def _as_names(value: Any, key: str) -> tuple[str, ...]:
     return names
 
 
-def _require_integer(key: str, value: Any, *, at_least: int) -> None:
+def require_integer(key: str, value: Any, *, at_least: int) -> None:
+    """Refuse what is not an integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise DataError(f"{key}={value!r} must be an integer of at least {at_least}.")

@@ -74,8 +74,8 @@ def tokenize_sources(
     documents = write_texts(sources, text_key, texts)
     if not documents:
         raise DataError(f"{sources[0].name} holds no documents at all: there is nothing to tokenise.")
-    processes = num_workers or _suggest_processes(texts.stat().st_size)
-    with _quiet(progress), _one_thread_each(processes):
+    processes = num_workers or suggest_processes(texts.stat().st_size)
+    with progress_bars(progress), one_thread_each(processes):
         tokens = datasets.Dataset.from_file(str(texts)).map(
             _encode,
             fn_kwargs={"tokenizer": tokenizer, "eos": tokenizer.eos_token_id if append_eos else None},
@@ -90,7 +90,7 @@ def tokenize_sources(
             new_fingerprint="tokens",
             desc="tokenising",
         )
-    _save(tokens, directory)
+    save_dataset(tokens, directory)
 
 
 def cut_sequences(tokens: datasets.Dataset, plan: WindowPlan, directory: Path) -> None:
@@ -98,7 +98,7 @@ def cut_sequences(tokens: datasets.Dataset, plan: WindowPlan, directory: Path) -
 
     `document_id` is the sequence's place in the plan, so it depends on the documents and the cutting only.
     """
-    with _quiet(False):
+    with progress_bars(False):
         sequences = tokens.with_format("arrow").map(
             _cut,
             fn_kwargs={"plan": plan},
@@ -111,7 +111,7 @@ def cut_sequences(tokens: datasets.Dataset, plan: WindowPlan, directory: Path) -
             load_from_cache_file=False,
             new_fingerprint="sequences",
         )
-    _save(sequences, directory)
+    save_dataset(sequences, directory)
 
 
 def document_lengths(tokens: datasets.Dataset) -> np.ndarray:
@@ -119,9 +119,9 @@ def document_lengths(tokens: datasets.Dataset) -> np.ndarray:
     return tokens.with_format("arrow").select_columns(["length"])[:].column(0).to_numpy()
 
 
-def _save(dataset: datasets.Dataset, directory: Path) -> None:
+def save_dataset(dataset: datasets.Dataset, directory: Path) -> None:
     """Save into `directory` and drop the intermediate files there."""
-    with _quiet(False):
+    with progress_bars(False):
         dataset.with_format(None).save_to_disk(str(directory / "saved"))
     for path in directory.glob("*.arrow"):
         path.unlink()
@@ -161,14 +161,15 @@ def _cut(batch: pa.Table, indices: list[int], plan: WindowPlan) -> pa.Table:
     return pa.table(columns)
 
 
-def _suggest_processes(size: int) -> int:
+def suggest_processes(size: int) -> int:
+    """How many processes are worth starting for `size` bytes of text."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(cores, size // _BYTES_PER_PROCESS))
 
 
 @contextmanager
-def _quiet(progress: bool | None) -> Iterator[None]:
+def progress_bars(progress: bool | None) -> Iterator[None]:
     """Progress bars of `datasets` on or off (None: on a terminal only), as they were before on leaving."""
     shown = sys.stderr.isatty() if progress is None else progress
     before = datasets.are_progress_bars_disabled()
@@ -180,7 +181,7 @@ def _quiet(progress: bool | None) -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread_each(processes: int) -> Iterator[None]:
+def one_thread_each(processes: int) -> Iterator[None]:
     """With several processes, stop each from starting threads of its own for every core."""
     if processes == 1:
         yield

@@ -36,6 +36,8 @@ class VerlDocumentDataset(Dataset[dict[str, Any]]):
         DataError: several directories, or one that `prepare` did not make.
     """
 
+    dataset_class: type[Any] = DocumentDataset
+
     def __init__(
         self,
         data_files: str | Iterable[str] | None,
@@ -48,7 +50,7 @@ class VerlDocumentDataset(Dataset[dict[str, Any]]):
         paths = [data_files] if isinstance(data_files, str) else [str(path) for path in data_files or ()]
         if len(paths) > 1:
             raise DataError(f"verl's data files must be one prepared directory, not {len(paths)}: {paths}.")
-        self.documents = DocumentDataset(paths[0]) if paths else None
+        self.documents = self.dataset_class(paths[0]) if paths else None
         total = len(self.documents) if self.documents is not None else 0
         self.indices = np.arange(total)
         if 0 < max_samples < total:
