@@ -7,12 +7,25 @@ Every class is frozen and keyword-only, checks itself when it is made, and names
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from refine_verl.settings import ConfigError, Settings, did_you_mean, option, require_choice
+
+__all__ = [
+    "AnswerSettings",
+    "ConfigError",
+    "LossSettings",
+    "ModelSettings",
+    "NSPSettings",
+    "RefineSettings",
+    "SettingInfo",
+    "Settings",
+    "TTTSettings",
+    "did_you_mean",
+    "list_settings",
+    "require_choice",
+]
 
 SELECTIONS = ("entropy", "uniform", "max_entropy", "min_entropy")
 ANCHORS = ("prediction", "token")
@@ -21,134 +34,11 @@ GRAD_SCOPES = ("full", "branch")
 ROLLOUTS = ("fork", "prefix")
 REWARDS = ("cosine", "binary", "hybrid")
 ACTIVATION_CHECKPOINTING = ("none", "segment")
-
-S = TypeVar("S", bound="Settings")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; `key` is its dotted name and the message says what would work."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(f"{key}: {message}" if key else message)
-        self.key = key
-
-
-def did_you_mean(value: object, known: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """` Did you mean 'x'?` for the nearest of `known`, or an empty string if none is near."""
-    near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=cutoff)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def require_choice(key: str, value: object, choices: Iterable[str], *, kind: str = "value") -> None:
-    """Refuse a `value` that is not one of `choices`.
-
-    Raises:
-        ConfigError: with the allowed values and the nearest one.
-    """
-    choices = tuple(choices)
-    if value not in choices:
-        hint = did_you_mean(value, choices)
-        raise ConfigError(key, f"unknown {kind} {value!r}. Allowed: {', '.join(choices)}.{hint}")
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    paper: str | None = None,
-) -> Any:
-    """A dataclass field with its meaning, its bounds and the paper's value."""
-    metadata = {"help": help, "choices": choices, "at_least": at_least, "above": above, "paper": paper}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Base of all sections: checks types and bounds of every field, then the rules between fields."""
-
-    SECTION: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            key = f"{self.SECTION}.{field.name}"
-            value = _checked(key, getattr(self, field.name), hints[field.name], field.metadata)
-            object.__setattr__(self, field.name, value)
-        self._check_rules()
-
-    def _check_rules(self) -> None:
-        """Rules between fields; each raises `ConfigError`."""
-
-    @classmethod
-    def from_mapping(cls: type[S], mapping: Mapping[str, Any]) -> S:
-        """Build the section from a plain (or OmegaConf) mapping.
-
-        Raises:
-            ConfigError: unknown key (with the nearest one), wrong type, value out of bounds, contradiction.
-        """
-        hints = typing.get_type_hints(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
-        values: dict[str, Any] = {}
-        for key in mapping:
-            if key not in names:
-                hint = did_you_mean(key, names)
-                raise ConfigError(f"{cls.SECTION}.{key}", f"unknown key. Allowed: {', '.join(names)}.{hint}")
-            values[key] = _nested(f"{cls.SECTION}.{key}", mapping[key], hints[key])
-        return cls(**values)
-
-
-def _nested(key: str, value: Any, hint: Any) -> Any:
-    if not (isinstance(hint, type) and issubclass(hint, Settings)) or isinstance(value, Settings):
-        return value
-    if value is None:
-        return hint()
-    if not isinstance(value, Mapping):
-        raise ConfigError(key, f"is a section with keys of its own, got {value!r}.")
-    return hint.from_mapping(value)
-
-
-def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None:
-        if types.NoneType in allowed:
-            return None
-        raise ConfigError(key, f"needs a value ({_type_name(allowed)}), got null.")
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    origins = tuple(typing.get_origin(kind) or kind for kind in allowed)
-    if dict in origins and isinstance(value, Mapping):
-        value = dict(value)
-    if not isinstance(value, origins) or (isinstance(value, bool) and bool not in origins):
-        raise ConfigError(key, f"must be {_type_name(allowed)}, got {value!r}.")
-    _check_bounds(key, value, metadata)
-    return value
-
-
-def _check_bounds(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(key, f"must be a finite number, got {value}.")
-    if metadata.get("choices"):
-        require_choice(key, value, metadata["choices"])
-    if metadata.get("at_least") is not None and value < metadata["at_least"]:
-        raise ConfigError(key, f"must be at least {metadata['at_least']}, got {value}.")
-    if metadata.get("above") is not None and value <= metadata["above"]:
-        raise ConfigError(key, f"must be greater than {metadata['above']}, got {value}.")
-
-
-def _type_name(kinds: tuple[Any, ...]) -> str:
-    names = {
-        int: "an integer",
-        float: "a number",
-        str: "a string",
-        bool: "true or false",
-        types.NoneType: "null",
-    }
-    return " or ".join(names.get(kind, "a mapping" if typing.get_origin(kind) is dict else str(kind)) for kind in kinds)
+PHASES = ("documents", "posttrain", "ttt")
+INNER = ("none", "sft", "refine")
+OUTER = ("none", "sft", "grpo")
+CONVENTIONS = ("paper", "lm_eval")
+RESETS = ("batch", "sample", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,13 +144,71 @@ class LossSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerSettings(Settings):
+    """`refine.answers`: how answers to prompts are sampled for `refine.outer=grpo`, and how they are scored."""
+
+    SECTION: ClassVar[str] = "refine.answers"
+
+    samples: int = option(
+        8, "n: answers sampled for each prompt and compared with each other; only for refine.outer=grpo", at_least=2
+    )
+    temperature: float = option(1.0, "sampling temperature of these answers; validation is greedy", above=0)
+    convention: str = option(
+        "paper",
+        "how answers are scored: as the paper's authors do (first line, any reference), or as lm-eval does",
+        choices=CONVENTIONS,
+        paper="paper",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TTTSettings(Settings):
+    """`refine.ttt`: adapting on prompts at test time (paper, section 4.4)."""
+
+    SECTION: ClassVar[str] = "refine.ttt"
+
+    reset: str = option(
+        "batch",
+        "when weights and optimiser state return to the start: after each batch, after each sample (which is "
+        "then adapted to alone), or never (none)",
+        choices=RESETS,
+        paper="not stated; the authors' code: none",
+    )
+    steps: int = option(1, "passes over the batch's prompts before it is answered", at_least=1, paper="1")
+    baseline: bool = option(True, "answer before adaptation too; false saves that time")
+    curve: bool = option(
+        True,
+        "record the prompts' next-token loss around every step, for one more forward pass each; false: rewards only",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RefineSettings(Settings):
     """The whole `refine:` section."""
 
     SECTION: ClassVar[str] = "refine"
 
+    phase: str = option(
+        "documents",
+        "what is trained on: documents, prompts with answers (posttrain), or test prompts (ttt)",
+        choices=PHASES,
+    )
+    inner: str = option(
+        "none",
+        "what is done with the prompts of a batch: nothing, next-token loss (sft), or REFINE",
+        choices=INNER,
+        paper="refine (Sec. 4.3, 4.4)",
+    )
+    outer: str = option(
+        "none",
+        "what is done with its answers, after the prompts: next-token loss (sft), or sample and reward them (grpo)",
+        choices=OUTER,
+        paper="sft (Sec. 4.3)",
+    )
     nsp: NSPSettings = dataclasses.field(default_factory=NSPSettings)
     loss: LossSettings = dataclasses.field(default_factory=LossSettings)
+    answers: AnswerSettings = dataclasses.field(default_factory=AnswerSettings)
+    ttt: TTTSettings = dataclasses.field(default_factory=TTTSettings)
     ppo_mini_batch_size: int = option(
         32,
         "sequences per optimiser step, over all workers",
@@ -274,7 +222,13 @@ class RefineSettings(Settings):
         paper="0",
     )
 
+    @property
+    def uses_rollouts(self) -> bool:
+        """True if documents or prompts are trained on with REFINE and not with the next-token loss alone."""
+        return self.loss.rl_coef > 0 if self.phase == "documents" else self.inner == "refine"
+
     def _check_rules(self) -> None:
+        self._check_phase()
         nsp, loss = self.nsp, self.loss
         if loss.sft_coef == 0 and self.warmup_steps > 0:
             raise ConfigError(
@@ -283,7 +237,7 @@ class RefineSettings(Settings):
                 f"refine.loss.sft_coef=0. "
                 "Set one of them to another value.",
             )
-        if loss.rl_coef == 0:
+        if not self.uses_rollouts:
             return
         if nsp.group == "position" and nsp.rollouts_per_position == 1:
             raise ConfigError(
@@ -298,6 +252,37 @@ class RefineSettings(Settings):
                 "one chunk with one rollout leaves nothing to compare a reward with. Raise "
                 "refine.nsp.chunks or "
                 "refine.nsp.rollouts_per_position, or set refine.loss.rl_coef=0.",
+            )
+
+    def _check_phase(self) -> None:
+        """Which of inner and outer a phase needs, and what has no effect in it."""
+        allowed = {"documents": (("none",), ("none",)), "posttrain": (INNER, OUTER[1:]), "ttt": (INNER[1:], ("none",))}
+        for name, choices in zip(("inner", "outer"), allowed[self.phase], strict=True):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"refine.{name}",
+                    f"{getattr(self, name)} does not go with refine.phase={self.phase}, which takes "
+                    f"{' or '.join(choices)}. Prompts with answers need refine.phase=posttrain, test prompts "
+                    "refine.phase=ttt (recipe=posttrain, recipe=ttt).",
+                )
+        if self.phase != "documents" and self.warmup_steps:
+            raise ConfigError(
+                "refine.warmup_steps",
+                f"{self.warmup_steps} has no effect with refine.phase={self.phase}: set it to 0, or warm up in a "
+                "run on documents and go on from its model.",
+            )
+        if self.inner == "refine" and self.loss.rl_coef == 0:
+            raise ConfigError(
+                "refine.loss.rl_coef", "0 turns REFINE off, but refine.inner=refine. Set refine.inner=sft."
+            )
+        if self.inner == "sft" and self.loss.sft_coef == 0:
+            raise ConfigError("refine.loss.sft_coef", "0 leaves refine.inner=sft nothing to learn from. Raise it.")
+        if self.phase != "ttt" and self.ttt != TTTSettings():
+            raise ConfigError("refine.ttt", f"has no effect with refine.phase={self.phase}: leave it out.")
+        if self.outer != "grpo" and (self.answers.samples, self.answers.temperature) != (8, 1.0):
+            raise ConfigError(
+                "refine.answers",
+                f"samples and temperature have no effect with refine.outer={self.outer}: leave them out.",
             )
 
 
@@ -352,7 +337,14 @@ class ModelSettings(Settings):
             )
 
 
-SECTIONS: tuple[type[Settings], ...] = (RefineSettings, NSPSettings, LossSettings, ModelSettings)
+SECTIONS: tuple[type[Settings], ...] = (
+    RefineSettings,
+    NSPSettings,
+    LossSettings,
+    AnswerSettings,
+    TTTSettings,
+    ModelSettings,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

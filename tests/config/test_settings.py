@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 from refine_verl.config import (
     REWARDS,
     SELECTIONS,
+    AnswerSettings,
     ConfigError,
     LossSettings,
     ModelSettings,
     NSPSettings,
     RefineSettings,
+    TTTSettings,
     list_settings,
 )
 
@@ -165,9 +168,9 @@ def test_every_key_is_listed_once_with_a_meaning() -> None:
     listed = {setting.key: setting for setting in list_settings()}
     fields = [
         f"{section.SECTION}.{field.name}"
-        for section in (RefineSettings, NSPSettings, LossSettings, ModelSettings)
+        for section in (RefineSettings, NSPSettings, LossSettings, AnswerSettings, TTTSettings, ModelSettings)
         for field in dataclasses.fields(section)
-        if field.name not in ("nsp", "loss")
+        if field.name not in ("nsp", "loss", "answers", "ttt")
     ]
     assert list(listed) == fields
     assert all(setting.help for setting in listed.values())
@@ -183,3 +186,38 @@ def test_importing_the_settings_loads_nothing_heavy() -> None:
         "assert not loaded, loaded\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"inner": "refine"}, "refine.inner"),
+        ({"outer": "sft"}, "refine.outer"),
+        ({"phase": "posttrain"}, "refine.outer"),
+        ({"phase": "posttrain", "outer": "dpo"}, "refine.outer"),
+        ({"phase": "ttt"}, "refine.inner"),
+        ({"phase": "ttt", "inner": "refine", "outer": "sft"}, "refine.outer"),
+        ({"phase": "ttt", "inner": "refine", "warmup_steps": 1}, "refine.warmup_steps"),
+        ({"phase": "ttt", "inner": "refine", "loss": {"rl_coef": 0}}, "refine.loss.rl_coef"),
+        ({"phase": "ttt", "inner": "sft", "loss": {"sft_coef": 0}}, "refine.loss.sft_coef"),
+        ({"phase": "ttt", "inner": "sft", "ttt": {"reset": "never"}}, "refine.ttt.reset"),
+        ({"phase": "ttt", "inner": "sft", "ttt": {"steps": 0}}, "refine.ttt.steps"),
+        ({"ttt": {"steps": 2}}, "refine.ttt"),
+        ({"phase": "posttrain", "outer": "sft", "answers": {"samples": 4}}, "refine.answers"),
+        ({"phase": "posttrain", "outer": "grpo", "answers": {"samples": 1}}, "refine.answers.samples"),
+    ],
+)
+def test_phases_refuse_what_has_no_effect_in_them(changes: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)) as caught:
+        RefineSettings.from_mapping(changes)
+    assert caught.value.key == key
+
+
+def test_which_phases_make_rollouts() -> None:
+    def uses(**changes: object) -> bool:
+        return RefineSettings.from_mapping(changes).uses_rollouts
+
+    assert uses() and not uses(loss={"rl_coef": 0})
+    assert uses(phase="posttrain", inner="refine", outer="grpo")
+    assert not uses(phase="posttrain", inner="sft", outer="sft") and not uses(phase="posttrain", outer="sft")
+    assert uses(phase="ttt", inner="refine") and not uses(phase="ttt", inner="sft")
