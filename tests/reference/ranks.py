@@ -235,6 +235,19 @@ def scenarios(session: Session, world: int) -> dict[str, Any]:
     return results
 
 
+def steps_only(session: Session, world: int) -> dict[str, Any]:
+    """Two steps, and on one rank the negative control: for families beyond the first."""
+    batches = [columns(LENGTHS, 1), columns(LENGTHS[::-1], 2, first_id=100)]
+    results: dict[str, Any] = {"initial": session.initial, "steps": [session.step(batch) for batch in batches]}
+    if world == 1:
+        session.start_over()
+        set_field(session.worker.engine_config, "micro_batch_size_per_gpu", 1)
+        set_field(session.trainer.settings, "ppo_mini_batch_size", 2)
+        half = {name: values[[0, 1, 4, 5]] for name, values in batches[0].items()}
+        results["rank_0_alone"] = session.step(half)
+    return results
+
+
 def one_rank_only(session: Session, batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     """Other micro-batches, the negative control, and a batch of the paper's size."""
     results: dict[str, Any] = {}
@@ -266,17 +279,17 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     session = Session(spec)
-    results = scenarios(session, int(os.environ["WORLD_SIZE"]))
+    results = {"all": scenarios, "steps": steps_only}[spec["what"]](session, int(os.environ["WORLD_SIZE"]))
     if int(os.environ["RANK"]) == 0:
         torch.save(results, sys.argv[2])
     torch.distributed.destroy_process_group()
 
 
-def run_ranks(world: int, directory: Path, overrides: list[str]) -> dict[str, Any]:
-    """Start `world` processes and return what rank 0 saved."""
+def run_ranks(world: int, directory: Path, overrides: list[str], what: str = "all") -> dict[str, Any]:
+    """Start `world` processes and return what rank 0 saved: of `scenarios` ("all") or of `steps_only` ("steps")."""
     directory.mkdir(parents=True, exist_ok=True)
     spec, out = directory / "spec.json", directory / "out.pt"
-    spec.write_text(json.dumps({"overrides": overrides, "directory": str(directory)}))
+    spec.write_text(json.dumps({"overrides": overrides, "directory": str(directory), "what": what}))
     shared = {
         **environment(),
         "WORLD_SIZE": str(world),

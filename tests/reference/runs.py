@@ -22,13 +22,29 @@ ROOT = Path(__file__).parents[2]
 NOT_REPEATABLE = ("timing_s/", "perf/tokens_per_second", "perf/max_memory_gb")
 TIMEOUT = 240
 
-TOY = (
+TOY_DELTANET = (
     "model.tokenizer=bytes",
     "model.config.vocab_size=257",
     "model.config.hidden_size=32",
     "model.config.num_hidden_layers=2",
     "model.config.num_heads=2",
     "model.config.hidden_ratio=2",
+)
+"""A DeltaNet of about 50,000 parameters."""
+
+TOY_LACT = (
+    "model=tiny_lact",
+    "model.tokenizer=bytes",
+    "model.config.vocab_size=257",
+    "model.config.hidden_size=32",
+    "model.config.num_hidden_layers=2",
+    "model.config.lact_chunk_size=16",
+    "model.config.window_size=12",
+    "+model.config.intermediate_size=48",
+)
+"""A LaCT as small, whose documents are four chunks."""
+
+TOY = (
     "data.max_length=64",
     "data.train_batch_size=8",
     "refine.ppo_mini_batch_size=4",
@@ -40,7 +56,7 @@ TOY = (
     "trainer.test_freq=3",
     "trainer.n_gpus_per_node=1",
 )
-"""A DeltaNet of about 50,000 parameters; two warm-up steps, two optimiser steps a step."""
+"""Two warm-up steps, two optimiser steps a step."""
 
 
 def write_corpus(directory: Path) -> tuple[Path, Path]:
@@ -60,7 +76,7 @@ def write_corpus(directory: Path) -> tuple[Path, Path]:
     return files
 
 
-def toy_overrides(directory: Path, run_dir: Path, *more: str) -> list[str]:
+def toy_overrides(directory: Path, run_dir: Path, *more: str, model: tuple[str, ...] = TOY_DELTANET) -> list[str]:
     """Command-line arguments of a toy run in ``run_dir``; the corpus lies in ``directory``."""
     return [
         "recipe=quickstart",
@@ -68,6 +84,7 @@ def toy_overrides(directory: Path, run_dir: Path, *more: str) -> list[str]:
         f"data.val_files={directory / 'validation.jsonl'}",
         f"data.cache_dir={directory / 'cache'}",
         f"trainer.default_local_dir={run_dir}",
+        *model,
         *TOY,
         *more,
     ]
