@@ -16,7 +16,7 @@ from torch import Tensor
 from refine_verl.nsp.entropy import accumulation_dtype
 from refine_verl.nsp.selection import unknown_choice
 
-PURPOSES: dict[str, int] = {"position": 0, "rollout": 1}
+PURPOSES: dict[str, int] = {"position": 0, "rollout": 1, "generation": 2}
 """Independent streams of one document. Numbers are part of the result: never change one."""
 
 # Probabilities become integers with this many units in total, so that their running sum is exact.

@@ -1,0 +1,131 @@
+"""Models that cannot be adapted in this process, told apart before anything is touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from refine_verl.models import FastWeightActor, ModelError, get_adapter, known_model_types
+from refine_verl.models.adapters import FLA_VERIFIED_ON_CPU, FlaAdapter
+
+_ADAPT = "refine_verl.adapt"
+
+
+def check_model(model: object, trains: bool) -> None:
+    """Check that a model can be adapted here.
+
+    Args:
+        model: what the user gave.
+        trains: whether weights will be changed (not with method=none).
+
+    Raises:
+        ModelError: not a Hugging Face model, no adapter, no linear head, weights spread over devices or processes,
+            made in inference mode, all frozen, or sharing memory.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            f"{_ADAPT}: torch.inference_mode() is on, and tensors made under it can never have gradients. Leave that "
+            "block, or use torch.no_grad() instead."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise _not_a_model(model)
+    _check_family(model)
+    _check_head(model)
+    _check_placement(model)
+    if getattr(model, "is_gradient_checkpointing", False):
+        raise ModelError(
+            f"{_ADAPT}: the model's own gradient checkpointing drops the fast-weight state. Call "
+            "model.gradient_checkpointing_disable(), and set activation_checkpointing='segment' instead."
+        )
+    if trains:
+        _check_trainable(model)
+
+
+def _not_a_model(model: object) -> ModelError:
+    kind = type(model).__name__
+    if isinstance(model, (str, bytes)):
+        cure = "Load it first: refine_verl.models.load_model(path), or AutoModelForCausalLM.from_pretrained."
+    elif hasattr(model, "_orig_mod"):
+        cure = "It is compiled: give the model that went into torch.compile."
+    elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        cure = "Give the model inside, model.module."
+    elif hasattr(model, "peft_config"):
+        cure = "Give model.get_base_model(): its adapters stay in place, and only what is trainable is trained."
+    else:
+        cure = "Give a causal language model of transformers (AutoModelForCausalLM)."
+    return ModelError(f"{_ADAPT}: the model is a {kind}, not a Hugging Face model. {cure}")
+
+
+def _check_family(model: PreTrainedModel) -> None:
+    if isinstance(model, FastWeightActor):
+        return
+    family = model.config.model_type
+    if family not in known_model_types():
+        raise ModelError(
+            f"{_ADAPT}: '{family}' is not a fast-weight model REFINE knows. Supported model types: "
+            f"{', '.join(known_model_types())}. For your own model, register an adapter (docs/extending.md)."
+        )
+    if getattr(model.config, "attn", None):
+        raise ModelError(
+            f"{_ADAPT}: this {family} mixes in softmax attention layers (config.attn). Their cache grows with the "
+            "text, so it is no fast-weight state to fork; only purely recurrent models are supported."
+        )
+    on_gpu_only = isinstance(get_adapter(family), FlaAdapter) and family not in FLA_VERIFIED_ON_CPU
+    if on_gpu_only and next(model.parameters()).device.type == "cpu":
+        raise ModelError(
+            f"{_ADAPT}: the kernels of {family} need a GPU, and this model is on the CPU: move it there with "
+            f"model.cuda(). These run on the CPU: {', '.join(FLA_VERIFIED_ON_CPU)}."
+        )
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{_ADAPT}: the LM head is a {type(head).__name__}; an nn.Linear is needed.")
+
+
+def _check_placement(model: PreTrainedModel) -> None:
+    tensors = dict(model.named_parameters())
+    places = {str(tensor.device): name for name, tensor in tensors.items()}
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        raise ModelError(
+            f"{_ADAPT}: the weights are sharded over several processes. Give a model that is whole in this one; for "
+            "several GPUs use the command line."
+        )
+    if "meta" in places:
+        raise ModelError(f"{_ADAPT}: {places['meta']} is on the meta device: the weights are not loaded here.")
+    if len(places) > 1:
+        listing = ", ".join(f"{place} ({name})" for place, name in sorted(places.items()))
+        raise ModelError(
+            f"{_ADAPT}: the weights lie on several devices: {listing}. Move the model to one with model.to(device)."
+        )
+    device = torch.device(next(iter(places)))
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"{_ADAPT}: the model is on {device}; it runs on the CPU or a CUDA device.")
+    made_in_inference = [name for name, tensor in tensors.items() if tensor.is_inference()]
+    if made_in_inference:
+        raise ModelError(
+            f"{_ADAPT}: {made_in_inference[0]} was made under torch.inference_mode() and can never have a gradient. "
+            "Load the model outside of that block."
+        )
+
+
+def _check_trainable(model: PreTrainedModel) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(
+            f"{_ADAPT}: all parameters are frozen (requires_grad=False), so there is nothing to adapt. Call "
+            "model.requires_grad_(True), or unfreeze the part that should learn."
+        )
+    ranges = sorted(
+        (tensor.untyped_storage().data_ptr(), tensor.storage_offset() * tensor.element_size(), name, tensor)
+        for name, tensor in model.named_parameters()
+        if tensor.numel()
+    )
+    for (storage, start, name, tensor), (other, after, second, _) in zip(ranges, ranges[1:], strict=False):
+        if storage == other and after < start + tensor.numel() * tensor.element_size():
+            raise ModelError(
+                f"{_ADAPT}: {name} and {second} share memory without being one parameter, so each would be updated "
+                "through the other. Tie them: assign the same nn.Parameter to both."
+            )

@@ -1,0 +1,221 @@
+"""What adapting changes in a model, and the way back: weights, buffers, gradients, flags and classes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refine_verl.kernels import cpu_kernels, ensure_kernels
+from refine_verl.models import FastWeightActor, make_actor
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+_ACTOR_ATTRIBUTES = ("adapter", "autocast_dtype", "checkpoint_segments", "forward_tokens")
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """One parameter as it was: its tensor, a copy of what it held (None: never written to), gradient and flag."""
+
+    parameter: nn.Parameter
+    tensor: Tensor | None
+    copy: Tensor | None
+    device: torch.device
+    grad: Tensor | None
+    requires_grad: bool
+
+    def restore(self) -> None:
+        self.parameter.grad = None  # its dtype may not fit the tensor that is about to come
+        if self.tensor is None:
+            assert self.copy is not None
+            self.parameter.data = self.copy.to(self.device)
+        else:
+            self.parameter.data = self.tensor
+            if self.copy is not None:
+                self.tensor.copy_(self.copy)
+        self.parameter.requires_grad_(self.requires_grad)
+        self.parameter.grad = self.grad
+
+
+class SavedModel:
+    """A model's weights, buffers, gradients and flags at one moment, to be put back bit by bit.
+
+    Trainable parameters are copied once. Parameters and buffers in bf16 or fp16 become float32: a step of 1e-6 would
+    vanish in their rounding. The original low-precision tensors are then the copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parameters: list[_Saved] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
+        self._training = [(module, module.training) for module in model.modules()]
+        self._forward = model.__dict__.get("forward", _MISSING)
+
+    def save(self, backup: str) -> None:
+        """Copy what will change, and widen low precision. After an error, `restore` undoes what was done.
+
+        Args:
+            backup: ``cpu`` or ``device``, where the copies lie.
+        """
+        widened = False
+        for parameter in self._model.parameters():
+            data = parameter.data
+            place = data.device if backup == "device" else torch.device("cpu")
+            low = data.dtype in LOW_PRECISION
+            widened = widened or low
+            keeps_tensor = not low or place == data.device
+            copy = data.to(place, copy=not low) if low or parameter.requires_grad else None
+            self._parameters.append(
+                _Saved(
+                    parameter,
+                    data if keeps_tensor else None,
+                    None if low and keeps_tensor else copy,
+                    data.device,
+                    parameter.grad,
+                    parameter.requires_grad,
+                )
+            )
+            parameter.grad = None
+            if low:
+                parameter.data = data.float()
+        self._save_buffers()
+        if widened and next(self._model.parameters()).device.type == "cuda":
+            # fla's kernels want low-precision activations, which these weights no longer give them by themselves
+            self._model.__dict__["forward"] = _in_autocast(self._model.forward)
+
+    def _save_buffers(self) -> None:
+        working: dict[int, Tensor] = {}
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                self._buffers.append((module, name, buffer))
+                if buffer is None:
+                    continue
+                if id(buffer) not in working:
+                    working[id(buffer)] = buffer.float() if buffer.dtype in LOW_PRECISION else buffer.clone()
+                module._buffers[name] = working[id(buffer)]
+
+    def restore(self) -> None:
+        """Put everything back. A keyboard interrupt meanwhile is raised once all is done."""
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                self._restore()
+                break
+            except KeyboardInterrupt as raised:
+                interrupt = raised
+        if interrupt is not None:
+            raise interrupt
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for saved in self._parameters:
+            saved.restore()
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
+        for module, training in self._training:
+            module.training = training
+        _put(self._model, "forward", self._forward)
+        torch.clear_autocast_cache()  # an autocast block of the caller may have cached the adapted weights
+
+
+def _put(model: nn.Module, name: str, value: Any) -> None:
+    if value is _MISSING:
+        model.__dict__.pop(name, None)
+    else:
+        model.__dict__[name] = value
+
+
+def _in_autocast(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+class Guise:
+    """Makes a model a `FastWeightActor` while our own passes run, and leaves no trace of that afterwards."""
+
+    def __init__(self, model: nn.Module, *, checkpoint_segments: bool) -> None:
+        """Args:
+        model: a model that passed `check_model`, or a `FastWeightActor` (it keeps its adapter and precision).
+        checkpoint_segments: recompute segments in the backward pass (a `FastWeightActor` that does so goes on).
+        """
+        self.model = model
+        self.device = next(model.parameters()).device
+        self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self._own = self._look()
+        autocast = torch.bfloat16 if self.device.type == "cuda" else None
+        adapter = None
+        if isinstance(model, FastWeightActor):
+            adapter, autocast = model.adapter, model.autocast_dtype
+            checkpoint_segments = checkpoint_segments or model.checkpoint_segments
+        try:
+            make_actor(model, adapter=adapter, autocast_dtype=autocast, checkpoint_segments=checkpoint_segments)
+            self._actor = self._look()
+        finally:
+            self._wear(self._own)
+
+    def _look(self) -> tuple[type, type, dict[str, Any]]:
+        attributes = {name: self.model.__dict__.get(name, _MISSING) for name in _ACTOR_ATTRIBUTES}
+        return type(self.model), type(self._head), attributes
+
+    def _wear(self, look: tuple[type, type, dict[str, Any]]) -> None:
+        self.model.__class__, self._head.__class__, attributes = look
+        for name, value in attributes.items():
+            _put(self.model, name, value)
+
+    @contextmanager
+    def worn(self, seed: int) -> Iterator[FastWeightActor]:
+        """The actor, for a ``with`` block in which no global state of torch is touched.
+
+        A user's autocast, ``no_grad`` and random state neither enter nor change; afterwards class, attributes and
+        training flags are as before.
+        """
+        training = [(module, module.training) for module in self.model.modules()]
+        with ExitStack() as stack:
+            stack.enter_context(_kernels(self.device))
+            stack.enter_context(_own_random_state(self.device, seed))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            try:
+                self._wear(self._actor)
+                assert isinstance(self.model, FastWeightActor)
+                yield self.model
+            finally:
+                self._wear(self._own)
+                for module, flag in training:
+                    module.training = flag
+
+
+@contextmanager
+def _own_random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """Nothing of ours draws from torch's generators; a model's own layers might."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _kernels(device: torch.device) -> Any:
+    ensure_kernels()
+    return cpu_kernels() if device.type == "cpu" else nullcontext()
+
+
+def set_training(model: nn.Module, training: bool) -> None:
+    """Training mode as fla's kernels understand it (some have a backward pass in that mode only), without dropout."""
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.training = False

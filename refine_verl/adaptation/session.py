@@ -1,0 +1,208 @@
+"""``with refine_verl.adapt(model, input_ids, config) as adapted``: train on prompts, answer, forget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from refine_verl.adaptation.checks import check_model
+from refine_verl.adaptation.guard import Guise, SavedModel, set_training
+from refine_verl.adaptation.prompts import PromptError, Prompts
+from refine_verl.adaptation.settings import AdaptSettings, read_settings
+from refine_verl.adaptation.training import Adaptation
+from refine_verl.models import FastWeightActor
+from refine_verl.models.head import IGNORED
+from refine_verl.nsp import uniforms, validate_reward_name
+
+
+def adapt(
+    model: nn.Module, input_ids: Any, config: AdaptSettings | Mapping[str, Any] | None = None
+) -> AbstractContextManager[Adapted]:
+    """Test-time training: adapt a model to prompts for the time of a ``with`` block (paper, Sec. 3.3).
+
+    Each of ``steps`` passes over the prompts chooses positions, writes rollouts from forked states, rewards them and
+    makes one step of AdamW per mini-batch. When the block ends, in whatever way, parameters, buffers, gradients,
+    flags and class of the model are exactly what they were; torch's random state is not touched at all.
+
+    Args:
+        model: a fast-weight causal language model of transformers in any floating dtype, on the CPU or one GPU, or
+            a `FastWeightActor`. bf16 and fp16 weights are float32 inside the block. Frozen parameters stay frozen.
+        input_ids: the prompts: int [T] or [B, T] without padding, or a list of rows of unequal length; on any device.
+        config: `AdaptSettings`, or a mapping with its keys; None takes the paper's settings.
+
+    Raises:
+        ConfigError: unknown key or a value that cannot be used.
+        PromptError: no prompts, a prompt too short, a token id out of range.
+        ModelError: a model that cannot be adapted here. All three before anything is touched.
+    """
+    settings = read_settings(config)
+    check_model(model, trains=settings.method != "none")
+    try:
+        validate_reward_name(settings.nsp.reward)
+    except ValueError as error:
+        raise type(error)(f"adapt.nsp.reward: {error}") from error
+    prompts = Prompts.read(
+        input_ids, vocabulary=_vocabulary(model), shortest=settings.shortest_prompt, needs=_needs(settings)
+    )
+    return _session(model, prompts, settings)
+
+
+@contextmanager
+def _session(model: nn.Module, prompts: Prompts, settings: AdaptSettings) -> Iterator[Adapted]:
+    saved = SavedModel(model)
+    adapted: Adapted | None = None
+    try:
+        if settings.method != "none":
+            saved.save(settings.backup)
+        guise = Guise(model, checkpoint_segments=settings.activation_checkpointing == "segment")
+        adapted = Adapted(guise, prompts, settings)
+        adapted._train()
+        yield adapted
+    finally:
+        saved.restore()
+        if adapted is not None:
+            adapted._closed = True
+
+
+class Adapted:
+    """A model inside the ``with`` block of `adapt`.
+
+    Attributes:
+        model: the model itself, with adapted weights; an ordinary Hugging Face model, ``generate`` included.
+        settings: what it was adapted with.
+        history: metrics of every optimiser step: ``step``, ``actor/loss``, ``actor/ntp_loss``, ``actor/pg_loss``,
+            ``actor/grad_norm``, ``nsp/reward/mean`` and others, by their names in a run's ``metrics.jsonl``.
+    """
+
+    def __init__(self, guise: Guise, prompts: Prompts, settings: AdaptSettings) -> None:
+        self.model: Any = guise.model
+        self.settings = settings
+        self.history: list[dict[str, float]] = []
+        self._guise = guise
+        self._prompts = prompts
+        self._closed = False
+
+    def _train(self) -> None:
+        if self.settings.method == "none":
+            return
+        with self._guise.worn(self.settings.seed) as actor:
+            self.history = Adaptation(actor, self._prompts, self.settings).run()
+        torch.clear_autocast_cache()  # an autocast block of the caller may have cached the original weights
+
+    def generate(
+        self,
+        input_ids: Any = None,
+        *,
+        max_new_tokens: int | Sequence[int],
+        temperature: float = 0.0,
+        stop_tokens: Sequence[int] | None = None,
+        seed: int | None = None,
+        batch_size: int = 8,
+    ) -> list[Tensor]:
+        """Answer prompts with the adapted weights; each prompt is read once, then its state is carried on.
+
+        Args:
+            input_ids: as in `adapt`; None answers the prompts the model was adapted to.
+            max_new_tokens: for all rows, or one number per row.
+            temperature: 0 takes the most likely token.
+            stop_tokens: ids that end a row; None takes the model's ``generation_config.eos_token_id``.
+            seed: of sampled tokens; None takes that of the settings. A row's draws depend on seed and prompt only.
+            batch_size: prompts read and continued together.
+
+        Returns:
+            For each row the ids written, int64 [L] on the model's device, the stop token included.
+
+        Raises:
+            PromptError: prompts or limits that cannot be used.
+            RuntimeError: the block has ended, and the adapted weights with it.
+        """
+        if self._closed:
+            raise RuntimeError(
+                "adapted.generate: the with block has ended and the model has its original weights back. Generate "
+                "inside the block."
+            )
+        prompts = self._prompts
+        if input_ids is not None:
+            prompts = Prompts.read(
+                input_ids, vocabulary=_vocabulary(self.model), shortest=1, needs="there is nothing to continue."
+            )
+        limits = _limits(max_new_tokens, len(prompts))
+        stops = _stop_tokens(self.model) if stop_tokens is None else [int(token) for token in stop_tokens]
+        key = self.settings.seed if seed is None else seed
+        if temperature < 0:
+            raise PromptError(f"temperature must be 0 (greedy) or greater, got {temperature}.")
+        if batch_size < 1:
+            raise PromptError(f"batch_size must be at least 1, got {batch_size}.")
+        written: list[Tensor] = []
+        with self._guise.worn(key) as actor:
+            set_training(actor, False)
+            for start in range(0, len(prompts), batch_size):
+                rows = range(start, min(start + batch_size, len(prompts)))
+                written += self._write(actor, prompts, rows, limits, temperature, stops, key)
+        return written
+
+    def _write(
+        self,
+        actor: FastWeightActor,
+        prompts: Prompts,
+        rows: range,
+        limits: list[int],
+        temperature: float,
+        stops: list[int],
+        seed: int,
+    ) -> Iterator[Tensor]:
+        longest = max(limits[row] for row in rows)
+        draws = None
+        if temperature > 0:
+            draws = torch.stack(
+                [torch.from_numpy(uniforms(seed, 0, prompts.ids[row], "generation", longest)) for row in rows]
+            )
+        tokens = FastWeightActor.forward(
+            actor,
+            mode="generate",
+            prompts=prompts.documents(rows, self._guise.device),
+            max_new_tokens=longest,
+            temperature=temperature,
+            draws=draws,
+            stop_tokens=stops,
+        )
+        for row, ids in zip(rows, tokens, strict=True):
+            mine = ids[: limits[row]]
+            yield mine[mine != IGNORED].clone()
+
+
+def _vocabulary(model: Any) -> int:
+    """Ids that can be read as well as predicted."""
+    return min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
+
+
+def _needs(settings: AdaptSettings) -> str:
+    if not settings.reinforces:
+        return "nothing to predict. Give longer prompts."
+    nsp = settings.nsp
+    return (
+        f"one position in each of nsp.chunks={nsp.chunks} chunks and nsp.rollout_length={nsp.rollout_length} tokens "
+        "after the last one. Give longer prompts, lower nsp.chunks or nsp.rollout_length, or set method='sft'."
+    )
+
+
+def _limits(max_new_tokens: int | Sequence[int], rows: int) -> list[int]:
+    limits = [max_new_tokens] * rows if isinstance(max_new_tokens, int) else [int(limit) for limit in max_new_tokens]
+    if len(limits) != rows:
+        raise PromptError(f"max_new_tokens: {len(limits)} numbers for {rows} prompts. Give one, or one per prompt.")
+    for row, limit in enumerate(limits):
+        if limit < 1:
+            raise PromptError(f"max_new_tokens: must be at least 1, got {limit} for row {row}.")
+    return limits
+
+
+def _stop_tokens(model: Any) -> list[int]:
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        return []
+    return [int(token) for token in cast(Sequence[int], eos)] if isinstance(eos, (list, tuple)) else [int(eos)]
