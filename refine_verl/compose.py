@@ -165,11 +165,16 @@ def _automatic(what: str) -> str | int:
     values: dict[str, Callable[[], str | int]] = {
         "device": lambda: "cuda" if _gpu_count() else "cpu",
         "workers": lambda: _gpu_count() or 1,
-        "dtype": lambda: "bfloat16" if _gpu_count() else "float32",
+        "dtype": automatic_dtype,
         "experiment": experiment_name,
         "scratch": _scratch_directory,
     }
     return values[what]()
+
+
+def automatic_dtype() -> str:
+    """What matrix products run in on this host."""
+    return "bfloat16" if _gpu_count() else "float32"
 
 
 @functools.cache

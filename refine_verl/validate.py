@@ -22,6 +22,7 @@ from refine_verl.compose import ConfigFile, base_schema
 from refine_verl.config import ConfigError, ModelSettings, RefineSettings, require_choice
 from refine_verl.data import DataSettings
 from refine_verl.schema import check_keys, leaves, missing_values
+from refine_verl.verl_keys import check_optimizer, check_verl_keys
 
 STRATEGIES = ("fsdp2", "fsdp")
 DEVICES = ("cuda", "cpu")
@@ -55,6 +56,7 @@ FIXED: dict[str, tuple[Any, str]] = {
         None,
         "set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu instead",
     ),
+    "actor_rollout_ref.actor.checkpoint.async_save": (False, "verl's FSDP engine saves while training waits"),
     "actor_rollout_ref.actor.ulysses_sequence_parallel_size": (1, "a document stays on one worker"),
     "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": (
         1,
@@ -113,6 +115,7 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
     workers = _check_trainer(config)
     _check_batches(config, refine, workers)
     _check_fixed(config)
+    check_verl_keys(config)
     _make_paths_absolute(config)
     model = dataclasses.replace(model, path=config.model.path, tokenizer=config.model.tokenizer)
     return ValidConfig(config=config, refine=refine, model=model, data=data, workers=workers)
@@ -122,7 +125,8 @@ def check_against_verl(config: DictConfig) -> None:
     """verl's own checks, and the names of its registries. Imports verl.
 
     Raises:
-        ConfigError: unknown advantage estimator or policy loss, or whatever verl refuses.
+        ConfigError: unknown logger, advantage estimator or policy loss, an optimiser that cannot be made, or whatever
+            verl refuses.
     """
     from hydra.errors import InstantiationException
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
@@ -136,6 +140,7 @@ def check_against_verl(config: DictConfig) -> None:
     losses = sorted(str(name) for name in POLICY_LOSS_REGISTRY)
     mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
     require_choice("actor_rollout_ref.actor.policy_loss.loss_mode", mode, losses, kind="policy loss")
+    check_optimizer(config.actor_rollout_ref.actor.optim)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # verl announces success
             validate_config(config, use_reference_policy=False, use_critic=False)
