@@ -48,16 +48,21 @@ class Documents:
     Attributes:
         tokens: int64 [N, Tmax]; row b holds T_b tokens, what follows them is never read.
         lengths: T_b for each document.
+        learn_from: index of the first token of each document that has a next-token loss: T of the prompt for a
+            prompt with its answer behind it, T_b for a document that only keeps ranks in step; None: 1 for all.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
+    learn_from: tuple[int, ...] | None = None
 
     @classmethod
-    def from_tensors(cls, tokens: Tensor, lengths: Tensor | Sequence[int]) -> Documents:
-        """From padded tokens [N, Tmax] and lengths [N]."""
-        values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-        return cls(tokens, tuple(int(length) for length in values))
+    def from_tensors(
+        cls, tokens: Tensor, lengths: Tensor | Sequence[int], learn_from: Tensor | Sequence[int] | None = None
+    ) -> Documents:
+        """From padded tokens [N, Tmax], lengths [N] and first tokens to learn [N]."""
+        first = None if learn_from is None else _integers(learn_from)
+        return cls(tokens, _integers(lengths), first)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -84,3 +89,7 @@ class Documents:
             [index * length // segments if length >= segments else min(index, length) for length in self.lengths]
             for index in range(segments + 1)
         ]
+
+
+def _integers(values: Tensor | Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(value) for value in (values.tolist() if isinstance(values, Tensor) else values))
