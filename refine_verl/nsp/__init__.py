@@ -39,6 +39,7 @@ from refine_verl.nsp.rewards import (
     validate_reward_name,
 )
 from refine_verl.nsp.sampling import (
+    generation_uniforms,
     position_uniforms,
     rollout_uniforms,
     sample_from_logits,
@@ -67,6 +68,7 @@ __all__ = [
     "cosine_reward",
     "entropy_from_logits",
     "gather_log_probs",
+    "generation_uniforms",
     "get_reward",
     "group_ids",
     "group_standardise",

@@ -144,7 +144,7 @@ def refine_objective(
         ntp_token_count: how many terms that sum has.
         log_probs, old_log_probs: `[R, k]`; None for a micro-batch (or a baseline) without rollouts.
         advantages: `[R]` or `[R, k]`.
-        mask: `[R, k]`; None counts every token.
+        mask: `[R, k]`; None counts every token. A rollout without a counted token does not count.
         policy_loss: see `PolicyLoss`.
         rl_coef, sft_coef: lambda_RL, lambda_SFT.
         global_tokens, global_rollouts: counts over the whole mini-batch, all ranks and micro-batches.
@@ -158,7 +158,7 @@ def refine_objective(
     Raises:
         ValueError: the micro-batch claims more tokens or rollouts than the mini-batch has.
     """
-    rollouts = 0 if log_probs is None else log_probs.shape[0]
+    rollouts = 0 if log_probs is None else log_probs.shape[0] if mask is None else int(mask.any(dim=-1).sum())
     if ntp_token_count > global_tokens or rollouts > global_rollouts:
         raise ValueError(
             f"a micro-batch of {ntp_token_count} predicted tokens and {rollouts} rollouts cannot be part of "

@@ -86,6 +86,18 @@ def rollout_uniforms(seed: int, step: int, document_id: int, chunks: int, rollou
     return values
 
 
+def generation_uniforms(seed: int, step: int, document_id: int, answers: int, length: int) -> np.ndarray:
+    """One number per token of each answer to a prompt: float64 `[n, A]`.
+
+    Entry (r, j) is a pure function of (seed, step, document, r, j): other values of n or A leave it as it is.
+
+    Raises:
+        ValueError: as `uniforms`.
+    """
+    key = _key(seed, step, document_id, "generation")
+    return np.stack([_stream(key, rollout=r).random(length) for r in range(answers)])
+
+
 def scaled_log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """`log_softmax(logits / temperature)` over the last dimension, in float32 (float64 for float64 logits).
 
