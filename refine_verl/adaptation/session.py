@@ -14,9 +14,10 @@ from refine_verl.adaptation.guard import Guise, SavedModel, set_training
 from refine_verl.adaptation.prompts import PromptError, Prompts
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Adaptation
+from refine_verl.config import ConfigError
 from refine_verl.models import FastWeightActor
 from refine_verl.models.head import IGNORED
-from refine_verl.nsp import uniforms, validate_reward_name
+from refine_verl.nsp import generation_uniforms, validate_reward_name
 
 
 def adapt(
@@ -44,7 +45,7 @@ def adapt(
     try:
         validate_reward_name(settings.nsp.reward)
     except ValueError as error:
-        raise type(error)(f"adapt.nsp.reward: {error}") from error
+        raise ConfigError("refine.nsp.reward", str(error)) from error
     prompts = Prompts.read(
         input_ids, vocabulary=_vocabulary(model), shortest=settings.shortest_prompt, needs=_needs(settings)
     )
@@ -159,7 +160,7 @@ class Adapted:
         draws = None
         if temperature > 0:
             draws = torch.stack(
-                [torch.from_numpy(uniforms(seed, 0, prompts.ids[row], "generation", longest)) for row in rows]
+                [torch.from_numpy(generation_uniforms(seed, 0, prompts.ids[row], 1, longest))[0] for row in rows]
             )
         tokens = FastWeightActor.forward(
             actor,
