@@ -1,0 +1,231 @@
+"""Long documents out of a corpus: read, tokenise, keep those of at least N tokens, write parquet in shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from refine_verl.data.errors import DataError
+from refine_verl.data.sources import DocumentSource, resolve_sources
+from refine_verl.data.tokenize import tokenizer_fingerprint
+from refine_verl.prepare.console import command_tokenizer, progress_bar, require_at_least, show_table, spread
+from refine_verl.prepare.output import COMPRESSION, Output
+
+SCHEMA = pa.schema([("text", pa.large_string()), ("tokens", pa.int64()), ("source", pa.string()), ("row", pa.int64())])
+_COUNTS = ("read", "sampled", "short", "kept", "kept_tokens", "read_tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DocumentSettings:
+    """Arguments of the command; field names are its options.
+
+    Attributes:
+        input: files (parquet, jsonl, jsonl.zst, txt), directories, globs, hub dataset ids, or `python_stdlib`.
+        out: directory to fill with `documents-00000.parquet` and so on.
+        tokenizer: directory or hub id to count tokens with.
+        min_tokens: fewest tokens of a document, special tokens included.
+        max_tokens: leave longer documents out as well; None keeps them.
+        text_key: column that holds the text.
+        limit: stop after this many documents; None takes all.
+        limit_tokens: stop once the documents kept have this many tokens; None takes all.
+        sample: share of the documents to look at, in (0, 1]; which ones depends on `seed` and the text only.
+        seed: of `sample`.
+        shard_size: documents per file.
+    """
+
+    input: tuple[str, ...]
+    out: str
+    tokenizer: str
+    min_tokens: int
+    max_tokens: int | None = None
+    text_key: str = "text"
+    limit: int | None = None
+    limit_tokens: int | None = None
+    sample: float = 1.0
+    seed: int = 0
+    shard_size: int = 1000
+
+
+def run(settings: DocumentSettings) -> None:
+    """Write the shards, and show what was kept.
+
+    Raises:
+        DataError: bad arguments, unreadable files, or no document that is long enough.
+    """
+    _check(settings)
+    tokenizer = command_tokenizer(settings.tokenizer)
+    sources = resolve_sources(settings.input, key="--input", default_split="train")
+    arguments = {
+        **{key: value for key, value in dataclasses.asdict(settings).items() if key not in ("out", "tokenizer")},
+        "sources": [source.fingerprint() for source in sources],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    with Output(Path(settings.out).expanduser(), "prepare documents", arguments) as output:
+        totals = Collector(output, sources, tokenizer, settings).run()
+        if not totals["kept"]:
+            raise DataError(
+                f"none of {totals['read']} documents has {settings.min_tokens} tokens or more. Lower --min-tokens, or "
+                "give longer documents."
+            )
+        _report(output, totals, settings)
+
+
+class Collector:
+    """Reads documents in order and fills shard after shard, going on behind the last one that is finished.
+
+    Args:
+        output: where the shards go.
+        sources, tokenizer, settings: what to read and keep.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        sources: Sequence[DocumentSource],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DocumentSettings,
+    ) -> None:
+        self.output, self.sources, self.tokenizer, self.settings = output, sources, tokenizer, settings
+
+    def run(self) -> dict[str, int]:
+        """Write what is missing (nothing, where everything is there).
+
+        Returns:
+            Counts over all shards.
+        """
+        entries = self._resume()
+        totals = {key: sum(entry[key] for entry in entries) for key in _COUNTS}
+        if entries and entries[-1]["last"]:
+            return totals
+        documents = self._documents(skip=totals["read"])
+        with progress_bar("documents kept", self.settings.limit, done=totals["kept"]) as step:
+            for number in itertools.count(len(entries)):
+                entry = self._write_shard(number, documents, totals, step)
+                totals = {key: totals[key] + entry[key] for key in _COUNTS}
+                if entry["last"]:
+                    break
+        return totals
+
+    def _resume(self) -> list[dict[str, Any]]:
+        """What is recorded of the shards up to the first that is missing; forgets those behind it."""
+        present = list(itertools.takewhile(self.output.finished, map(_shard_name, itertools.count())))
+        for name in [name for name in self.output.done if name not in present]:
+            self.output.remove(name)
+        return [self.output.done[name] for name in present]
+
+    def _documents(self, skip: int) -> Iterator[pa.RecordBatch]:
+        """Batches of `readers.TEXT_SCHEMA` without the first `skip` documents."""
+        for source in self.sources:
+            for batch in source.batches(self.settings.text_key):
+                if skip >= len(batch):
+                    skip -= len(batch)
+                    continue
+                yield batch.slice(skip)
+                skip = 0
+
+    def _write_shard(
+        self, number: int, documents: Iterator[pa.RecordBatch], before: dict[str, int], step: Callable[[int], None]
+    ) -> dict[str, Any]:
+        """Fill one shard; returns its counts, and whether it is the last.
+
+        A shard ends where a batch of documents does, so that a restart knows where to go on.
+        """
+        counts = dict.fromkeys(_COUNTS, 0)
+        lengths: list[int] = []
+        last = True
+        name = _shard_name(number)
+        with self.output.writing(name) as path:
+            with pq.ParquetWriter(path, SCHEMA, compression=COMPRESSION) as writer:
+                for batch in documents:
+                    rows = self._select(batch, counts, before)
+                    if rows:
+                        writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
+                    lengths += [row["tokens"] for row in rows]
+                    step(len(rows))
+                    if self._enough(counts, before):
+                        break
+                    if counts["kept"] >= self.settings.shard_size:
+                        last = False
+                        break
+            if not lengths:
+                path.unlink()
+        if lengths:
+            self.output.finish(name, {**counts, "last": last, "spread": list(spread(lengths))})
+        elif number:
+            previous = self.output.done[_shard_name(number - 1)]
+            self.output.finish(
+                _shard_name(number - 1),
+                {**previous, **{key: previous[key] + counts[key] for key in _COUNTS}, "last": last},
+            )
+        return {**counts, "last": last}
+
+    def _select(self, batch: pa.RecordBatch, counts: dict[str, int], before: dict[str, int]) -> list[dict[str, Any]]:
+        """The rows of a batch to keep, as `SCHEMA`; adds to `counts`."""
+        candidates = [row for row in batch.to_pylist() if self._sampled(row["text"])]
+        counts["read"] += len(batch)
+        counts["sampled"] += len(candidates)
+        if not candidates:
+            return []
+        rows = []
+        encoded = self.tokenizer([row["text"] for row in candidates])["input_ids"]
+        for row, ids in zip(candidates, encoded, strict=True):
+            counts["read_tokens"] += len(ids)
+            if self._enough(counts, before):
+                break
+            if len(ids) < self.settings.min_tokens:
+                counts["short"] += 1
+            elif self.settings.max_tokens is None or len(ids) <= self.settings.max_tokens:
+                counts["kept"] += 1
+                counts["kept_tokens"] += len(ids)
+                rows.append({**row, "tokens": len(ids)})
+        return rows
+
+    def _sampled(self, text: str) -> bool:
+        if self.settings.sample >= 1.0:
+            return True
+        digest = hashlib.sha256(f"{self.settings.seed}\0{text}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64 < self.settings.sample
+
+    def _enough(self, counts: dict[str, int], before: dict[str, int]) -> bool:
+        kept, tokens = (before[key] + counts[key] for key in ("kept", "kept_tokens"))
+        limit, limit_tokens = self.settings.limit, self.settings.limit_tokens
+        return (limit is not None and kept >= limit) or (limit_tokens is not None and tokens >= limit_tokens)
+
+
+def _shard_name(number: int) -> str:
+    return f"documents-{number:05d}.parquet"
+
+
+def _check(settings: DocumentSettings) -> None:
+    require_at_least("--min-tokens", settings.min_tokens, 1)
+    require_at_least("--shard-size", settings.shard_size, 1)
+    require_at_least("--seed", settings.seed, 0)
+    for option, value in (("--limit", settings.limit), ("--limit-tokens", settings.limit_tokens)):
+        if value is not None:
+            require_at_least(option, value, 1)
+    if settings.max_tokens is not None:
+        require_at_least("--max-tokens", settings.max_tokens, settings.min_tokens)
+    if not 0 < settings.sample <= 1:
+        raise DataError(f"--sample {settings.sample} must be above 0 and at most 1.")
+
+
+def _report(output: Output, totals: dict[str, int], settings: DocumentSettings) -> None:
+    rows = []
+    for name, entry in sorted(output.done.items()):
+        rows.append((name, entry["read"], entry["kept"], entry["kept_tokens"], *(entry["spread"] or ("-",) * 3)))
+    columns = ["file", "documents read", "kept", "tokens", "least", "mean", "most"]
+    rows.append(("all", totals["read"], totals["kept"], totals["kept_tokens"], "", "", ""))
+    notes = [
+        f"{totals['sampled']:,} of {totals['read']:,} documents were looked at ({totals['read_tokens']:,} tokens with "
+        f"{settings.tokenizer}); {totals['short']:,} had fewer than {settings.min_tokens:,} tokens.",
+        f"Use: data.train_files={settings.out}",
+    ]
+    show_table(f"Documents of at least {settings.min_tokens:,} tokens", columns, rows, notes)

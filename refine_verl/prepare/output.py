@@ -1,0 +1,136 @@
+"""Output directories: files appear whole or not at all, and an interrupted command goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from refine_verl.data.cache import make_key
+from refine_verl.data.errors import DataError
+
+MANIFEST = ".prepare.json"
+_PARTIAL = ".partial-"
+COMPRESSION = "zstd"
+
+
+class Output:
+    """A directory that one command fills, with a manifest of what is finished.
+
+    Args:
+        directory: is created where it is missing.
+        command: name of the command, for messages.
+        arguments: everything the content depends on, inputs and tokenizer included; json-serialisable.
+
+    Raises:
+        DataError: the directory cannot be written, or holds the output of other arguments or other files.
+    """
+
+    def __init__(self, directory: Path, command: str, arguments: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self._key = make_key([command, arguments])
+        manifest = directory / MANIFEST
+        self.done: dict[str, dict[str, Any]] = {}
+        if manifest.exists():
+            self.done = self._read(manifest, command)
+        else:
+            self._create(command)
+        for left in directory.glob(f"{_PARTIAL}*"):
+            left.unlink()
+
+    def _create(self, command: str) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            others = sorted(path.name for path in self.directory.iterdir() if not path.name.startswith(_PARTIAL))
+            if others:
+                raise DataError(
+                    f"--out {self.directory} holds other files ({', '.join(others[:3])}{' ...' * (len(others) > 3)}), "
+                    f"not the output of `{command}`. Give an empty or new directory."
+                )
+            self._save()
+        except OSError as error:
+            raise DataError(f"--out {self.directory} cannot be written: {error}. Choose another directory.") from error
+
+    def _read(self, manifest: Path, command: str) -> dict[str, dict[str, Any]]:
+        try:
+            content = json.loads(manifest.read_text())
+            key, done = content["key"], dict(content["done"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{manifest} cannot be read ({error}); delete {self.directory} and start over.") from error
+        if key != self._key:
+            raise DataError(
+                f"--out {self.directory} holds the output of `{command}` with other arguments, another tokenizer or "
+                "changed input files. Give another directory, or delete this one."
+            )
+        if not os.access(self.directory, os.W_OK):
+            raise DataError(f"--out {self.directory} cannot be written. Choose another directory.")
+        return {name: entry for name, entry in done.items() if (self.directory / name).is_file()}
+
+    def __enter__(self) -> Output:
+        """Use it in a `with`: a command that fails before anything is finished leaves nothing behind."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.done:
+            (self.directory / MANIFEST).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: it was there before, and so stays
+                self.directory.rmdir()
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """What `finish` recorded for a file that is complete, else None."""
+        return self.done.get(name)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write to. It becomes `name` on leaving, unless there was an error or it was deleted meanwhile."""
+        handle, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self.directory)
+        os.close(handle)
+        try:
+            yield Path(partial)
+            if os.path.exists(partial):
+                os.chmod(partial, 0o644)
+                os.replace(partial, self.directory / name)
+        except OSError as error:
+            raise DataError(f"{self.directory / name} cannot be written: {error}.") from error
+        finally:
+            Path(partial).unlink(missing_ok=True)
+
+    def finish(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Record that `name` is complete, with what the command wants to know about it later."""
+        self.done[name] = dict(entry)
+        self._save()
+
+    def remove(self, name: str) -> None:
+        """Delete a file that was only a step on the way, and its entry."""
+        self.done.pop(name, None)
+        self._save()
+        (self.directory / name).unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        with self.writing(MANIFEST) as path:
+            path.write_text(json.dumps({"key": self._key, "done": self.done}, indent=1) + "\n")
+
+
+def write_table(output: Output, name: str, table: pa.Table, entry: Mapping[str, Any]) -> None:
+    """Write a table as one parquet file and record it."""
+    with output.writing(name) as path:
+        pq.write_table(table, path, compression=COMPRESSION)
+    output.finish(name, entry)
+
+
+def join_parts(output: Output, name: str, parts: list[str], entry: Mapping[str, Any]) -> None:
+    """Put part files together into one, a row group each, and delete them."""
+    schema = pq.read_schema(output.directory / parts[0])
+    with output.writing(name) as path, pq.ParquetWriter(path, schema, compression=COMPRESSION) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(output.directory / part))
+    output.finish(name, entry)
+    for part in parts:
+        output.remove(part)
