@@ -6,6 +6,7 @@ tensors mean is the adapter's business; the algorithm only carries, forks, selec
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,47 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+class RowLeaf(ABC):
+    """A leaf of the tree that keeps its rows its own way: rows that share values, slices of a common buffer, ...
+
+    Immutable like the state. What is not a tensor (indices, positions) must not be needed by ``rebuild``'s caller.
+    """
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Number of sequences."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All floating-point tensors, in an order of its own; their first dimension need not count rows."""
+
+    @abstractmethod
+    def rebuild(self, tensors: Sequence[Tensor]) -> RowLeaf:
+        """The same rows over other tensors, given in the order of ``tensors``."""
+
+    @abstractmethod
+    def select(self, indices: Sequence[int]) -> RowLeaf:
+        """The rows at ``indices``; values that rows have in common should not be copied."""
+
+    @abstractmethod
+    def fresh(self) -> RowLeaf:
+        """As many rows before their first token."""
+
+    @classmethod
+    @abstractmethod
+    def stack(cls, leaves: Sequence[Any]) -> RowLeaf:
+        """The rows of all ``leaves`` under each other."""
+
+
 @dataclass(frozen=True)
 class FastWeightState:
     """Fast weights (and convolution tails, shifted tokens, ...) of ``rows`` sequences.
 
     Attributes:
-        tree: nested tuples, lists and dicts. Each tensor leaf has shape [rows, ...]; ``None`` leaves are kept.
+        tree: nested tuples, lists and dicts. Each tensor leaf has shape [rows, ...]; ``None`` leaves are kept. A leaf
+            may also be a :class:`RowLeaf`.
             Recurrent states are float32 (float64 in a float64 model) whatever the activation dtype is.
 
     All methods return a new state; no tensor is ever modified in place, so states that share tensors are
@@ -32,12 +68,13 @@ class FastWeightState:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensor leaves, in tree order."""
-        return [leaf for leaf in pytree.tree_leaves(self.tree) if isinstance(leaf, Tensor)]
+        return self.flatten()[0]
 
     @property
     def rows(self) -> int:
         """Number of sequences."""
-        return self.tensors[0].shape[0]
+        leaf = next(leaf for leaf in pytree.tree_leaves(self.tree) if isinstance(leaf, Tensor | RowLeaf))
+        return leaf.rows if isinstance(leaf, RowLeaf) else leaf.shape[0]
 
     @property
     def num_bytes(self) -> int:
@@ -46,19 +83,32 @@ class FastWeightState:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> FastWeightState:
         """Apply ``function`` to every tensor."""
-        return FastWeightState(
-            pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, self.tree)
-        )
+        return self._each(function, lambda leaf: leaf.rebuild([function(tensor) for tensor in leaf.tensors]))
 
     def select(self, indices: Tensor | Sequence[int]) -> FastWeightState:
         """The rows at ``indices`` (int64 [R]), in that order; an index may occur more than once."""
-        return self.map(lambda tensor: tensor.index_select(0, torch.as_tensor(indices, device=tensor.device)))
+        rows = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        return self._each(
+            lambda tensor: tensor.index_select(0, torch.as_tensor(indices, device=tensor.device)),
+            lambda leaf: leaf.select(rows),
+        )
 
     def fork(self, copies: int) -> FastWeightState:
         """Repeat each row ``copies`` times, copies of one row side by side: [rows * copies, ...]."""
         if copies == 1:
             return self
-        return self.map(lambda tensor: tensor.repeat_interleave(copies, dim=0))
+        return self._each(
+            lambda tensor: tensor.repeat_interleave(copies, dim=0),
+            lambda leaf: leaf.select([row for row in range(leaf.rows) for _ in range(copies)]),
+        )
+
+    def _each(self, of_tensor: Callable[[Tensor], Tensor], of_leaf: Callable[[RowLeaf], RowLeaf]) -> FastWeightState:
+        def apply(leaf: Any) -> Any:
+            if isinstance(leaf, RowLeaf):
+                return of_leaf(leaf)
+            return of_tensor(leaf) if isinstance(leaf, Tensor) else leaf
+
+        return FastWeightState(pytree.tree_map(apply, self.tree))
 
     def detach(self) -> FastWeightState:
         """The same values, cut off from the graph.
@@ -71,7 +121,7 @@ class FastWeightState:
 
     def zeros_like(self) -> FastWeightState:
         """The state before the first token, in the shape of this one."""
-        return self.map(torch.zeros_like)
+        return self._each(torch.zeros_like, lambda leaf: leaf.fresh())
 
     @staticmethod
     def stack(states: Sequence[FastWeightState]) -> FastWeightState:
@@ -79,10 +129,7 @@ class FastWeightState:
         if len(states) == 1:
             return states[0]
         leaves, spec = zip(*(pytree.tree_flatten(state.tree) for state in states), strict=True)
-        joined = [
-            torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)
-        ]
-        return FastWeightState(pytree.tree_unflatten(joined, spec[0]))
+        return FastWeightState(pytree.tree_unflatten([_join(column) for column in zip(*leaves, strict=True)], spec[0]))
 
     @staticmethod
     def gather(states: Sequence[FastWeightState], picks: Sequence[tuple[int, int]]) -> FastWeightState:
@@ -96,6 +143,8 @@ class FastWeightState:
         for position, leaf in enumerate(flat[0][0]):
             if isinstance(leaf, Tensor):
                 columns.append(torch.cat([flat[index][0][position][row : row + 1] for index, row in picks]))
+            elif isinstance(leaf, RowLeaf):
+                columns.append(_gather([leaves[position] for leaves, _ in flat], picks))
             else:
                 columns.append(leaf)
         return FastWeightState(pytree.tree_unflatten(columns, spec))
@@ -103,12 +152,36 @@ class FastWeightState:
     def flatten(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], FastWeightState]]:
         """The tensors and a function that puts tensors in their places into the same tree."""
         leaves, spec = pytree.tree_flatten(self.tree)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        parts = [
+            leaf.tensors if isinstance(leaf, RowLeaf) else [leaf] if isinstance(leaf, Tensor) else [] for leaf in leaves
+        ]
+        total = sum(map(len, parts))
 
         def rebuild(tensors: Sequence[Tensor]) -> FastWeightState:
-            filled = list(leaves)
-            for place, tensor in zip(places, tensors, strict=True):
-                filled[place] = tensor
+            if len(tensors) != total:
+                raise ValueError(f"this state has {total} tensors, {len(tensors)} were given")
+            rest = iter(tensors)
+            filled = []
+            for leaf, part in zip(leaves, parts, strict=True):
+                own = [next(rest) for _ in part]
+                filled.append(leaf.rebuild(own) if isinstance(leaf, RowLeaf) else own[0] if own else leaf)
             return FastWeightState(pytree.tree_unflatten(filled, spec))
 
-        return [leaves[i] for i in places], rebuild
+        return [tensor for part in parts for tensor in part], rebuild
+
+
+def _join(column: Sequence[Any]) -> Any:
+    """One leaf of several states, rows under each other."""
+    first = column[0]
+    if isinstance(first, RowLeaf):
+        return type(first).stack(column)
+    return torch.cat(list(column)) if isinstance(first, Tensor) else first
+
+
+def _gather(leaves: Sequence[RowLeaf], picks: Sequence[tuple[int, int]]) -> RowLeaf:
+    """Row ``row`` of leaf ``index`` for each (index, row): selected where they are, stacked, put in order."""
+    used = sorted({index for index, _ in picks})
+    order = sorted(range(len(picks)), key=lambda place: picks[place][0])
+    parts = [leaves[index].select([row for other, row in picks if other == index]) for index in used]
+    stacked = parts[0] if len(parts) == 1 else type(parts[0]).stack(parts)
+    return stacked.select(sorted(range(len(order)), key=order.__getitem__))
