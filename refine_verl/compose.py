@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -25,9 +24,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from refine_verl.config import ConfigError, ModelSettings, RefineSettings
+from refine_verl.naming import experiment_name
 
 PACKAGE = Path(__file__).parent
 CONFIG_DIR = PACKAGE / "conf"
@@ -35,8 +35,6 @@ CONFIG_NAME = "refine"
 RECIPES_PATH_VARIABLE = "REFINE_RECIPES_PATH"
 GROUPS = {"recipe": "_global_", "model": "model"}
 """Hydra groups of ours, with the place in the configuration that their files describe."""
-
-MAX_NAME = 120
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +60,10 @@ class ConfigFile:
 def register_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFile]:
     """Make recipes and presets known to Hydra; safe to call again.
 
+    A file that is no YAML mapping is left out (see `broken_configs`).
+
     Raises:
-        ConfigError: a directory of REFINE_RECIPES_PATH does not exist, a file is not a YAML mapping, or two
-            files of a group have the same name.
+        ConfigError: a directory of REFINE_RECIPES_PATH does not exist, or two files of a group have the same name.
     """
     _register_sections()
     store = ConfigStore.instance()
@@ -92,11 +91,20 @@ def _register_sections() -> None:
 
 
 def find_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFile]:
-    """All recipes and presets: the shipped ones, then those of REFINE_RECIPES_PATH.
+    """All recipes and presets that can be read: the shipped ones, then those of REFINE_RECIPES_PATH.
 
     Raises:
-        ConfigError: see `register_configs`.
+        ConfigError: a directory of REFINE_RECIPES_PATH does not exist, or two files of a group have the same name.
     """
+    return [item for item in _read_configs(environment).values() if isinstance(item, ConfigFile)]
+
+
+def broken_configs(environment: Mapping[str, str] | None = None) -> dict[tuple[str, str], ConfigError]:
+    """(group, name) of the files that are no YAML mapping, with file, line and reason; they stop nobody else's run."""
+    return {key: item for key, item in _read_configs(environment).items() if isinstance(item, ConfigError)}
+
+
+def _read_configs(environment: Mapping[str, str] | None) -> dict[tuple[str, str], ConfigFile | ConfigError]:
     places = [("recipe", PACKAGE / "recipes"), ("model", PACKAGE / "presets")]
     for entry in (os.environ if environment is None else environment).get(RECIPES_PATH_VARIABLE, "").split(os.pathsep):
         if not entry.strip():
@@ -105,36 +113,49 @@ def find_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFil
         if not directory.is_dir():
             raise ConfigError(RECIPES_PATH_VARIABLE, f"{directory} is not a directory.")
         places += [("recipe", directory), ("model", directory / "model")]
-    found: dict[tuple[str, str], ConfigFile] = {}
+    paths: dict[tuple[str, str], Path] = {}
     for group, directory in places:
         for path in sorted(directory.glob("*.yaml")):
-            file = ConfigFile(group=group, name=path.stem, path=path, content=_load_mapping(path))
-            other = found.setdefault((group, file.name), file)
-            if other.path.resolve() != path.resolve():
+            other = paths.setdefault((group, path.stem), path)
+            if other.resolve() != path.resolve():
                 raise ConfigError(
                     RECIPES_PATH_VARIABLE,
-                    f"{group} {file.name!r} is defined twice, in {other.path} and {path}. Rename one of them.",
+                    f"{group} {path.stem!r} is defined twice, in {other} and {path}. Rename one of them.",
                 )
-    return list(found.values())
+    return {(group, name): _read_config(group, path) for (group, name), path in paths.items()}
+
+
+def _read_config(group: str, path: Path) -> ConfigFile | ConfigError:
+    try:
+        return ConfigFile(group=group, name=path.stem, path=path, content=_load_mapping(path))
+    except ConfigError as error:
+        return error
 
 
 def read_config_dir(directory: Path) -> list[ConfigFile]:
-    """The recipes and presets of a directory in Hydra's own layout (`--config-dir`)."""
-    return [
-        ConfigFile(group=group, name=path.stem, path=path, content=_load_mapping(path))
-        for group in GROUPS
-        for path in sorted((directory / group).glob("*.yaml"))
-    ]
+    """The recipes and presets of a directory in Hydra's own layout (`--config-dir`), without those that are broken."""
+    found = [_read_config(group, path) for group in GROUPS for path in sorted((directory / group).glob("*.yaml"))]
+    return [item for item in found if isinstance(item, ConfigFile)]
 
 
 def _load_mapping(path: Path) -> DictConfig:
     try:
         content = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"is not valid YAML: {' '.join(str(error).split())}") from error
+    except YAMLError as error:
+        raise ConfigError(str(path), yaml_problem(error)) from error
+    except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(str(path), "must hold keys and values, as a mapping.")
     return content
+
+
+def yaml_problem(error: YAMLError) -> str:
+    """What is wrong with a YAML file, and in which line."""
+    mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+    if mark is None:
+        return f"is not valid YAML: {' '.join(str(error).split())}."
+    return f"is not valid YAML: line {mark.line + 1}: {error.problem or error.context}."
 
 
 def _model_defaults() -> dict[str, Any]:
@@ -193,22 +214,6 @@ def _scratch_directory() -> str:
 
 
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
-
-
-def experiment_name() -> str:
-    """Name of the run: its recipes, and in a multirun the overrides that set this run apart."""
-    if not HydraConfig.initialized():
-        return "run"
-    hydra = HydraConfig.get()
-    given = cast("list[str]", OmegaConf.to_container(hydra.overrides.task, resolve=False))
-    chosen = [item.removeprefix("recipe=") for item in given if item.startswith("recipe=")]
-    recipes = re.findall(r"[^\[\],'\" ]+", chosen[-1] if chosen else "run")
-    overrides = given if "MULTIRUN" in str(hydra.mode) else []
-    parts = [*recipes, *(item for item in overrides if not item.startswith(("recipe=", "trainer.")))]
-    name = re.sub(r"[^\w.=-]+", "-", "_".join(parts)).strip("-")
-    if len(name) <= MAX_NAME:
-        return name
-    return f"{name[:MAX_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 # Composition inside a process

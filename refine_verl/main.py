@@ -20,13 +20,23 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from yaml import YAMLError
 
+from refine_verl.commandline import (
+    CommandLine,
+    exclude_shared,
+    read_command_line,
+    refuse_shared_directory,
+    sweep_jobs,
+)
 from refine_verl.compose import (
     CONFIG_DIR,
     CONFIG_NAME,
     RECIPES_PATH_VARIABLE,
     ConfigFile,
     base_schema,
+    broken_configs,
+    compose_config,
     find_configs,
     read_config_dir,
     register_configs,
@@ -36,6 +46,8 @@ from refine_verl.config import ConfigError, list_settings
 from refine_verl.data import DataError
 from refine_verl.messages import readable
 from refine_verl.validate import validate
+
+logger = logging.getLogger(__name__)
 
 FAILED = 1
 BAD_INPUT = 2
@@ -69,18 +81,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _configure_logging()
+    shows = False
     try:
         if {"-h", "--help"} & set(arguments):
             _print_help()
             return 0
+        command = read_command_line(arguments)
+        shows = command.shows
         register_configs()
-        return _run_hydra(arguments)
+        for broken in broken_configs().values():
+            logger.warning("%s It is left out.", broken)
+        return _run_hydra(_prepare_sweep(command) if command.multirun else command.arguments)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return BAD_INPUT if code and shows else code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, DataError, HydraException, OmegaConfBaseException, YAMLError) as error:
         return _refuse(error)
+
+
+def _prepare_sweep(command: CommandLine) -> list[str]:
+    """Check all jobs of a sweep before the first one starts; returns the arguments for Hydra.
+
+    Raises:
+        ConfigError, DataError, hydra.errors.HydraException: what is wrong with the first job that cannot run, or two
+            jobs with one run directory.
+    """
+    apart = exclude_shared(command.overrides)
+    jobs = sweep_jobs(command.overrides) or []
+    directories = [command.config_dir] if command.config_dir else []
+    files = find_configs() + [file for item in directories for file in read_config_dir(Path(item))]
+    runs = [validate(compose_config([*job, apart, "hydra.mode=MULTIRUN"], directories), files) for job in jobs]
+    refuse_shared_directory(jobs, [run.config.trainer.default_local_dir for run in runs])
+    _quieten_third_parties()
+    from refine_verl.models.errors import ModelError
+    from refine_verl.preflight import check_run
+
+    for valid in runs:
+        try:
+            check_run(valid)
+        except ModelError as error:
+            raise ConfigError("", str(error)) from error
+    return [*command.arguments, apart]
 
 
 def _run_hydra(arguments: list[str]) -> int:

@@ -6,8 +6,9 @@ import re
 
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
+from yaml import YAMLError
 
-from refine_verl.compose import GROUPS, find_configs
+from refine_verl.compose import GROUPS, broken_configs, find_configs, yaml_problem
 from refine_verl.config import did_you_mean
 from refine_verl.schema import nearest_key
 
@@ -24,6 +25,9 @@ def readable(error: Exception, schema: DictConfig) -> str:
     """
     if isinstance(error, MissingConfigException):
         return _unknown_file(error)
+    if isinstance(error, YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        return f"{mark.name}: {yaml_problem(error)}" if mark else yaml_problem(error)
     text = str(error).strip()
     if found := re.match(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1], schema)
@@ -44,6 +48,8 @@ def _unknown_file(error: MissingConfigException) -> str:
     group, _, name = str(error.missing_cfg_file).rpartition("/")
     if group not in GROUPS:
         return " ".join(str(error).split("Config search path")[0].split())
+    if broken := broken_configs().get((group, name)):
+        return f"{group}={name} cannot be used: {broken}"
     names = list(error.options or [])
     hint = did_you_mean(name, [item for item in names or _names(group) if item not in FOREIGN_PRESETS])
     parent = re.match(r"In '(?:recipe|model)/([^']+)'", str(error))

@@ -78,6 +78,20 @@ def prepare_run(valid: ValidConfig) -> PreparedRun:
         ConfigError, refine_verl.data.DataError, refine_verl.models.loading.ModelError: a reward, a file, a
             tokenizer or a model that cannot be used.
     """
+    info = check_run(valid)
+    _say_where_weights_come_from(valid, info)
+    tokenizer = _load_tokenizer(valid, info)
+    train = _prepare_training(valid, tokenizer)
+    validation = _prepare_validation(valid.data, tokenizer)
+    return PreparedRun(valid=valid, model=info, tokenizer=tokenizer, train=train, validation=validation)
+
+
+def check_run(valid: ValidConfig) -> ModelInfo:
+    """Everything that can be checked without reading documents; writes nothing.
+
+    Raises:
+        ConfigError, refine_verl.data.DataError, refine_verl.models.loading.ModelError: see `prepare_run`.
+    """
     from refine_verl.models.loading import inspect_model
     from refine_verl.trainer.advantage import check_estimator
     from refine_verl.trainer.checkpoints import check_checkpoint
@@ -91,12 +105,8 @@ def prepare_run(valid: ValidConfig) -> PreparedRun:
     check_against_verl(valid.config)
     check_estimator(valid.config.algorithm.adv_estimator)
     check_checkpoint(valid.config, info.config)
-    _say_where_weights_come_from(valid, info)
     _find_documents(valid.data)
-    tokenizer = _load_tokenizer(valid, info)
-    train = _prepare_training(valid, tokenizer)
-    validation = _prepare_validation(valid.data, tokenizer)
-    return PreparedRun(valid=valid, model=info, tokenizer=tokenizer, train=train, validation=validation)
+    return info
 
 
 def _import_external_lib(names: str | Sequence[str] | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refine_verl.compose import compose_config, find_configs, register_configs
+from refine_verl.compose import broken_configs, compose_config, find_configs, register_configs
 from refine_verl.config import ConfigError
 
 RecipeFile = Callable[..., Path]
@@ -96,12 +96,22 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
         find_configs({"REFINE_RECIPES_PATH": str(tmp_path / "nowhere")})
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a\n- b\n", "keys and values")])
-def test_a_file_that_is_no_recipe(recipe_file: RecipeFile, text: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("refine:\n  nsp: [\n", "not valid YAML: line 3"),
+        ("- a\n- b\n", "keys and values"),
+        ("a: ${\n", "cannot be read"),
+    ],
+)
+def test_a_broken_file_is_left_out_and_named(recipe_file: RecipeFile, text: str, message: str) -> None:
+    recipe_file("mine", MINE)
     path = recipe_file("broken", text)
-    with pytest.raises(ConfigError, match=message) as caught:
-        find_configs()
-    assert str(path) in str(caught.value)
+    assert {file.name for file in find_configs()} >= {"mine", "midtrain"}
+    assert "broken" not in {file.name for file in find_configs()}
+    said = str(broken_configs()["recipe", "broken"])
+    assert message in said and str(path) in said
+    assert compose_config(["recipe=mine"]).refine.nsp.chunks == 4
 
 
 def test_a_recipe_that_is_gone_is_forgotten(recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch) -> None:
