@@ -162,16 +162,12 @@ def run(settings: LongBenchSettings) -> None:
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else None,
     }
     rows = []
-    with (
-        Output(Path(settings.out).expanduser(), "prepare longbench", arguments) as output,
-        progress_bar("tasks", len(sources)) as step,
-    ):
+    with Output(Path(settings.out).expanduser(), "prepare longbench", arguments) as output:
         for task, source in sources.items():
             name = f"{task}.parquet"
             if (entry := output.finished(name)) is None:
                 entry = _write_task(output, name, task, source, tokenizer, settings)
             rows.append((task, entry["rows"], len(entry["lengths"]), *spread(list(filter(None, entry["lengths"])))))
-            step()
     notes = [
         "Tokens are those of prompt and longest reference, with " + settings.tokenizer + "."
         if settings.tokenizer

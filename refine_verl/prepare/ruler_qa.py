@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
 )
 _FORMAT = 1
 _PART_ROWS = 100
+_KEYS = {"train": "data.train_files", "test": "data.val_files"}
 _ATTEMPTS = 6
 
 
@@ -310,6 +311,6 @@ def _report(
         f"--length {settings.length}.",
         f"Tokens are those of prompt and longest reference, with {settings.tokenizer}; prompts leave at least "
         f"{settings.answer_tokens} tokens for the answer.",
-        f"Use: data.train_files={settings.out}/..._train.parquet data.val_files={settings.out}/..._test.parquet",
+        "Use: " + " ".join(f"{_KEYS[split]}={settings.out}/{entry['file']}" for split, entry in entries.items()),
     ]
     show_table(f"RULER {settings.source} at {settings.length} tokens", columns, rows, notes)
