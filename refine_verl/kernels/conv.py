@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from refine_verl.kernels.chunking import sequence_lengths
 from refine_verl.kernels.delta_rule import check_unknown
+from refine_verl.kernels.recording import ConvHistory, active_recorder
 
 
 @functools.lru_cache(maxsize=32)
@@ -162,7 +163,11 @@ def causal_conv1d(
     if not output_final_state:
         return y, None
     final = padded[0].index_select(0, last).view(count, width, channels) if packed else padded[:, tokens:]
-    return y, final.transpose(1, 2).contiguous()
+    final = final.transpose(1, 2).contiguous()
+    if (recorder := active_recorder()) is not None:
+        sizes = torch.tensor(lengths) + width
+        recorder.add(final, ConvHistory(inputs=padded.flatten(0, 1), start=sizes.cumsum(0) - sizes, width=width))
+    return y, final
 
 
 def causal_conv1d_update(

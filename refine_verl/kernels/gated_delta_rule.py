@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from refine_verl.kernels.delta_rule import check_unknown, run_scan
+from refine_verl.kernels.recording import active_recorder
 
 
 def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor | None) -> torch.Tensor:
@@ -50,7 +51,10 @@ def _gated(
         initial_state = initial_state.transpose(-1, -2)
     out, final = run_scan(name, q, k, v, beta, g, initial_state=initial_state, **scan)
     if final is not None and state_v_first:
-        final = final.transpose(-1, -2).contiguous()
+        as_stored = final.transpose(-1, -2).contiguous()
+        if (recorder := active_recorder()) is not None:
+            recorder.add_transposed(as_stored, final)
+        final = as_stored
     return out, final
 
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from refine_verl.config import NSPSettings
-from refine_verl.models import reference
-from refine_verl.models.adapters import ModelAdapter, get_adapter
+from refine_verl.models import answers, reference
+from refine_verl.models.adapters import ModelAdapter, TracingAdapter, get_adapter
 from refine_verl.models.head import IGNORED, FusedHead
-from refine_verl.models.packing import Documents, Packed, pack
+from refine_verl.models.packing import Documents, Packed
 from refine_verl.models.state import FastWeightState
+from refine_verl.models.trace import Trace, read_in_segments
 from refine_verl.nsp import align_entropy, sample_from_logits, select_positions
 
 # Replaying from the nearest snapshot then costs at most c * T / (8 c) = T / 8 tokens for all positions together.
@@ -86,14 +87,22 @@ class Branches:
         return (self.positions + 1).t().tolist()
 
 
-_MODES = {"rollout": "rollout", "update": "update", "score": "score", "generate": "generate_tokens"}
+_MODES = {
+    "rollout": "rollout",
+    "update": "update",
+    "score": "score",
+    "generate": "generate_tokens",
+    "answer": "answer",
+    "answer_log_probs": "answer_log_probs",
+}
+_TRAINED = ("update", "answer_log_probs")
 
 
 class FastWeightActor(nn.Module):
     """Mixed into a model's class by :func:`make_actor`; state-dict keys and export stay those of the model.
 
-    ``forward(mode=...)`` runs :meth:`rollout`, :meth:`update`, :meth:`score` or (``generate``) :meth:`generate_tokens`;
-    without a mode it is the model's own forward pass.
+    ``forward(mode=...)`` runs :meth:`rollout`, :meth:`update`, :meth:`score`, (``generate``) :meth:`generate_tokens`,
+    :meth:`answer` or :meth:`answer_log_probs`; without a mode it is the model's own forward pass.
     """
 
     adapter: ModelAdapter
@@ -105,10 +114,10 @@ class FastWeightActor(nn.Module):
         if mode is None:
             return super().forward(*args, **kwargs)
         run: Callable[..., Any] = getattr(self, _MODES[mode])
-        with self._autocast(), nullcontext() if mode == "update" else torch.no_grad():
+        with self._autocast(), nullcontext() if mode in _TRAINED else torch.no_grad():
             return run(*args, **kwargs)
 
-    # The four modes
+    # The modes
 
     def rollout(self, documents: Documents, nsp: NSPSettings, draws: RolloutDraws, snapshots: int) -> RolloutBatch:
         """Steps 1 and 2 of the paper: choose positions by entropy, continue from each (Eq. 5-8).
@@ -119,15 +128,15 @@ class FastWeightActor(nn.Module):
             draws: the random numbers to use.
             snapshots: in how many segments to read (:func:`snapshot_count`); the same on all ranks.
         """
-        hidden, kept = self._read(documents, snapshots if nsp.rollout == "fork" else 0)
+        hidden, trace = self._read(documents, snapshots if nsp.rollout == "fork" else 0)
         entropy = list(self._head(torch.cat(hidden), "entropy").split(documents.lengths))
         positions = torch.stack([self._select(entropy[b], nsp, draws.positions[b]) for b in range(len(documents))]).to(
             documents.tokens.device
         )
-        if nsp.rollout == "prefix":
+        if trace is None:
             tokens, log_probs, predicted = reference.rollout(self, documents, positions, nsp, draws.tokens)
         else:
-            state = self._replay(documents, positions, kept)
+            state = trace.after(positions)
             last = torch.stack([hidden[b][t] for b, row in enumerate(positions.tolist()) for t in row])
             tokens, log_probs, predicted = self._continue(last, state, nsp, draws.tokens)
         steps = torch.arange(1, nsp.rollout_length + 1, device=positions.device)
@@ -159,17 +168,14 @@ class FastWeightActor(nn.Module):
         if branches is None:
             borders = documents.even_cuts(nsp.chunks + 1 if self.checkpoint_segments else 1)
             hidden, _, order = self._trunk(documents, borders, keep=())
-            return {"ntp_loss_sum": self._next_token_loss(hidden, order)}
+            targets = torch.cat([segment.targets for segment in order])
+            return {"ntp_loss_sum": self._next_token_loss(documents, torch.cat(hidden), targets)}
         if nsp.rollout == "prefix":
             return reference.update(self, documents, branches, nsp)
-        # S in c+1 segments cut after the chosen positions, the state carried from one to the next
-        borders = [[0] * len(documents), *branches.cuts, list(documents.lengths)]
-        hidden, states, order = self._trunk(documents, borders, keep=range(nsp.chunks))
-        loss = self._next_token_loss(hidden, order)
-        # all forked states under each other (chunk by chunk), k-1 tokens each, in one pass
-        last = torch.cat([part[run.last] for part, run in zip(hidden[:-1], order[:-1], strict=True)])
-        log_probs = self._branch_log_probs(last, FastWeightState.stack(states), branches.tokens, nsp)
-        return {"ntp_loss_sum": loss, "log_probs": log_probs}
+        hidden, targets, last, state = self._fork(documents, branches)
+        loss = self._next_token_loss(documents, hidden, targets)
+        # all forked states under each other, k-1 tokens each, in one pass
+        return {"ntp_loss_sum": loss, "log_probs": self._branch_log_probs(last, state, branches.tokens, nsp)}
 
     def score(self, documents: Documents) -> tuple[Tensor, Tensor]:
         """Next-token loss and accuracy of each document.
@@ -207,20 +213,26 @@ class FastWeightActor(nn.Module):
         Returns:
             int64 [N, max_new_tokens]; what follows a row's first stop token is IGNORED (-100).
         """
-        packed = prompts.cut([0] * len(prompts), prompts.lengths)
-        hidden, state = self.run(packed, None, keep_state=True)
-        last = hidden[packed.last]
-        uniforms = torch.zeros(len(prompts), max_new_tokens) if draws is None else draws
-        stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=last.device)
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=last.device)
-        written: list[Tensor] = []
-        for step in range(max_new_tokens):
-            token, _ = sample_from_logits(self._head(last), uniforms[:, step].to(last.device), temperature)
-            written.append(token.masked_fill(done, IGNORED))
-            done = done | torch.isin(token, stops)
-            if step + 1 < max_new_tokens:
-                last, state = self.run(_column(token), state, keep_state=True)
-        return torch.stack(written, dim=1)
+        written = answers.write(
+            self,
+            prompts,
+            [max_new_tokens] * len(prompts),
+            max_new_tokens,
+            temperature=temperature,
+            draws=draws,
+            stop_tokens=stop_tokens,
+        )
+        return written.tokens.masked_fill(~written.mask, IGNORED).squeeze(1)
+
+    def answer(self, prompts: Documents, **kwargs: Any) -> answers.Answers:
+        """Write answers to prompts; see :func:`refine_verl.models.answers.write`."""
+        return answers.write(self, prompts, **kwargs)
+
+    def answer_log_probs(
+        self, prompts: Documents, tokens: Tensor, lengths: Tensor, temperature: float, segments: int
+    ) -> dict[str, Tensor]:
+        """``log_probs`` [N * n, A] of answers, to be trained; see :func:`refine_verl.models.answers.log_probs`."""
+        return {"log_probs": answers.log_probs(self, prompts, tokens, lengths, temperature, segments)}
 
     # The passes they are made of
 
@@ -232,28 +244,20 @@ class FastWeightActor(nn.Module):
         hidden, after = self.adapter.run(self, packed, state, keep_state)
         return hidden.reshape(-1, hidden.shape[-1]), after
 
-    def _read(
-        self, documents: Documents, snapshots: int
-    ) -> tuple[list[Tensor], list[tuple[list[int], FastWeightState | None]]]:
-        """One pass over S that keeps the state at even intervals (``snapshots`` 0: none).
+    def _read(self, documents: Documents, snapshots: int) -> tuple[list[Tensor], Trace | None]:
+        """One pass over S: hidden states [T, d] of each document, and its states (None for 0 ``snapshots``)."""
+        if snapshots == 0:
+            packed = documents.cut([0] * len(documents), documents.lengths)
+            return list(self.run(packed, None, keep_state=False)[0].split(packed.lengths)), None
+        return self._trace(documents) or read_in_segments(self.run, documents, snapshots)
 
-        Returns:
-            Hidden states [T, d] of each document, and for each segment its first tokens and the state before it.
-        """
-        borders = documents.even_cuts(max(snapshots, 1))
-        parts: list[list[Tensor]] = []
-        kept: list[tuple[list[int], FastWeightState | None]] = []
-        state: FastWeightState | None = None
-        for starts, stops in zip(borders, borders[1:], strict=False):
-            kept.append((starts, state))
-            # a document that has ended reads any token instead: nothing looks at its state any more
-            packed = documents.cut(starts, [max(stop, start + 1) for start, stop in zip(starts, stops, strict=True)])
-            hidden, state = self.run(packed, state, keep_state=snapshots > 0)
-            pieces = zip(hidden.split(packed.lengths), starts, stops, strict=True)
-            parts.append([piece[: stop - start] for piece, start, stop in pieces])
-        if state is not None:
-            kept[0] = (borders[0], state.zeros_like())
-        return [torch.cat(column) for column in zip(*parts, strict=True)], kept
+    def _trace(self, documents: Documents) -> tuple[list[Tensor], Trace] | None:
+        if not isinstance(self.adapter, TracingAdapter):
+            return None
+        traced = self.adapter.trace(self, documents)
+        if traced is not None:
+            self.forward_tokens += documents.total
+        return traced
 
     @staticmethod
     def _select(entropy: Tensor, nsp: NSPSettings, draws: Tensor) -> Tensor:
@@ -267,21 +271,6 @@ class FastWeightActor(nn.Module):
             window=nsp.smoothing_window,
             uniforms=draws,
         )
-
-    def _replay(
-        self, documents: Documents, positions: Tensor, snapshots: list[tuple[list[int], FastWeightState | None]]
-    ) -> FastWeightState:
-        """States after x_t for every position, [N * c] rows: replayed from the nearest snapshot before, in one pass."""
-        picks, runs = [], []
-        for b, row in enumerate(positions.tolist()):
-            for t in row:
-                index = max(i for i, (starts, _) in enumerate(snapshots) if starts[b] <= t)
-                picks.append((index, b))
-                runs.append(documents.tokens[b, snapshots[index][0][b] : t + 1])
-        states = [state for _, state in snapshots if state is not None]
-        _, state = self.run(pack(runs), FastWeightState.gather(states, picks), keep_state=True)
-        assert state is not None
-        return state
 
     def _continue(
         self, last: Tensor, state: FastWeightState, nsp: NSPSettings, draws: Tensor
@@ -315,6 +304,29 @@ class FastWeightActor(nn.Module):
             torch.stack(log_probs, dim=1).view(shape),
             torch.stack(states, dim=1).view(*shape, -1),
         )
+
+    def _fork(self, documents: Documents, branches: Branches) -> tuple[Tensor, Tensor, Tensor, FastWeightState]:
+        """Read S and fork its state after every chosen position.
+
+        Returns:
+            Hidden states [tokens, d] of the documents and the token each predicts [tokens], in any one order; hidden
+            states [N * c, d] at x_t and states after x_t ([N * c] rows), document by document.
+        """
+        traced = None if self.checkpoint_segments else self._trace(documents)
+        if traced is not None:
+            parts, trace = traced
+            whole = documents.cut([0] * len(documents), documents.lengths)
+            last = torch.cat([part[at] for part, at in zip(parts, branches.positions, strict=True)])
+            targets = _next_tokens(documents, whole, documents.lengths)
+            return torch.cat(parts), targets, last, trace.after(branches.positions)
+        # in c+1 segments cut after the chosen positions, the state carried from one to the next
+        borders = [[0] * len(documents), *branches.cuts, list(documents.lengths)]
+        chunks = len(branches.cuts)
+        hidden, states, order = self._trunk(documents, borders, keep=range(chunks))
+        last = torch.stack([part[run.last] for part, run in zip(hidden[:-1], order[:-1], strict=True)], dim=1)
+        picks = [(chunk, b) for b in range(len(documents)) for chunk in range(chunks)]
+        targets = torch.cat([segment.targets for segment in order])
+        return torch.cat(hidden), targets, last.flatten(0, 1), FastWeightState.gather(states, picks)
 
     def _trunk(
         self, documents: Documents, borders: list[list[int]], keep: Sequence[int]
@@ -357,35 +369,35 @@ class FastWeightActor(nn.Module):
         """Log-probabilities of the rollouts from the forked states.
 
         Args:
-            last: [c * N, d] hidden state at x_t, chunk by chunk.
-            state: [c * N] rows, after x_t.
+            last: [N * c, d] hidden state at x_t.
+            state: [N * c] rows, after x_t.
             tokens: int64 [N, c, n, k].
             nsp: n, k, temperature and how far the gradient goes.
 
         Returns:
             [N * c * n, k], in the order of ``tokens``.
         """
-        documents, chunks, copies, length = tokens.shape
+        copies, length = tokens.shape[2:]
+        tokens = tokens.flatten(0, 2)
         if nsp.grad_scope == "branch":
             last, state = last.detach(), state.detach()
-        by_chunk = tokens.transpose(0, 1).reshape(-1, length)
-        first = last.repeat_interleave(copies, dim=0).unsqueeze(1)
+        hidden = last.repeat_interleave(copies, dim=0).unsqueeze(1)
         if length > 1:
-            rest = by_chunk[:, :-1]
-            packed = Packed(rest, (length - 1,) * rest.shape[0], None)
-            hidden, _ = self._segment(packed, state.fork(copies), keep_state=False)
-            first = torch.cat([first, hidden.view(*rest.shape, -1)], dim=1)
-        log_probs = self.log_probs(first, by_chunk, nsp.temperature)
-        return log_probs.view(chunks, documents, copies, length).transpose(0, 1).reshape(-1, length)
+            rest = Packed(tokens[:, :-1], (length - 1,) * len(tokens), None)
+            after, _ = self._segment(rest, state.fork(copies), keep_state=False)
+            hidden = torch.cat([hidden, after.view(*rest.tokens.shape, -1)], dim=1)
+        return self.log_probs(hidden, tokens, nsp.temperature)
 
     def log_probs(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         """Log-probabilities [R, k] of ``tokens`` [R, k], each predicted from ``hidden`` [R, k, d]."""
         flat = self._head(hidden.flatten(0, 1), "log_probs", targets=tokens.flatten(), temperature=temperature)
         return flat.view(tokens.shape)
 
-    def _next_token_loss(self, hidden: list[Tensor], order: list[_Segment]) -> Tensor:
-        targets = torch.cat([segment.targets for segment in order])
-        return self._head(torch.cat(hidden), "cross_entropy", targets=targets)
+    def _next_token_loss(self, documents: Documents, hidden: Tensor, targets: Tensor) -> Tensor:
+        if documents.learn_from is not None:
+            # most tokens may be a prompt's, and logits of these are not worth making
+            hidden, targets = hidden[targets != IGNORED], targets[targets != IGNORED]
+        return self._head(hidden, "cross_entropy", targets=targets)
 
     def _head(self, hidden: Tensor, task: str = "logits", **kwargs: Any) -> Any:
         return self.get_output_embeddings()(hidden, task=task, **kwargs)  # type: ignore[operator]
@@ -410,12 +422,16 @@ class _Segment:
 
 
 def _next_tokens(documents: Documents, packed: Packed, stops: Sequence[int]) -> Tensor:
-    """Target of every token of a packed segment: its successor, IGNORED for the last token of a document."""
+    """Target of every token of a packed segment: its successor, IGNORED for the last token of a document and
+    for what lies before `Documents.learn_from`."""
     runs = []
     for b, (length, stop) in enumerate(zip(packed.lengths, stops, strict=True)):
         following = documents.tokens[b, stop - length + 1 : stop + 1]
         if stop == documents.lengths[b]:
             following = torch.cat([following[: length - 1], following.new_full((1,), IGNORED)])
+        if documents.learn_from is not None:
+            skipped = min(max(documents.learn_from[b] - (stop - length + 1), 0), length)
+            following = torch.cat([following.new_full((skipped,), IGNORED), following[skipped:]])
         runs.append(following)
     return torch.cat(runs)
 

@@ -7,13 +7,17 @@ method; see docs/extending.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from refine_verl.models.packing import Packed
+from refine_verl.kernels.patch import cpu_kernels_in_use
+from refine_verl.kernels.recording import Recorder, record_states
+from refine_verl.models.packing import Documents, Packed
 from refine_verl.models.state import FastWeightState
+from refine_verl.models.trace import Trace
 
 
 class ModelAdapter(Protocol):
@@ -34,6 +38,24 @@ class ModelAdapter(Protocol):
             Hidden states after the final norm, [rows, L, d] in the layout of ``packed.tokens``, and the state
             after the tokens (None unless ``keep_state``). Must not modify ``state``; both results are
             differentiable with respect to the parameters and to ``state``.
+        """
+        ...
+
+
+@runtime_checkable
+class TracingAdapter(ModelAdapter, Protocol):
+    """An adapter that can do more: read documents once, uncut, and give the state after any token afterwards.
+
+    Optional. Without it, documents are read in segments and the states between them are replayed.
+    """
+
+    def trace(self, model: nn.Module, documents: Documents) -> tuple[list[Tensor], Trace] | None:
+        """Read documents from their first token.
+
+        Returns:
+            Hidden states [T, d] of each document after the final norm, and the states on the way, both
+            differentiable where gradients are enabled; None where this cannot be done (the same answer on all
+            ranks).
         """
         ...
 
@@ -102,6 +124,30 @@ class FlaAdapter:
             return output.last_hidden_state, None
         layers = tuple(dict(layer) for layer in output.past_key_values)
         return output.last_hidden_state, FastWeightState(layers)
+
+    def trace(self, model: nn.Module, documents: Documents) -> tuple[list[Tensor], Trace] | None:
+        """On the CPU, where the kernels are ours; fla's own kernels give out final states only."""
+        if not cpu_kernels_in_use():
+            return None
+        packed = documents.cut([0] * len(documents), documents.lengths)
+        with record_states() as recorder:
+            hidden, state = self.run(model, packed, None, keep_state=True)
+        assert state is not None
+        if not all(recorder.covers(tensor) for tensor in state.tensors):
+            return None
+        return list(hidden.flatten(0, 1).split(packed.lengths)), _RecordedTrace(state, recorder)
+
+
+@dataclass(frozen=True)
+class _RecordedTrace:
+    """The final states of a pass and how the kernels got there."""
+
+    final: FastWeightState
+    recorder: Recorder
+
+    def after(self, positions: Tensor) -> FastWeightState:
+        sequences = torch.arange(len(positions)).repeat_interleave(positions.shape[1])
+        return self.final.map(lambda tensor: self.recorder.at(tensor, sequences, positions.flatten()))
 
 
 def _decodes_in_place(packed: Packed) -> bool:

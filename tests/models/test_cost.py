@@ -15,10 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from refine_verl.config import NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, snapshot_count
+from refine_verl.models.adapters import FlaAdapter
 
 Make = Callable[..., FastWeightActor]
 NSP = NSPSettings(chunks=8, rollout_length=5)
 LENGTH = 2048
+
+
+class InSegments(FlaAdapter):
+    """As on a GPU: no trace."""
+
+    trace = None  # type: ignore[assignment]
 
 
 def at_the_dearest_places(actor: FastWeightActor, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
@@ -45,7 +52,7 @@ def counted(actor: FastWeightActor, documents: Documents, nsp: NSPSettings) -> t
 
 def test_forking_costs_little_more_than_reading(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 1.15 passes over S for rollouts and 2.2 for a step, wherever the positions are."""
-    actor, documents = make(), documents_of([LENGTH])
+    actor, documents = make(adapter=InSegments()), documents_of([LENGTH])
     at_the_dearest_places(actor, monkeypatch, LENGTH)
     written, trained = counted(actor, documents, NSP)
     generated = NSP.chunks * NSP.rollout_length
@@ -53,6 +60,12 @@ def test_forking_costs_little_more_than_reading(make: Make, monkeypatch: pytest.
     assert trained == LENGTH + generated - NSP.chunks
     assert written <= 1.15 * LENGTH
     assert written + trained <= 2.2 * LENGTH
+
+
+def test_where_the_kernels_keep_their_states_nothing_is_read_twice(make: Make) -> None:
+    actor, documents = make(), documents_of([LENGTH])
+    generated = NSP.chunks * NSP.rollout_length
+    assert counted(actor, documents, NSP) == (LENGTH + generated, LENGTH + generated - NSP.chunks)
 
 
 def test_recomputing_prefixes_costs_many_passes(make: Make) -> None:

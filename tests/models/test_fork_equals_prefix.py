@@ -28,6 +28,20 @@ from refine_verl.nsp import (
 )
 
 RELATIVE = 1e-9
+
+
+class InSegments(adapters_module.FlaAdapter):
+    """As on a GPU: no trace, so documents are read in segments and states are replayed."""
+
+    trace = None  # type: ignore[assignment]
+
+
+@pytest.fixture(params=["trace", "segments"])
+def make(make: Callable[..., FastWeightActor], request: pytest.FixtureRequest) -> Callable[..., FastWeightActor]:
+    """Both ways of reading a document."""
+    return lambda **kwargs: make(adapter=InSegments() if request.param == "segments" else None, **kwargs)
+
+
 NSP = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=2)
 
 

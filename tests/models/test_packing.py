@@ -21,6 +21,7 @@ from torch import Tensor
 
 from refine_verl.config import NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, RolloutBatch, pack, snapshot_count
+from refine_verl.models.adapters import FlaAdapter
 
 Make = Callable[..., FastWeightActor]
 LENGTHS = (40, 33, 51)
@@ -166,7 +167,11 @@ def test_padding_is_never_read(make: Make) -> None:
 
 def test_snapshots_do_not_change_rollouts(make: Make) -> None:
     """How often the state is kept is a matter of speed; fewer tokens than snapshots are allowed."""
-    actor, documents = make(), documents_of((40, 9, 8))
+
+    class InSegments(FlaAdapter):
+        trace = None  # type: ignore[assignment]
+
+    actor, documents = make(adapter=InSegments()), documents_of((40, 9, 8))
     results = [
         values(actor(mode="rollout", documents=documents, nsp=NSP, draws=draws_for([0, 1, 2]), snapshots=count))
         for count in (1, 7, 24)

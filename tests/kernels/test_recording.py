@@ -1,0 +1,148 @@
+"""States inside a pass, looked up after it, against passes that end there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from refine_verl.kernels.conv import causal_conv1d
+from refine_verl.kernels.delta_rule import chunk_delta_rule
+from refine_verl.kernels.gated_delta_rule import chunk_gated_delta_rule
+from refine_verl.kernels.recording import record_states
+
+HEADS, KEYS, VALUES, WIDTH = 2, 5, 3, 4
+LENGTHS = {"one": [150], "equal": [128, 128], "unequal": [70, 1, 140, 64]}
+Call = Callable[[dict[str, Tensor], Tensor | None], Tensor]
+
+
+def delta(x: dict[str, Tensor], bounds: Tensor | None) -> Tensor:
+    return chunk_delta_rule(
+        x["q"], x["k"], x["v"], x["beta"].sigmoid(), use_qk_l2norm_in_kernel=True, output_final_state=True,
+        initial_state=x["state"], cu_seqlens=bounds,
+    )[1]  # fmt: skip
+
+
+def gated(x: dict[str, Tensor], bounds: Tensor | None) -> Tensor:
+    return chunk_gated_delta_rule(
+        x["q"], x["k"], x["v"], g=-x["g"].exp(), beta=x["beta"].sigmoid(), use_qk_l2norm_in_kernel=True,
+        output_final_state=True, initial_state=x["state"], cu_seqlens=bounds,
+    )[1]  # fmt: skip
+
+
+def gated_value_first(x: dict[str, Tensor], bounds: Tensor | None) -> Tensor:
+    return chunk_gated_delta_rule(
+        x["q"], x["k"], x["v"], g=-x["g"].exp(), beta=x["beta"].sigmoid(), output_final_state=True,
+        initial_state=x["state"].mT, cu_seqlens=bounds, state_v_first=True,
+    )[1]  # fmt: skip
+
+
+def conv(x: dict[str, Tensor], bounds: Tensor | None) -> Tensor:
+    return causal_conv1d(
+        x["x"], x["weight"], activation="silu", initial_state=x["tail"], output_final_state=True, cu_seqlens=bounds
+    )[1]
+
+
+PER_TOKEN = ("q", "k", "v", "g", "beta", "x")
+
+
+def make_inputs(lengths: list[int]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    total, count = sum(lengths), len(lengths)
+    shapes = {
+        "q": (1, total, HEADS, KEYS),
+        "k": (1, total, HEADS, KEYS),
+        "v": (1, total, HEADS, VALUES),
+        "beta": (1, total, HEADS),
+        "g": (1, total, HEADS),
+        "x": (1, total, 6),
+        "state": (count, HEADS, KEYS, VALUES),
+        "tail": (count, 6, WIDTH),
+        "weight": (6, WIDTH),
+    }
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for name, shape in shapes.items()
+    }
+
+
+def in_rows(x: dict[str, Tensor], lengths: list[int]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Sequences of one length are rows, others are packed, as the models get them."""
+    if len(set(lengths)) == 1:
+        rows = {name: x[name].view(len(lengths), lengths[0], *x[name].shape[2:]) for name in PER_TOKEN}
+        return {**x, **rows}, None
+    return x, torch.tensor([0, *lengths]).cumsum(0)
+
+
+def up_to(x: dict[str, Tensor], lengths: list[int], sequence: int, position: int) -> dict[str, Tensor]:
+    """The inputs of one sequence up to and with one token."""
+    start = sum(lengths[:sequence])
+    tokens = {name: x[name][:, start : start + position + 1] for name in PER_TOKEN}
+    rows = {name: x[name][sequence : sequence + 1] for name in ("state", "tail")}
+    return {**tokens, **rows, "weight": x["weight"]}
+
+
+def queries(lengths: list[int]) -> tuple[list[int], list[int]]:
+    pairs = [
+        (b, t)
+        for b, length in enumerate(lengths)
+        for t in sorted({0, 1, 62, 63, 64, 65, 100, length - 1})
+        if t < length
+    ]
+    return [b for b, _ in pairs], [t for _, t in pairs]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("call", [delta, gated, gated_value_first, conv])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_states_are_those_of_shorter_passes(call: Call, lengths: list[int], grad: bool) -> None:
+    x = make_inputs(lengths)
+    sequences, positions = queries(lengths)
+    with torch.set_grad_enabled(grad), record_states() as recorder:
+        final = call(*in_rows(x, lengths))
+        got = recorder.at(final, torch.tensor(sequences), torch.tensor(positions))
+    wanted = torch.cat([call(up_to(x, lengths, b, t), None) for b, t in zip(sequences, positions, strict=True)])
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(got[0], wanted[1])  # the next state is another one
+    if not grad:
+        return
+    # with a gradient to the final states as well: the two ways have to add up
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    names = [
+        name
+        for name in x
+        if torch.autograd.grad(got.sum(), x[name], retain_graph=True, allow_unused=True)[0] is not None
+    ]
+    assert len(names) >= 2  # q, for one, has no say in the states
+    ends = torch.cat([call(up_to(x, lengths, b, length - 1), None) for b, length in enumerate(lengths)])
+    inputs = [x[name] for name in names]
+    got_grads = torch.autograd.grad((got * weights).sum() + final.square().sum(), inputs)
+    wanted_grads = torch.autograd.grad((wanted * weights).sum() + ends.square().sum(), inputs)
+    for name, a, b in zip(names, got_grads, wanted_grads, strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm(), name
+
+
+def test_every_state_of_a_sequence() -> None:
+    """Through all chunk borders: no position is special."""
+    lengths = [130, 67]
+    x = make_inputs(lengths)
+    with torch.no_grad(), record_states() as recorder:
+        final = delta(*in_rows(x, lengths))
+        got = recorder.at(final, torch.zeros(130, dtype=torch.long), torch.arange(130))
+        differences = [(b - a).norm() for a, b in pairwise(got)]
+        torch.testing.assert_close(got[-1], final[0], rtol=1e-12, atol=1e-12)
+    assert all(difference > 0 for difference in differences)
+
+
+def test_only_what_was_recorded_is_known() -> None:
+    x = make_inputs([10])
+    with torch.no_grad():
+        outside = delta(*in_rows(x, [10]))
+        with record_states() as recorder:
+            inside = delta(*in_rows(x, [10]))
+    assert recorder.covers(inside) and not recorder.covers(outside) and not recorder.covers(inside.clone())
+    with pytest.raises(KeyError):
+        recorder.at(outside, torch.tensor([0]), torch.tensor([0]))
