@@ -19,12 +19,15 @@ from omegaconf import DictConfig
 
 from refine_verl.config import ConfigError
 from refine_verl.data import DataSettings
+from refine_verl.phases import PROMPT_DATASET, prepare_prompt_splits, prompt_texts
 from refine_verl.validate import ValidConfig, check_against_verl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from refine_verl.data.prepare import PreparedData
+    from refine_verl.data.prompts import PreparedPrompts
+    from refine_verl.data.prompts_settings import PromptSettings
     from refine_verl.models.loading import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -41,14 +44,15 @@ class PreparedRun:
         valid: the configuration and its typed sections.
         model: what is known of the model before its weights are read.
         tokenizer: fits the model's vocabulary.
-        train, validation: directories of tokenised documents; validation is None without `data.val_files`.
+        train, validation: directories of tokenised documents or prompts; validation is None without
+            `data.val_files`. For test-time training both are the test set.
     """
 
     valid: ValidConfig
     model: ModelInfo
     tokenizer: PreTrainedTokenizerBase
-    train: PreparedData
-    validation: PreparedData | None
+    train: PreparedData | PreparedPrompts
+    validation: PreparedData | PreparedPrompts | None
 
     def launch_config(self) -> DictConfig:
         """The configuration with everything in files: what `trainer.launch.train` takes.
@@ -65,6 +69,8 @@ class PreparedRun:
             config.actor_rollout_ref.model.path = str(directory)
         config.data.train_files = [str(self.train.path)]
         config.data.val_files = [] if self.validation is None else [str(self.validation.path)]
+        if not isinstance(self.valid.data, DataSettings):
+            config.data.custom_cls.update(PROMPT_DATASET)
         if self.validation is None:
             # verl takes the size of the (empty) validation set for null, and no loader can have batches of 0
             config.data.val_batch_size = 1
@@ -81,8 +87,13 @@ def prepare_run(valid: ValidConfig) -> PreparedRun:
     info = check_run(valid)
     _say_where_weights_come_from(valid, info)
     tokenizer = _load_tokenizer(valid, info)
-    train = _prepare_training(valid, tokenizer)
-    validation = _prepare_validation(valid.data, tokenizer)
+    train: PreparedData | PreparedPrompts
+    validation: PreparedData | PreparedPrompts | None
+    if isinstance(valid.data, DataSettings):
+        train = _prepare_training(valid, tokenizer)
+        validation = _prepare_validation(valid.data, tokenizer)
+    else:
+        train, validation = prepare_prompt_splits(valid, tokenizer)
     return PreparedRun(valid=valid, model=info, tokenizer=tokenizer, train=train, validation=validation)
 
 
@@ -191,7 +202,10 @@ def _load_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerB
 
     source = valid.model.tokenizer_source
     assert source is not None  # ModelSettings has refused it
-    corpus = iterate_split_texts(valid.data, "train", BPE_TRAINING_CHARACTERS)
+    if isinstance(valid.data, DataSettings):
+        corpus = iterate_split_texts(valid.data, "train", BPE_TRAINING_CHARACTERS)
+    else:
+        corpus = prompt_texts(valid.data, BPE_TRAINING_CHARACTERS)
     tokenizer = load_tokenizer(source, corpus)
     if len(tokenizer) > info.vocab_size:
         raise ConfigError(
@@ -206,7 +220,7 @@ def _load_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def _find_documents(data: DataSettings) -> None:
+def _find_documents(data: DataSettings | PromptSettings) -> None:
     """Refuse a wrong name in either split before the other one is tokenised."""
     from refine_verl.data.settings import split_key
     from refine_verl.data.sources import resolve_sources
@@ -219,6 +233,7 @@ def _find_documents(data: DataSettings) -> None:
 def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     from refine_verl.data.prepare import prepare
 
+    assert isinstance(valid.data, DataSettings)
     nsp, batch = valid.refine.nsp, int(valid.config.data.train_batch_size)
     return prepare(
         valid.data,

@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from refine_verl.compose import ConfigFile, base_schema
 from refine_verl.config import ConfigError, ModelSettings, RefineSettings, require_choice
 from refine_verl.data import DataSettings
+from refine_verl.data.prompts_settings import PromptSettings
+from refine_verl.phases import check_phase, data_settings
 from refine_verl.schema import check_keys, leaves, missing_values
 from refine_verl.verl_keys import check_optimizer, check_verl_keys
 
@@ -88,7 +90,7 @@ class ValidConfig:
     config: DictConfig
     refine: RefineSettings
     model: ModelSettings
-    data: DataSettings
+    data: DataSettings | PromptSettings
     workers: int
 
 
@@ -110,8 +112,10 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
     check_keys(config, schema, files)
     refine = RefineSettings.from_mapping(_section(config, "refine"))
     model = ModelSettings.from_mapping(_section(config, "model"))
-    _check_lengths(config, refine)
-    data = DataSettings.from_mapping(_section(config, "data"))
+    check_phase(config, refine, schema)
+    if refine.phase == "documents":
+        _check_lengths(config, refine)
+    data = data_settings(config, refine)
     workers = _check_trainer(config)
     _check_batches(config, refine, workers)
     _check_fixed(config)
@@ -235,7 +239,7 @@ def _check_lengths(config: DictConfig, refine: RefineSettings) -> None:
 
 def _check_trainer(config: DictConfig) -> int:
     trainer = config.trainer
-    if not config.data.train_files:
+    if not config.data.train_files and config.refine.phase != "ttt":
         raise ConfigError("data.train_files", "no documents given. Set data.train_files=FILE, a directory or a list.")
     for name in ("n_gpus_per_node", "nnodes", "total_epochs"):
         _require_integer(f"trainer.{name}", trainer[name], at_least=1)
@@ -279,14 +283,15 @@ def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> 
             "refine.ppo_mini_batch_size",
             f"{mini} does not divide data.train_batch_size={batch}.{_near_divisors(batch, mini)}",
         )
-    if mini % workers:
+    # test-time training has few prompts to a mini-batch: workers that are left over get one without weight
+    if mini % workers and refine.phase != "ttt":
         raise ConfigError(
             "refine.ppo_mini_batch_size",
             f"{mini} cannot be shared equally by {workers} workers (trainer.n_gpus_per_node="
             f"{config.trainer.n_gpus_per_node} x trainer.nnodes={config.trainer.nnodes}). Make it, and "
             f"data.train_batch_size={batch}, a multiple of {workers}, or change the number of workers.",
         )
-    share = mini // workers
+    share = -(-mini // workers)
     key = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
     micro = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
     _require_integer(key, micro, at_least=1)

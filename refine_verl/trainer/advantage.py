@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -46,20 +47,43 @@ def compute_advantages(rewards: Tensor, rollout_length: int, group: str, algorit
         float32 [B, c, n].
     """
     batch, chunks, rollouts = rewards.shape
+    lengths = torch.full((rewards.numel(),), rollout_length)
+    groups = group_ids(batch, chunks, rollouts, group)
+    return _estimate(rewards.flatten(), lengths, rollout_length, groups, algorithm)[:, 0].view(rewards.shape).float()
+
+
+def answer_advantages(rewards: Tensor, lengths: Tensor, width: int, algorithm: DictConfig) -> Tensor:
+    """Advantages of sampled answers; the answers to one prompt are compared with each other.
+
+    Args:
+        rewards: float32 [B, n], the score of each answer.
+        lengths: int64 [B, n], its tokens.
+        width: A, tokens of the longest answer there could be.
+        algorithm: verl's ``algorithm`` section.
+
+    Returns:
+        float32 [B, n, A]; what follows the end of an answer has no meaning.
+    """
+    groups = group_ids(len(rewards), 1, rewards.shape[1], "sequence")
+    return _estimate(rewards.flatten(), lengths.flatten(), width, groups, algorithm).view(*rewards.shape, width).float()
+
+
+def _estimate(rewards: Tensor, lengths: Tensor, width: int, groups: np.ndarray, algorithm: DictConfig) -> Tensor:
+    """verl's estimator on R outcomes, each paid at the last of its ``lengths`` tokens: float64 [R, width]."""
     # float64: the mean of equal float32 rewards may be off by one rounding, and a tiny difference over a tiny
     # standard deviation is no small number
-    token_rewards = torch.zeros(rewards.numel(), rollout_length, dtype=torch.float64)
-    token_rewards[:, -1] = rewards.flatten().double()
+    mask = (torch.arange(width) < lengths[:, None]).double()
+    token_rewards = torch.zeros_like(mask).scatter(1, lengths[:, None] - 1, rewards.double()[:, None])
     estimator = get_adv_estimator_fn(algorithm.adv_estimator)
     arguments: dict[str, Any] = {
         "token_level_rewards": token_rewards,
-        "response_mask": torch.ones_like(token_rewards),
-        "index": group_ids(batch, chunks, rollouts, group),
+        "response_mask": mask,
+        "index": groups,
         "norm_adv_by_std_in_grpo": algorithm.norm_adv_by_std_in_grpo,
         "config": algorithm,
     }
     accepted = inspect.signature(estimator).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
         arguments = {name: value for name, value in arguments.items() if name in accepted}
-    advantages, _ = estimator(**arguments)
-    return advantages[:, 0].view(batch, chunks, rollouts).float()
+    advantages: Tensor = estimator(**arguments)[0]
+    return advantages

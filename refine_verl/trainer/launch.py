@@ -23,9 +23,18 @@ from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 from refine_verl.plugin import check_plugin
 from refine_verl.report import ReportError, write_report
 from refine_verl.schema import leaves
+from refine_verl.trainer.posttrain import PosttrainTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
+from refine_verl.trainer.ttt import TTTTrainer
 
 logger = logging.getLogger(__name__)
+
+TRAINERS: dict[str, type[RefineTrainer]] = {
+    "documents": RefineTrainer,
+    "posttrain": PosttrainTrainer,
+    "ttt": TTTTrainer,
+}
+"""By `refine.phase`."""
 
 _PACKAGES = ("refine_verl", "verl", "ray", "torch", "transformers", "flash-linear-attention", "triton", "datasets")
 
@@ -51,7 +60,7 @@ def train(config: DictConfig) -> Path:
     OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     (run_dir / "environment.json").write_text(json.dumps(environment(config), indent=2) + "\n")
     with ray_session(config):
-        trainer = RefineTrainer(config)
+        trainer = TRAINERS[config.refine.phase](config)
         with contextlib.redirect_stdout(_Debug()):  # verl announces what it reads with print
             trainer.init()
         try:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import ray
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
+from torch import Tensor
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
@@ -44,6 +47,14 @@ MAX_SKIPPED_UPDATES = 5
 
 class TrainingDiverged(RuntimeError):
     """Gradients stayed NaN or infinite; a checkpoint of the last good weights was written."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a pass over a batch cost and showed: tokens put through the model, rewards [B, c, n] of the rollouts."""
+
+    forward_tokens: float
+    rewards: Tensor | None
 
 
 class RefineTrainer(PPOTrainer):
@@ -99,14 +110,6 @@ class RefineTrainer(PPOTrainer):
         engine.use_dynamic_bsz = False
         engine.micro_batch_size_per_gpu = actor.ppo_micro_batch_size_per_gpu
         engine.infer_micro_batch_size_per_gpu = section.rollout.log_prob_micro_batch_size_per_gpu
-        worker = WorkerSettings(
-            refine=self.settings,
-            model=ModelSettings.from_mapping(self.config.model),
-            seed=self.config.data.seed,
-            max_length=self.config.data.max_length or 2**31,  # null: documents are not cut
-            rollout_micro_batch_size=section.rollout.log_prob_micro_batch_size_per_gpu,
-            threads=worker_threads(self.config.trainer.n_gpus_per_node),
-        )
         return TrainingWorkerConfig(
             model_type=ENGINE_MODEL_TYPE,
             model_config=omega_conf_to_dataclass(section.model),
@@ -114,8 +117,23 @@ class RefineTrainer(PPOTrainer):
             optimizer_config=actor.optim,
             checkpoint_config=actor.checkpoint,
             profiler_config=omega_conf_to_dataclass(section.actor.profiler),
-            extra_context={"worker": worker},
+            extra_context={"worker": self._worker_settings()},
         )
+
+    def _worker_settings(self) -> WorkerSettings:
+        return WorkerSettings(
+            refine=self.settings,
+            model=ModelSettings.from_mapping(self.config.model),
+            seed=self.config.data.seed,
+            max_length=self._longest() or 2**31,  # null: documents are not cut
+            rollout_micro_batch_size=self.config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu,
+            threads=worker_threads(self.config.trainer.n_gpus_per_node),
+        )
+
+    def _longest(self) -> int | None:
+        """Tokens of the longest document or prompt."""
+        data = self.config.data
+        return data.max_length if self.settings.phase == "documents" else data.max_prompt_length
 
     def on_step_end(self) -> None:
         return None
@@ -132,25 +150,10 @@ class RefineTrainer(PPOTrainer):
             TrainingDiverged: see :data:`MAX_SKIPPED_UPDATES`.
         """
         trainer = self.config.trainer
-        path = self.run_dir / "metrics.jsonl"
         resumed = self.global_steps > 0
         # a fresh run measures step 0 again too; validation alone takes nothing away
-        writer = MetricsWriter(path, resume_step=None if trainer.val_only else self.global_steps if resumed else -1)
-        tracking = Tracking(
-            project_name=trainer.project_name,
-            experiment_name=trainer.experiment_name,
-            default_backend=trainer.logger,
-            config=OmegaConf.to_container(self.config, resolve=True),
-        )
-        self._start_profile_schedule()
-        history = read_metrics(path) if resumed else []
-        with TrainingProgress(self.total_training_steps, initial=self.global_steps, history=history) as progress:
-
-            def record(metrics: dict[str, float]) -> None:
-                writer.log(metrics, step=self.global_steps)
-                tracking.log(data=metrics, step=self.global_steps)
-                progress.update(self.global_steps, metrics)
-
+        resume_step = None if trainer.val_only else self.global_steps if resumed else -1
+        with self._recorder(resume_step, self.total_training_steps) as record:
             if (trainer.val_only or trainer.val_before_train and not resumed) and len(self.val_dataset):
                 record(self._validate())
             self.on_train_begin()
@@ -159,10 +162,38 @@ class RefineTrainer(PPOTrainer):
                 record(self._train_one_step())
                 self._stop_if_diverged(saved=self._is_due(trainer.save_freq))
             self.on_train_end()
-        writer.close()
         self._shutdown_dump_executor()
         if not trainer.val_only:
             self.actor_rollout_wg.export(str(self.run_dir / "model"))
+
+    @contextmanager
+    def _recorder(self, resume_step: int | None, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
+        """A function that records the metrics of the current step: in metrics.jsonl, loggers and the display.
+
+        Args:
+            resume_step: see :class:`MetricsWriter`.
+            total: steps of the whole run.
+        """
+        trainer = self.config.trainer
+        path = self.run_dir / "metrics.jsonl"
+        writer = MetricsWriter(path, resume_step=resume_step)
+        tracking = Tracking(
+            project_name=trainer.project_name,
+            experiment_name=trainer.experiment_name,
+            default_backend=trainer.logger,
+            config=OmegaConf.to_container(self.config, resolve=True),
+        )
+        self._start_profile_schedule()
+        history = read_metrics(path) if self.global_steps > 0 else []
+        with TrainingProgress(total, initial=self.global_steps, history=history) as progress:
+
+            def record(metrics: dict[str, float]) -> None:
+                writer.log(metrics, step=self.global_steps)
+                tracking.log(data=metrics, step=self.global_steps)
+                progress.update(self.global_steps, metrics)
+
+            yield record
+        writer.close()
 
     def _train_one_step(self) -> dict[str, float]:
         trainer = self.config.trainer
@@ -192,6 +223,20 @@ class RefineTrainer(PPOTrainer):
     def step(self, metrics: dict[str, float], timing_raw: dict[str, float]) -> int:
         """The paper's four steps on one batch of documents. Returns the number of document tokens."""
         batch = self._next_batch()
+        forward_tokens = self.learn(batch, metrics, timing_raw).forward_tokens
+        document_tokens = int(batch["lengths"].sum())
+        metrics["perf/forward_tokens_per_token"] = forward_tokens / document_tokens
+        return document_tokens
+
+    def learn(self, batch: TensorDict, metrics: dict[str, float], timing_raw: dict[str, float], **how: Any) -> Learned:
+        """The paper's four steps on documents or prompts.
+
+        Args:
+            batch: of :meth:`_to_batch`; rows of weight 0 teach nothing.
+            metrics, timing_raw: what was measured is added.
+            how: for :meth:`_in_mini_batches`.
+        """
+        forward_tokens, rewards = 0.0, None
         if self._uses_rollouts():
             # 1-3: choose positions, write rollouts, reward them, all next to the model
             with marked_timer("rollout", timing_raw):
@@ -202,30 +247,31 @@ class RefineTrainer(PPOTrainer):
             rollouts["advantages"] = compute_advantages(
                 rewards, self.settings.nsp.rollout_length, self.settings.nsp.group, self.config.algorithm
             )
-            metrics.update(self._rollout_metrics(rollouts))
+            forward_tokens += float(rollouts["forward_tokens"].sum())
+            metrics.update(self._rollout_metrics(rollouts[batch["weight"] > 0]))
             batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs", "advantages"))
         # 4: one optimiser step per mini-batch
         with marked_timer("update", timing_raw):
-            updated = tu.get(self.actor_rollout_wg.update(self._in_mini_batches(batch)).get(), "metrics")
+            updated = tu.get(self.actor_rollout_wg.update(self._in_mini_batches(batch, **how)).get(), "metrics")
         metrics.update(self._update_metrics(updated))
-        document_tokens = int(batch["lengths"].sum())
-        forward_tokens = metrics.pop("forward_tokens", 0) + updated["forward_tokens"][0]
-        metrics["perf/forward_tokens_per_token"] = forward_tokens / document_tokens
-        return document_tokens
+        return Learned(forward_tokens + updated["forward_tokens"][0], rewards)
 
     def _uses_rollouts(self) -> bool:
-        return self.settings.loss.rl_coef > 0 and self.global_steps > self.settings.warmup_steps
+        return self.settings.uses_rollouts and self.global_steps > self.settings.warmup_steps
 
     def _next_batch(self) -> TensorDict:
+        return self._to_batch(self._next_columns())
+
+    def _next_columns(self) -> dict[str, Any]:
+        """The rows of the next batch, column by column, as verl's collate function leaves them."""
         if self.train_dataloader_it is None:
             self.train_dataloader_it = iter(self.train_dataloader)
         try:
-            rows = next(self.train_dataloader_it)
+            return next(self.train_dataloader_it)
         except StopIteration:
             # the end of an epoch, or a checkpoint written exactly there
             self.train_dataloader_it = iter(self.train_dataloader)
-            rows = next(self.train_dataloader_it)
-        return self._to_batch(rows)
+            return next(self.train_dataloader_it)
 
     def _to_batch(self, columns: dict[str, Any], multiple: int = 1) -> TensorDict:
         """Padded tensors of one batch; dummies of weight 0 fill it up to ``multiple`` rows."""
@@ -234,17 +280,27 @@ class RefineTrainer(PPOTrainer):
             non_tensor_dict={"global_step": self.global_steps},
         )
 
-    def _in_mini_batches(self, batch: TensorDict) -> TensorDict:
+    def _in_mini_batches(self, batch: TensorDict, size: int | None = None, **how: Any) -> TensorDict:
         """Order rows so that every mini-batch holds the same documents however many ranks share it.
 
         Ranks get contiguous shares of the batch and cut them into mini-batches themselves.
+
+        Args:
+            batch: a multiple of ``size`` rows.
+            size: rows of a mini-batch; None: ``refine.ppo_mini_batch_size``.
+            how: more for the worker's ``update``.
         """
-        size = self.settings.ppo_mini_batch_size
+        size = size or self.settings.ppo_mini_batch_size
         order = mini_batch_order(len(batch), size, self.actor_rollout_wg.world_size)
         data = tu.index_select_tensor_dict(batch, order)
         actor = self.config.actor_rollout_ref.actor
         tu.assign_non_tensor(
-            data, mini_batch_size=size, epochs=actor.ppo_epochs, seed=self.config.data.seed, use_dynamic_bsz=False
+            data,
+            mini_batch_size=size,
+            epochs=actor.ppo_epochs,
+            seed=self.config.data.seed,
+            use_dynamic_bsz=False,
+            **how,
         )
         return data
 
@@ -262,7 +318,6 @@ class RefineTrainer(PPOTrainer):
             "nsp/entropy/mean": rollouts["entropy_mean"].mean().item(),
             "nsp/entropy/selected_mean": rollouts["entropy_selected"].mean().item(),
             "nsp/group_zero_std": group_zero_std_share(rewards, self.settings.nsp.group),
-            "forward_tokens": float(rollouts["forward_tokens"].sum()),
         }
 
     def _update_metrics(self, updated: dict[str, list[float]]) -> dict[str, float]:

@@ -33,6 +33,8 @@ class RefineEngine(FSDPEngine):
     nsp: NSPSettings
     model_settings: ModelSettings
     seed: int
+    # a training step may make several updates, but the schedule moves once per step: with the last of them
+    hold_learning_rate = False
 
     def configure(self, nsp: NSPSettings, model: ModelSettings, seed: int) -> None:
         """Settings verl's engine constructor has no place for. ``seed``: of random weights."""
@@ -60,8 +62,9 @@ class RefineEngine(FSDPEngine):
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False
     ) -> Any:
-        rollouts = data["rollout_tokens"].flatten(1, 2).shape[1] if "rollout_tokens" in data else 0
-        tu.assign_non_tensor(data, global_rollouts=data.shape[0] * self.get_data_parallel_size() * rollouts)
+        rows = torch.tensor(_rows_that_count(data), device=get_device_id())
+        torch.distributed.all_reduce(rows, group=self.get_data_parallel_group())
+        tu.assign_non_tensor(data, global_rollouts=int(rows.item()) * _rollouts_per_row(data))
         return super().forward_backward_batch(data, loss_function, forward_only)
 
     def forward_step(
@@ -70,12 +73,34 @@ class RefineEngine(FSDPEngine):
         """One micro-batch of documents (and their rollouts) through the actor, and its share of the loss."""
         micro_batch = micro_batch.to(get_device_id())
         documents = documents_of(micro_batch)
-        branches = None
-        if "rollout_tokens" in micro_batch:
-            branches = Branches(micro_batch["positions"], micro_batch["rollout_tokens"])
-        output = self.module(mode="update", documents=documents, branches=branches, nsp=self.nsp)
+        if "answer_tokens" in micro_batch:
+            output = self.module(
+                mode="answer_log_probs",
+                prompts=documents,
+                tokens=micro_batch["answer_tokens"],
+                lengths=micro_batch["answer_lengths"],
+                temperature=tu.get_non_tensor_data(micro_batch, "temperature", 1.0),
+                segments=self.nsp.chunks + 1 if self.module.checkpoint_segments else 1,
+            )
+        else:
+            branches = None
+            if "rollout_tokens" in micro_batch:
+                branches = Branches(micro_batch["positions"], micro_batch["rollout_tokens"])
+            output = self.module(mode="update", documents=documents, branches=branches, nsp=self.nsp)
         loss, metrics = loss_function(model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group())
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+
+    def lr_scheduler_step(self) -> float:
+        """The learning rate after this update; verl calls it once per batch."""
+        if self.hold_learning_rate:
+            return float(self.lr_scheduler.get_last_lr()[0])
+        return float(super().lr_scheduler_step())
+
+    def all_done(self, done: Tensor) -> bool:
+        """Whether ``done`` holds for all rows on all ranks: ranks must stop generating together."""
+        answer = done.all().to(torch.int64)
+        torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=self.get_data_parallel_group())
+        return bool(answer.item())
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -112,5 +137,15 @@ class RefineEngine(FSDPEngine):
 
 
 def documents_of(batch: TensorDict) -> Documents:
-    """The documents of a batch with ``tokens`` int64 [b, Tmax] and ``lengths`` int64 [b]."""
-    return Documents.from_tensors(batch["tokens"], batch["lengths"])
+    """The documents of a batch with ``tokens`` int64 [b, Tmax], ``lengths`` int64 [b], maybe ``learn_from`` [b]."""
+    return Documents.from_tensors(batch["tokens"], batch["lengths"], batch.get("learn_from", None))
+
+
+def _rows_that_count(data: TensorDict) -> int:
+    return int((data["weight"] > 0).sum()) if "weight" in data else data.shape[0]
+
+
+def _rollouts_per_row(data: TensorDict) -> int:
+    if "answer_tokens" in data:
+        return data["answer_tokens"].shape[1]
+    return data["rollout_tokens"].flatten(1, 2).shape[1] if "rollout_tokens" in data else 0

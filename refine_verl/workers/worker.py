@@ -19,10 +19,12 @@ from verl.workers.engine_workers import TrainingWorker
 
 from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.models import RolloutBatch, RolloutDraws, snapshot_count
-from refine_verl.nsp import position_uniforms, rollout_uniforms
+from refine_verl.models.answers import Answers
+from refine_verl.nsp import generation_uniforms, position_uniforms, rollout_uniforms
 from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.reward_manager import HiddenStateRewardManager
+from refine_verl.workers.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class WorkerSettings:
         max_length: no document of the run is longer (tokens).
         rollout_micro_batch_size: documents per rollout or validation pass.
         threads: CPU threads of this process where there is no GPU.
+        stop_tokens: ids that end a generated answer.
     """
 
     refine: RefineSettings
@@ -44,6 +47,7 @@ class WorkerSettings:
     max_length: int
     rollout_micro_batch_size: int
     threads: int
+    stop_tokens: tuple[int, ...] = ()
 
 
 class NSPRolloutWorker(TrainingWorker):
@@ -126,10 +130,18 @@ class NSPRolloutWorker(TrainingWorker):
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def update(self, data: TensorDict) -> TensorDict:
-        """Step 4: one optimiser step per mini-batch. Adds ``forward_tokens`` (all ranks) to verl's metrics."""
+        """Step 4: one optimiser step per mini-batch. Adds ``forward_tokens`` (all ranks) to verl's metrics.
+
+        Args:
+            data: ``tokens`` [b, Tmax], ``lengths`` [b] of documents or prompts, with what `rollout_and_reward` or
+                `answer` returned and ``advantages``; or of prompts with their answers behind them, with ``learn_from``
+                [b] (see `Documents`). Rows of ``weight`` 0 teach nothing. Non-tensor ``objective`` says ``answers``
+                where answers are learned; with ``hold_learning_rate`` the schedule does not move.
+        """
         counted = self.engine.module.forward_tokens
-        # verl only sums this to count what a mini-batch predicts: T-1 tokens of each document, no mask of T flags
-        data["loss_mask"] = data["lengths"] - 1
+        self.engine.hold_learning_rate = bool(tu.pop(data, "hold_learning_rate", False))
+        # verl only sums this to count what a mini-batch learns from: no mask of T flags is needed
+        data["loss_mask"] = _tokens_to_learn(data)
         output = self.train_mini_batch(data)
         tokens = torch.tensor(self.engine.module.forward_tokens - counted, device=get_device_id())
         torch.distributed.all_reduce(tokens, group=self.engine.get_data_parallel_group())
@@ -149,10 +161,80 @@ class NSPRolloutWorker(TrainingWorker):
             tensor_dict={"loss": torch.cat(losses).double().cpu(), "correct": torch.cat(correct).cpu()}
         )
 
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
+    def answer(self, data: TensorDict) -> TensorDict:
+        """Answer prompts, each read once whatever number of answers it gets.
+
+        Args:
+            data: ``tokens`` [b, Tmax], ``lengths``, ``document_id``, ``max_new_tokens`` [b]; non-tensor ``samples`` n,
+                ``answer_width`` A (most tokens of any answer, on all ranks), ``temperature`` (0: greedy) and
+                ``global_step``.
+
+        Returns:
+            On the CPU: ``answer_tokens`` [b, n, A], ``answer_lengths`` [b, n], ``old_log_probs`` [b, n, A] (see
+            `Answers`); ``forward_tokens`` [b], this rank's in its first row.
+        """
+        counted = self.engine.module.forward_tokens
+        with self.engine.eval_mode(), self.engine.gathered():
+            parts = [self._answer_micro_batch(part) for part in data.split(self.settings.rollout_micro_batch_size)]
+        output = {
+            "answer_tokens": torch.cat([part.tokens for part in parts]).cpu(),
+            "answer_lengths": torch.cat([part.lengths for part in parts]).cpu(),
+            "old_log_probs": torch.cat([part.log_probs for part in parts]).float().cpu(),
+            "forward_tokens": torch.zeros(data.shape[0], dtype=torch.int64),
+        }
+        output["forward_tokens"][0] = self.engine.module.forward_tokens - counted
+        return tu.get_tensordict(tensor_dict=output)
+
+    def _answer_micro_batch(self, data: TensorDict) -> Answers:
+        samples, width, temperature, step = (
+            tu.get(data, name) for name in ("samples", "answer_width", "temperature", "global_step")
+        )
+        draws = None
+        if temperature > 0:
+            draws = _stack(
+                generation_uniforms(self.settings.seed, step, document, samples, width)
+                for document in data["document_id"].tolist()
+            )
+        answers: Answers = self.engine.module(
+            mode="answer",
+            prompts=documents_of(data.to(get_device_id())),
+            limits=data["max_new_tokens"].tolist(),
+            length=width,
+            copies=samples,
+            temperature=temperature,
+            draws=draws,
+            stop_tokens=self.settings.stop_tokens,
+            all_done=self.engine.all_done,
+        )
+        return answers
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def snapshot(self) -> None:
+        """Remember weights, optimiser, schedule and random state as they are now; see :meth:`restore`."""
+        self.saved = Snapshot(self.engine)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def restore(self) -> None:
+        """Return to the last :meth:`snapshot`, bit for bit."""
+        self.saved.restore(self.engine)
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export(self, directory: str) -> None:
         """Write a Hugging Face model directory that ``AutoModelForCausalLM`` loads, tokenizer included."""
         self.engine.export(directory, self.model_config.get_processor())
+
+
+def _tokens_to_learn(data: TensorDict) -> Tensor:
+    """Number of tokens in the loss of each row, int64 [b]; sets ``learn_from`` where there are dummies."""
+    lengths, weight = data["lengths"], data.get("weight", None)
+    if "answer_tokens" in data:
+        answered = data["answer_lengths"].sum(dim=1)
+        return answered if weight is None else answered * (weight > 0)
+    first: Tensor = data.get("learn_from", torch.ones_like(lengths))
+    if weight is not None and not bool((weight > 0).all()):
+        data["learn_from"] = first = torch.where(weight > 0, first, lengths)
+    return lengths - first
 
 
 def worker_threads(workers_per_node: int) -> int:

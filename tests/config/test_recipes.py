@@ -21,11 +21,13 @@ GIVEN = ["data.train_files=FILE"]
 
 def compose_with(recipe: str, preset: str, *more: str) -> DictConfig:
     path = ["model.path=DIR"] if preset == "auto" else []
-    return compose_config([f"recipe={recipe}", f"model={preset}", *path, *GIVEN, *more])
+    given = ["data.val_files=FILE"] if recipe.startswith("ttt") else GIVEN
+    return compose_config([f"recipe={recipe}", f"model={preset}", *path, *given, *more])
 
 
 def test_the_names_users_type() -> None:
-    assert set(RECIPES) == {"midtrain", "sft", "pretrain", "quickstart"}
+    phases = {"posttrain", "posttrain_nested_sft", "posttrain_sft", "ttt", "ttt_sft"}
+    assert set(RECIPES) == {"midtrain", "sft", "pretrain", "quickstart"} | phases
     assert set(PRESETS) == {"auto", "deltanet_1b3", "gated_deltanet", "tiny_deltanet"}
 
 

@@ -28,7 +28,7 @@ TOP = ("refine_verl", "recipes", "docs", "tests", "examples", "benchmarks", ".ci
 SECTIONS = ("refine", "model", "data", "trainer", "actor_rollout_ref", "algorithm", "ray_kwargs")
 # Attributes of a model in Python, not keys of the section of that name.
 NOT_KEYS = {"model.base_model"}
-FOR_VERL = {"custom_cls", "max_prompt_length", "max_response_length"}
+FOR_VERL = {"custom_cls", "max_response_length"}
 
 
 def fences(page: Path, language: str) -> list[str]:
@@ -290,7 +290,7 @@ def test_every_metric_is_documented() -> None:
     written = {
         name
         for source in sources
-        for name in re.findall(r'"((?:refine|nsp|actor|val|perf)/[a-z_/]+)"', source.read_text())
+        for name in re.findall(r'"((?:refine|nsp|actor|answer|ttt|val|perf)/[a-z_/]+)"', source.read_text())
         if name != "perf/max_memory_allocated_gb"  # verl's name, renamed on the way
     }
     documented = {

@@ -1,0 +1,121 @@
+"""What post-training and test-time training share: batches of prompts, answers to them, and their scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.model import get_generation_config
+
+from refine_verl.data.dataset import pad_batch
+from refine_verl.data.prompts_dataset import collate_columns
+from refine_verl.evaluation import score
+from refine_verl.trainer.refine_trainer import RefineTrainer
+from refine_verl.workers.worker import WorkerSettings
+
+_PROMPT = ("tokens", "lengths", "document_id", "weight")
+Columns = Mapping[str, Any]
+"""Rows of `VerlPromptDataset`, column by column."""
+
+
+class PromptTrainer(RefineTrainer):
+    """A trainer whose batches are prompts with reference answers.
+
+    Prompts and answers go to the workers in different messages: what is done with prompts cannot see an answer.
+    """
+
+    @functools.cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end an answer: the tokenizer's end of sequence and those of the model's generation config."""
+        generation = get_generation_config(self.config.actor_rollout_ref.model.path)
+        ends = getattr(generation, "eos_token_id", None)
+        ids = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        return tuple(sorted(token for token in ids if token is not None))
+
+    def _worker_settings(self) -> WorkerSettings:
+        return dataclasses.replace(super()._worker_settings(), stop_tokens=self.stop_tokens)
+
+    def prompts(self, columns: Columns, multiple: int = 1, step: int | None = None) -> TensorDict:
+        """The prompts of a batch as documents; dummies of weight 0 fill it up to ``multiple`` rows.
+
+        Args:
+            columns: the rows.
+            multiple: see `pad_batch`.
+            step: what random draws depend on; None: the step of the run.
+        """
+        batch = collate_columns(columns)
+        return self._message({name: batch[name] for name in _PROMPT}, multiple, step)
+
+    def answer(
+        self, columns: Columns, *, samples: int = 1, temperature: float = 0.0, step: int | None = None
+    ) -> TensorDict:
+        """Generate answers to all rows, each up to its own limit.
+
+        Returns:
+            See `NSPRolloutWorker.answer`; one row per row of ``columns``. ``forward_tokens`` has the sum in row 0.
+        """
+        batch = collate_columns(columns)
+        asked = self._message(
+            {name: batch[name] for name in (*_PROMPT, "max_new_tokens")}, self.actor_rollout_wg.world_size, step
+        )
+        tu.assign_non_tensor(
+            asked,
+            samples=samples,
+            temperature=temperature,
+            answer_width=int(batch["max_new_tokens"].max()),
+        )
+        answers = self.actor_rollout_wg.answer(asked).get()
+        forwarded = answers["forward_tokens"].sum()
+        answers = answers[: len(batch["lengths"])]
+        answers["forward_tokens"] = torch.zeros(len(answers), dtype=torch.int64)
+        answers["forward_tokens"][0] = forwarded
+        return answers
+
+    def texts(self, answers: TensorDict) -> list[list[str]]:
+        """The answers [b][n] as text, without the token that ended them."""
+        return [
+            [self._text(tokens[:length]) for tokens, length in zip(row, lengths.tolist(), strict=True)]
+            for row, lengths in zip(answers["answer_tokens"], answers["answer_lengths"], strict=True)
+        ]
+
+    def _text(self, tokens: Tensor) -> str:
+        ids = tokens.tolist()
+        if ids[-1] in self.stop_tokens:
+            ids.pop()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def scores(self, columns: Columns, row: int, text: str) -> dict[str, float]:
+        """Scores of one answer to row ``row``, in the convention of ``refine.answers.convention``."""
+        return score(
+            columns["task"][row],
+            text,
+            list(columns["answers"][row]),
+            self.settings.answers.convention,
+            classes=list(columns["classes"][row]),
+        )
+
+    def answered(self, columns: Columns) -> list[dict[str, Any]]:
+        """Greedy answers to all rows, with what `predictions.jsonl` says of each."""
+        texts = self.texts(self.answer(columns))
+        return [
+            {
+                "id": str(columns["id"][row]),
+                "task": str(columns["task"][row]),
+                "prediction": text,
+                "references": list(columns["answers"][row]),
+                "scores": self.scores(columns, row, text),
+            }
+            for row, (text,) in enumerate(texts)
+        ]
+
+    def _message(self, tensors: dict[str, Tensor], multiple: int, step: int | None) -> TensorDict:
+        return tu.get_tensordict(
+            tensor_dict=pad_batch(tensors, multiple),
+            non_tensor_dict={"global_step": self.global_steps if step is None else step},
+        )

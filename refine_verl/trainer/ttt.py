@@ -1,0 +1,202 @@
+"""Test-time training (paper, Sec. 4.4): adapt to the prompts of a batch, answer them, return to the start."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.debug import marked_timer
+
+from refine_verl.data.verl_dataset import VerlDocumentDataset
+from refine_verl.report import read_metrics
+from refine_verl.trainer.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
+from refine_verl.trainer.prompts import Columns, PromptTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class TTTTrainer(PromptTrainer):
+    """Adapts on test prompts, which it never sees the answers of, and scores what is generated afterwards.
+
+    With ``refine.ttt.reset`` ``batch`` or ``sample`` every batch starts from the same weights, optimiser and random
+    state. What a batch holds and every random draw then depend on its prompts alone, so that results do not depend
+    on the order of the rows. With ``none`` they do: adaptation carries on from batch to batch, in file order.
+    """
+
+    val_dataset: VerlDocumentDataset
+
+    def __init__(self, config: DictConfig) -> None:
+        super().__init__(config)
+        self.ttt = self.settings.ttt
+
+    def fit(self) -> None:
+        """Answer every test prompt that has no line in ``predictions.jsonl`` yet.
+
+        Raises:
+            TrainingDiverged: with ``reset: none``, see `refine_trainer.MAX_SKIPPED_UPDATES`.
+        """
+        batches = self.batches()
+        carried_on = self.ttt.reset == "none"
+        predictions = PredictionsFile(self.run_dir / PREDICTIONS_FILE, self._still_holds)
+        finished = {row["id"] for row in predictions.rows}
+        if not carried_on:
+            # batches are finished one after the other; a batch that was interrupted is adapted to again
+            complete = (all(self._id(row) in finished for row in batch) for batch in batches)
+            self.global_steps = next((step for step, done in enumerate(complete) if not done), len(batches))
+        if self.global_steps:
+            logger.info("%d of %d batches are answered already", self.global_steps, len(batches))
+        with self._recorder(self.global_steps or -1, len(batches)) as record:
+            self._record_what_a_kill_lost(record, predictions)
+            if not carried_on:
+                self.actor_rollout_wg.snapshot()
+            while self.global_steps < len(batches):
+                self.global_steps += 1
+                columns = self._columns(batches[self.global_steps - 1])
+                metrics, rows = self._adapt_and_answer(columns)
+                predictions.write([row for row in rows if row["id"] not in finished])
+                record({**metrics, **running_means(predictions.rows)})
+                if carried_on:
+                    self._stop_if_diverged(saved=self._is_due(self.config.trainer.save_freq))
+        predictions.close()
+        self._shutdown_dump_executor()
+        if carried_on:
+            self.actor_rollout_wg.export(str(self.run_dir / "model"))
+
+    def batches(self) -> list[list[int]]:
+        """Rows of the test set that are adapted to together."""
+        rows = list(range(len(self.val_dataset)))
+        if self.ttt.reset != "none":
+            rows.sort(key=lambda row: (self.val_dataset[row]["document_id"], self._id(row)))
+        size = 1 if self.ttt.reset == "sample" else self.config.data.train_batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _id(self, row: int) -> str:
+        return str(self.val_dataset[row]["id"])
+
+    def _columns(self, rows: list[int]) -> Columns:
+        columns: dict[str, list[Any]] = defaultdict(list)
+        for row in rows:
+            for name, value in self.val_dataset[row].items():
+                columns[name].append(value)
+        return columns
+
+    def _still_holds(self, row: Mapping[str, Any]) -> bool:
+        """Where adaptation carries on, what came after the checkpoint is not there any more and is made again."""
+        return self.ttt.reset != "none" or row["batch"] <= self.global_steps
+
+    def _record_what_a_kill_lost(self, record: Any, predictions: PredictionsFile) -> None:
+        history = read_metrics(self.run_dir / "metrics.jsonl")
+        if self.global_steps and (not history or history[-1]["step"] < self.global_steps):
+            record(running_means(predictions.rows))
+
+    # One batch
+
+    def _adapt_and_answer(self, columns: Columns) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics of a batch, and a line of ``predictions.jsonl`` for each of its rows.
+
+        However this ends, with an error or not, weights are back at the start afterwards.
+        """
+        metrics: dict[str, float] = {}
+        timing: dict[str, float] = {}
+        self.on_step_begin()
+        with marked_timer("step", timing):
+            self._start_profiling()
+            before = self._timed_answers("answer_before", columns, timing) if self.ttt.baseline else None
+            try:
+                curves = self._adapt(columns, metrics, timing)
+                after = self._timed_answers("answer", columns, timing)
+            finally:
+                if self.ttt.reset != "none":
+                    self.actor_rollout_wg.restore()
+                    self.skipped_in_a_row = 0
+            self._stop_profiling()
+        if self.ttt.reset == "none" and self._is_due(self.config.trainer.save_freq):
+            with marked_timer("save_checkpoint", timing):
+                self._save_checkpoint()
+        metrics["perf/tokens_per_second"] = sum(map(len, columns["input_ids"])) / timing["step"]
+        metrics["refine/active"] = float(self._uses_rollouts())
+        metrics.update({f"timing_s/{name}": seconds for name, seconds in timing.items()})
+        rows = []
+        for index, answered in enumerate(after):
+            row = {"id": answered.pop("id"), "batch": self.global_steps, **answered, "adaptation": curves[index]}
+            if before is not None:
+                row["prediction_before"], row["scores_before"] = before[index]["prediction"], before[index]["scores"]
+            rows.append(row)
+        return metrics, rows
+
+    def _timed_answers(self, name: str, columns: Columns, timing: dict[str, float]) -> list[dict[str, Any]]:
+        with marked_timer(name, timing):
+            return self.answered(columns)
+
+    def _adapt(
+        self, columns: Columns, metrics: dict[str, float], timing: dict[str, float]
+    ) -> list[list[dict[str, float]]]:
+        """``refine.ttt.steps`` times the paper's four steps on the prompts. Returns each prompt's curve."""
+        real = 1 if self.ttt.reset == "sample" else self.settings.ppo_mini_batch_size
+        order, weight = filled_mini_batches(columns, real, self.actor_rollout_wg.world_size)
+        how = {"size": -(-real // self.actor_rollout_wg.world_size) * self.actor_rollout_wg.world_size}
+        if self.ttt.reset == "sample":
+            how["micro_batch_size_per_gpu"] = 1
+        curves: list[list[dict[str, float]]] = [[] for _ in columns["id"]]
+        forward_tokens = 0.0
+        for step in range(self.ttt.steps):
+            # draws depend on the pass and the prompt, not on how many batches came before
+            batch = tu.index_select_tensor_dict(self.prompts(columns, step=step + 1), order)
+            batch["weight"] = weight
+            points = self._losses(batch, timing)
+            learned = self.learn(batch, metrics, timing, **how)
+            forward_tokens += learned.forward_tokens
+            if learned.rewards is not None:
+                means = learned.rewards.flatten(1).mean(dim=1)[weight > 0].tolist()
+                points = [{**point, "reward": mean} for point, mean in zip(points, means, strict=True)]
+            for curve, point in zip(curves, points, strict=True):
+                curve.append({"step": step, **point})
+        if self.ttt.curve:
+            for curve, point in zip(curves, self._losses(batch, timing), strict=True):
+                curve.append({"step": self.ttt.steps, **point})
+        metrics["perf/forward_tokens_per_token"] = forward_tokens / (
+            sum(map(len, columns["input_ids"])) * self.ttt.steps
+        )
+        if self.ttt.curve:
+            metrics["ttt/loss_before"] = sum(curve[0]["loss"] for curve in curves) / len(curves)
+            metrics["ttt/loss_after"] = sum(curve[-1]["loss"] for curve in curves) / len(curves)
+        return curves
+
+    def _losses(self, batch: TensorDict, timing: dict[str, float]) -> list[dict[str, float]]:
+        """Mean next-token loss of each prompt under the weights as they are."""
+        real = batch["weight"] > 0
+        if not self.ttt.curve:
+            return [{} for _ in range(int(real.sum()))]
+        with marked_timer("curve", timing):
+            scores = self.actor_rollout_wg.score(batch).get()
+        return [{"loss": loss} for loss in (scores["loss"] / (batch["lengths"] - 1))[real].tolist()]
+
+
+def filled_mini_batches(columns: Columns, size: int, workers: int) -> tuple[list[int], Tensor]:
+    """Rows in mini-batches of ``size``, each filled up so that ``workers`` can share it equally.
+
+    Returns:
+        The row in each place, the shortest one in places that are left over, and weights float32, 0 for these.
+    """
+    lengths = [len(tokens) for tokens in columns["input_ids"]]
+    dummy = lengths.index(min(lengths))
+    width = -(-size // workers) * workers
+    order: list[int] = []
+    weight: list[float] = []
+    for start in range(0, len(lengths), size):
+        rows = list(range(start, min(start + size, len(lengths))))
+        order += rows + [dummy] * (width - len(rows))
+        weight += [1.0] * len(rows) + [0.0] * (width - len(rows))
+    return order, torch.tensor(weight)
+
+
+def running_means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """``val/<task>/<metric>`` and ``val/<task>/before/<metric>`` over all answers so far."""
+    return {**mean_scores(rows), **mean_scores(rows, "scores_before", "before/")}
