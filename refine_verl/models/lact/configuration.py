@@ -33,8 +33,8 @@ class LaCTConfig(PretrainedConfig):
         fw_init_gain: scale of the random low-rank factors.
         fp32_states: compute the initial fast weights in float32 under bf16 autocast, too. The fast weights that are
             carried are never kept in less than float32.
-        use_fused_kernel: the published fused variant, which divides by sqrt(|row|^2 + 1e-5) and orthogonalises W0 and
-            W2 together.
+        use_fused_kernel: the published fused variant, which orthogonalises W0 and W2 together and, post-norm, divides
+            by sqrt(|row|^2 + 1e-5).
         muon_dtype: precision of the Newton-Schulz step. ``auto``: bfloat16, as published, but float64 in a
             float64 model; ``bfloat16``: always; ``float32``: that of the fast weights, at least float32.
         compile_fast_weights: run the update of the fast weights through ``torch.compile``.
