@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from refine_verl.data.errors import DataError
 
 MANIFEST = ".prepare.json"
 _PARTIAL = ".partial-"
+_LOCK = ".prepare.lock"
 COMPRESSION = "zstd"
 
 
 class Output:
-    """A directory that one command fills, with a manifest of what is finished.
+    """A directory that one command fills, with a manifest of what is finished. Use it in a `with`.
+
+    A command that fails before anything is finished leaves nothing behind.
 
     Args:
         directory: is created where it is missing.
@@ -30,33 +34,73 @@ class Output:
         arguments: everything the content depends on, inputs and tokenizer included; json-serialisable.
 
     Raises:
-        DataError: the directory cannot be written, or holds the output of other arguments or other files.
+        DataError: on entering, if the directory cannot be written, is in use by another process, or holds the
+            output of other arguments or other files.
     """
 
     def __init__(self, directory: Path, command: str, arguments: Mapping[str, Any]) -> None:
-        self.directory = directory
-        self._key = make_key([command, arguments])
-        manifest = directory / MANIFEST
+        self.directory, self.command = directory, command
         self.done: dict[str, dict[str, Any]] = {}
-        if manifest.exists():
-            self.done = self._read(manifest, command)
-        else:
-            self._create(command)
-        for left in directory.glob(f"{_PARTIAL}*"):
-            left.unlink()
+        self._key = make_key([command, arguments])
+        self._stack = ExitStack()
 
-    def _create(self, command: str) -> None:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            others = sorted(path.name for path in self.directory.iterdir() if not path.name.startswith(_PARTIAL))
-            if others:
+    def __enter__(self) -> Output:
+        """Take the directory, and read what is finished in it."""
+        with ExitStack() as stack:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                stack.callback(self._remove_if_empty)
+                stack.enter_context(self._locked())
+                self._open()
+                stack.callback(self._remove_unused_manifest)
+            except OSError as error:
                 raise DataError(
-                    f"--out {self.directory} holds other files ({', '.join(others[:3])}{' ...' * (len(others) > 3)}), "
-                    f"not the output of `{command}`. Give an empty or new directory."
-                )
+                    f"--out {self.directory} cannot be written: {error}. Choose another directory."
+                ) from error
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _open(self) -> None:
+        manifest = self.directory / MANIFEST
+        if manifest.exists():
+            self.done = self._read(manifest, self.command)
+        names = sorted(path.name for path in self.directory.iterdir())
+        others = [name for name in names if not name.startswith((_PARTIAL, _LOCK))]
+        if others and not manifest.exists():
+            raise DataError(
+                f"--out {self.directory} holds other files ({', '.join(others[:3])}{' ...' * (len(others) > 3)}), "
+                f"not the output of `{self.command}`. Give an empty or new directory."
+            )
+        for left in self.directory.glob(f"{_PARTIAL}*"):  # of a process that was killed: the lock is ours
+            left.unlink()
+        if not manifest.exists():
             self._save()
-        except OSError as error:
-            raise DataError(f"--out {self.directory} cannot be written: {error}. Choose another directory.") from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self.directory / _LOCK
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise DataError(
+                    f"--out {self.directory} is being filled by another process. Wait for it, or give another one."
+                ) from error
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _remove_unused_manifest(self) -> None:
+        if not self.done:
+            (self.directory / MANIFEST).unlink(missing_ok=True)
+
+    def _remove_if_empty(self) -> None:
+        if not any(self.directory.iterdir()):
+            self.directory.rmdir()
 
     def _read(self, manifest: Path, command: str) -> dict[str, dict[str, Any]]:
         try:
@@ -69,19 +113,7 @@ class Output:
                 f"--out {self.directory} holds the output of `{command}` with other arguments, another tokenizer or "
                 "changed input files. Give another directory, or delete this one."
             )
-        if not os.access(self.directory, os.W_OK):
-            raise DataError(f"--out {self.directory} cannot be written. Choose another directory.")
         return {name: entry for name, entry in done.items() if (self.directory / name).is_file()}
-
-    def __enter__(self) -> Output:
-        """Use it in a `with`: a command that fails before anything is finished leaves nothing behind."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.done:
-            (self.directory / MANIFEST).unlink(missing_ok=True)
-            with suppress(OSError):  # not empty: it was there before, and so stays
-                self.directory.rmdir()
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """What `finish` recorded for a file that is complete, else None."""

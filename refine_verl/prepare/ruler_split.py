@@ -40,16 +40,11 @@ def split_questions(
 
 
 def _take(order: Sequence[int], groups: Sequence[int], count: int, most: int) -> list[int]:
-    """The first `count` questions in `order`, at most `most` of a group."""
-    chosen: list[int] = []
-    used: dict[int, int] = defaultdict(int)
+    """`count` questions, at most `most` of a group, group after group as they first appear in `order`."""
+    members: dict[int, list[int]] = defaultdict(list)
     for index in order:
-        if len(chosen) == count:
-            break
-        if used[groups[index]] < most:
-            used[groups[index]] += 1
-            chosen.append(index)
-    return chosen
+        members[groups[index]].append(index)
+    return [index for group in members.values() for index in group[:most]][:count]
 
 
 def _largest(groups: Sequence[int]) -> int:
