@@ -16,7 +16,7 @@ from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Adaptation
 from refine_verl.config import ConfigError
 from refine_verl.models import FastWeightActor
-from refine_verl.models.head import IGNORED
+from refine_verl.models.answers import Answers
 from refine_verl.nsp import generation_uniforms, validate_reward_name
 
 
@@ -160,20 +160,20 @@ class Adapted:
         draws = None
         if temperature > 0:
             draws = torch.stack(
-                [torch.from_numpy(generation_uniforms(seed, 0, prompts.ids[row], 1, longest))[0] for row in rows]
+                [torch.from_numpy(generation_uniforms(seed, 0, prompts.ids[row], 1, longest)) for row in rows]
             )
-        tokens = FastWeightActor.forward(
+        answers: Answers = FastWeightActor.forward(
             actor,
-            mode="generate",
+            mode="answer",
             prompts=prompts.documents(rows, self._guise.device),
-            max_new_tokens=longest,
+            limits=[limits[row] for row in rows],
+            length=longest,
             temperature=temperature,
             draws=draws,
             stop_tokens=stops,
         )
-        for row, ids in zip(rows, tokens, strict=True):
-            mine = ids[: limits[row]]
-            yield mine[mine != IGNORED].clone()
+        for ids, length in zip(answers.tokens[:, 0], answers.lengths[:, 0].tolist(), strict=True):
+            yield ids[:length].clone()
 
 
 def _vocabulary(model: Any) -> int:

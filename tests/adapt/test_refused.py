@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,3 +247,11 @@ def test_what_a_section_leaves_out_is_that_of_test_time() -> None:
 def test_settings(config: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         refine_verl.adapt(build(), prompts(), config)
+
+
+def test_the_page_lists_every_key_with_its_default() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/adapt.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", page, re.M))
+    shown = {name: str(value) for name, value in vars(AdaptSettings()).items()}
+    shown.update(nsp='{"reward": "binary"}', loss='{"rl_coef": 0.4}')
+    assert listed == shown
