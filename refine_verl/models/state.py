@@ -161,7 +161,7 @@ class FastWeightState:
             if len(tensors) != total:
                 raise ValueError(f"this state has {total} tensors, {len(tensors)} were given")
             rest = iter(tensors)
-            filled = []
+            filled: list[Any] = []
             for leaf, part in zip(leaves, parts, strict=True):
                 own = [next(rest) for _ in part]
                 filled.append(leaf.rebuild(own) if isinstance(leaf, RowLeaf) else own[0] if own else leaf)

@@ -1,0 +1,91 @@
+"""LaCT under REFINE: packed runs from a state to a state, and documents whose every state can be had afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from refine_verl.models.lact.modeling import LaCTModel, LayerTrace
+from refine_verl.models.lact.scan import ScanPlan
+from refine_verl.models.lact.state import NOWHERE, LaCTState, LayerState, Rows, referenced
+from refine_verl.models.lact.take import windows
+from refine_verl.models.packing import Documents, Packed
+from refine_verl.models.state import FastWeightState
+
+
+class LaCTAdapter:
+    """Runs of unequal length lie behind each other in the model anyway, so there is nothing to pad."""
+
+    def run(
+        self, model: nn.Module, packed: Packed, state: FastWeightState | None, keep_state: bool
+    ) -> tuple[Tensor, FastWeightState | None]:
+        """See `ModelAdapter.run`."""
+        trunk = cast(LaCTModel, model.base_model)
+        before = None if state is None else state.tree
+        done = trunk.run(trunk.embeddings(packed.tokens.flatten()), packed.lengths, before, keep=keep_state)
+        hidden = done.hidden.unflatten(0, packed.tokens.shape)
+        return hidden, None if done.state is None else FastWeightState(done.state)
+
+    def trace(self, model: nn.Module, documents: Documents) -> tuple[list[Tensor], LaCTTrace]:
+        """See `TracingAdapter.trace`: one ordinary pass, in which every state lies ready."""
+        trunk = cast(LaCTModel, model.base_model)
+        packed = documents.cut([0] * len(documents), documents.lengths)
+        done = trunk.run(trunk.embeddings(packed.tokens.flatten()), packed.lengths, trace=True)
+        assert done.plan is not None
+        config = trunk.config
+        trace = LaCTTrace(documents.lengths, done.plan, done.trace, config.lact_chunk_size, config.window_size)
+        return list(done.hidden.split(packed.lengths)), trace
+
+
+@dataclass(frozen=True)
+class LaCTTrace:
+    """All that a pass over documents computed and a state may be made of.
+
+    Fast weights and open chunks of a state are references into it, without copies; windows are copied for the chosen
+    positions only.
+
+    Attributes:
+        lengths: T of each document.
+        plan: of the pass.
+        layers: k, v, open tokens of all documents behind each other, and the fast weights of every chunk.
+        chunk, window: C and W.
+    """
+
+    lengths: tuple[int, ...]
+    plan: ScanPlan
+    layers: tuple[LayerTrace, ...]
+    chunk: int
+    window: int | None
+
+    def after(self, positions: Tensor) -> FastWeightState:
+        """States after x_t for positions [N, c]: [N * c] rows, document by document."""
+        starts = [sum(self.lengths[:b]) for b in range(len(self.lengths))]
+        seen, fast, open_, spans = [], [], [], []
+        for b, row in enumerate(positions.tolist()):
+            for t in row:
+                step = t // self.chunk
+                seen.append(t + 1)
+                fast.append(self.plan.history[step][b])
+                open_.append(((0, starts[b] + step * self.chunk, t + 1 - step * self.chunk),))
+                known = t + 1 if self.window is None else min(t + 1, self.window - 1)
+                spans.append((starts[b] + t + 1 - known, starts[b] + t + 1))
+        slots = [(NOWHERE, 0, 0)] * len(seen)
+        if self.window != 1:
+            slots = [
+                (0, r, end - (stop - start)) for r, (end, (start, stop)) in enumerate(zip(seen, spans, strict=True))
+            ]
+        where = Rows(tuple(seen), tuple(fast), tuple(slots), tuple(seen), tuple(open_))
+        lots = referenced(where)[0]
+        where = where.renumber({b: i for i, b in enumerate(lots)}, {0: 0}, {0: 0})
+        layers = tuple(
+            LayerState(
+                tuple(layer.lots[b] for b in lots),
+                () if self.window == 1 else ((windows(layer.k, spans), windows(layer.v, spans)),),
+                None,
+                (layer.tokens,),
+            )
+            for layer in self.layers
+        )
+        return FastWeightState(LaCTState(where, layers))
