@@ -144,5 +144,7 @@ def _read(actor: FastWeightActor, prompts: Documents, segments: int) -> tuple[Te
         for b, length in enumerate(prompts.lengths):
             # a prompt of fewer tokens than segments is over before the others are
             ends[b] = index if starts[b] < length else ends[b]
+    if min(ends) == segments - 1:  # as always but for very short prompts
+        return lasts[-1], states[-1]
     picks = [(index, b) for b, index in enumerate(ends)]
     return torch.stack([lasts[index][b] for index, b in picks]), FastWeightState.gather(states, picks)
