@@ -99,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except (ConfigError, DataError, HydraException, OmegaConfBaseException, YAMLError) as error:
         return _refuse(error)
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):
+            raise
+        return _fail("recipe=, model= and verl's groups take names: recipe=midtrain, model=tiny_deltanet.", BAD_INPUT)
 
 
 def _prepare_sweep(command: CommandLine) -> list[str]:
@@ -175,10 +179,13 @@ def run(config: DictConfig, files: Sequence[ConfigFile] = ()) -> int:
 
     try:
         prepared = prepare_run(valid)
+        launch_config = prepared.launch_config()
     except (ConfigError, DataError, ModelError) as error:
         return _refuse(error)
+    except OSError as error:
+        return _fail(f"trainer.default_local_dir={valid.config.trainer.default_local_dir}: {error}", BAD_INPUT)
     try:
-        run_dir = train(prepared.launch_config())
+        run_dir = train(launch_config)
     except ModelError as error:  # from a worker, wrapped by Ray with its traceback
         return _fail(str(getattr(error, "cause", error)))
     except (PluginError, ResourceError, TrainingDiverged) as error:

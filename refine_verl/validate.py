@@ -239,6 +239,9 @@ def _check_lengths(config: DictConfig, refine: RefineSettings) -> None:
 
 def _check_trainer(config: DictConfig) -> int:
     trainer = config.trainer
+    for name in ("project_name", "experiment_name", "default_local_dir"):
+        if not isinstance(trainer[name], (str, int)) or not str(trainer[name]).strip():
+            raise ConfigError(f"trainer.{name}", f"must be a name, got {trainer[name]!r}. Leave it out instead.")
     if not config.data.train_files and config.refine.phase != "ttt":
         raise ConfigError("data.train_files", "no documents given. Set data.train_files=FILE, a directory or a list.")
     for name in ("n_gpus_per_node", "nnodes", "total_epochs"):
@@ -252,7 +255,7 @@ def _check_trainer(config: DictConfig) -> int:
     rate = config.actor_rollout_ref.actor.optim.lr
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
         raise ConfigError("actor_rollout_ref.actor.optim.lr", f"must be a number greater than 0, got {rate!r}.")
-    _check_run_directory(Path(trainer.default_local_dir).expanduser())
+    _check_run_directory(Path(str(trainer.default_local_dir)).expanduser())
     require_choice("trainer.device", trainer.device, DEVICES, kind="device")
     strategy = config.actor_rollout_ref.actor.strategy
     require_choice("actor_rollout_ref.actor.strategy", strategy, STRATEGIES, kind="strategy")
@@ -333,7 +336,7 @@ def _check_fixed(config: DictConfig) -> None:
 def _make_paths_absolute(config: DictConfig) -> None:
     """Workers do not share the driver's working directory."""
     trainer = config.trainer
-    trainer.default_local_dir = str(Path(trainer.default_local_dir).expanduser().absolute())
+    trainer.default_local_dir = str(Path(str(trainer.default_local_dir)).expanduser().absolute())
     for key in ("path", "tokenizer"):
         value = config.model[key]
         if isinstance(value, str) and Path(value).expanduser().is_dir():

@@ -41,6 +41,11 @@ def check_verl_keys(config: DictConfig) -> None:
     for name in ("save_contents", "load_contents"):
         _check_contents(f"{_ACTOR}.checkpoint.{name}", actor.checkpoint[name])
     _check_dtypes(actor.fsdp_config, config.trainer.device)
+    workers, size = config.trainer.n_gpus_per_node * config.trainer.nnodes, actor.fsdp_config.fsdp_size
+    if isinstance(size, bool) or not isinstance(size, int) or size == 0 or (0 < size < workers and workers % size):
+        raise ConfigError(
+            f"{_FSDP}.fsdp_size", f"must be -1 (all workers) or divide the {workers} workers, got {size}."
+        )
 
 
 def _check_schedule(optim: DictConfig) -> None:
@@ -50,6 +55,8 @@ def _check_schedule(optim: DictConfig) -> None:
     _require_number(f"{_OPTIM}.lr_warmup_steps_ratio", optim.lr_warmup_steps_ratio, at_least=0, at_most=1)
     if optim.min_lr_ratio is not None:
         _require_number(f"{_OPTIM}.min_lr_ratio", optim.min_lr_ratio, at_least=0, at_most=1)
+    if len(optim.betas) != 2:
+        raise ConfigError(f"{_OPTIM}.betas", f"takes two numbers, such as [0.9,0.999], got {list(optim.betas)}.")
     steps = optim.lr_warmup_steps
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise ConfigError(f"{_OPTIM}.lr_warmup_steps", f"must be an integer (-1: by the ratio), got {steps!r}.")

@@ -46,8 +46,9 @@ def load_tokenizer(
         path = Path(spec).expanduser()
         if path.is_dir():
             files = ", ".join(sorted(item.name for item in path.iterdir())[:12]) or "nothing"
+            reason = " ".join(str(error).split())
             raise DataError(
-                f"no tokenizer can be loaded from {path}: {error} The directory holds: {files}. It needs "
+                f"no tokenizer can be loaded from {path}: {reason} The directory holds: {files}. It needs "
                 "tokenizer.json and tokenizer_config.json (save_pretrained writes them)."
             ) from error
         reason = why_not(spec) if isinstance(error, OSError) else error

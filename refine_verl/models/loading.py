@@ -130,7 +130,7 @@ def _config_from_path(name: str, overrides: dict[str, Any]) -> PretrainedConfig:
         raise ModelError(f"model.path={name}: no config.json in this directory; is it a Hugging Face model directory?")
     try:
         return AutoConfig.from_pretrained(name, local_files_only=local_files_only(name), **overrides)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if not looks_local and isinstance(error, OSError):
             raise ModelError(
                 f"model.path={name}: there is no such directory, and as a hub id it cannot be read: {why_not(name)}. "

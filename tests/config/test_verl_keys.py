@@ -34,6 +34,8 @@ def changed(config: DictConfig, key: str, value: object) -> DictConfig:
         ("optim.lr_warmup_steps", None, "must be an integer"),
         ("optim.clip_grad", 0, "greater than 0, got 0"),
         ("optim.clip_grad", None, "must be a number, got None"),
+        ("optim.betas", [0.9], "takes two numbers"),
+        ("fsdp_config.fsdp_size", 0, "must be -1"),
         ("clip_ratio_c", 1.0, "greater than 1"),
         ("clip_ratio_low", -0.2, "at least 0"),
         ("checkpoint.save_contents", ["model", "optimiser"], "unknown content 'optimiser'. Allowed: model, optimizer"),

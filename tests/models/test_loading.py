@@ -109,8 +109,9 @@ def test_a_hybrid_with_softmax_attention_is_refused(family: str, tmp_path: Path)
 def test_directories_without_a_model_are_refused(tmp_path: Path) -> None:
     assert "no such directory" in refusal(tmp_path / "nowhere")
     assert "no config.json in this directory" in refusal(tmp_path)
-    (tmp_path / "config.json").write_text("{ not json")
-    assert "its configuration cannot be read" in refusal(tmp_path)
+    for text in ("{ not json", "[]", "3"):
+        (tmp_path / "config.json").write_text(text)
+        assert "its configuration cannot be read" in refusal(tmp_path)
 
 
 def test_values_without_a_known_family_are_refused() -> None:
