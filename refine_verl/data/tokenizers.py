@@ -51,7 +51,7 @@ def load_tokenizer(
                 f"no tokenizer can be loaded from {path}: {reason} The directory holds: {files}. It needs "
                 "tokenizer.json and tokenizer_config.json (save_pretrained writes them)."
             ) from error
-        reason = why_not(spec) if isinstance(error, OSError) else error
+        reason = why_not(spec) if isinstance(error, OSError) else str(error)
         raise DataError(
             f"tokenizer {spec!r} is neither a directory nor a hub id that can be loaded: {reason}."
             f"{nearest_paths(path)} Without network access give a local directory, or use bytes or bpe:SIZE."
