@@ -6,10 +6,10 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from refine_verl.data.errors import DataError
-from refine_verl.prepare import documents, longbench, ruler_qa
 from refine_verl.prepare.questions import SOURCES
 
 _RULER_EXAMPLES = """examples:
@@ -71,7 +71,7 @@ def _add_longbench(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", required=True, help="directory with TASK.jsonl files, or hub id of a dataset with tasks as configs")
     add("--out", required=True, help="directory to fill")
-    add("--tasks", nargs="+", default=longbench.DEFAULT_TASKS, metavar="TASK", help="(default: the paper's twelve)")
+    add("--tasks", nargs="+", metavar="TASK", help="(default: the paper's twelve)")
     add("--tokenizer", help="directory or hub id to count lengths with")
     add("--length", type=int, help="leave out samples whose prompt and answer have more tokens")
 
@@ -102,15 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Documents are as long as they are: the tokenizer's warning about its model's context means nothing here.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    command = options.pop("command")
-    run, settings_class = {
-        "ruler_qa": (ruler_qa.run, ruler_qa.RulerSettings),
-        "longbench": (longbench.run, longbench.LongBenchSettings),
-        "documents": (documents.run, documents.DocumentSettings),
-    }[command]
+    run = _runner(options.pop("command"))
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
-        run(settings_class(**values))  # type: ignore[operator]
+        run({key: value for key, value in values.items() if value is not None})
     except DataError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -118,6 +113,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted; give the same command again to go on\n")
         return 130
     return 0
+
+
+def _runner(command: str) -> Callable[[dict[str, Any]], None]:
+    # Imported here: the commands need transformers, whose import takes seconds that --help should not.
+    if command == "ruler_qa":
+        from refine_verl.prepare import ruler_qa
+
+        return lambda options: ruler_qa.run(ruler_qa.RulerSettings(**options))
+    if command == "longbench":
+        from refine_verl.prepare import longbench
+
+        return lambda options: longbench.run(longbench.LongBenchSettings(**options))
+    from refine_verl.prepare import documents
+
+    return lambda options: documents.run(documents.DocumentSettings(**options))
 
 
 if __name__ == "__main__":
