@@ -285,7 +285,9 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def run_ranks(world: int, directory: Path, overrides: list[str], what: str = "all") -> dict[str, Any]:
+def run_ranks(
+    world: int, directory: Path, overrides: list[str], what: str = "all", module: str = "reference.ranks"
+) -> dict[str, Any]:
     """Start `world` processes and return what rank 0 saved: of `scenarios` ("all") or of `steps_only` ("steps")."""
     directory.mkdir(parents=True, exist_ok=True)
     spec, out = directory / "spec.json", directory / "out.pt"
@@ -299,7 +301,7 @@ def run_ranks(world: int, directory: Path, overrides: list[str], what: str = "al
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "reference.ranks", str(spec), str(out)],
+            [sys.executable, "-m", module, str(spec), str(out)],
             cwd=ROOT,
             env={**shared, "RANK": str(rank)},
             stdout=(directory / f"rank_{rank}.log").open("w"),
