@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+import refine_verl.models.lact  # noqa: F401  registers LaCT
 from refine_verl.hub import local_files_only, why_not
 from refine_verl.kernels import ensure_kernels
 from refine_verl.models.adapters import FLA_VERIFIED_ON_CPU, FlaAdapter, get_adapter, known_model_types
 from refine_verl.models.errors import ModelError
-from refine_verl.models.weights import describe_problems, misfit
+from refine_verl.models.weights import check_configuration, describe_problems, misfit
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def load_model(
 
 
 def _from_checkpoint(path: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    check_configuration(path, config)
     # weights of another shape come back in the report, as a name with both shapes, instead of as an exception
     model, report = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -118,7 +120,10 @@ def _config_from_values(values: dict[str, Any]) -> PretrainedConfig:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ModelError(f"model.config.{key}: a {model_type} has no such setting{hint}")
-    return AutoConfig.for_model(model_type, **values)
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except ValueError as error:
+        raise ModelError(f"model.config: {error}") from error
 
 
 def _config_from_path(name: str, overrides: dict[str, Any]) -> PretrainedConfig:

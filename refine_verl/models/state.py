@@ -139,7 +139,7 @@ class FastWeightState:
         """
         flat = [pytree.tree_flatten(state.tree) for state in states]
         spec = flat[0][1]
-        columns = []
+        columns: list[Any] = []
         for position, leaf in enumerate(flat[0][0]):
             if isinstance(leaf, Tensor):
                 columns.append(torch.cat([flat[index][0][position][row : row + 1] for index, row in picks]))

@@ -49,6 +49,7 @@ def check_weights(path: str | Path, config: PretrainedConfig) -> None:
         for file in files:
             _check_container(file)
         return
+    _ask_the_configuration(path, config, files)
     headers: dict[str, Tensor] = {}
     origin: dict[str, Path] = {}
     for file in files:
@@ -58,6 +59,31 @@ def check_weights(path: str | Path, config: PretrainedConfig) -> None:
     report = _ask_the_loader(path, config, headers)
     if report is not None and (problems := describe_problems(report, origin)):
         raise misfit(path, config, problems)
+
+
+def check_configuration(path: str | Path, config: PretrainedConfig) -> None:
+    """Refuse a config.json that says something else than the weights do, where they lie on this machine.
+
+    Raises:
+        ModelError: names every field with both values.
+    """
+    files = _local_files(Path(path), config) if Path(path).is_dir() else _cached_files(str(path))
+    if files is not None and all(file.suffix == ".safetensors" for file in files):
+        _ask_the_configuration(path, config, files)
+
+
+def _ask_the_configuration(path: str | Path, config: PretrainedConfig, files: list[Path]) -> None:
+    """Configurations that know how their fields show in a checkpoint have a ``check_weights``."""
+    check = getattr(config, "check_weights", None)
+    if check is None:
+        return
+    try:
+        check({name: shape for file in files for name, shape in _header(file).items()})
+    except ValueError as error:
+        raise ModelError(
+            f"model.path={path}: configuration and weights contradict each other: {error}. Check that config.json "
+            "belongs to these weights, and what model.config overrides."
+        ) from error
 
 
 def misfit(path: str | Path, config: PretrainedConfig, problems: str) -> ModelError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -122,6 +123,12 @@ class LaCTConfig(PretrainedConfig):
         if self.intermediate_size is not None:
             return int(self.intermediate_size)
         return 256 * -(-int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3) // 256)
+
+    def check_weights(self, weights: Mapping[str, Sequence[int]]) -> None:
+        """Compare with the names and shapes of a checkpoint; see `check_weights_against_config`."""
+        from refine_verl.models.lact.checks import check_weights_against_config
+
+        check_weights_against_config(self, weights)
 
     def check(self) -> None:
         """See the class for what is raised."""

@@ -51,8 +51,14 @@ class FastWeights(NamedTuple):
         if list(rows) == list(range(len(self.used[0]))):
             return self
         index = torch.tensor(list(rows), device=self.used[0].device)
+
+        def taken(matrices: Matrices) -> Matrices:
+            return _each(matrices, lambda w: w.index_select(0, index))
+
         return FastWeights(
-            *(None if part is None else _each(part, lambda w: w.index_select(0, index)) for part in self)
+            taken(self.used),
+            None if self.main is None else taken(self.main),
+            None if self.momentum is None else taken(self.momentum),
         )
 
     @staticmethod

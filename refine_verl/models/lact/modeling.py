@@ -18,7 +18,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from refine_verl.models.lact.attention import Pair, Plan, attend, plan_attention, rotary_table, rotate
+from refine_verl.models.lact.attention import Pair, attend, rotary_table, rotate
+from refine_verl.models.lact.attention_plan import Plan, plan_attention
 from refine_verl.models.lact.configuration import LaCTConfig
 from refine_verl.models.lact.fast_weights import (
     ChunkTokens,
@@ -254,6 +255,7 @@ class LaCTPreTrainedModel(PreTrainedModel):
     config_class = LaCTConfig
     base_model_prefix = "model"
     _no_split_modules = ["LaCTBlock"]
+    _input_embed_layer = "embeddings"
     _is_stateful = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -290,12 +292,6 @@ class LaCTModel(LaCTPreTrainedModel):
         self.layers = nn.ModuleList(LaCTBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
 
     def forward(
         self,
@@ -414,18 +410,6 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the first pass makes a LaCTCache
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embeddings = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     def forward(
         self,

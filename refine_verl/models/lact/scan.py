@@ -79,7 +79,9 @@ def plan_scan(where: Rows, lengths: Sequence[int], lots: int, chunk: int, device
     device: of the tensors.
     """
     pieces = [_cut(seen, length, chunk) for seen, length in zip(where.seen, lengths, strict=True)]
-    numbers, starts, segments = [], [], []
+    numbers: list[range] = []
+    starts: list[list[int]] = []
+    segments: list[int] = []
     place = 0
     for parts in pieces:
         numbers.append(range(len(segments), len(segments) + len(parts)))
@@ -266,7 +268,8 @@ def plan_keep(
     chunk: C.
     device: of the tensors.
     """
-    own, start, pieces = len(sizes) - 1, 0, []
+    own, start = len(sizes) - 1, 0
+    pieces: list[Pieces] = []
     for seen, length, before in zip(where.seen, lengths, where.open, strict=True):
         after = seen + length
         first = max(chunk * ((after - 1) // chunk), 0)  # position at which the open chunk begins
@@ -276,8 +279,8 @@ def plan_keep(
             kept, first = (), max(first, seen)
         pieces.append((*kept, *([(own, start + first - seen, after - first)] if length else [])))
         start += length
-    seen = tuple(seen + length for seen, length in zip(where.seen, lengths, strict=True))
-    where = replace(where, seen=seen, fast=plan.refs, open=tuple(pieces))
+    total = tuple(seen + length for seen, length in zip(where.seen, lengths, strict=True))
+    where = replace(where, seen=total, fast=plan.refs, open=tuple(pieces))
     where, fast, merge = _keep_fast(where)
     return _keep_open(where, sizes, fast, merge, device)
 
