@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from refine_verl.data.errors import DataError
 from refine_verl.data.prompts_settings import ANSWER_KEYS, CLASSES_KEY, MAX_NEW_TOKENS_KEY, PromptSettings
-from refine_verl.data.readers import file_format, json_type, place, reading
+from refine_verl.data.readers import file_format, json_records, reading
 from refine_verl.data.sources import DocumentSource, FileSource, HubSource
 
 RECORD_ROWS = 64
@@ -66,32 +63,9 @@ def read_records(source: DocumentSource) -> Iterator[tuple[int, str, dict[str, A
         if file_format(source.path) == ".parquet":
             yield from _parquet_records(source.path, source.name)
         else:
-            yield from json_records(source.path, source.name)
+            yield from json_records(source.path, source.name, "prompt")
     except PermissionError as error:
         raise DataError(f"{source.name} cannot be read: {error.strerror}. Check its permissions.") from error
-
-
-def json_records(path: Path, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """`read_records` of a json lines file, zstd-compressed or not. Blank lines are skipped."""
-    compressed = path.name.lower().endswith(".zst")
-    with (
-        reading(name, "zstd-compressed file" if compressed else "file"),
-        pa.input_stream(str(path), compression="zstd" if compressed else None) as stream,
-        io.BufferedReader(stream, 1 << 20) as lines,
-    ):
-        for row, line in enumerate(lines):
-            if not line.strip():
-                continue
-            where = f"{name}, {place(row, 'line')}"
-            try:
-                record = json.loads(line.decode("utf-8-sig" if row == 0 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{where} is not valid json: {error}. Each line must hold one json object; repair or remove it."
-                ) from error
-            if not isinstance(record, dict):
-                raise DataError(f"{where} holds a json {json_type(record)}; each line must hold one json object.")
-            yield row, where, record
 
 
 def read_prompts(sources: Sequence[DocumentSource], settings: PromptSettings) -> Iterator[PromptRow]:

@@ -35,7 +35,7 @@ def read_file(path: Path, name: str, text_key: str) -> Iterator[pa.RecordBatch]:
         if suffix == ".parquet":
             yield from _read_parquet(path, name, text_key)
         elif suffix in (".jsonl", ".jsonl.zst"):
-            yield from _read_json_lines(path, name, text_key, compressed=suffix.endswith(".zst"))
+            yield from _read_json_lines(path, name, text_key)
         else:
             yield from _read_text(path, name, text_key)
     except PermissionError as error:
@@ -132,33 +132,34 @@ def reading(name: str, kind: str) -> Iterator[None]:
         ) from error
 
 
-def _read_json_lines(path: Path, name: str, text_key: str, *, compressed: bool) -> Iterator[pa.RecordBatch]:
-    kind = "zstd-compressed file" if compressed else "file"
-    texts: list[str] = []
-    rows: list[int] = []
-    characters = 0
+def json_records(path: Path, name: str, example: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The objects of a json lines file, zstd-compressed or not; blank lines are skipped.
+
+    Args:
+        path: the file.
+        name: what messages call it.
+        example: the name of a column, for messages.
+
+    Returns:
+        0-based line, where it is for messages, and the object.
+
+    Raises:
+        DataError: a damaged file, or a line that is not a json object.
+    """
+    compressed = path.name.lower().endswith(".zst")
     # Arrow's decompressor, unlike a plain zstd reader, reports a stream that stops in the middle of a frame.
     with (
-        reading(name, kind),
+        reading(name, "zstd-compressed file" if compressed else "file"),
         pa.input_stream(str(path), compression="zstd" if compressed else None) as stream,
         io.BufferedReader(stream, 1 << 20) as lines,
     ):
         for row, line in enumerate(lines):
-            if not line.strip():
-                continue
-            text = _text_of_line(line, row, name, text_key)
-            texts.append(text)
-            rows.append(row)
-            characters += len(text)
-            if len(texts) == BATCH_ROWS or characters > BATCH_CHARACTERS:
-                yield make_batch(texts, np.array(rows, np.int64), name, "line")
-                texts, rows, characters = [], [], 0
-        if texts:
-            yield make_batch(texts, np.array(rows, np.int64), name, "line")
+            if line.strip():
+                where = f"{name}, {place(row, 'line')}"
+                yield row, where, _object_of_line(line, row, where, example)
 
 
-def _text_of_line(line: bytes, row: int, name: str, text_key: str) -> str:
-    where = f"{name}, {place(row, 'line')}"
+def _object_of_line(line: bytes, row: int, where: str, example: str) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig" if row == 0 else "utf-8"))
     except (ValueError, RecursionError) as error:
@@ -168,8 +169,28 @@ def _text_of_line(line: bytes, row: int, name: str, text_key: str) -> str:
     if not isinstance(record, dict):
         raise DataError(
             f"{where} holds a json {json_type(record)}, not an object. Each line must be an object such as "
-            f'{{"{text_key}": "..."}}; write the file as json lines.'
+            f'{{"{example}": "..."}}; write the file as json lines.'
         )
+    return record
+
+
+def _read_json_lines(path: Path, name: str, text_key: str) -> Iterator[pa.RecordBatch]:
+    texts: list[str] = []
+    rows: list[int] = []
+    characters = 0
+    for row, where, record in json_records(path, name, text_key):
+        text = _text_of_record(record, where, text_key)
+        texts.append(text)
+        rows.append(row)
+        characters += len(text)
+        if len(texts) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield make_batch(texts, np.array(rows, np.int64), name, "line")
+            texts, rows, characters = [], [], 0
+    if texts:
+        yield make_batch(texts, np.array(rows, np.int64), name, "line")
+
+
+def _text_of_record(record: dict[str, Any], where: str, text_key: str) -> str:
     if text_key not in record:
         raise DataError(missing_column(where, text_key, list(record)))
     text = record[text_key]

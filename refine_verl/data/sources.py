@@ -29,6 +29,7 @@ from refine_verl.data.readers import (
     missing_column,
     read_file,
 )
+from refine_verl.hub import OFFLINE_VARIABLE, hub_is_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +269,14 @@ def nearest_paths(path: Path) -> str:
 
 def _load_hub_dataset(repo: str, config: str | None, split: str, spec: str, key: str) -> Any:
     import datasets
+    from huggingface_hub import constants
 
+    if not constants.is_offline_mode() and not hub_is_reachable():
+        raise DataError(
+            f"{key}: {spec} is no local path, and {constants.ENDPOINT} cannot be reached to look for a hub dataset of "
+            f"that name.{nearest_paths(Path(repo))} If the dataset was downloaded before, set {OFFLINE_VARIABLE}=1 to "
+            f"take it from the cache; else copy it here as parquet, jsonl or txt files and give their path in {key}."
+        )
     try:
         return datasets.load_dataset(repo, config, split=split)
     except Exception as error:  # the hub client raises many unrelated types; all mean "could not get it"

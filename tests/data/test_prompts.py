@@ -380,3 +380,21 @@ def test_settings_come_out_of_a_data_section():
     assert settings.files("validation") == ("a.parquet",)
     assert settings.files("train") == ()
     assert settings.task == "trec"
+
+
+def test_hub_datasets(tmp_path, bytes_tokenizer, monkeypatch):
+    import datasets
+
+    from refine_verl.data import sources
+
+    asked = []
+
+    def load(repo, config, split, spec, key):
+        asked.append((repo, config, split, key))
+        return datasets.Dataset.from_list([{"prompt": "p: ", "answers": ["a", "b"]}, {"prompt": "q", "answers": []}])
+
+    monkeypatch.setattr(sources, "_load_hub_dataset", load)
+    settings = PromptSettings(val_files="org/name:tasks:test", cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"org/name:tasks:test, row 1: 'answers' is an empty list"):
+        prepare_prompts(settings, "validation", bytes_tokenizer)
+    assert asked == [("org/name", "tasks", "test", "data.val_files")]

@@ -222,6 +222,8 @@ LONGBENCH += ("qmsum", "multi_news", "lcc", "repobench-p")
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_convention_is_lm_evals_for_longbench():
     theirs = _lm_eval_module("tasks/longbench/metrics.py")
+    if importlib.util.find_spec("Levenshtein"):
+        pytest.skip("fuzzywuzzy counts differently with python-Levenshtein")
     for task in LONGBENCH:
         name = main_metric(task, "lm_eval")
         function = getattr(theirs, f"get_{name}")
