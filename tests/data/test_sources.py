@@ -2,8 +2,9 @@
 
 import datasets
 import pytest
+from huggingface_hub import constants
 
-from refine_verl.data import DataError
+from refine_verl.data import DataError, sources
 from refine_verl.data.sources import (
     HubSource,
     StandardLibrarySource,
@@ -17,8 +18,8 @@ def resolve(*names, split="train"):
     return resolve_sources(names, key="data.train_files", default_split=split)
 
 
-def names(sources, root):
-    return [str(source.path.relative_to(root)) for source in sources]
+def names(found, root):
+    return [str(source.path.relative_to(root)) for source in found]
 
 
 @pytest.fixture
@@ -100,6 +101,7 @@ class TestHub:
             return load(str(place.parent), config, split=split, cache_dir=str(tmp_path / "hf"))
 
         monkeypatch.setattr(datasets, "load_dataset", from_disk)
+        monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
         return tmp_path
 
     def test_splits(self, hub):
@@ -126,6 +128,14 @@ class TestHub:
     def test_unreachable_says_how_to_use_local_files(self, hub):
         with pytest.raises(DataError, match=r"(?s)ConnectionError: offline.*copy the data here as parquet"):
             resolve("other/name")
+
+    def test_no_network_is_said_at_once(self, hub, monkeypatch):
+        """The hub client would try for half a minute."""
+        monkeypatch.setattr(sources, "hub_is_reachable", lambda: False)
+        with pytest.raises(DataError, match=r"(?s)cannot be reached.*HF_HUB_OFFLINE=1.*copy it here as parquet"):
+            resolve("some-org/some-text")
+        monkeypatch.setattr(constants, "is_offline_mode", lambda: True)  # then the cache is asked
+        assert isinstance(resolve("some-org/some-text")[0], HubSource)
 
     def test_asking_the_hub_is_said_with_the_nearest_path(self, hub, caplog):
         (hub / "some-org" / "some-test").mkdir(parents=True)
