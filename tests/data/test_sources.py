@@ -132,6 +132,7 @@ class TestHub:
     def test_no_network_is_said_at_once(self, hub, monkeypatch):
         """The hub client would try for half a minute."""
         monkeypatch.setattr(sources, "hub_is_reachable", lambda: False)
+        monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
         with pytest.raises(DataError, match=r"(?s)cannot be reached.*HF_HUB_OFFLINE=1.*copy it here as parquet"):
             resolve("some-org/some-text")
         monkeypatch.setattr(constants, "is_offline_mode", lambda: True)  # then the cache is asked
