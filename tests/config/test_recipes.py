@@ -28,7 +28,7 @@ def compose_with(recipe: str, preset: str, *more: str) -> DictConfig:
 def test_the_names_users_type() -> None:
     phases = {"posttrain", "posttrain_nested_sft", "posttrain_sft", "ttt", "ttt_sft"}
     assert set(RECIPES) == {"midtrain", "sft", "pretrain", "quickstart"} | phases
-    assert set(PRESETS) == {"auto", "deltanet_1b3", "gated_deltanet", "tiny_deltanet"}
+    assert set(PRESETS) == {"auto", "deltanet_1b3", "gated_deltanet", "lact_760m", "tiny_deltanet", "tiny_lact"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -170,3 +170,5 @@ def test_presets_are_models_of_the_size_they_claim() -> None:
     assert sizes["deltanet_1b3"] == 1_365_677_056
     assert 1.2e9 < sizes["gated_deltanet"] < 1.5e9
     assert 1e6 < sizes["tiny_deltanet"] < 3e6
+    assert sizes["lact_760m"] == 797_625_312
+    assert 1e6 < sizes["tiny_lact"] < 3e6
