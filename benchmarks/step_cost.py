@@ -19,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,7 @@ PRESETS = {
         model={"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 2, "vocab_size": 2048},
         length=4096,
         documents=8,
-        rollout_micro_batch=8,
+        rollout_micro_batch=1,
         device="cpu",
         checkpoint_segments=False,
         rounds=5,
@@ -268,8 +270,24 @@ def compare(bench: Bench) -> dict[str, float]:
     """Relative differences between forking and recomputing: log-probabilities, loss and gradient of a whole step.
 
     Both take the rollouts that forking wrote, so a sampled token that flips at the edge of its interval in low
-    precision does not hide the comparison.
+    precision does not hide the comparison. LaCT's Newton-Schulz steps are taken in float32 for it: in bf16 they
+    amplify the last bit of every sum, forward and backward, by several per cent of the gradient.
     """
+    with _precise_updates(bench.actor.config):
+        return _compare(bench)
+
+
+@contextmanager
+def _precise_updates(config: Any) -> Iterator[None]:
+    published = getattr(config, "muon_dtype", None)
+    if published is not None:
+        config.muon_dtype = "float32"
+    yield
+    if published is not None:
+        config.muon_dtype = published
+
+
+def _compare(bench: Bench) -> dict[str, float]:
     branches, old, advantages = bench.write("fork")
     gradients, losses, log_probs = [], [], []
     for kind in ("fork", "prefix"):
