@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from refine_verl.models import load_model
 
-FAMILIES = ("delta_net", "gated_deltanet")
+FAMILIES = ("delta_net", "gated_deltanet", "lact_swiglu")
+# Chunks and windows that prompts of these lengths cross.
+LACT = {"num_attn_heads": 2, "num_lact_heads": 2, "lact_chunk_size": 8, "window_size": 8}
 LENGTHS = (23, 40, 13, 31, 40)
 # A reward that differs between rollouts even where a random model guesses nothing right.
 CONFIG: dict[str, Any] = {
@@ -24,6 +26,8 @@ CONFIG: dict[str, Any] = {
 
 def build(family: str = "delta_net", dtype: torch.dtype = torch.float32, **values: object) -> Any:
     """The same model every time, with larger weights than at initialisation: every part of it matters."""
+    if family == "lact_swiglu":
+        values = {**LACT, **values}
     model = load_model(None, config=tiny_config(family, **values), dtype=torch.float32, seed=1)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(2)

@@ -26,20 +26,21 @@ def recall() -> ModuleType:
 
 
 def test_the_task(recall: ModuleType) -> None:
-    """Entries, then questions with answers; the last key's value is in the prompt once and is what is wanted."""
+    """A store of entries, then questions with their answers; what is wanted is the value of the last key."""
     prompts, wanted = recall.sample(torch.Generator().manual_seed(0), 5)
     size = 1 + recall.VALUE_LENGTH
-    assert prompts.shape == (5, 2 * recall.ENTRIES * size - recall.VALUE_LENGTH)
+    assert prompts.shape == (5, (1 + recall.ROUNDS) * recall.ENTRIES * size - recall.VALUE_LENGTH)
     for prompt, value in zip(prompts.tolist(), wanted.tolist(), strict=True):
         store = {prompt[i]: prompt[i + 1 : i + size] for i in range(0, recall.ENTRIES * size, size)}
         assert len(store) == recall.ENTRIES and store[prompt[-1]] == value
-        assert prompt.count(prompt[-1]) == 2
+        asked = prompt[recall.ENTRIES * size :: size]
+        assert {asked.count(key) for key in store} == {recall.ROUNDS}
         for i in range(recall.ENTRIES * size, len(prompt) - 1, size):
             assert store[prompt[i]] == prompt[i + 1 : i + size]
 
 
 def test_it_runs_and_is_reproducible(recall: ModuleType) -> None:
-    preset = replace(recall.PRESETS["fast"], seeds=2, test_prompts=8, passes=1, curriculum=((2, 2), (3, 1)))
+    preset = replace(recall.PRESETS["fast"], seeds=2, test_prompts=8, passes=1, most_base_steps=3)
     scores = recall.run(preset)
     assert scores == recall.run(preset)
     assert set(scores) == set(recall.METHODS)
