@@ -202,11 +202,14 @@ def _say_what_is_where(run_dir: Path) -> None:
     contents = (
         ("report.html", "curves of the run"),
         ("model", "the trained model, for AutoModelForCausalLM.from_pretrained"),
+        ("predictions.jsonl", "every generated answer with its scores"),
         ("metrics.jsonl", "every metric of every step"),
         ("config.yaml", "the resolved configuration"),
     )
     lines = [f"\nThe run is in {run_dir}"]
-    lines += [f"  {name:<14} {meaning}" for name, meaning in contents if (run_dir / name).exists()]
+    there = [(name, meaning) for name, meaning in contents if (run_dir / name).exists()]
+    width = max(len(name) for name, _ in there) + 1
+    lines += [f"  {name:<{width}} {meaning}" for name, meaning in there]
     if (run_dir / "model").is_dir():
         lines += [
             "Next: go on from this model with documents of your own (parquet, jsonl, txt or a directory of them)",

@@ -149,6 +149,7 @@ def prepare_prompt_splits(
         assert validation is not None
         _check_earlier_answers(valid.config, validation.path)
         return validation, validation
+    _check_earlier_answers(valid.config, None)
     batch = int(valid.config.data.train_batch_size)
     train = prepare("train", minimum_sequences=batch, sequences_reason=f"data.train_batch_size={batch}")
     if refine.outer == "grpo":
@@ -187,19 +188,35 @@ def _check_scores(path: Path, refine: RefineSettings, key: str) -> None:
             raise ConfigError(key, f"{row['source']}, row {row['row']}: {error}") from error
 
 
-def _check_earlier_answers(config: DictConfig, prepared: Path) -> None:
-    """Answers that are there already must be those of this run: same prompts, model and settings."""
+def _check_earlier_answers(config: DictConfig, prepared: Path | None) -> None:
+    """What is in the run directory already must be of this run: same phase, prompts, model and settings.
+
+    Args:
+        config: resolved.
+        prepared: the test prompts, for test-time training.
+    """
     directory = Path(config.trainer.default_local_dir)
     answers, written = directory / "predictions.jsonl", directory / "config.yaml"
-    if config.trainer.resume_mode == "disable" or not answers.is_file() or not written.is_file():
+    if config.trainer.resume_mode == "disable" or not written.is_file():
         return
     earlier = DictConfig(OmegaConf.load(written))
-    before, now = (
-        dict(_that_matter(earlier)),
-        dict(_that_matter(DictConfig(OmegaConf.create(OmegaConf.to_yaml(config))))),
-    )
+    phase = OmegaConf.select(earlier, "refine.phase", default="documents")
+    if phase != config.refine.phase and (
+        answers.is_file() or (directory / "latest_checkpointed_iteration.txt").is_file()
+    ):
+        raise ConfigError(
+            "trainer.default_local_dir",
+            f"{directory} holds a run of refine.phase={phase}, which one of refine.phase={config.refine.phase} cannot "
+            "go on from. Name another directory (and that run's model with model.path=RUN/model).",
+        )
+    if prepared is None or not answers.is_file():
+        return
+    now = DictConfig(OmegaConf.create(OmegaConf.to_yaml(config)))
+    before, after = dict(_that_matter(earlier)), dict(_that_matter(now))
     changed = [
-        f"{key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
     ]
     if list(earlier.data.val_files or []) != [str(prepared)]:
         changed.append("data.val_files: other prompts")

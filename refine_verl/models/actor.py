@@ -167,9 +167,9 @@ class FastWeightActor(nn.Module):
         """
         if branches is None:
             borders = documents.even_cuts(nsp.chunks + 1 if self.checkpoint_segments else 1)
-            hidden, _, order = self._trunk(documents, borders, keep=())
+            parts, _, order = self._trunk(documents, borders, keep=())
             targets = torch.cat([segment.targets for segment in order])
-            return {"ntp_loss_sum": self._next_token_loss(documents, torch.cat(hidden), targets)}
+            return {"ntp_loss_sum": self._next_token_loss(documents, torch.cat(parts), targets)}
         if nsp.rollout == "prefix":
             return reference.update(self, documents, branches, nsp)
         hidden, targets, last, state = self._fork(documents, branches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,8 +34,11 @@ class PosttrainTrainer(PromptTrainer):
 
     @contextmanager
     def _recorder(self, resume_step: int | None, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
-        last = float("inf") if resume_step is None else resume_step
-        self.predictions = PredictionsFile(self.run_dir / PREDICTIONS_FILE, lambda row: row.get("step", 0) <= last)
+        def still_holds(row: Mapping[str, Any]) -> bool:
+            # validation alone makes the answers of its step again and leaves all others
+            return row["step"] != self.global_steps if resume_step is None else row["step"] <= resume_step
+
+        self.predictions = PredictionsFile(self.run_dir / PREDICTIONS_FILE, still_holds)
         try:
             with super()._recorder(resume_step, total) as record:
                 yield record

@@ -88,7 +88,9 @@ class TTTTrainer(PromptTrainer):
         return columns
 
     def _still_holds(self, row: Mapping[str, Any]) -> bool:
-        """Where adaptation carries on, what came after the checkpoint is not there any more and is made again."""
+        """Not if the run starts over; where adaptation carries on, not what came after the checkpoint."""
+        if self.config.trainer.resume_mode == "disable":
+            return False
         return self.ttt.reset != "none" or row["batch"] <= self.global_steps
 
     def _record_what_a_kill_lost(self, record: Any, predictions: PredictionsFile) -> None:
