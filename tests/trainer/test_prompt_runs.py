@@ -1,0 +1,143 @@
+"""Post-training and test-time training through the command line, Ray and FSDP2: files, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference.prompt_runs import TEST, prompt_overrides, write_prompts
+from reference.runs import read_steps, repeatable, run_to_the_end
+
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
+
+TTT = (
+    "data.train_batch_size=3",
+    "refine.ppo_mini_batch_size=3",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+)
+GRPO = ("refine.outer=grpo", "refine.answers.samples=3")
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+
+
+class Runs:
+    """All runs of this file, two at a time; a test waits for those it needs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        pool = self.pool = ThreadPoolExecutor(max_workers=2)
+        whole = ("trainer.total_training_steps=4", "trainer.save_freq=4")
+        self.posttrain = pool.submit(self.run, "posttrain", "whole", *GRPO, *whole)
+        self.ttt = pool.submit(self.run, "ttt", "ttt", *TTT)
+        self.posttrain_resumed = pool.submit(self._resumed_posttrain)
+        self.online = pool.submit(self.run, "ttt", "online", *TTT, "refine.ttt.reset=none", "trainer.save_freq=1")
+        self.ttt_resumed = pool.submit(self._resumed_ttt)
+        self.online_resumed = pool.submit(self._resumed_online)
+
+    def run(self, recipe: str, name: str, *more: str) -> Path:
+        run_dir = self.directory / name
+        code, output = run_to_the_end(prompt_overrides(recipe, self.directory, run_dir, *more), self.directory)
+        assert code == 0, output[-4000:]
+        return run_dir
+
+    def _resumed_posttrain(self) -> Path:
+        self.run("posttrain", "resumed", *GRPO, "trainer.total_training_steps=2", "trainer.save_freq=2")
+        return self.run("posttrain", "resumed", *GRPO, "trainer.total_training_steps=4", "trainer.save_freq=2")
+
+    def _interrupted(self, whole: Future[Path], name: str, kept: int) -> Path:
+        """As a kill leaves it: some whole lines and the beginning of one."""
+        copy = shutil.copytree(whole.result(), self.directory / name)
+        lines = (copy / "predictions.jsonl").read_text().splitlines(keepends=True)
+        (copy / "predictions.jsonl").write_text("".join(lines[:kept]) + lines[kept][:20])
+        return copy
+
+    def _resumed_ttt(self) -> Path:
+        self._interrupted(self.ttt, "ttt_resumed", kept=4)  # one row into the second batch
+        return self.run("ttt", "ttt_resumed", *TTT)
+
+    def _resumed_online(self) -> Path:
+        copy = self._interrupted(self.online, "online_resumed", kept=5)
+        (copy / "latest_checkpointed_iteration.txt").write_text("1")
+        return self.run("ttt", "online_resumed", *TTT, "refine.ttt.reset=none", "trainer.save_freq=1")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    directory = tmp_path_factory.mktemp("prompt_runs")
+    write_prompts(directory)
+    runs = Runs(directory)
+    yield runs
+    runs.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def without_moment(steps: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {step: repeatable(record) for step, record in steps.items()}
+
+
+def test_post_training_resumes_exactly(runs: Runs) -> None:
+    """Metrics of all steps, answers of all validations, GRPO's sampled answers among what they depend on."""
+    whole, resumed = runs.posttrain.result(), runs.posttrain_resumed.result()
+    steps = read_steps(whole)
+    assert sorted(steps) == [0, 1, 2, 3, 4]
+    assert without_moment(steps) == without_moment(read_steps(resumed))
+    assert read_rows(whole) == read_rows(resumed)
+    assert {row["step"] for row in read_rows(whole)} == {0, 2, 4} and len(read_rows(whole)) == 3 * TEST
+    assert (whole / "model" / "model.safetensors").is_file()
+
+
+def test_every_validation_row_is_answered_and_averaged(runs: Runs) -> None:
+    whole = runs.posttrain.result()
+    steps, rows = read_steps(whole), read_rows(whole)
+    for step in (0, 2, 4):
+        scores = [row["scores"]["substring_match"] for row in rows if row["step"] == step]
+        assert len({row["id"] for row in rows if row["step"] == step}) == TEST
+        assert steps[step]["val/ruler_squadqa/substring_match"] == pytest.approx(sum(scores) / TEST)
+    assert "val/ruler_squadqa/substring_match" not in steps[1]
+
+
+def test_test_time_training_answers_every_prompt_twice(runs: Runs) -> None:
+    run = runs.ttt.result()
+    rows, steps = read_rows(run), read_steps(run)
+    assert len(rows) == len({row["id"] for row in rows}) == TEST and [row["batch"] for row in rows] == [1] * 3 + [
+        2
+    ] * 3 + [3]
+    for row in rows:
+        assert {"prediction", "prediction_before", "references", "scores", "scores_before", "task"} <= row.keys()
+        assert [set(point) for point in row["adaptation"]] == [{"step", "loss", "reward"}, {"step", "loss"}]
+    assert sorted(steps) == [1, 2, 3]
+    for key, name in (("scores", "substring_match"), ("scores_before", "before/substring_match")):
+        mean = sum(row[key]["substring_match"] for row in rows) / TEST
+        assert steps[3][f"val/ruler_squadqa/{name}"] == pytest.approx(mean)
+    assert "ruler_squadqa/before" in (run / "report.html").read_text()
+    assert not (run / "model").exists()  # nothing was trained that outlives the run
+
+
+def test_test_time_training_goes_on_behind_the_last_answer(runs: Runs) -> None:
+    whole, resumed = read_rows(runs.ttt.result()), read_rows(runs.ttt_resumed.result())
+    assert resumed == whole
+    assert without_moment(read_steps(runs.ttt.result())) == without_moment(read_steps(runs.ttt_resumed.result()))
+
+
+def test_online_adaptation_resumes_from_its_checkpoint(runs: Runs) -> None:
+    whole, resumed = runs.online.result(), runs.online_resumed.result()
+    assert read_rows(whole) == read_rows(resumed)
+    assert [row["id"] for row in read_rows(whole)] == [f"test_prompts.jsonl:{row}" for row in range(TEST)]
+    assert (whole / "model").is_dir()
+
+
+def test_answers_of_other_settings_are_not_mixed(runs: Runs) -> None:
+    run = runs.ttt.result()
+    before = (run / "predictions.jsonl").read_bytes()
+    overrides = prompt_overrides("ttt", runs.directory, run, *TTT, "refine.loss.rl_coef=0.5")
+    code, output = run_to_the_end(overrides, runs.directory)
+    assert code == 2 and "refine.loss.rl_coef: 0.4 -> 0.5" in output and "resume_mode=disable" in output
+    code, output = run_to_the_end(prompt_overrides("posttrain", runs.directory, run), runs.directory)
+    assert code == 2 and "holds a run of refine.phase=ttt" in output
+    assert (run / "predictions.jsonl").read_bytes() == before
