@@ -20,7 +20,7 @@ from refine_verl.prepare.console import command_tokenizer, progress_bar, require
 from refine_verl.prepare.output import COMPRESSION, Output
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("tokens", pa.int64()), ("source", pa.string()), ("row", pa.int64())])
-_COUNTS = ("read", "sampled", "short", "kept", "kept_tokens", "read_tokens")
+_COUNTS = ("read", "sampled", "short", "long", "kept", "kept_tokens", "read_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,23 +169,24 @@ class Collector:
 
     def _select(self, batch: pa.RecordBatch, counts: dict[str, int], before: dict[str, int]) -> list[dict[str, Any]]:
         """The rows of a batch to keep, as `SCHEMA`; adds to `counts`."""
-        candidates = [row for row in batch.to_pylist() if self._sampled(row["text"])]
-        counts["read"] += len(batch)
-        counts["sampled"] += len(candidates)
-        if not candidates:
-            return []
-        rows = []
-        encoded = self.tokenizer([row["text"] for row in candidates])["input_ids"]
-        for row, ids in zip(candidates, encoded, strict=True):
-            counts["read_tokens"] += len(ids)
+        candidates = [(place, row) for place, row in enumerate(batch.to_pylist()) if self._sampled(row["text"])]
+        rows: list[dict[str, Any]] = []
+        encoded = self.tokenizer([row["text"] for _, row in candidates])["input_ids"] if candidates else []
+        for (place, row), ids in zip(candidates, encoded, strict=True):
             if self._enough(counts, before):
-                break
+                counts["read"] += place
+                return rows
+            counts["sampled"] += 1
+            counts["read_tokens"] += len(ids)
             if len(ids) < self.settings.min_tokens:
                 counts["short"] += 1
-            elif self.settings.max_tokens is None or len(ids) <= self.settings.max_tokens:
+            elif self.settings.max_tokens is not None and len(ids) > self.settings.max_tokens:
+                counts["long"] += 1
+            else:
                 counts["kept"] += 1
                 counts["kept_tokens"] += len(ids)
                 rows.append({**row, "tokens": len(ids)})
+        counts["read"] += len(batch)
         return rows
 
     def _sampled(self, text: str) -> bool:
@@ -225,7 +226,8 @@ def _report(output: Output, totals: dict[str, int], settings: DocumentSettings) 
     rows.append(("all", totals["read"], totals["kept"], totals["kept_tokens"], "", "", ""))
     notes = [
         f"{totals['sampled']:,} of {totals['read']:,} documents were looked at ({totals['read_tokens']:,} tokens with "
-        f"{settings.tokenizer}); {totals['short']:,} had fewer than {settings.min_tokens:,} tokens.",
+        f"{settings.tokenizer}); {totals['short']:,} had fewer than {settings.min_tokens:,} tokens"
+        + (f", {totals['long']:,} more than {settings.max_tokens:,}." if settings.max_tokens is not None else "."),
         f"Use: data.train_files={settings.out}",
     ]
     show_table(f"Documents of at least {settings.min_tokens:,} tokens", columns, rows, notes)

@@ -52,13 +52,18 @@ def test_documents_of_at_least_n_tokens(corpus, tmp_path, capsys):
     assert (statistics.windows, statistics.too_short) == (210, 0)
 
 
-def test_limits(corpus, tmp_path):
+def test_limits(corpus, tmp_path, capsys):
     collect(corpus, tmp_path / "a", "--limit", "100", "--shard-size", "30")
     assert len(rows(tmp_path / "a")) == 100
+    # Of ten documents seven are long enough: the hundredth is the 143rd.
+    assert "143 of 143 documents were looked at" in capsys.readouterr().out
     collect(corpus, tmp_path / "b", "--limit-tokens", "500")
     lengths = [row["tokens"] for row in rows(tmp_path / "b")]
     assert sum(lengths[:-1]) < 500 <= sum(lengths)
+    capsys.readouterr()
     collect(corpus, tmp_path / "c", "--max-tokens", "30")
+    shown = capsys.readouterr().out
+    assert "300 of 300 documents" in shown and "90 had fewer than 10 tokens, 60 more than 30." in shown
     assert {row["tokens"] for row in rows(tmp_path / "c")} == {10, 11, 12, 25, 30}
 
 
