@@ -178,11 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="64 test prompts per seed instead of 256")
     parser.add_argument("--seeds", type=int, choices=range(1, len(STUDENT) + 2), help="default: 5")
+    parser.add_argument("--passes", type=int, help=f"over each batch of prompts; default: {Preset.passes}")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # random weights are the point here
     preset = PRESETS["fast" if arguments.fast else "full"]
-    preset = replace(preset, seeds=arguments.seeds or preset.seeds)
+    preset = replace(preset, seeds=arguments.seeds or preset.seeds, passes=arguments.passes or preset.passes)
     started = time.perf_counter()
     scores = run(preset)
     print(f"\n{table(scores)}\n\n{time.perf_counter() - started:.0f} s")

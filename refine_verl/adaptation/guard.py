@@ -57,6 +57,7 @@ class SavedModel:
         self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
         self._training = [(module, module.training) for module in model.modules()]
         self._forward = model.__dict__.get("forward", _MISSING)
+        self.widened = False
 
     def save(self, backup: str) -> None:
         """Copy what will change, and widen low precision. After an error, `restore` undoes what was done.
@@ -64,12 +65,11 @@ class SavedModel:
         Args:
             backup: ``cpu`` or ``device``, where the copies lie.
         """
-        widened = False
         for parameter in self._model.parameters():
             data = parameter.data
             place = data.device if backup == "device" else torch.device("cpu")
             low = data.dtype in LOW_PRECISION
-            widened = widened or low
+            self.widened = self.widened or low
             keeps_tensor = not low or place == data.device
             copy = data.to(place, copy=not low) if low or parameter.requires_grad else None
             self._parameters.append(
@@ -86,7 +86,7 @@ class SavedModel:
             if low:
                 parameter.data = data.float()
         self._save_buffers()
-        if widened and next(self._model.parameters()).device.type == "cuda":
+        if self.widened and next(self._model.parameters()).device.type == "cuda":
             # fla's kernels want low-precision activations, which these weights no longer give them by themselves
             self._model.__dict__["forward"] = _in_autocast(self._model.forward)
 
@@ -144,10 +144,11 @@ def _in_autocast(forward: Any) -> Any:
 class Guise:
     """Makes a model a `FastWeightActor` while our own passes run, and leaves no trace of that afterwards."""
 
-    def __init__(self, model: nn.Module, *, checkpoint_segments: bool) -> None:
+    def __init__(self, model: nn.Module, *, checkpoint_segments: bool, widened: bool = False) -> None:
         """Args:
         model: a model that passed `check_model`, or a `FastWeightActor` (it keeps its adapter and precision).
         checkpoint_segments: recompute segments in the backward pass (a `FastWeightActor` that does so goes on).
+        widened: its weights were low precision until a moment ago.
         """
         self.model = model
         self.device = next(model.parameters()).device
@@ -156,7 +157,7 @@ class Guise:
         autocast = torch.bfloat16 if self.device.type == "cuda" else None
         adapter = None
         if isinstance(model, FastWeightActor):
-            adapter, autocast = model.adapter, model.autocast_dtype
+            adapter, autocast = model.adapter, model.autocast_dtype or (autocast if widened else None)
             checkpoint_segments = checkpoint_segments or model.checkpoint_segments
         try:
             make_actor(model, adapter=adapter, autocast_dtype=autocast, checkpoint_segments=checkpoint_segments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -59,7 +60,7 @@ def _session(model: nn.Module, prompts: Prompts, settings: AdaptSettings) -> Ite
     try:
         if settings.method != "none":
             saved.save(settings.backup)
-        guise = Guise(model, checkpoint_segments=settings.activation_checkpointing == "segment")
+        guise = Guise(model, checkpoint_segments=settings.activation_checkpointing == "segment", widened=saved.widened)
         adapted = Adapted(guise, prompts, settings)
         adapted._train()
         yield adapted
@@ -191,8 +192,12 @@ def _needs(settings: AdaptSettings) -> str:
     )
 
 
-def _limits(max_new_tokens: int | Sequence[int], rows: int) -> list[int]:
-    limits = [max_new_tokens] * rows if isinstance(max_new_tokens, int) else [int(limit) for limit in max_new_tokens]
+def _limits(max_new_tokens: Any, rows: int) -> list[int]:
+    try:
+        each = max_new_tokens if hasattr(max_new_tokens, "__len__") else [max_new_tokens] * rows
+        limits = [operator.index(limit) for limit in each]
+    except TypeError as error:
+        raise PromptError(f"max_new_tokens: must be an integer or one per prompt, got {max_new_tokens!r}.") from error
     if len(limits) != rows:
         raise PromptError(f"max_new_tokens: {len(limits)} numbers for {rows} prompts. Give one, or one per prompt.")
     for row, limit in enumerate(limits):

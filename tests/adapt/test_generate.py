@@ -51,6 +51,7 @@ def test_limits_stops_and_other_prompts() -> None:
             assert row.tolist() == wanted[:end].tolist()
         adapted.model.generation_config.eos_token_id = [stop]
         assert same(adapted.generate(max_new_tokens=7), adapted.generate(max_new_tokens=7, stop_tokens=[stop]))
+        assert same(limited, adapted.generate(max_new_tokens=torch.tensor([1, 7, 2, 5, 3]), stop_tokens=()))
         other = adapted.generate(rows[3].tolist(), max_new_tokens=7, stop_tokens=())
         assert same(other, [free[3]])
 
@@ -87,6 +88,15 @@ def test_the_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes == [sum(map(len, prompts())), 5, 5, 5]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_training_the_model_answers_as_it_is(family: str, dtype: torch.dtype) -> None:
+    model, rows = build(family, dtype), prompts()
+    with refine_verl.adapt(model, rows, {"method": "none"}) as adapted:
+        assert next(adapted.model.parameters()).dtype == dtype
+        written = adapted.generate(max_new_tokens=1)
+    assert same(written, [huggingface(model, row, 1) for row in rows])
+
+
 def test_after_the_block() -> None:
     with refine_verl.adapt(build(), prompts(), CONFIG) as adapted:
         pass
@@ -100,6 +110,7 @@ def test_after_the_block() -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0 for row 0"),
         ({"max_new_tokens": [1, 2]}, "2 numbers for 5 prompts"),
+        ({"max_new_tokens": 2.5}, "must be an integer or one per prompt, got 2.5"),
         ({"max_new_tokens": 1, "temperature": -1.0}, "temperature must be 0"),
         ({"max_new_tokens": 1, "batch_size": 0}, "batch_size must be at least 1"),
         ({"max_new_tokens": 1, "input_ids": []}, "no prompts"),
