@@ -302,11 +302,11 @@ def test_every_metric_is_documented() -> None:
 
 def test_every_family_is_in_the_support_table() -> None:
     cells = " ".join(row[0] for row in rows(ROOT / "README.md"))
-    for family in (*FLA_VERIFIED_ON_CPU, *FLA_THROUGH_THE_SAME_ADAPTER):
+    for family in (*FLA_VERIFIED_ON_CPU, *FLA_THROUGH_THE_SAME_ADAPTER, "lact_swiglu"):
         assert f"`{family}`" in cells, family
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "cpu_lact", "gpu_lact"])
 def test_the_benchmarks_presets_are_documented_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     preset = importlib.import_module("benchmarks.step_cost").PRESETS[name]
