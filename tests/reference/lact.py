@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "intermediate_size": None,
     "norm_eps": 1e-6,
     "tie_word_embeddings": False,
+    "use_fused_kernel": False,
     "vocab_size": 32000,
 }
 """Published default of every field that decides what a forward pass computes or what the parameters are."""
@@ -112,7 +113,7 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     x = x / (x.norm() + 1e-7)
     for a, b, c in NS_COEFFICIENTS:
         gram = x @ x.t()
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = a * x + (b * gram + (c * gram) @ gram) @ x
     return x.t() if tall else x
 
 
@@ -330,12 +331,26 @@ class SequentialLaCT:
                 if self.get("use_momentum"):
                     step = self.add_momentum(step, buffer, [m for m in (momenta[s] for s in chunk) if m is not None])
                 buffer = step
+                updates = self.orthogonalised(step) if self.get("use_muon") else step
                 for i in range(3):
-                    update = newton_schulz(step[i], self.ns_dtype) if self.get("use_muon") else step[i]
-                    unnormalised[i] = (unnormalised if self.get("ttt_prenorm") else used)[i] + update
-                    used[i] = unnormalised[i] / (row_norms(unnormalised[i]) + 1e-5) * lengths[i]
+                    unnormalised[i] = (unnormalised if self.get("ttt_prenorm") else used)[i] + updates[i]
+                    used[i] = unnormalised[i] / self.divisor(unnormalised[i]) * lengths[i]
             outputs.append(swiglu((used[0], used[1], used[2]), q[t]))
         return outputs
+
+    def orthogonalised(self, step: list[Tensor]) -> list[Tensor]:
+        """Each on its own; W0 above W2 as one matrix in the published fused kernels."""
+        if not self.get("use_fused_kernel"):
+            return [newton_schulz(m, self.ns_dtype).to(m.dtype) for m in step]
+        both = newton_schulz(torch.cat([step[0], step[2]]), self.ns_dtype).to(step[0].dtype)
+        above, below = both.chunk(2)
+        return [above, newton_schulz(step[1], self.ns_dtype).to(step[1].dtype), below]
+
+    def divisor(self, matrix: Tensor) -> Tensor:
+        """Length of each row and a little; the published fused post-norm kernel has the little inside the root."""
+        if self.get("use_fused_kernel") and not self.get("ttt_prenorm"):
+            return torch.sqrt(matrix.square().sum(dim=1, keepdim=True) + 1e-5)
+        return row_norms(matrix) + 1e-5
 
     def add_momentum(self, step: list[Tensor], buffer: list[Tensor] | None, momenta: list[Tensor]) -> list[Tensor]:
         """G + mu M with mu the mean over the chunk's tokens."""
