@@ -36,17 +36,24 @@ PROMPT_KEYS: tuple[str, ...] = (
 )
 PROMPT_DATASET = {"path": "pkg://refine_verl.data.prompts_dataset", "name": "VerlPromptDataset"}
 
-# What may differ between the answers that are there and those to come: where things run and where things lie.
+# What answers depend on, less where things lie and how they are read.
+_MATTERS: tuple[str, ...] = (
+    "refine.",
+    "model.",
+    "data.",
+    "algorithm.",
+    "actor_rollout_ref.actor.",
+    "actor_rollout_ref.model.",
+)
 _MAY_CHANGE: tuple[str, ...] = (
-    "trainer.",
-    "ray_kwargs.",
-    "global_profiler.",
     "data.train_files",
     "data.val_files",
+    "data.val_batch_size",
     "data.cache_dir",
     "data.custom_cls",
     "data.num_workers",
     "data.progress",
+    "actor_rollout_ref.actor.profiler",
     "actor_rollout_ref.model.path",
     "actor_rollout_ref.model.tokenizer_path",
 )
@@ -219,7 +226,7 @@ def _check_earlier_answers(config: DictConfig, prepared: Path | None) -> None:
         if before.get(key) != after.get(key)
     ]
     if list(earlier.data.val_files or []) != [str(prepared)]:
-        changed.append("data.val_files: other prompts")
+        changed.append("data.val_files: other prompts, or files written anew")
     if changed:
         raise ConfigError(
             "trainer.default_local_dir",
@@ -229,4 +236,6 @@ def _check_earlier_answers(config: DictConfig, prepared: Path | None) -> None:
 
 
 def _that_matter(config: DictConfig) -> Iterator[tuple[str, Any]]:
-    return ((key, value) for key, value in leaves(config) if not key.startswith(_MAY_CHANGE))
+    return (
+        (key, value) for key, value in leaves(config) if key.startswith(_MATTERS) and not key.startswith(_MAY_CHANGE)
+    )
