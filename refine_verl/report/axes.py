@@ -17,40 +17,42 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 20, 40
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The plotting area: ranges of the data and their place in the view box."""
+    """The plotting area: ranges of the data and their place in a view box of `width` times `height`."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
+    width: int = WIDTH
+    height: int = HEIGHT
 
     def x(self, step: float) -> float:
-        """Horizontal place of a step."""
+        """Horizontal place of a step, or of what else the axis counts."""
         low, high = self.x_range
-        return LEFT + (step - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (step - low) / (high - low) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         """Vertical place of a value; downwards, as SVG counts."""
         low, high = self.y_range
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
 
-    def grid(self, *, percent: bool) -> Markup:
+    def grid(self, *, percent: bool = False, x_label: str = "step", whole: bool = True, y_ticks: int = 6) -> Markup:
         """Horizontal grid lines and the labels of both axes."""
         parts: list[Markup] = []
-        ticks = nice_ticks(*self.y_range, count=6)
+        ticks = nice_ticks(*self.y_range, count=y_ticks)
         labels, power = _labels(ticks, percent=percent)
         if power:
             parts.append(el("text", power, class_="tick", x=LEFT - 8, y=TOP - 7, text_anchor="end"))
         for value, label in zip(ticks, labels, strict=True):
             y = number(self.y(value))
-            parts.append(el("path", class_="grid", d=f"M{LEFT} {y}H{WIDTH - RIGHT}"))
+            parts.append(el("path", class_="grid", d=f"M{LEFT} {y}H{self.width - RIGHT}"))
             parts.append(el("text", label, class_="tick", x=LEFT - 8, y=y, dy="0.32em", text_anchor="end"))
-        steps = [tick for tick in nice_ticks(*self.x_range, count=7, whole=True) if tick >= 0]
+        steps = [tick for tick in nice_ticks(*self.x_range, count=7, whole=whole) if tick >= 0]
         for step, label in zip(steps, _labels(steps, percent=False)[0], strict=True):
             x = number(self.x(step))
-            parts.append(el("path", class_="axis", d=f"M{x} {HEIGHT - BOTTOM}v4"))
-            parts.append(el("text", label, class_="tick", x=x, y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
-        parts.append(el("path", class_="axis", d=f"M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"))
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        parts.append(el("text", "step", class_="label", x=middle, y=HEIGHT - 5, text_anchor="middle"))
+            parts.append(el("path", class_="axis", d=f"M{x} {self.height - BOTTOM}v4"))
+            parts.append(el("text", label, class_="tick", x=x, y=self.height - BOTTOM + 17, text_anchor="middle"))
+        parts.append(el("path", class_="axis", d=f"M{LEFT} {self.height - BOTTOM}H{self.width - RIGHT}"))
+        middle = (LEFT + self.width - RIGHT) / 2
+        parts.append(el("text", x_label, class_="label", x=middle, y=self.height - 5, text_anchor="middle"))
         return join(*parts)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from refine_verl.report.series import Point, column, finite, warmup_spans
 from refine_verl.report.svg import Band, Chart, Line
 
-__all__ = ["COST", "LEARNING", "POLICY", "STABILITY", "build_charts"]
+__all__ = ["ANSWERS", "COST", "LEARNING", "POLICY", "SPECS", "STABILITY", "ChartSpec", "build_charts"]
 
-LEARNING, POLICY, STABILITY, COST = "Learning", "Policy", "Stability", "Cost"
+LEARNING, ANSWERS, POLICY, STABILITY, COST = "Learning", "Answers", "Policy", "Stability", "Cost"
 VALIDATION_KEYS = ("val/ntp_loss", "val/ntp_accuracy")
 MAX_COLORS = 6
 
@@ -27,6 +27,7 @@ class ChartSpec:
     noisy: bool = False
     percent: bool = False
     from_zero: bool = False
+    unless_zero: bool = False  # left out where every value is 0
     first_color: int = 1
 
 
@@ -53,6 +54,44 @@ SPECS = (
         lines=(("val/ntp_accuracy", "validation"),),
         percent=True,
         first_color=2,
+    ),
+    ChartSpec(
+        section=LEARNING,
+        title="Loss around test-time training",
+        unit="nats per token of the batch's prompts",
+        lines=(("ttt/loss_before", "before"), ("ttt/loss_after", "after")),
+        noisy=True,
+    ),
+    ChartSpec(
+        section=ANSWERS,
+        title="Score of sampled answers",
+        unit="mean over answers",
+        lines=(("answer/reward/mean", "mean"),),
+        noisy=True,
+    ),
+    ChartSpec(
+        section=ANSWERS,
+        title="Loss on answers",
+        unit="nats per answer token",
+        lines=(("answer/ntp_loss", "training"),),
+        noisy=True,
+    ),
+    ChartSpec(
+        section=ANSWERS,
+        title="Lost signal of answers",
+        unit="share",
+        lines=(("answer/pg_clipfrac", "clipped ratios"), ("answer/group_zero_std", "prompts of equal scores")),
+        noisy=True,
+        percent=True,
+        from_zero=True,
+    ),
+    ChartSpec(
+        section=ANSWERS,
+        title="Length of answers",
+        unit="tokens",
+        lines=(("answer/length/mean", "mean"),),
+        noisy=True,
+        from_zero=True,
     ),
     ChartSpec(
         section=POLICY,
@@ -88,8 +127,16 @@ SPECS = (
         section=STABILITY,
         title="Gradient norm",
         unit="before clipping",
-        lines=(("actor/grad_norm", "gradient norm"),),
+        lines=(("actor/grad_norm", "gradient norm"), ("answer/grad_norm", "of answers")),
         from_zero=True,
+    ),
+    ChartSpec(
+        section=STABILITY,
+        title="Updates left out",
+        unit="gradients that were not finite, per step",
+        lines=(("actor/skipped_updates", "updates"), ("answer/skipped_updates", "of answers")),
+        from_zero=True,
+        unless_zero=True,
     ),
     ChartSpec(
         section=STABILITY,
@@ -121,20 +168,27 @@ SPECS = (
         from_zero=True,
     ),
 )
-TIMES = (("rollout", 1), ("reward", 3), ("update", 2), ("validate", 4))
+TIMES: tuple[tuple[str, tuple[str, ...], int], ...] = (
+    ("rollout", ("rollout",), 1),
+    ("reward", ("reward",), 3),
+    ("update", ("update",), 2),
+    ("answers", ("answer_before", "answer", "score", "update_answers"), 6),
+    ("curve", ("curve",), 4),
+)
+"""Parts of a step: label, the metrics that are its sum, colour."""
+BETWEEN_STEPS = (("validate", 4), ("save_checkpoint", 6))
 
 
 def build_charts(records: Sequence[dict[str, Any]]) -> dict[str, list[Chart]]:
     """Charts by section, in the order of the page; `records` as `merge_steps` returns them."""
-    charts: dict[str, list[Chart]] = {LEARNING: [], POLICY: [], STABILITY: [], COST: []}
+    charts: dict[str, list[Chart]] = {LEARNING: [], ANSWERS: [], POLICY: [], STABILITY: [], COST: []}
     if reward := _reward(records):
         charts[LEARNING].append(reward)
     for spec in SPECS:
         if chart := _from_spec(spec, records):
             charts[spec.section].append(chart)
     charts[LEARNING] += _tasks(records)
-    if times := _times(records):
-        charts[COST].insert(0, times)
+    charts[COST][:0] = [chart for chart in (_times(records), _between_steps(records)) if chart]
     steps, spans = (records[0]["step"], records[-1]["step"]), warmup_spans(records)
     return {
         section: [replace(chart, steps=steps, warmup=spans) for chart in found]
@@ -154,7 +208,7 @@ def _from_spec(spec: ChartSpec, records: Sequence[dict[str, Any]]) -> Chart | No
         for index, (key, label) in enumerate(spec.lines)
         if (points := column(records, key))
     ]
-    if not lines:
+    if not lines or (spec.unless_zero and not any(value for line in lines for _, value in line.points)):
         return None
     return Chart(
         title=spec.title,
@@ -185,7 +239,7 @@ def _reward(records: Sequence[dict[str, Any]]) -> Chart | None:
     return Chart(title="Reward", unit="per rollout", lines=[line], band=band)
 
 
-def _offset(point: Point, deviations: dict[int, float], sign: int) -> Point:
+def _offset(point: Point, deviations: dict[float, float], sign: int) -> Point:
     step, value = point
     return step, None if value is None or step not in deviations else value + sign * deviations[step]
 
@@ -211,11 +265,10 @@ def _tasks(records: Sequence[dict[str, Any]]) -> list[Chart]:
 
 def _times(records: Sequence[dict[str, Any]]) -> Chart | None:
     """Where the time of a step goes; what no part accounts for is shown as `other`."""
-    lines = [
-        Line(label=name, points=points, color=color)
-        for name, color in TIMES
-        if finite(points := column(records, f"timing_s/{name}"))
-    ]
+    lines = []
+    for label, names, color in TIMES:
+        if points := _sum(records, [f"timing_s/{name}" for name in names]):
+            lines.append(Line(label=label, points=points, color=color))
     tables = [dict(finite(line.points)) for line in lines]
     rest: list[Point] = [
         (step, max(total - sum(table.get(step, 0.0) for table in tables), 0.0))
@@ -226,3 +279,24 @@ def _times(records: Sequence[dict[str, Any]]) -> Chart | None:
     if not lines:
         return None
     return Chart(title="Time per step", unit="seconds", lines=lines, stacked=True)
+
+
+def _between_steps(records: Sequence[dict[str, Any]]) -> Chart | None:
+    """Validation and checkpoints, which `timing_s/step` does not count."""
+    lines = [
+        Line(label=name.replace("_", " "), points=points, color=color)
+        for name, color in BETWEEN_STEPS
+        if finite(points := column(records, f"timing_s/{name}"))
+    ]
+    if not lines:
+        return None
+    return Chart(title="Time between steps", unit="seconds, each time", lines=lines, from_zero=True)
+
+
+def _sum(records: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[Point]:
+    """Sum of the finite values of `keys` at every step that has one."""
+    total: dict[float, float] = {}
+    for key in keys:
+        for step, value in finite(column(records, key)):
+            total[step] = total.get(step, 0.0) + value
+    return sorted(total.items())

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["Point", "column", "finite", "head_and_tail", "moving_average", "segments", "thin", "warmup_spans"]
 
-Point = tuple[int, "float | None"]
+Point = tuple[float, "float | None"]
 Record = Mapping[str, Any]
 
 
@@ -21,14 +21,14 @@ def column(records: Sequence[Record], key: str) -> list[Point]:
     return points
 
 
-def finite(points: Sequence[Point]) -> list[tuple[int, float]]:
+def finite(points: Sequence[Point]) -> list[tuple[float, float]]:
     """The points that have a value."""
     return [(step, value) for step, value in points if value is not None]
 
 
-def segments(points: Sequence[Point]) -> list[list[tuple[int, float]]]:
+def segments(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
     """Runs of points without a non-finite value between them: a line is broken there, not drawn across."""
-    runs: list[list[tuple[int, float]]] = [[]]
+    runs: list[list[tuple[float, float]]] = [[]]
     for step, value in points:
         if value is None:
             runs.append([])
@@ -80,7 +80,7 @@ def head_and_tail(points: Sequence[Point]) -> tuple[float, float, int] | None:
     return sum(values[:count]) / count, sum(values[-count:]) / count, count
 
 
-def warmup_spans(records: Sequence[Record]) -> list[tuple[int, int]]:
+def warmup_spans(records: Sequence[Record]) -> list[tuple[float, float]]:
     """Spans (first, last step) in which a run that also refines was warming up.
 
     A step says so by `phase: "warmup"` or by `refine/active: 0`. A run that never refines has no warm-up.
@@ -88,7 +88,7 @@ def warmup_spans(records: Sequence[Record]) -> list[tuple[int, int]]:
     states = [(record["step"], state) for record in records if (state := _warming_up(record)) is not None]
     if all(state for _, state in states):
         return []
-    spans: list[tuple[int, int]] = []
+    spans: list[tuple[float, float]] = []
     previous = False
     for step, state in states:
         if state and previous:

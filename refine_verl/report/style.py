@@ -62,6 +62,9 @@ svg .tick { font-variant-numeric: tabular-nums; }
 .line { stroke: var(--c); stroke-width: 1.9; stroke-linejoin: round; stroke-linecap: round; }
 .raw { stroke-width: 1; stroke-opacity: 0.35; stroke-dasharray: none; }
 .dense { stroke-opacity: 0.16; }
+.d2 { stroke-dasharray: 7 4; } .d3 { stroke-dasharray: 2 4; } .d4 { stroke-dasharray: 9 3 2 3; }
+.d5 { stroke-dasharray: 14 4; } .d6 { stroke-dasharray: 5 2 1 2 1 2; }
+.mark { fill: var(--c); stroke: var(--card); stroke-width: 0.8; }
 .band { fill: var(--c); fill-opacity: 0.13; }
 .dot { fill: var(--c); stroke: var(--card); stroke-width: 0.8; }
 .fill { fill: var(--c); fill-opacity: 0.88; }

@@ -14,22 +14,45 @@ from refine_verl.report.format import format_number
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.series import Point, finite, moving_average, segments, thin
 
-__all__ = ["Band", "Chart", "Line", "render_chart", "smoothing_window"]
+__all__ = ["Axis", "Band", "Chart", "Line", "line_marker", "line_style", "render_chart", "smoothing_window"]
 
 MAX_POINTS = 400  # more than the pixels of a line can show
 MAX_COLUMNS = 80  # of tooltips and of stacked bars
+MARKERS = 6  # markers along a line that has some
 MAX_MARKED = 40  # a line of so few points shows where they are
 SMOOTH_FROM = 40  # a noisy line of so many points is also drawn as its moving average
 
 
 @dataclass(frozen=True, kw_only=True)
+class Axis:
+    """What the horizontal axis counts: its label, the word in tooltips, and whether it counts in whole numbers."""
+
+    label: str = "step"
+    one: str = "step"
+    many: str = "steps"
+    whole: bool = True
+
+    def text(self, value: float) -> str:
+        """`7`, `1.23M`."""
+        return str(int(value)) if self.whole else format_number(value)
+
+
+STEPS = Axis()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Line:
-    """A series of a chart; `color` is 1 to 6, `noisy` adds a moving average."""
+    """A series of a chart; `color` is 1 to 6, `noisy` adds a moving average.
+
+    `pattern` 1 to 6 tells lines apart where there is no colour: 1 is solid, each of the others has a dash and a
+    marker of its own. 0 is for lines that their place or their chart tells apart.
+    """
 
     label: str
     points: Sequence[Point]
     color: int
     noisy: bool = False
+    pattern: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,38 +76,41 @@ class Chart:
     stacked: bool = False
     percent: bool = False
     from_zero: bool = False
-    steps: tuple[int, int] = (0, 1)
-    warmup: Sequence[tuple[int, int]] = ()
+    steps: tuple[float, float] = (0, 1)
+    axis: Axis = STEPS
+    warmup: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """Neighbouring steps that share a bar or a tooltip, with each line's finite values there."""
 
-    first: int
-    last: int
+    first: float
+    last: float
     values: Sequence[Sequence[float]]
 
-    @property
-    def steps(self) -> str:
+    def name(self, axis: Axis) -> str:
         """`step 7` or `steps 1-25`."""
-        return f"step {self.first}" if self.first == self.last else f"steps {self.first}–{self.last}"
+        if self.first == self.last:
+            return f"{axis.one} {axis.text(self.first)}"
+        return f"{axis.many} {axis.text(self.first)}–{axis.text(self.last)}"
 
 
 def render_chart(chart: Chart) -> Markup:
     """The chart as an `<svg>` element with title, axes, shaded warm-up, data and tooltips."""
     columns = _columns(chart.lines)
-    frame = Frame(x_range=padded(*chart.steps, share=0.012, minimum=0.5), y_range=_y_range(chart, columns))
+    margin = 0.5 if chart.axis.whole else 1e-9
+    frame = Frame(x_range=padded(*chart.steps, share=0.012, minimum=margin), y_range=_y_range(chart, columns))
     if chart.stacked:
         data = _stack(chart, columns, frame)
     else:
         band = _band(chart.band, frame) if chart.band else None
-        data = join(band, *(_line(line, frame) for line in chart.lines), _tooltips(chart, columns, frame))
+        data = join(band, *(_line(line, frame, chart.axis) for line in chart.lines), _tooltips(chart, columns, frame))
     return el(
         "svg",
-        el("title", f"{chart.title} ({chart.unit}) by step"),
+        el("title", f"{chart.title} ({chart.unit}) by {chart.axis.label}"),
         *(_shade(first, last, frame) for first, last in chart.warmup),
-        frame.grid(percent=chart.percent),
+        frame.grid(percent=chart.percent, x_label=chart.axis.label, whole=chart.axis.whole),
         data,
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
@@ -131,20 +157,20 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _path(points: Sequence[tuple[int, float]], frame: Frame) -> str:
+def _path(points: Sequence[tuple[float, float]], frame: Frame) -> str:
     return "L".join(f"{number(frame.x(step))} {number(frame.y(value))}" for step, value in points)
 
 
-def _line(line: Line, frame: Frame) -> Markup:
+def _line(line: Line, frame: Frame, axis: Axis) -> Markup:
     window = smoothing_window(line)
     if window:
         average = moving_average(line.points, window)
         style = "line raw dense" if len(line.points) > MAX_POINTS else "line raw"
         raw = _stroke(line.points, frame, f"{style} c{line.color}")
-        drawn = join(raw, _stroke(average, frame, f"line c{line.color}"))
+        drawn = join(raw, _stroke(average, frame, line_style(line)), _markers(line, average, frame))
     else:
-        drawn = _stroke(line.points, frame, f"line c{line.color}")
-    return join(drawn, _dots(line, frame), _gaps(line, frame))
+        drawn = join(_stroke(line.points, frame, line_style(line)), _markers(line, line.points, frame))
+    return join(drawn, _dots(line, frame), _gaps(line, frame, axis))
 
 
 def _stroke(points: Sequence[Point], frame: Frame, style: str) -> Markup:
@@ -152,10 +178,40 @@ def _stroke(points: Sequence[Point], frame: Frame, style: str) -> Markup:
     return el("path", class_=style, d="".join(f"M{_path(run, frame)}" for run in runs)) if runs else Markup()
 
 
+def line_style(line: Line) -> str:
+    """Classes of the style sheet for the line's colour and dash."""
+    return f"line c{line.color}" + (f" d{line.pattern}" if line.pattern > 1 else "")
+
+
+def line_marker(line: Line, x: float, y: float) -> Markup:
+    """The line's marker at a place of the view box; nothing for lines without one."""
+    shapes = {
+        2: "m-3.4 -3.4h6.8v6.8h-6.8z",
+        3: "m0 -4.4l4.2 7.4h-8.4z",
+        4: "m0 -4.6l4.6 4.6l-4.6 4.6l-4.6 -4.6z",
+        5: "m0 4.4l4.2 -7.4h-8.4z",
+        6: "m-3.8 0a3.8 3.8 0 1 0 7.6 0a3.8 3.8 0 1 0 -7.6 0z",
+    }
+    if line.pattern not in shapes:
+        return Markup()
+    return el("path", class_=f"mark c{line.color}", d=f"M{number(x)} {number(y)}{shapes[line.pattern]}")
+
+
+def _markers(line: Line, points: Sequence[Point], frame: Frame) -> Markup:
+    """A few markers along a line; those of different lines start at different places and so do not lie on another."""
+    drawn = finite(points)
+    if line.pattern < 2 or not drawn:
+        return Markup()
+    count = min(MARKERS, len(drawn))
+    shift = (line.pattern - 1) / 6
+    picks = {min(int((index + shift) * len(drawn) / count), len(drawn) - 1) for index in range(count)}
+    return join(*(line_marker(line, frame.x(drawn[pick][0]), frame.y(drawn[pick][1])) for pick in sorted(picks)))
+
+
 def _dots(line: Line, frame: Frame) -> Markup:
     """Dots on the points of a short line, and on points without neighbours, which no line shows."""
     runs = segments(line.points)
-    if len(line.points) > MAX_MARKED:
+    if len(line.points) > MAX_MARKED or line.pattern > 1:
         runs = [run for run in runs if len(run) == 1]
     dots = []
     for step, value in (point for run in runs for point in run):
@@ -164,12 +220,13 @@ def _dots(line: Line, frame: Frame) -> Markup:
     return join(*dots)
 
 
-def _gaps(line: Line, frame: Frame) -> Markup:
+def _gaps(line: Line, frame: Frame, axis: Axis) -> Markup:
     """A small cross above the axis where a value was NaN or infinite."""
     marks = []
     for step, _ in thin([point for point in line.points if point[1] is None], MAX_MARKED):
         shape = f"M{number(frame.x(step) - 3)} {HEIGHT - BOTTOM - 9}l6 6m0 -6l-6 6"
-        marks.append(el("path", el("title", f"step {step}: {line.label} not finite"), class_="bad", d=shape))
+        title = el("title", f"{axis.one} {axis.text(step)}: {line.label} not finite")
+        marks.append(el("path", title, class_="bad", d=shape))
     return join(*marks)
 
 
@@ -191,7 +248,7 @@ def _band(band: Band, frame: Frame) -> Markup:
 
 def _stack(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
     bars = []
-    for column, (left, right) in zip(columns, _edges(columns, frame), strict=True):
+    for column, (left, right) in zip(columns, _edges(columns, frame, chart), strict=True):
         margin = min(0.5, (right - left) * 0.08)
         start, end, base = number(left + margin), number(right - margin), 0.0
         parts: list[Markup] = []
@@ -218,21 +275,22 @@ def _tooltips(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
                 width=number(right - left),
                 height=HEIGHT - TOP - BOTTOM,
             )
-            for column, (left, right) in zip(columns, _edges(columns, frame), strict=True)
+            for column, (left, right) in zip(columns, _edges(columns, frame, chart), strict=True)
         )
     )
 
 
-def _edges(columns: Sequence[Column], frame: Frame) -> list[tuple[float, float]]:
+def _edges(columns: Sequence[Column], frame: Frame, chart: Chart) -> list[tuple[float, float]]:
     """Left and right of each column: half-way to its neighbours."""
     middles = [(left.last + right.first) / 2 for left, right in zip(columns, columns[1:], strict=False)]
-    first, last = frame.x(columns[0].first - 0.5), frame.x(columns[-1].last + 0.5)
+    half = 0.5 if chart.axis.whole else 0.0
+    first, last = frame.x(columns[0].first - half), frame.x(columns[-1].last + half)
     bounds = [max(first, LEFT), *(frame.x(middle) for middle in middles), min(last, WIDTH - RIGHT)]
     return list(zip(bounds, bounds[1:], strict=False))
 
 
 def _tooltip(chart: Chart, column: Column) -> str:
-    rows = [column.steps]
+    rows = [column.name(chart.axis)]
     for line, values in zip(chart.lines, column.values, strict=True):
         if not values:
             continue
@@ -244,7 +302,7 @@ def _tooltip(chart: Chart, column: Column) -> str:
     return "\n".join(rows)
 
 
-def _shade(first: int, last: int, frame: Frame) -> Markup:
+def _shade(first: float, last: float, frame: Frame) -> Markup:
     left, right = max(frame.x(first - 0.5), LEFT), min(frame.x(last + 0.5), WIDTH - RIGHT)
     size = {"x": number(left), "y": TOP, "width": number(right - left), "height": HEIGHT - TOP - BOTTOM}
     label = el("text", "warm-up", class_="tick", x=number(left), y=TOP - 7)
