@@ -48,7 +48,7 @@ class Preset:
     base_lr: float = 5e-3
     test_prompts: int = 256
     seeds: int = 5
-    passes: int = 4
+    passes: int = 8
     lr: float = 1e-3
 
 
