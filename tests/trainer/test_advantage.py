@@ -12,7 +12,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
 from refine_verl.config import ConfigError
 from refine_verl.nsp import group_standardise
-from refine_verl.trainer.advantage import check_estimator, compute_advantages
+from refine_verl.trainer.advantage import answer_advantages, check_estimator, compute_advantages
 
 REWARDS = torch.tensor([[[1.0, 3.0], [5.0, 7.0]], [[2.0, 2.0], [2.0, 2.0]]])  # [B=2, c=2, n=2]
 
@@ -28,6 +28,29 @@ def test_sequence_groups_by_hand() -> None:
     wanted = torch.tensor([[[-3.0, -1.0], [1.0, 3.0]], [[0.0, 0.0], [0.0, 0.0]]]) / std
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
     assert got.dtype == torch.float32 and (got[1] == 0).all()
+
+
+def test_answers_to_a_prompt_are_compared_with_each_other() -> None:
+    """1, 3 against each other and 2, 2: whatever their lengths, one advantage per answer."""
+    rewards, lengths = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.tensor([[1, 4], [2, 2]])
+    got = answer_advantages(rewards, lengths, 4, algorithm())
+    half = 1 / 2**0.5
+    assert got.shape == (2, 2, 4) and got.dtype == torch.float32
+    assert got[0, 0, 0].item() == pytest.approx(-half, abs=1e-5)
+    assert got[0, 1].tolist() == pytest.approx([half] * 4, abs=1e-5)
+    assert not got[1].any()
+
+
+def test_an_answer_is_paid_at_its_last_token() -> None:
+    """An estimator that discounts sees where an answer ends."""
+    given = algorithm(adv_estimator="reinforce_plus_plus", gamma=0.5)
+    rewards, lengths = torch.tensor([[1.0, 0.0]]), torch.tensor([[3, 2]])
+    got = answer_advantages(rewards, lengths, 4, given)[0]
+    # returns 1/4, 1/2, 1 and 0, 0, whitened over the five tokens that count
+    returns = torch.tensor([0.25, 0.5, 1.0, 0.0, 0.0])
+    wanted = (returns - returns.mean()) / returns.std()
+    assert got[0, :3].tolist() == pytest.approx(wanted[:3].tolist(), rel=1e-3)
+    assert got[1, :2].tolist() == pytest.approx(wanted[3:].tolist(), rel=1e-3)
 
 
 def test_position_groups_by_hand() -> None:

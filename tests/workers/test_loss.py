@@ -134,3 +134,76 @@ def test_it_can_be_sent_to_workers() -> None:
     loss = RefineLoss(LossSettings(rl_coef=0.2, sft_coef=1.0), actor())
     copy = pickle.loads(pickle.dumps(loss))
     assert copy(output, data)[0].item() == loss(output, data)[0].item()
+
+
+def answer_batch(
+    old: Tensor, advantages: Tensor, lengths: Tensor, tokens: int, rollouts: int, weight: Tensor | None = None
+) -> TensorDict:
+    """``old`` and ``advantages`` [N, n, A], ``lengths`` [N, n]; totals of the mini-batch: answer tokens, answers."""
+    tensors = {
+        "answer_tokens": torch.zeros(old.shape, dtype=torch.int64),
+        "answer_lengths": lengths,
+        "old_log_probs": old,
+        "advantages": advantages,
+        "loss_mask": lengths.sum(dim=1),
+    }
+    if weight is not None:
+        tensors["weight"] = weight
+    counts = {"batch_num_tokens": tokens, "global_rollouts": rollouts, "dp_size": 1, "objective": "answers"}
+    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=counts)
+
+
+@pytest.mark.parametrize("mode", ["seq-mean-token-mean", "token-mean"])
+def test_answers_of_unequal_length_by_hand(mode: str) -> None:
+    """An answer of one token (ratio 1.5 clips to 1.2) and one of two (ratio 1, advantages 1 and 1.2).
+
+    What follows an answer's end is never looked at, and neither coefficient weighs the loss.
+    """
+    old = torch.full((1, 2, 3), -2.0)
+    ratios = torch.tensor([[[1.5, 9.0, 9.0], [1.0, 1.0, 9.0]]])
+    advantages = torch.tensor([[[1.0, 7.0, 7.0], [1.0, 1.2, 7.0]]])
+    new = (old + ratios.log()).flatten(0, 1).requires_grad_()
+    data = answer_batch(old, advantages, torch.tensor([[1, 2]]), tokens=3, rollouts=2)
+    loss, metrics = RefineLoss(LossSettings(rl_coef=0.3, sft_coef=2.0), actor(loss_agg_mode=mode))(
+        {"log_probs": new}, data
+    )
+    by_hand = {"seq-mean-token-mean": -(1.2 + 1.1) / 2, "token-mean": -(1.2 + 1.0 + 1.2) / 3}[mode]
+    assert loss.item() == pytest.approx(by_hand)
+    assert "actor/ntp_loss" not in metrics
+    loss.backward()
+    assert new.grad is not None and not new.grad[0].any()  # clipped, and behind the end
+    assert new.grad[1, :2].all() and not new.grad[1, 2]
+
+
+def test_answers_are_learned_with_weight_one() -> None:
+    data = tu.get_tensordict(
+        tensor_dict={"loss_mask": torch.tensor([4])},
+        non_tensor_dict={"batch_num_tokens": 8, "global_rollouts": 0, "dp_size": 1, "objective": "answers"},
+    )
+    loss, _ = RefineLoss(LossSettings(sft_coef=2.0), actor())({"ntp_loss_sum": torch.tensor(12.0)}, data)
+    assert loss.item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_rows_without_weight_stay_in_the_graph_and_add_nothing(answers: bool) -> None:
+    output, old, advantages = random_case(rows=2)
+    weight = torch.tensor([1.0, 0.0])
+    lengths = torch.full((2, 8), 5)
+    loss_of = RefineLoss(LossSettings(), actor())
+    if answers:
+        log_probs = {"log_probs": output["log_probs"]}
+        spread = advantages.flatten(1)[..., None].expand(-1, -1, 5)
+        old = old.flatten(1, 2)
+        both, _ = loss_of(log_probs, answer_batch(old, spread, lengths, 40, 8, weight))
+        alone = {"log_probs": output["log_probs"].detach()[:8]}
+        wanted, _ = loss_of(alone, answer_batch(old[:1], spread[:1], lengths[:1], 40, 8))
+    else:
+        data = micro_batch(old, advantages, 20, (20, 8))
+        data["weight"] = weight
+        both, _ = loss_of(output, data)
+        alone = {**output, "log_probs": output["log_probs"].detach()[:8]}
+        wanted, _ = loss_of(alone, micro_batch(old[:1], advantages[:1], 20, (20, 8)))
+    assert both.item() == pytest.approx(wanted.item())
+    both.backward()
+    gradient = output["log_probs"].grad
+    assert gradient is not None and gradient[:8].any() and not gradient[8:].any()
