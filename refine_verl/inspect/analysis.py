@@ -1,0 +1,210 @@
+"""One document through the actor: entropies, positions, rollouts, rewards and advantages, as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from refine_verl.config import NSPSettings
+from refine_verl.models import Documents, FastWeightActor, RolloutBatch, RolloutDraws, snapshot_count
+from refine_verl.nsp import (
+    ANCHORS,
+    RewardInputs,
+    align_entropy,
+    chunk_bounds,
+    get_reward,
+    group_standardise,
+    group_zero_std_share,
+    position_uniforms,
+    rollout_uniforms,
+    smooth_token_entropy,
+)
+
+__all__ = ["SHOWN_REWARDS", "Inspection", "Position", "Rollout", "analyse", "rollout_draws"]
+
+SHOWN_REWARDS = ("cosine", "binary", "hybrid")
+_STEP, _DOCUMENT = 0, 0  # no training step and no data set: draws depend on the seed alone
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the model wrote at a position.
+
+    Attributes:
+        tokens: k ids.
+        log_prob: of all k together, nats.
+        rewards: by name: `SHOWN_REWARDS` and the one that would train.
+        advantage: of the reward that would train, within its group.
+    """
+
+    tokens: list[int]
+    log_prob: float
+    rewards: dict[str, float]
+    advantage: float
+
+
+@dataclass(frozen=True)
+class Position:
+    """A chosen place: the prefix ends with token `index`, the text goes on with `target`."""
+
+    index: int
+    target: list[int]
+    rollouts: list[Rollout]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All numbers of the page. Lists of T entries are by token, and entry 0, which nothing predicts, is NaN.
+
+    Attributes:
+        tokens: [T].
+        entropy: [T], H of the distribution that predicted each token (Eq. 5), nats.
+        smoothed: [T], what positions are chosen by.
+        surprise: [T], -log p of each token, nats.
+        correct: [T], whether the most likely token was the right one.
+        chunks: half-open ranges of positions.
+        chance: [T], probability of each position within its chunk; 0 behind the last valid one.
+        positions: the chosen ones, in order.
+        group_zero_std: share of groups whose rewards are all equal.
+    """
+
+    tokens: list[int]
+    entropy: list[float]
+    smoothed: list[float]
+    surprise: list[float]
+    correct: list[bool]
+    chunks: list[tuple[int, int]]
+    chance: list[float]
+    positions: list[Position]
+    group_zero_std: float
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """Of all positions."""
+        return [rollout for position in self.positions for rollout in position.rollouts]
+
+
+def rollout_draws(nsp: NSPSettings, seed: int) -> RolloutDraws:
+    """The random numbers of one document."""
+    shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
+    positions = position_uniforms(seed, _STEP, _DOCUMENT, nsp.chunks)
+    tokens = rollout_uniforms(seed, _STEP, _DOCUMENT, *shape)
+    return RolloutDraws(torch.from_numpy(positions)[None], torch.from_numpy(tokens)[None])
+
+
+def analyse(actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: int) -> Inspection:
+    """Run steps 1 to 3 of the paper on one document, and read it once more for its next-token loss.
+
+    Args:
+        actor: in evaluation mode, on any device.
+        tokens: [T] with T >= c + k.
+        nsp: the settings.
+        seed: of positions and rollouts.
+    """
+    device = next(actor.parameters()).device
+    documents = Documents.from_tensors(torch.tensor([tokens], device=device), [len(tokens)])
+    snapshots = snapshot_count(nsp.chunks, len(tokens))
+    with _recorded(actor, "entropy") as entropies:
+        batch = actor(mode="rollout", documents=documents, nsp=nsp, draws=rollout_draws(nsp, seed), snapshots=snapshots)
+    with _recorded(actor, "score") as scores:
+        actor(mode="score", documents=documents)
+    (entropy,), ((loss, correct),) = entropies, scores
+    aligned = align_entropy(entropy.double().cpu())
+    smoothed = smooth_token_entropy(aligned, nsp.pooling_window)
+    positions, zero_std = _positions(batch, nsp)
+    nothing = float("nan")
+    return Inspection(
+        tokens=list(tokens),
+        entropy=[nothing, *aligned[1:].tolist()],
+        smoothed=[nothing, *smoothed[1:].tolist()],
+        surprise=[nothing, *loss[:-1].tolist()],
+        correct=[False, *correct[:-1].tolist()],
+        chunks=chunk_bounds(len(tokens) - nsp.rollout_length, nsp.chunks),
+        chance=_chances(smoothed.numpy(), nsp),
+        positions=positions,
+        group_zero_std=zero_std,
+    )
+
+
+@contextmanager
+def _recorded(actor: FastWeightActor, task: str) -> Iterator[list[Any]]:
+    """What the LM head returns for `task` meanwhile: the very numbers that the actor uses, not a second estimate."""
+    results: list[Any] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("task") == task:
+            results.append(output)
+
+    handle = actor.get_output_embeddings().register_forward_hook(record, with_kwargs=True)  # type: ignore[operator]
+    try:
+        yield results
+    finally:
+        handle.remove()
+
+
+def _chances(smoothed: np.ndarray, nsp: NSPSettings) -> list[float]:
+    """Probability of each position under the selection that is set (Eq. 6), [T]."""
+    valid = len(smoothed) - nsp.rollout_length
+    offset = ANCHORS[nsp.anchor]
+    weights = np.nan_to_num(smoothed[offset : offset + valid], nan=0.0, posinf=0.0, neginf=0.0)
+    chances = np.zeros(len(smoothed))
+    for start, stop in chunk_bounds(valid, nsp.chunks):
+        part = weights[start:stop]
+        if nsp.selection == "entropy":
+            scaled = np.exp((part - part.max()) / nsp.entropy_temperature)
+            chances[start:stop] = scaled / scaled.sum()
+        elif nsp.selection == "uniform":
+            chances[start:stop] = 1 / (stop - start)
+        else:
+            best = np.argmax(part) if nsp.selection == "max_entropy" else np.argmin(part)
+            chances[start + int(best)] = 1.0
+    return chances.tolist()
+
+
+def _positions(batch: RolloutBatch, nsp: NSPSettings) -> tuple[list[Position], float]:
+    rewards = score(batch, nsp.reward)
+    trained = rewards[nsp.reward]
+    advantages = group_standardise(trained, nsp.group)[0].tolist()
+    values = {name: value[0].tolist() for name, value in rewards.items()}
+    log_probs = batch.log_probs.double().sum(dim=-1)[0].tolist()
+    tokens, targets = batch.tokens[0].tolist(), batch.target_tokens[0].tolist()
+    positions = [
+        Position(
+            index=index,
+            target=targets[chunk],
+            rollouts=[
+                Rollout(
+                    tokens=tokens[chunk][n],
+                    log_prob=log_probs[chunk][n],
+                    rewards={name: value[chunk][n] for name, value in values.items()},
+                    advantage=advantages[chunk][n],
+                )
+                for n in range(nsp.rollouts_per_position)
+            ],
+        )
+        for chunk, index in enumerate(batch.positions[0].tolist())
+    ]
+    return positions, group_zero_std_share(trained, nsp.group)
+
+
+def score(batch: RolloutBatch, reward: str) -> dict[str, Tensor]:
+    """Rewards of a batch by name, each float64 [N, c, n] on the CPU: `SHOWN_REWARDS` and `reward`."""
+    shape = batch.tokens.shape[:3]
+
+    def per_rollout(values: Tensor) -> Tensor:
+        return values.unsqueeze(2).expand(-1, -1, shape[2], *values.shape[2:]).flatten(0, 2)
+
+    inputs = RewardInputs(
+        predicted_hidden=batch.predicted_hidden.flatten(0, 2),
+        target_hidden=per_rollout(batch.target_hidden),
+        predicted_tokens=batch.tokens.flatten(0, 2),
+        target_tokens=per_rollout(batch.target_tokens),
+    )
+    names = dict.fromkeys((*SHOWN_REWARDS, reward))
+    return {name: get_reward(name)(inputs).double().cpu().view(shape) for name in names}

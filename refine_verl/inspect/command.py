@@ -1,0 +1,59 @@
+"""What the command does, from its settings to the page and the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from refine_verl.inspect.analysis import analyse
+from refine_verl.inspect.glyphs import token_bytes
+from refine_verl.inspect.page import render
+from refine_verl.inspect.settings import InspectSettings
+from refine_verl.inspect.source import check_out, load_actor, read_inputs
+from refine_verl.inspect.terminal import show
+from refine_verl.inspect.view import View
+from refine_verl.report.metrics import write_atomically
+
+__all__ = ["inspect_text", "run"]
+
+
+def inspect_text(settings: InspectSettings) -> View:
+    """Load, analyse, and make ready to be shown.
+
+    Raises:
+        ConfigError, DataError, ModelError: what cannot be used; nothing is computed then.
+    """
+    info, text = read_inputs(settings)
+    actor = load_actor(settings.model, info)
+    return View(
+        name=text.name,
+        model_type=info.model_type,
+        inspection=analyse(actor, text.tokens, settings.nsp, settings.seed),
+        settings=settings,
+        left_out=text.left_out,
+        to_bytes=token_bytes(text.tokenizer),
+        special=frozenset(text.tokenizer.all_special_ids),
+    )
+
+
+def run(settings: InspectSettings, console: Console) -> Path | None:
+    """Show the inspection, and write the page where one is asked for.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ConfigError, DataError, ModelError: see `inspect_text`.
+        OSError: the page cannot be written.
+    """
+    out = check_out(settings.out, settings.text) if settings.out is not None else None
+    view = inspect_text(settings)
+    show(view, console)
+    if out is None:
+        return None
+    page = render(view).encode()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, page)
+    console.print(f"\n{out} ({len(page) / 1e6:.2f} MB)", markup=False, highlight=False, soft_wrap=True)
+    return out

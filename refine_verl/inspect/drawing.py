@@ -1,0 +1,102 @@
+"""The curve of entropy along the text, with chunk borders and chosen positions (the paper's Fig. E.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from refine_verl.inspect.analysis import Inspection
+from refine_verl.report.axes import BOTTOM, LEFT, RIGHT, TOP, Frame, number, padded
+from refine_verl.report.format import format_number
+from refine_verl.report.markup import Markup, el, join
+from refine_verl.report.series import Point, segments, thin
+
+__all__ = ["render_curve"]
+
+WIDTH, HEIGHT = 1090, 250
+MAX_POINTS = 900
+MAX_COLUMNS = 160
+MAX_NUMBERED = 40  # more numbers would lie on one another
+
+
+def render_curve(inspection: Inspection) -> Markup:
+    """An `<svg>`: raw entropy faint, smoothed entropy above it; pins are links to the rollouts."""
+    count = len(inspection.tokens)
+    top = max((value for value in inspection.entropy if math.isfinite(value)), default=0.0)
+    frame = Frame(
+        x_range=padded(0, count - 1, share=0.004, minimum=0.5),
+        y_range=(0.0, top * 1.05 or 1.0),
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    return el(
+        "svg",
+        el("title", "Entropy in nats by token, with chunk borders and chosen positions"),
+        frame.grid(x_label="token", y_ticks=5),
+        *(_border(start, frame) for start, _ in inspection.chunks[1:]),
+        _stroke(inspection.entropy, frame, "line raw c2" + (" dense" if count > MAX_POINTS else "")),
+        _stroke(inspection.smoothed, frame, "line c2"),
+        *_columns(inspection, frame),
+        el("g", *_pins(inspection, frame), class_="pins"),
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="group",
+        aria_label="Entropy by token",
+    )
+
+
+def _border(start: int, frame: Frame) -> Markup:
+    return el("path", class_="border", d=f"M{number(frame.x(start - 0.5))} {TOP}V{HEIGHT - BOTTOM}")
+
+
+def _stroke(values: Sequence[float], frame: Frame, style: str) -> Markup:
+    points: list[Point] = [(index, value if math.isfinite(value) else None) for index, value in enumerate(values)]
+    runs = segments(thin(points, MAX_POINTS))
+    shape = "".join(
+        "M" + "L".join(f"{number(frame.x(index))} {number(frame.y(value))}" for index, value in run)
+        for run in runs
+        if len(run) > 1
+    )
+    return el("path", class_=style, d=shape) if shape else Markup()
+
+
+def _columns(inspection: Inspection, frame: Frame) -> list[Markup]:
+    """Invisible columns that show the numbers of their tokens."""
+    count = len(inspection.tokens)
+    columns = min(count, MAX_COLUMNS)
+    drawn = []
+    for index in range(columns):
+        first, stop = index * count // columns, (index + 1) * count // columns
+        values = [value for value in inspection.smoothed[first:stop] if math.isfinite(value)]
+        if not values:
+            continue
+        name = f"token {first}" if stop - first == 1 else f"tokens {first}–{stop - 1}"
+        text = f"{name}\nsmoothed entropy: {format_number(sum(values) / len(values))}"
+        left, right = max(frame.x(first - 0.5), LEFT), min(frame.x(stop - 0.5), WIDTH - RIGHT)
+        size = {"x": number(left), "y": TOP, "width": number(right - left), "height": HEIGHT - TOP - BOTTOM}
+        drawn.append(el("rect", el("title", text), class_="hit", **size))
+    return drawn
+
+
+def _pins(inspection: Inspection, frame: Frame) -> list[Markup]:
+    """A stem at each chosen position, its number above and a dot at its height: a link to what was written there."""
+    numbered = len(inspection.positions) <= MAX_NUMBERED
+    pins = []
+    for order, position in enumerate(inspection.positions, start=1):
+        x = number(frame.x(position.index))
+        value = inspection.smoothed[position.index]
+        y = number(frame.y(value if math.isfinite(value) else 0.0))
+        label = el("text", order, x=x, y=TOP - 6, text_anchor="middle") if numbered else None
+        pins.append(
+            el(
+                "a",
+                el("title", f"position {order}: after token {position.index}"),
+                join(
+                    el("path", class_="stem", d=f"M{x} {TOP}V{y}"),
+                    el("circle", class_="pin", cx=x, cy=y, r="4"),
+                    label,
+                ),
+                href=f"#p{order}",
+                aria_label=f"Position {order}, after token {position.index}",
+            )
+        )
+    return pins

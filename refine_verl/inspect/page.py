@@ -1,0 +1,306 @@
+"""The inspection as one self-contained page, in the visual language of the reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import fmean, pstdev
+
+from refine_verl.inspect.analysis import Inspection, Position, Rollout
+from refine_verl.inspect.drawing import render_curve
+from refine_verl.inspect.glyphs import Glyph, Kind
+from refine_verl.inspect.settings import InspectSettings
+from refine_verl.inspect.style import LEVELS, STYLE
+from refine_verl.inspect.view import View
+from refine_verl.report.format import MINUS, format_number
+from refine_verl.report.headline import Headline
+from refine_verl.report.markup import Markup, el, join
+from refine_verl.report.page import key_table, render_page, sample, tile
+
+__all__ = ["render"]
+
+PREFIX_TOKENS = 48  # of the prefix, shown above what follows it
+_CLASSES = {
+    Kind.NEWLINE: "nl",
+    Kind.TAB: "tab",
+    Kind.SIGN: "sign",
+    Kind.BYTE: "byte",
+    Kind.REST: "rest",
+}
+
+
+def render(view: View) -> str:
+    """The page as text."""
+    inspection = view.inspection
+    return render_page(
+        f"{view.name} · REFINE inspection",
+        _header(view),
+        el("section", *map(tile, _headlines(inspection, view.reward)), class_="tiles", aria_label="Key figures"),
+        el("section", el("h2", "Uncertainty along the text"), _curve(inspection)),
+        el("section", el("h2", "Where REFINE looks"), _scale(view), _text(view)),
+        el("section", el("h2", "What the model would say"), _reading(view), *_positions(view)),
+        _settings(view.settings),
+        el("footer", "Made by python -m refine_verl.inspect"),
+        style=STYLE,
+    )
+
+
+def _header(view: View) -> Markup:
+    left_out = f" ({view.left_out} more left out by max_length)" if view.left_out else ""
+    facts = [
+        f"model {view.settings.model}",
+        f"{len(view.inspection.tokens)} tokens{left_out}",
+        f"seed {view.settings.seed}",
+    ]
+    return el(
+        "header",
+        el("p", f"REFINE inspection · {view.model_type}", class_="kicker"),
+        el("h1", view.name),
+        el("p", " · ".join(facts), class_="facts"),
+    )
+
+
+def _headlines(inspection: Inspection, reward: str) -> list[Headline]:
+    entropy = _finite(inspection.entropy)
+    chosen = _finite([inspection.entropy[position.index + 1] for position in inspection.positions])
+    rewards = [rollout.rewards[reward] for rollout in inspection.rollouts]
+    exact = [rollout.rewards["binary"] for rollout in inspection.rollouts]
+    predicted = len(inspection.tokens) - 1
+    return [
+        Headline(
+            name="Next-token loss",
+            value=format_number(fmean(inspection.surprise[1:])),
+            unit="nats",
+            detail=f"{format_number(sum(inspection.correct) / predicted, percent=True)} of tokens predicted right",
+        ),
+        Headline(
+            name="Entropy",
+            value=format_number(fmean(entropy)) if entropy else "–",
+            unit="nats",
+            detail=f"{format_number(fmean(chosen)) if chosen else '–'} of the first token to be written",
+        ),
+        Headline(
+            name=f"Reward ({reward})",
+            value=format_number(fmean(rewards)),
+            detail=f"± {format_number(pstdev(rewards))} over {len(rewards)} rollouts",
+        ),
+        Headline(
+            name="Right tokens",
+            value=format_number(fmean(exact), percent=True),
+            detail=f"of those written; groups without signal: {format_number(inspection.group_zero_std, percent=True)}",
+        ),
+    ]
+
+
+def _curve(inspection: Inspection) -> Markup:
+    legend = el(
+        "ul",
+        el("li", sample("M0 5H20", "line raw c2"), "entropy of each token"),
+        el("li", sample("M0 5H20", "line c2"), "smoothed"),
+        el("li", sample("M10 0V10", "border"), "chunk border"),
+        el("li", sample("M10 0V10", "stem"), "chosen position"),
+        class_="legend",
+    )
+    caption = el("figcaption", el("h3", "Entropy", el("span", "nats", class_="unit")), legend)
+    return el("figure", caption, render_curve(inspection), class_="card wide")
+
+
+# The text
+
+
+def _scale(view: View) -> Markup:
+    steps = [
+        el("b", format_number(view.heat_top * level / (LEVELS - 1), digits=2), class_=f"h{level}")
+        for level in range(0, LEVELS, 2)
+    ]
+    return el(
+        "div",
+        el("span", "Smoothed entropy, nats: ", *_spaced(steps)),
+        el("span", el("a", "1", class_="at", href="#t1"), "chosen position: the prefix ends before it"),
+        el("span", el("span", el("span", "text", class_="gt"), class_="tokens"), " its true continuation"),
+        class_="scale",
+    )
+
+
+def _spaced(items: Sequence[Markup]) -> list[Markup]:
+    return [join(item, " ") for item in items]
+
+
+def _text(view: View) -> Markup:
+    """The whole text, chunk by chunk, in a box that scrolls on a screen and grows on paper."""
+    inspection = view.inspection
+    ends = [stop for _, stop in inspection.chunks]
+    parts = [_chunk(view, index, start, stop) for index, (start, stop) in enumerate(inspection.chunks)]
+    tail = len(inspection.tokens) - ends[-1]
+    note = el("h3", f"Last {tail} tokens: no room for a rollout after them")
+    parts.append(el("div", note, _tokens(view, ends[-1], len(inspection.tokens)), class_="chunk"))
+    box = {"tabindex": "0", "role": "region", "aria_label": "The text with its entropy"}
+    return el("div", el("div", *parts, class_="text", **box), class_="card")
+
+
+def _chunk(view: View, index: int, start: int, stop: int) -> Markup:
+    mean = _finite(view.inspection.entropy[start:stop])
+    heading = f"Chunk {index + 1} · tokens {start}–{stop - 1}"
+    if mean:
+        heading += f" · mean entropy {format_number(fmean(mean), digits=3)}"
+    return el("div", el("h3", heading), _tokens(view, start, stop), class_="chunk")
+
+
+def _tokens(view: View, start: int, stop: int, *, plain: bool = False) -> Markup:
+    """Tokens start ... stop-1; `plain` leaves out marks and tooltips."""
+    parts = []
+    for index in range(start, stop):
+        parts.append(_token(view, index, plain))
+        order = view.order_after.get(index)
+        if order and not plain:
+            link = {"href": f"#p{order}", "id": f"t{order}", "aria_label": f"Position {order}: to its rollouts"}
+            parts.append(el("a", order, class_="at", **link))
+    return el("p", *parts, class_="tokens")
+
+
+def _token(view: View, index: int, plain: bool) -> Markup:
+    classes = []
+    if level := view.level(index):
+        classes.append(f"h{level}")
+    if index in view.continuations and not plain:
+        classes.append("gt")
+    if view.is_special(view.inspection.tokens[index]):
+        classes.append("special")
+    title = None if plain else view.facts(index)
+    return el("span", *_marked(view.shown[index]), class_=" ".join(classes) or None, title=title)
+
+
+def _marked(parts: Sequence[Glyph]) -> list[Markup | str]:
+    marked: list[Markup | str] = []
+    for part in parts:
+        if part.kind is Kind.TEXT:
+            marked.append(part.text)
+        elif part.kind is Kind.SPACE:
+            marked.append(el("i", part.text))
+        elif part.kind in (Kind.NEWLINE, Kind.TAB):
+            marked.append(join(el("b", class_=_CLASSES[part.kind]), part.text))
+        else:
+            text = "" if part.kind is Kind.REST else part.text
+            marked.append(el("b", text, class_=_CLASSES[part.kind]))
+    return marked
+
+
+def _one_line(parts: Sequence[Glyph]) -> list[Markup | str]:
+    """As `_marked`, but a newline does not break the line."""
+    return _marked([Glyph(Kind.SIGN, "↵") if part.kind is Kind.NEWLINE else part for part in parts])
+
+
+# The rollouts
+
+
+def _reading(view: View) -> Markup:
+    nsp = view.settings.nsp
+    compared = (
+        f"all {nsp.chunks * nsp.rollouts_per_position} rollouts"
+        if nsp.group == "sequence"
+        else f"the {nsp.rollouts_per_position} rollouts of its position"
+    )
+    return el(
+        "p",
+        f"At each position the true continuation and what the model writes there. Tokens that are right at their place "
+        f"are green and underlined; the highest cosine of a position is bold. The advantage says how much a rollout "
+        f"would be reinforced (+) or discouraged ({MINUS}): its {view.reward} reward among those of {compared}, "
+        f"standardised.",
+        class_="note",
+    )
+
+
+def _positions(view: View) -> list[Markup]:
+    largest = max((abs(rollout.advantage) for rollout in view.inspection.rollouts), default=0.0)
+    return [_position(view, order, position, largest) for order, position in enumerate(view.inspection.positions, 1)]
+
+
+def _position(view: View, order: int, position: Position, largest: float) -> Markup:
+    inspection, index = view.inspection, position.index
+    facts = [
+        f"next token: entropy {format_number(inspection.entropy[index + 1], digits=3)}",
+        f"smoothed {format_number(inspection.smoothed[index + 1], digits=3)}",
+        f"chosen with probability {format_number(inspection.chance[index], percent=True, digits=3)} among "
+        f"{inspection.chunks[order - 1][1] - inspection.chunks[order - 1][0]}",
+    ]
+    start = max(index + 1 - PREFIX_TOKENS, 0)
+    dots = "… " if start else None
+    prefix = _tokens(view, start, index + 1, plain=True)
+    names = view.rewards
+    head = el(
+        "tr",
+        *(el("th", name) for name in ("", "continuation")),
+        *(el("th", name, class_="number") for name in ("log p", *names, "advantage")),
+    )
+    rows = [_rollout(view, n, rollout, position, largest) for n, rollout in enumerate(position.rollouts, start=1)]
+    table = el("table", el("thead", head), el("tbody", _truth(view, position), *rows), class_="rollouts")
+    back = el("a", order, class_="at", href=f"#t{order}", aria_label=f"Position {order}: to its place in the text")
+    return el(
+        "section",
+        el("h3", back, f"After token {index}"),
+        el("p", " · ".join(facts), class_="facts"),
+        el("div", dots, prefix, class_="prefix"),
+        el("div", table, class_="scroll"),
+        class_="card position",
+        id=f"p{order}",
+    )
+
+
+def _truth(view: View, position: Position) -> Markup:
+    shown = [el("span", *_one_line(parts)) for parts in view.continuation(position, position.target)]
+    blanks = [el("td", "–", class_="number") for _ in range(len(view.rewards) + 1)]
+    return el(
+        "tr",
+        el("th", "true"),
+        el("td", *shown, class_="tokens"),
+        el("td", view.true_log_prob(position), class_="number"),
+        *blanks,
+        class_="truth",
+    )
+
+
+def _rollout(view: View, n: int, rollout: Rollout, position: Position, largest: float) -> Markup:
+    best = max(other.rewards["cosine"] for other in position.rollouts)
+    shown = [
+        el("span", *_one_line(parts), class_="same" if token == target else None)
+        for parts, token, target in zip(
+            view.continuation(position, rollout.tokens), rollout.tokens, position.target, strict=True
+        )
+    ]
+    cells: list[object] = []
+    for name in view.rewards:
+        text = format_number(rollout.rewards[name])
+        bold = name == "cosine" and rollout.rewards[name] == best
+        cells.append(el("td", el("b", text, class_="best") if bold else text, class_="number"))
+    sign = "+" if rollout.advantage > 0 else ""
+    return el(
+        "tr",
+        el("th", n),
+        el("td", *shown, class_="tokens"),
+        el("td", format_number(rollout.log_prob), class_="number"),
+        *cells,
+        el("td", sign + format_number(rollout.advantage), _bar(rollout.advantage, largest), class_="number"),
+    )
+
+
+def _bar(advantage: float, largest: float) -> Markup:
+    share = 30 * advantage / largest if largest else 0.0
+    left, width = (32.0, share) if share >= 0 else (32.0 + share, -share)
+    bar = el("path", class_="up" if share >= 0 else "down", d=f"M{left:.1f} 1h{width:.1f}v8h-{width:.1f}z")
+    return el(
+        "svg", el("path", class_="axis", d="M32 0V10"), bar, class_="bars", viewBox="0 0 64 10", aria_hidden="true"
+    )
+
+
+def _settings(settings: InspectSettings) -> Markup:
+    values = asdict(settings)
+    nsp = values.pop("nsp")
+    nsp.pop("grad_scope")
+    table = key_table({**values, "refine": {"nsp": nsp}})
+    summary = el("summary", "Settings")
+    return el("section", el("details", summary, el("div", table, class_="panel"), class_="card"))
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]

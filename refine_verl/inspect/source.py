@@ -1,0 +1,170 @@
+"""The model, the tokenizer and the text of an inspection, refused one by one before weights are read."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from refine_verl.config import ConfigError, NSPSettings
+from refine_verl.data.errors import DataError
+from refine_verl.data.tokenizers import load_tokenizer
+from refine_verl.inspect.settings import STDIN, InspectSettings
+from refine_verl.models import FastWeightActor, ModelError, ModelInfo, inspect_model, load_model, make_actor
+from refine_verl.models.weights import check_weights
+from refine_verl.nsp import validate_reward_name
+
+__all__ = ["Text", "check_out", "load_actor", "read_inputs", "read_text", "tokenize"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenised text.
+
+    Attributes:
+        name: of the file, for titles.
+        tokens: ids of the tokens to read.
+        left_out: tokens behind `max_length`.
+        tokenizer: what made them.
+    """
+
+    name: str
+    tokens: list[int]
+    left_out: int
+    tokenizer: PreTrainedTokenizerBase
+
+
+def check_out(out: str, text: str) -> Path:
+    """The page's path, refused before anything is computed for it.
+
+    Raises:
+        ConfigError: a directory, the text itself, or a place where no file can be written.
+    """
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise ConfigError("out", f"{out} is a directory. Give a file in it, {path / 'page.html'} say.")
+    if text != STDIN and path.exists() and path.samefile(Path(text).expanduser()):
+        raise ConfigError("out", f"{out} is the text itself, which would be lost. Give another file.")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError("out", f"{out} cannot be written: {parent} is no directory that you may write to.")
+    return path
+
+
+def read_text(text: str) -> str:
+    """The text at a path, or of standard input; line ends as they are.
+
+    Raises:
+        ConfigError: no such file, not readable, empty, or no UTF-8 (the message says where).
+    """
+    where = "standard input" if text == STDIN else text
+    try:
+        data = sys.stdin.buffer.read() if text == STDIN else Path(text).expanduser().read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError("text", f"{where}: no such file.") from error
+    except IsADirectoryError as error:
+        raise ConfigError("text", f"{where} is a directory. Give one text file.") from error
+    except OSError as error:
+        raise ConfigError("text", f"{where} cannot be read: {error.strerror}.") from error
+    if not data:
+        raise ConfigError("text", f"{where} is empty.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            "text",
+            f"{where} is no UTF-8 text: byte 0x{data[error.start]:02X} at offset {error.start} (line {line}). Convert "
+            "it, with iconv say; of parquet and jsonl files, write one document to a text file.",
+        ) from error
+
+
+def tokenize(name: str, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, nsp: NSPSettings) -> Text:
+    """Tokenise as documents are tokenised for training.
+
+    Raises:
+        ConfigError: fewer than c + k tokens.
+    """
+    ids = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    tokens = [int(token) for token in ids[:max_length]]
+    if len(tokens) < nsp.shortest_document:
+        cut = f" (max_length={max_length} cuts it)" if len(ids) > max_length else ""
+        raise ConfigError(
+            "text",
+            f"{name} has {len(tokens)} tokens{cut}; refine.nsp.chunks={nsp.chunks} positions with "
+            f"refine.nsp.rollout_length={nsp.rollout_length} tokens after them need at least {nsp.shortest_document}. "
+            "Give a longer text, or lower one of them.",
+        )
+    return Text(name, tokens, len(ids) - len(tokens), tokenizer)
+
+
+def read_inputs(settings: InspectSettings) -> tuple[ModelInfo, Text]:
+    """Everything that can be refused without weights.
+
+    Raises:
+        ConfigError, DataError, ModelError: what cannot be used, and why.
+    """
+    content = read_text(settings.text)
+    if settings.external_lib is not None:
+        _import(settings.external_lib)
+    try:
+        validate_reward_name(settings.nsp.reward)
+    except ValueError as error:
+        raise ConfigError("refine.nsp.reward", str(error)) from error
+    info = _inspect(settings.model)
+    tokenizer = _tokenizer(settings, info)
+    name = "standard input" if settings.text == STDIN else Path(settings.text).name
+    return info, tokenize(name, content, tokenizer, settings.max_length, settings.nsp)
+
+
+def _import(package: str) -> None:
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a user's package may fail in any way while it is imported
+        raise ConfigError(
+            "external_lib",
+            f"{package} cannot be imported ({type(error).__name__}: {error}). Install it, or put its directory on "
+            "PYTHONPATH.",
+        ) from error
+
+
+def _inspect(model: str) -> ModelInfo:
+    try:
+        info = inspect_model(model)
+        if not info.has_weights:
+            raise ModelError(
+                f"model={model}: the directory has a config.json but no weights (*.safetensors or pytorch_model*.bin); "
+                "is the download complete?"
+            )
+        check_weights(model, info.config)
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path=", "model=")) from error
+    return info
+
+
+def _tokenizer(settings: InspectSettings, info: ModelInfo) -> PreTrainedTokenizerBase:
+    source = settings.tokenizer or settings.model
+    try:
+        tokenizer = load_tokenizer(source)
+    except DataError as error:
+        cure = "" if settings.tokenizer else " Or name another one with tokenizer=DIR_OR_HUB_ID or tokenizer=bytes."
+        raise ConfigError("tokenizer", f"{error}{cure}") from error
+    if len(tokenizer) > info.vocab_size:
+        raise ConfigError(
+            "tokenizer",
+            f"{source} has {len(tokenizer)} tokens, but the model predicts only {info.vocab_size}. Take the tokenizer "
+            "that the model was trained with.",
+        )
+    return tokenizer
+
+
+def load_actor(model: str, info: ModelInfo) -> FastWeightActor:
+    """The model as training sees it: float32 weights, and on a GPU bf16 matrix products."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = load_model(model, config=info.config).to(device).eval()
+    return make_actor(module, autocast_dtype=torch.bfloat16 if device.type == "cuda" else None)

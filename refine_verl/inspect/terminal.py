@@ -1,0 +1,156 @@
+"""The inspection on a terminal: the same text, marks and tables as the page, as far as a terminal goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from refine_verl.inspect.analysis import Position, Rollout
+from refine_verl.inspect.glyphs import Glyph, Kind, plain
+from refine_verl.inspect.style import LEVELS
+from refine_verl.inspect.view import View
+from refine_verl.report.format import format_number
+
+__all__ = ["show"]
+
+WHOLE_TEXT_TOKENS = 1200
+"""A longer text is shown around its positions only; the page has all of it."""
+
+_AROUND = 40  # tokens of a longer text shown before and after a position
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_COLD, _HOT = (70, 60, 50), (190, 88, 20)  # backgrounds on which white stays readable
+
+
+def show(view: View, console: Console) -> None:
+    """Print the whole inspection."""
+    for part in _parts(view, console):
+        console.print(part, soft_wrap=isinstance(part, Text) and part.no_wrap is True)
+
+
+def _parts(view: View, console: Console) -> Iterator[Text | Table]:
+    inspection = view.inspection
+    left_out = f", {view.left_out} more left out by max_length" if view.left_out else ""
+    yield Text.assemble(
+        (view.name, "bold"), f" · {view.settings.model} ({view.model_type}) · {len(inspection.tokens)} tokens{left_out}"
+    )
+    loss, right = fmean(inspection.surprise[1:]), sum(inspection.correct) / (len(inspection.tokens) - 1)
+    rewards = [rollout.rewards[view.reward] for rollout in inspection.rollouts]
+    yield Text(
+        f"next-token loss {format_number(loss)} nats, {format_number(right, percent=True)} right · "
+        f"mean {view.reward} reward {format_number(fmean(rewards))} · "
+        f"groups without signal {format_number(inspection.group_zero_std, percent=True)}"
+    )
+    yield Text()
+    yield _profile(view, console.width)
+    yield Text()
+    yield from _text(view)
+    for order, position in enumerate(inspection.positions, start=1):
+        yield Text()
+        yield _title(view, order, position)
+        yield _table(view, position)
+
+
+def _profile(view: View, width: int) -> Table:
+    """Mean smoothed entropy along each chunk in block characters, a cross under the chosen position."""
+    table = Table.grid(padding=(0, 2))
+    columns = max(min(width - 40, 60), 10)
+    for index, ((start, stop), position) in enumerate(
+        zip(view.inspection.chunks, view.inspection.positions, strict=True), start=1
+    ):
+        blocks = Text()
+        count = min(columns, stop - start)
+        for column in range(count):
+            first, last = start + column * (stop - start) // count, start + (column + 1) * (stop - start) // count
+            values = [value for value in view.inspection.smoothed[first:last] if math.isfinite(value)]
+            share = min(fmean(values) / view.heat_top, 1.0) if values else 0.0
+            chosen = first <= position.index < last
+            blocks.append(_BLOCKS[round(share * (len(_BLOCKS) - 1))], "bold blue" if chosen else "yellow")
+        tokens = Text(f"tokens {start}–{stop - 1}", style="dim")
+        table.add_row(Text(f"chunk {index}"), tokens, blocks, Text(f"position {index} after {position.index}", "blue"))
+    return table
+
+
+def _text(view: View) -> Iterator[Text]:
+    count = len(view.inspection.tokens)
+    if count <= WHOLE_TEXT_TOKENS:
+        yield _tokens(view, 0, count)
+        return
+    yield Text(f"{count} tokens: shown around the positions only; out=page.html shows all of them", style="dim")
+    for position in view.inspection.positions:
+        start, stop = max(position.index - _AROUND, 0), min(position.index + _AROUND, count)
+        yield Text.assemble("… ", _tokens(view, start, stop), " …")
+
+
+def _tokens(view: View, start: int, stop: int) -> Text:
+    """Tokens on backgrounds from cold to hot; `┃` is a chunk border, `▶3◀` the end of position 3's prefix."""
+    borders = {first for first, _ in view.inspection.chunks[1:]}
+    text = Text()
+    for index in range(start, stop):
+        if index in borders:
+            text.append("┃", "bold")
+        style = _heat(view.level(index)) + Style(underline=index in view.continuations)
+        for part in view.shown[index]:
+            if part.kind is Kind.NEWLINE:
+                text.append("↵", style + Style(dim=True))
+                text.append("\n")
+            else:
+                text.append(plain([part]), style)
+        if order := view.order_after.get(index):
+            text.append(f"▶{order}◀", "bold white on blue")
+    return text
+
+
+def _heat(level: int) -> Style:
+    if not level:
+        return Style()
+    share = level / (LEVELS - 1)
+    red, green, blue = (round(cold + share * (hot - cold)) for cold, hot in zip(_COLD, _HOT, strict=True))
+    return Style(color="white", bgcolor=f"rgb({red},{green},{blue})")
+
+
+def _title(view: View, order: int, position: Position) -> Text:
+    seen, index = view.inspection, position.index
+    return Text.assemble(
+        (f"position {order}", "bold blue"),
+        f" after token {index} · next token: entropy {format_number(seen.entropy[index + 1], digits=3)}, smoothed "
+        f"{format_number(seen.smoothed[index + 1], digits=3)} · chosen with probability "
+        f"{format_number(seen.chance[index], percent=True, digits=3)}",
+    )
+
+
+def _table(view: View, position: Position) -> Table:
+    table = Table(show_edge=False, pad_edge=False, expand=True, header_style="dim")
+    table.add_column("")
+    table.add_column("continuation", overflow="fold", ratio=1, min_width=12)
+    for name in ("log p", *view.rewards, "advantage"):
+        table.add_column(name, justify="right", no_wrap=True)
+    true = _continuation(view.continuation(position, position.target))
+    table.add_row("true", true, view.true_log_prob(position), *["–"] * (len(view.rewards) + 1))
+    best = max(rollout.rewards["cosine"] for rollout in position.rollouts)
+    for n, rollout in enumerate(position.rollouts, start=1):
+        table.add_row(str(n), *_rollout(view, position, rollout, best))
+    return table
+
+
+def _rollout(view: View, position: Position, rollout: Rollout, best: float) -> list[Text]:
+    right = [token == target for token, target in zip(rollout.tokens, position.target, strict=True)]
+    cells = [_continuation(view.continuation(position, rollout.tokens), right), Text(format_number(rollout.log_prob))]
+    for name in view.rewards:
+        bold = name == "cosine" and rollout.rewards[name] == best
+        cells.append(Text(format_number(rollout.rewards[name]), "bold" if bold else ""))
+    sign = "+" if rollout.advantage > 0 else ""
+    color = "green" if rollout.advantage > 0 else "yellow" if rollout.advantage < 0 else "dim"
+    return [*cells, Text(sign + format_number(rollout.advantage), color)]
+
+
+def _continuation(parts: Sequence[list[Glyph]], right: Sequence[bool] = ()) -> Text:
+    text = Text()
+    for index, part in enumerate(parts):
+        text.append(plain(part), "bold green underline" if index < len(right) and right[index] else "")
+    return text

@@ -1,0 +1,111 @@
+"""An inspection together with what is shown of it, shared by the page and the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from refine_verl.inspect.analysis import SHOWN_REWARDS, Inspection, Position
+from refine_verl.inspect.glyphs import Glyph, TokenBytes, glyphs
+from refine_verl.inspect.settings import InspectSettings
+from refine_verl.inspect.style import LEVELS
+from refine_verl.report.format import MINUS, format_number
+
+__all__ = ["View"]
+
+_HOTTEST = 0.99  # the share of tokens within the scale; a few outliers do not make the rest pale
+_CONTEXT = 4  # tokens before a position that may hold the beginning of a character
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown.
+
+    Attributes:
+        name: of the text.
+        model_type: of the model.
+        inspection: the numbers.
+        settings: how they were made.
+        left_out: tokens behind `max_length`.
+        to_bytes: of a token.
+        special: ids of special tokens.
+    """
+
+    name: str
+    model_type: str
+    inspection: Inspection
+    settings: InspectSettings
+    left_out: int
+    to_bytes: TokenBytes
+    special: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def reward(self) -> str:
+        """The reward that would train, by name or import path."""
+        return self.settings.nsp.reward
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Names of the rewards shown."""
+        return tuple(dict.fromkeys((*SHOWN_REWARDS, self.reward)))
+
+    @cached_property
+    def shown(self) -> list[list[Glyph]]:
+        """What is drawn for each token of the text."""
+        return glyphs([self.to_bytes(token) for token in self.inspection.tokens])
+
+    @cached_property
+    def order_after(self) -> dict[int, int]:
+        """Token index -> number (from 1) of the position whose prefix it ends."""
+        return {position.index: order for order, position in enumerate(self.inspection.positions, start=1)}
+
+    @cached_property
+    def continuations(self) -> frozenset[int]:
+        """Indices of tokens that are the true continuation of a position."""
+        return frozenset(
+            position.index + step
+            for position in self.inspection.positions
+            for step in range(1, len(position.target) + 1)
+        )
+
+    @cached_property
+    def heat_top(self) -> float:
+        """Smoothed entropy at the hot end of the scale, nats."""
+        values = sorted(value for value in self.inspection.smoothed if math.isfinite(value))
+        return (values[min(int(len(values) * _HOTTEST), len(values) - 1)] if values else 0.0) or 1.0
+
+    def level(self, index: int) -> int:
+        """Step of the heat scale of a token, 0 (none) to LEVELS - 1."""
+        value = self.inspection.smoothed[index]
+        if not math.isfinite(value):
+            return 0
+        return min(max(round(value / self.heat_top * (LEVELS - 1)), 0), LEVELS - 1)
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token stands for no text of its own."""
+        return token in self.special
+
+    def facts(self, index: int) -> str:
+        """A line of numbers about a token of the text."""
+        seen = self.inspection
+        if index == 0:
+            return "0 · nothing predicts the first token"
+        entropy = f"H {seen.entropy[index]:.2f}, smoothed {seen.smoothed[index]:.2f}"
+        text = f"{index} · {entropy} · {MINUS}log p {seen.surprise[index]:.2f}"
+        chance = seen.chance[index]
+        return text + (f" · chosen with {100 * chance:.2g}%" if chance else "")
+
+    def true_log_prob(self, position: Position) -> str:
+        """Of the true continuation; comparable only where rollouts are sampled from the unscaled distribution."""
+        if self.settings.nsp.temperature != 1:
+            return "–"
+        first = position.index + 1
+        return format_number(-sum(self.inspection.surprise[first : first + len(position.target)]))
+
+    def continuation(self, position: Position, tokens: Sequence[int]) -> list[list[Glyph]]:
+        """What is drawn for tokens that follow a position, a character begun before it included."""
+        start = max(position.index + 1 - _CONTEXT, 0)
+        before = b"".join(self.to_bytes(token) for token in self.inspection.tokens[start : position.index + 1])
+        return glyphs([self.to_bytes(token) for token in tokens], before)
