@@ -45,14 +45,17 @@ CORE = [
     "uvicorn>=0.30,<1",
 ]
 
+# What 0.4.13 calls things is what refine_verl.evaluate is written for; its ruler extra makes the needles.
+EVAL = ["lm-eval[ruler]>=0.4.13,<0.5", "scipy>=1.15,<2"]
+
 EXTRAS = {
     # NVTX ranges and device counters for verl's profiler; the kernels themselves come with torch and fla.
     "gpu": ["nvtx>=0.2.10,<0.3", "nvidia-ml-py>=12,<14"],
     # verl's own tested set: it pins torch, transformers and vLLM, so give it an environment of its own.
     "vllm": [f"verl[vllm]=={VERL}"],
-    "eval": ["lm-eval>=0.4.9,<0.5"],
+    "eval": EVAL,
     # Exact pins: a formatter or type checker that changes under a contributor is a broken build.
-    "dev": ["mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.5", "scipy>=1.11,<2"],
+    "dev": ["mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.5", *EVAL],
 }
 
 setup(
@@ -72,5 +75,6 @@ setup(
     entry_points={
         # `import verl` imports this module in every process, Ray workers included; it must stay light.
         "verl.plugins": ["refine_verl = refine_verl.plugin"],
+        "console_scripts": ["refine-lm-eval = refine_verl.evaluate.console:main"],
     },
 )

@@ -1,0 +1,40 @@
+"""`refine-lm-eval`: lm-evaluation-harness's command line, with our models as model `refine`."""
+
+from __future__ import annotations
+
+import sys
+
+from refine_verl.config import ConfigError
+
+INSTALL = "pip install 'refine_verl[eval]'"
+
+
+def require_lm_eval() -> None:
+    """Import lm-evaluation-harness with our model in its registry.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import refine_verl.evaluate.lm  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ConfigError("", f"lm-evaluation-harness is not installed. Install it with: {INSTALL}") from error
+
+
+def main() -> int:
+    """Run the harness's command line; 2 where model arguments, model or data cannot be used."""
+    from refine_verl.adaptation import PromptError
+    from refine_verl.data.errors import DataError
+    from refine_verl.models import ModelError
+
+    try:
+        require_lm_eval()
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except (ConfigError, DataError, ModelError, PromptError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0

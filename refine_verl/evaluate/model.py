@@ -1,0 +1,260 @@
+"""A fast-weight model that is evaluated: log-likelihoods, and answers written from the state after the prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from refine_verl.adaptation import AdaptSettings, PromptError, adapt
+from refine_verl.adaptation.settings import METHODS, read_settings
+from refine_verl.config import ConfigError, require_choice
+from refine_verl.data.errors import DataError
+from refine_verl.data.prompts_tokenize import encode_prompts
+from refine_verl.data.tokenizers import load_tokenizer
+from refine_verl.models import Documents, FastWeightActor, ModelError, Packed, inspect_model, load_model, make_actor
+from refine_verl.nsp import sample_from_logits
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """Of the tokens after a context: sum of log p, how many are the most likely one, and how many there are."""
+
+    log_prob: float
+    correct: int
+    tokens: int
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding would have written them."""
+        return self.correct == self.tokens
+
+
+class EvaluatedModel:
+    """A model with its tokenizer, read once and asked many times.
+
+    Args:
+        actor: the model, on its device.
+        tokenizer: its tokenizer.
+        ttt: how to adapt to a prompt before what follows it is scored or written; `method="none"` does not.
+    """
+
+    def __init__(
+        self, actor: FastWeightActor, tokenizer: PreTrainedTokenizerBase, ttt: AdaptSettings | None = None
+    ) -> None:
+        self.actor, self.tokenizer = actor, tokenizer
+        self.ttt = ttt or AdaptSettings(method="none")
+        self.device = next(actor.parameters()).device
+        ends = [
+            tokenizer.eos_token_id,
+            getattr(actor, "generation_config", None) and actor.generation_config.eos_token_id,
+        ]
+        flat = [token for end in ends for token in (end if isinstance(end, list) else [end])]
+        self.stop_tokens = sorted({int(token) for token in flat if token is not None})
+
+    def likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """Score what follows a context, all pairs in one pass (one by one with test-time training).
+
+        Args:
+            pairs: ids of a context and of what follows it, at least one each.
+        """
+        if self.ttt.method == "none":
+            return self._score(pairs)
+        found: dict[int, Likelihood] = {}
+        contexts: dict[tuple[int, ...], list[int]] = {}
+        for index, (context, _) in enumerate(pairs):
+            contexts.setdefault(tuple(context), []).append(index)
+        for context, indices in contexts.items():
+            with self.adapted(context):
+                found.update(zip(indices, self._score([pairs[index] for index in indices]), strict=True))
+        return [found[index] for index in range(len(pairs))]
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        *,
+        stops: Sequence[str] = (),
+        temperature: float = 0.0,
+        draws: Tensor | None = None,
+    ) -> list[str]:
+        """Continue prompts of unequal length; each is read once, then its state is carried on.
+
+        Args:
+            prompts: their ids.
+            limits: most tokens to write for each.
+            stops: texts that end an answer; they and what follows are cut off.
+            temperature: 0 takes the most likely token.
+            draws: uniforms [N, max(limits)], needed unless the temperature is 0.
+        """
+        if self.ttt.method == "none":
+            written = self._write(prompts, limits, stops, temperature, draws)
+        else:
+            written = []
+            for row, prompt in enumerate(prompts):
+                own = None if draws is None else draws[row : row + 1]
+                with self.adapted(prompt):
+                    written += self._write([prompt], [limits[row]], stops, temperature, own)
+        return [_cut(self.decode(ids), stops) for ids in written]
+
+    @contextmanager
+    def adapted(self, prompt: Sequence[int]) -> Iterator[None]:
+        """The model adapted to one prompt for the time of the block; afterwards its weights are what they were.
+
+        Raises:
+            PromptError: the prompt is too short.
+        """
+        if len(prompt) < self.ttt.shortest_prompt:
+            raise PromptError(
+                f"test-time training needs prompts of at least {self.ttt.shortest_prompt} tokens (chunks + "
+                f"rollout_length), and one has {len(prompt)}. Lower nsp.chunks or nsp.rollout_length of its settings, "
+                "or use ttt=sft or ttt=none."
+            )
+        with adapt(self.actor, [list(prompt)], self.ttt):
+            yield
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, with the special tokens the tokenizer puts in front of a text."""
+        return [int(token) for token in encode_prompts(self.tokenizer, [text], special_tokens=True)[0][0]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        rows = [[*context, *following] for context, following in pairs]
+        documents = self._documents(rows, tuple(len(context) for context, _ in pairs))
+        loss, correct = FastWeightActor.forward(self.actor, mode="score", documents=documents)
+        return [
+            Likelihood(-total, right, len(following))
+            for total, right, (_, following) in zip(loss.tolist(), correct.tolist(), pairs, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        stops: Sequence[str],
+        temperature: float,
+        draws: Tensor | None,
+    ) -> list[list[int]]:
+        # A byte is the least a token can add to a text: so many tokens back, and a stop that has just ended shows.
+        reach = max((len(stop.encode()) for stop in stops), default=0) + 2
+        written: list[list[int]] = [[] for _ in prompts]
+        done = [False] * len(prompts)
+        with self.actor._autocast():
+            packed = self._documents(prompts).cut([0] * len(prompts), [len(prompt) for prompt in prompts])
+            hidden, state = self.actor.run(packed, None, keep_state=True)
+            last = hidden[packed.last]
+            for step in range(max(limits)):
+                uniforms = torch.zeros(len(prompts)) if draws is None else draws[:, step]
+                token, _ = sample_from_logits(self.actor._head(last), uniforms.to(self.device), temperature)
+                for row, identifier in enumerate(token.tolist()):
+                    if done[row]:
+                        continue
+                    ended = identifier in self.stop_tokens
+                    written[row] += [] if ended else [identifier]
+                    tail = self.decode(written[row][-reach:]) if stops and not ended else ""
+                    done[row] = ended or len(written[row]) >= limits[row] or any(stop in tail for stop in stops)
+                if all(done) or step + 1 == max(limits):
+                    break
+                assert state is not None
+                last, state = self.actor.run(
+                    Packed(token.unsqueeze(1), (1,) * len(prompts), None), state, keep_state=True
+                )
+        return written
+
+    def _documents(self, rows: Sequence[Sequence[int]], learn_from: tuple[int, ...] | None = None) -> Documents:
+        tokens = pad_sequence([torch.tensor(list(row), dtype=torch.int64) for row in rows], batch_first=True)
+        return Documents(tokens.to(self.device), tuple(len(row) for row in rows), learn_from)
+
+
+def load_evaluated(
+    path: str,
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    ttt: AdaptSettings | None = None,
+) -> EvaluatedModel:
+    """Read a model and its tokenizer.
+
+    Args:
+        path: directory or hub id of a fast-weight model with weights.
+        tokenizer: directory or hub id, or `bytes`; None takes the model's.
+        dtype: `auto` (bfloat16 on a GPU, else float32), `float32` or `bfloat16`. Matrix products on a GPU run in bf16.
+        device: `auto`, `cpu` or `cuda[:N]`.
+        ttt: see `EvaluatedModel`.
+
+    Raises:
+        ModelError, DataError, ConfigError: what cannot be used, before weights are read where possible.
+    """
+    place = _device(device)
+    info = inspect_model(path)
+    if not info.has_weights:
+        raise ModelError(f"model={path}: no weights in this directory, only a configuration: nothing to evaluate.")
+    if (tokenizer or "").startswith("bpe:"):
+        raise DataError(f"tokenizer={tokenizer} would have to be trained first. Give the directory it is saved in.")
+    words = load_tokenizer(tokenizer or path)
+    if len(words) > info.vocab_size:
+        raise DataError(
+            f"the tokenizer {tokenizer or path} has {len(words)} entries, but the model {path} only "
+            f"{info.vocab_size}. Give the model's own tokenizer with tokenizer=DIR."
+        )
+    kind = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if place.type == "cuda" else torch.float32
+    model = load_model(path, dtype=kind).to(place).eval()
+    # fla's chunked kernels take no float32 on a GPU, which is what adapted weights are.
+    actor = make_actor(model, autocast_dtype=torch.bfloat16 if place.type == "cuda" else None)
+    return EvaluatedModel(actor, words, ttt)
+
+
+def ttt_settings(method: str, settings: Any = None) -> AdaptSettings:
+    """Settings of test-time training from a method and what is set otherwise.
+
+    Args:
+        method: `none`, `sft` or `refine`.
+        settings: a mapping with keys of `AdaptSettings`, or the name of a YAML file with one; None: the paper's.
+
+    Raises:
+        ConfigError: an unknown key or value, a file that cannot be read, or settings without a method.
+    """
+    require_choice("ttt", method, METHODS)
+    if isinstance(settings, str):
+        try:
+            settings = OmegaConf.to_container(OmegaConf.load(Path(settings).expanduser()), resolve=True)
+        except Exception as error:  # the file system's, YAML's and OmegaConf's have no common type
+            raise ConfigError("adapt", f"{settings} cannot be read: {error}") from error
+    if method == "none" and settings:
+        raise ConfigError("adapt", "has no effect with ttt=none. Set ttt=refine or ttt=sft, or leave it out.")
+    if isinstance(settings, dict) and "method" in settings:
+        raise ConfigError("adapt.method", "is what ttt says; leave it out.")
+    return read_settings({**(settings or {}), "method": method})
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError("device", f"unknown device {name!r}. Allowed: auto, cpu, cuda, cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", f"{name!r} was asked for, but there is no GPU here. Set device=cpu.")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError("device", f"{name!r} is not supported. Allowed: auto, cpu, cuda, cuda:N.")
+    return device
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text
