@@ -24,7 +24,7 @@ CHUNK, WINDOW = 4, 6
 BASE: dict[str, Any] = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
-    "num_attn_heads": 6,
+    "num_attn_heads": 3,
     "num_lact_heads": 2,
     "lact_chunk_size": CHUNK,
     "window_size": WINDOW,
