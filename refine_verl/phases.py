@@ -92,6 +92,12 @@ def _check_ttt(config: DictConfig, refine: RefineSettings) -> None:
     for key, given, why in (
         ("data.train_files", config.data.train_files, "test-time training reads the prompts of data.val_files only"),
         ("trainer.total_training_steps", trainer.total_training_steps, "every test prompt is answered once"),
+        ("trainer.test_freq", trainer.test_freq > 0 and trainer.test_freq, "the scores are recorded as they come"),
+        (
+            "trainer.total_epochs",
+            trainer.total_epochs > 1 and trainer.total_epochs,
+            "every test prompt is answered once",
+        ),
         ("trainer.val_only", trainer.val_only, "answers without adaptation come with refine.ttt.baseline=true"),
     ):
         if given:

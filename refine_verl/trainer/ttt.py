@@ -31,6 +31,7 @@ class TTTTrainer(PromptTrainer):
     """
 
     val_dataset: VerlDocumentDataset
+    ids: list[str]
 
     def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
@@ -48,7 +49,7 @@ class TTTTrainer(PromptTrainer):
         finished = {row["id"] for row in predictions.rows}
         if not carried_on:
             # batches are finished one after the other; a batch that was interrupted is adapted to again
-            complete = (all(self._id(row) in finished for row in batch) for batch in batches)
+            complete = (all(self.ids[row] in finished for row in batch) for batch in batches)
             self.global_steps = next((step for step, done in enumerate(complete) if not done), len(batches))
         if self.global_steps:
             logger.info("%d of %d batches are answered already", self.global_steps, len(batches))
@@ -71,14 +72,16 @@ class TTTTrainer(PromptTrainer):
 
     def batches(self) -> list[list[int]]:
         """Rows of the test set that are adapted to together."""
-        rows = list(range(len(self.val_dataset)))
+        keys = []
+        for row in range(len(self.val_dataset)):
+            values = self.val_dataset[row]
+            keys.append((values["document_id"], str(values["id"])))
+        self.ids = [name for _, name in keys]
+        rows = list(range(len(keys)))
         if self.ttt.reset != "none":
-            rows.sort(key=lambda row: (self.val_dataset[row]["document_id"], self._id(row)))
+            rows.sort(key=lambda row: keys[row])
         size = 1 if self.ttt.reset == "sample" else self.config.data.train_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-    def _id(self, row: int) -> str:
-        return str(self.val_dataset[row]["id"])
 
     def _columns(self, rows: list[int]) -> Columns:
         columns: dict[str, list[Any]] = defaultdict(list)

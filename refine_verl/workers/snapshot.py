@@ -22,10 +22,12 @@ class Snapshot:
 
     def __init__(self, engine: RefineEngine) -> None:
         with torch.no_grad():
-            self._tensors = [_local(tensor).cpu().clone() for tensor in _tensors(engine)]
+            self._tensors = [_copied(tensor) for tensor in _tensors(engine)]
         optimizer = engine.optimizer
         # by position: a parameter that has no state yet must have none afterwards either
-        self._states = [_copied(optimizer.state.get(p)) for group in optimizer.param_groups for p in group["params"]]
+        self._states = [
+            _copied_state(optimizer.state.get(p)) for group in optimizer.param_groups for p in group["params"]
+        ]
         self._groups = [
             {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
@@ -49,8 +51,8 @@ class Snapshot:
             for name in now.keys() - saved_state.keys():
                 del now[name]
             for name, value in saved_state.items():
-                if isinstance(value, Tensor) and isinstance(now.get(name), Tensor):
-                    _local(now[name]).copy_(_local(value))
+                if isinstance(value, Tensor):
+                    _local(now[name]).copy_(value)
                 else:
                     now[name] = copy.deepcopy(value)
         for group, saved_group in zip(optimizer.param_groups, self._groups, strict=True):
@@ -64,14 +66,17 @@ def _tensors(engine: RefineEngine) -> list[Tensor]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard of an FSDP2 parameter; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    """This rank's shard of what FSDP2 has sharded; any other tensor as it is."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
-def _copied(state: dict[str, Any] | None) -> dict[str, Any] | None:
+def _copied(tensor: Tensor) -> Tensor:
+    return _local(tensor).to("cpu", copy=True)
+
+
+def _copied_state(state: dict[str, Any] | None) -> dict[str, Any] | None:
     if not state:
         return None
     return {
-        name: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for name, value in state.items()
+        name: _copied(value) if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in state.items()
     }

@@ -78,6 +78,8 @@ def test_baselines_differ_in_one_word(base: str, other: str, files: tuple[str, .
         ((*TTT, "data.train_files=FILE"), "data.train_files"),
         ((*TTT, "trainer.total_training_steps=3"), "trainer.total_training_steps"),
         ((*TTT, "trainer.save_freq=5"), "trainer.save_freq"),
+        ((*TTT, "trainer.test_freq=5"), "trainer.test_freq"),
+        ((*TTT, "trainer.total_epochs=2"), "trainer.total_epochs"),
         ((*TTT, "trainer.val_only=true"), "trainer.val_only"),
         ((*TTT, "refine.ttt.reset=document"), "refine.ttt.reset"),
         ((*TTT, "refine.answers.convention=papers"), "refine.answers.convention"),

@@ -102,6 +102,25 @@ def test_rollouts_then_update_agree(family: str) -> None:
     assert relative(output["log_probs"].detach(), rollouts.log_probs.flatten(0, 2)) < RELATIVE
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_then_their_log_probabilities_agree(family: str) -> None:
+    """Sampled token by token from forked states, scored in one packed pass over answers of unequal length."""
+    actor, prompts = actor_of(family), documents_on("cuda")
+    draws = torch.rand(2, 3, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    written = actor(
+        mode="answer", prompts=prompts, limits=[20, 7], length=20, copies=3, temperature=1.0, draws=draws,
+        stop_tokens=[1, 2, 3],
+    )  # fmt: skip
+    assert written.lengths[1].max() <= 7
+    output = actor(
+        mode="answer_log_probs", prompts=prompts, tokens=written.tokens, lengths=written.lengths, temperature=1.0,
+        segments=3,
+    )  # fmt: skip
+    output["log_probs"].sum().backward()
+    assert relative(output["log_probs"].detach(), written.log_probs.flatten(0, 1)) < RELATIVE
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in actor.parameters())
+
+
 @pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
 def test_documents_do_not_leak(family: str) -> None:
     actor, documents = actor_of(family), documents_on("cuda")

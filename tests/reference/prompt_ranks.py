@@ -155,6 +155,7 @@ def posttrain(session: Session) -> dict[str, Any]:
         session.configure(inner=inner, outer="sft")
         results[inner] = session.step(rows)
         results[f"{inner}_twice"] = session.step(tokenised(8, 3))
+        results[f"{inner}_schedule"] = session.worker.engine.lr_scheduler.state_dict()["last_epoch"]
         session.configure()
         results[f"{inner}_other_answers"] = session.step(other)
     session.trainer.scores = odd_score

@@ -81,6 +81,11 @@ def test_one_rank_and_two_learn_the_same(results: Results, name: str) -> None:
     assert worst(one["gradients"][-1], results["posttrain", 1]["sft_twice"]["gradients"][-1]) > 0.01
 
 
+def test_the_schedule_moves_once_per_step_whatever_the_phases(results: Results) -> None:
+    found = results["posttrain", 1]
+    assert [found[f"{inner}_schedule"] for inner in ("refine", "sft", "none")] == [2, 2, 2]  # after two steps
+
+
 def test_what_each_phase_measures(results: Results) -> None:
     found = results["posttrain", 1]
     inner, outer = {"actor/ntp_loss", "actor/pg_loss", "nsp/reward/mean"}, {"answer/ntp_loss", "answer/grad_norm"}
