@@ -34,10 +34,30 @@ def rotary_table(positions: Tensor, config: Any, dtype: torch.dtype) -> Pair:
 
 def rotate(x: Tensor, table: Pair) -> Tensor:
     """x [tokens, H, D]: features i and i + D/2 are turned together; computed in at least float32."""
-    precise = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (part.to(precise) for part in table)
-    first, second = x.to(precise).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    out = _Rotate.apply(x, *table)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back, so nothing but the angles is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = cos.to(precise), sin.to(precise)
+        out = torch.empty_like(x, dtype=precise, memory_format=torch.contiguous_format)
+        first, second = x.to(precise).chunk(2, dim=-1)
+        one, other = out.chunk(2, dim=-1)
+        torch.mul(first, cos, out=one).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=other).addcmul_(first, sin)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
 
 
 def attend(

@@ -169,9 +169,12 @@ class LaCTAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (config.num_attn_heads, -1)) for part in (q, k, v))
         k = rotate(k, table)
         attended, after = attend(run.attention, state, config.window_size, rotate(q, table), k, v)
-        initial, norms = self._initial()
+        initial = norms = None
+        if run.scan.initial is not None or run.scan.segments is not None or torch.is_grad_enabled():
+            initial, norms = self._initial()
         recalled, lots = scan(config, run.scan, state, initial, norms, fast_q, tokens)
         if torch.is_grad_enabled():
+            assert initial is not None
             others = [tokens.rates, *([] if tokens.momentum is None else [tokens.momentum]), *initial.used]
             recalled = _Touch.apply(recalled, *(part for part in others if part.requires_grad))
         recalled = self.ttt_norm(recalled)

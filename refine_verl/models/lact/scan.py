@@ -170,8 +170,8 @@ def scan(
     config: LaCTConfig,
     plan: ScanPlan,
     state: LayerState,
-    initial: FastWeights,
-    norms: Matrices,
+    initial: FastWeights | None,
+    norms: Matrices | None,
     q: Tensor,
     tokens: ChunkTokens,
 ) -> tuple[Tensor, list[FastWeights]]:
@@ -181,22 +181,25 @@ def scan(
         config: of the model.
         plan: of this pass.
         state: of this layer before the pass.
-        initial: one set, what fresh sequences start with.
-        norms: n_i, row norms of the initial weights.
+        initial: one set, what fresh sequences start with; None where none does and nothing is updated.
+        norms: n_i, row norms of the initial weights; None in the same case.
         q: fast queries [tokens, h, d].
         tokens: what updates need, [tokens, ..].
 
     Returns:
         What the fast weights say to every token, [tokens, h, d], and all lots of fast weights, old and new.
     """
-    lots = [*state.fast, *([initial] if plan.initial is not None else [])]
+    lots = list(state.fast)
+    if plan.initial is not None:
+        assert initial is not None
+        lots.append(initial)
     pieces = None if plan.segments is None else _split(tokens, plan.segments)
     change = updater(config)
     queries = plan.reads(q)
     outputs, at = [], 0
     for write, reads in plan.steps:
         if write is not None:
-            assert pieces is not None
+            assert pieces is not None and norms is not None
             sources = FastWeights.join([lots[buffer].select(sets) for buffer, sets in write.sources])
             lots.append(change(config, sources, norms, _gather_chunks(write.chunks, state.open, pieces)))
         for job in reads:
