@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from reference.answers import plain_log_probs
 from reference.toy import NSP, VOCABULARY, documents_of, gradients, one_by_one, relative
 from torch import Tensor
 
@@ -29,13 +30,6 @@ def draws() -> Tensor:
 def write(actor: FastWeightActor, prompts: Documents, **kwargs: Any) -> Answers:
     given = {"limits": LIMITS, "length": WIDTH, "copies": COPIES, "temperature": 1.0, "draws": draws(), **kwargs}
     return actor(mode="answer", prompts=prompts, **given)
-
-
-def plain_log_probs(actor: FastWeightActor, prompt: Tensor, answer: Tensor, temperature: float) -> Tensor:
-    """Of every token of the answer, from one forward pass over prompt and answer without any state."""
-    logits = actor(input_ids=torch.cat([prompt, answer])[None], use_cache=False).logits[0]
-    scaled = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
-    return scaled.gather(1, answer[:, None])[:, 0]
 
 
 def test_every_row_stops_at_its_own_limit(make: Make) -> None:
