@@ -1,0 +1,250 @@
+"""Everything a plan says, worked out from a checked configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from refine_verl.kernels.patch import accelerator_available
+from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK
+from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
+from refine_verl.plan.options import PlanOptions
+from refine_verl.plan.origins import Origin
+from refine_verl.plan.reading import Reading
+from refine_verl.validate import ValidConfig
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the run does with what it reads.
+
+    Attributes:
+        steps: steps of the whole run.
+        epochs: how often the data is read in them.
+        tokens_per_step: document tokens.
+        optimiser_steps_per_step: mini-batches, times PPO epochs.
+        forward_tokens_per_token: tokens put through the model per document token, at most; None for
+            ``refine.nsp.rollout=prefix``, which recomputes every prefix.
+        passes: passes of one worker through the model per step, by kind.
+    """
+
+    steps: int
+    epochs: float
+    tokens_per_step: float
+    optimiser_steps_per_step: int
+    forward_tokens_per_token: float | None
+    passes: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Disk:
+    """Bytes: one checkpoint, all that are kept with the final model, and what is free at ``place``."""
+
+    place: str
+    checkpoint: int
+    checkpoints_kept: int
+    final_model: int
+    free: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the end of the run; one more checkpoint is there while the oldest is still kept."""
+        return self.checkpoint * self.checkpoints_kept + self.final_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All of it; `as_json` is what ``--json`` prints."""
+
+    origins: list[Origin]
+    train: Reading | None
+    validation: Reading | None
+    work: Work
+    shape: Shape
+    memory: MemoryEstimate
+    memory_available: int | None
+    seconds_per_step: float | None
+    throughput: float | None
+    throughput_from: str
+    disk: Disk
+    warnings: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; bytes and seconds."""
+        content = dataclasses.asdict(self)
+        content["memory"] |= {"peak": self.memory.peak, "peak_phase": self.memory.peak_phase}
+        content["disk"]["needed"] = self.disk.needed
+        return content
+
+
+def shape_of(valid: ValidConfig, longest: int) -> Shape:
+    """What decides the memory of a worker."""
+    actor, rollout = valid.config.actor_rollout_ref.actor, valid.config.actor_rollout_ref.rollout
+    share = -(-valid.refine.ppo_mini_batch_size // valid.workers)
+    batch_share = -(-int(valid.config.data.train_batch_size) // valid.workers)
+    return Shape(
+        length=longest,
+        update_rows=min(int(actor.ppo_micro_batch_size_per_gpu), share),
+        rollout_rows=min(int(rollout.log_prob_micro_batch_size_per_gpu), batch_share),
+        workers=valid.workers,
+        nsp=valid.refine.nsp,
+        with_rollouts=valid.refine.loss.rl_coef > 0,
+        checkpoint_segments=valid.model.activation_checkpointing == "segment",
+        cuda=valid.config.trainer.device == "cuda",
+        reshard=bool(actor.fsdp_config.reshard_after_forward),
+    )
+
+
+def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> Work:
+    """Steps, passes and tokens.
+
+    Args:
+        valid: the configuration.
+        train: what is read.
+        shape: from `shape_of`.
+        traced: whether the model gives its states in one uncut pass (as fla's do on the CPU).
+    """
+    config, nsp = valid.config, valid.refine.nsp
+    batch = int(config.data.train_batch_size)
+    per_epoch = train.sequences // batch
+    if config.refine.phase == "ttt":
+        per_epoch = math.ceil(train.sequences / batch)
+    steps = config.trainer.total_training_steps or per_epoch * int(config.trainer.total_epochs)
+    mini = valid.refine.ppo_mini_batch_size
+    share = -(-mini // valid.workers)
+    updates = batch // mini * int(config.actor_rollout_ref.actor.ppo_epochs)
+    micro = -(-share // shape.update_rows)
+    cuts = nsp.chunks + 1 if shape.checkpoint_segments else 1
+    if not traced and shape.with_rollouts:
+        cuts = nsp.chunks + 1
+    readings = -(-(batch // valid.workers or 1) // shape.rollout_rows)
+    snapshots = 1 if traced else SNAPSHOTS_PER_CHUNK * nsp.chunks + 1
+    passes = {"update": updates * micro * (cuts + (1 if shape.with_rollouts else 0))}
+    if shape.with_rollouts:
+        passes = {"read": readings * snapshots, "write": readings * nsp.rollout_length, **passes}
+    return Work(
+        steps=int(steps),
+        epochs=steps / per_epoch if per_epoch else 0.0,
+        tokens_per_step=batch * train.mean_length,
+        optimiser_steps_per_step=updates,
+        forward_tokens_per_token=forward_tokens(shape, train.mean_length, traced),
+        passes=passes,
+    )
+
+
+def forward_tokens(shape: Shape, length: float, traced: bool) -> float | None:
+    """Tokens put through the model per document token in one step, at most; docs/performance.md has the table.
+
+    Args:
+        shape: of the run.
+        length: mean tokens of a document, T.
+        traced: whether no token is replayed.
+    """
+    nsp = shape.nsp
+    trained = 1.0
+    if shape.with_rollouts:
+        trained += nsp.chunks * nsp.rollouts_per_position * (nsp.rollout_length - 1) / length
+    if shape.checkpoint_segments:
+        trained *= 2
+    if not shape.with_rollouts:
+        return trained
+    if nsp.rollout == "prefix":
+        return None
+    replay = 0.0 if traced else 1 / SNAPSHOTS_PER_CHUNK
+    written = nsp.chunks * nsp.rollouts_per_position * nsp.rollout_length / length
+    return 1 + replay + written + trained
+
+
+def disk_of(config: DictConfig, parameters: int, steps: int) -> Disk:
+    """Checkpoints are float32 parameters and, where they are saved, AdamW's two moments."""
+    trainer = config.trainer
+    contents = config.actor_rollout_ref.actor.checkpoint.save_contents
+    numbers = ("model" in contents) + 2 * ("optimizer" in contents)
+    saves = 0
+    if trainer.save_freq > 0:
+        saves = -(-steps // int(trainer.save_freq))
+    kept = saves
+    if trainer.max_actor_ckpt_to_keep:
+        kept = min(saves, int(trainer.max_actor_ckpt_to_keep))
+    place = Path(trainer.default_local_dir)
+    while not place.exists():
+        place = place.parent
+    return Disk(
+        place=str(place),
+        checkpoint=parameters * FP32 * numbers,
+        checkpoints_kept=kept,
+        final_model=parameters * FP32,
+        free=shutil.disk_usage(place).free,
+    )
+
+
+def memory_here(device: str, workers_per_node: int) -> int | None:
+    """Bytes one worker has on this machine; None for GPUs that are elsewhere."""
+    import psutil
+    import torch
+
+    if device == "cpu":
+        return int(psutil.virtual_memory().total) // workers_per_node
+    return torch.cuda.get_device_properties(0).total_memory if accelerator_available() else None
+
+
+def find_warnings(plan: Plan, valid: ValidConfig, model: Any, options: PlanOptions) -> Iterator[str]:
+    """What will surprise, in sentences with keys and cures."""
+    batch, train = int(valid.config.data.train_batch_size), plan.train
+    window = getattr(model, "max_position_embeddings", None)
+    if train is not None:
+        rest = train.sequences % batch
+        if rest and valid.refine.phase != "ttt" and not train.estimated:
+            yield (
+                f"data.train_batch_size={batch} does not divide the {train.sequences:,} sequences: {rest:,} of them "
+                "are left out in every epoch (others each time, as the order is shuffled)."
+            )
+        if train.sequences < batch:
+            yield f"{train.sequences:,} sequences do not fill a batch of data.train_batch_size={batch}; give more data."
+        if window and train.longest > window:
+            yield (
+                f"sequences of up to {train.longest:,} tokens are longer than the {window:,} the model was made for "
+                "(max_position_embeddings). A fast-weight model reads on, but was not trained that far: set "
+                f"data.max_length={window} to stay within."
+            )
+        if plan.work.epochs > 4:
+            yield f"the data is read {plan.work.epochs:.1f} times (trainer.total_training_steps={plan.work.steps})."
+    yield from _resource_warnings(plan, valid)
+    if valid.refine.nsp.rollout == "prefix":
+        yield "refine.nsp.rollout=prefix recomputes every prefix: it is for comparisons; its cost is not planned here."
+    if valid.refine.phase != "documents":
+        yield f"refine.phase={valid.refine.phase}: the steps on answers are not in the plan, only those on prompts."
+    if options.sample:
+        yield "documents were sampled (sample=): what is said of them is an estimate."
+
+
+def _resource_warnings(plan: Plan, valid: ValidConfig) -> Iterator[str]:
+    available, memory = plan.memory_available, plan.memory
+    if available is not None and memory.peak > 0.9 * available:
+        cures = []
+        if not plan.shape.checkpoint_segments:
+            cures.append("set model.activation_checkpointing=segment")
+        if plan.shape.update_rows > 1 or plan.shape.rollout_rows > 1:
+            cures.append("lower actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu")
+        cures += ["use more workers", "lower data.max_length"]
+        yield (
+            f"{memory.peak / GIB:.1f} GiB are needed at the peak ({memory.peak_phase}), and a worker has "
+            f"{available / GIB:.1f} GiB: {', or '.join(cures)}."
+        )
+    disk = plan.disk
+    if disk.needed > disk.free:
+        yield (
+            f"{disk.checkpoints_kept} checkpoints of {disk.checkpoint / GIB:.2f} GiB and the final model need "
+            f"{disk.needed / GIB:.1f} GiB, and {disk.place} has {disk.free / GIB:.1f} GiB free: raise "
+            "trainer.save_freq, set trainer.max_actor_ckpt_to_keep, or set trainer.default_local_dir to another disk."
+        )
+    if disk.checkpoints_kept == 0 and plan.work.steps > 1000:
+        yield f"no checkpoint is written in {plan.work.steps} steps (trainer.save_freq=-1)."

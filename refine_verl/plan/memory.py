@@ -1,0 +1,306 @@
+"""Peak memory of a training process, part by part, before there is one.
+
+What the passes keep is counted by making them with fake tensors (`refine_verl.plan.hollow`): the model's own code, the
+real widths, but few layers and short documents. Peaks are linear in both, so four such runs give the rest. Parameters,
+gradients, optimiser and what FSDP2 gathers are arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from refine_verl.config import NSPSettings
+from refine_verl.kernels.patch import cpu_kernels
+from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws, make_actor, snapshot_count
+from refine_verl.models.adapters import FlaAdapter, ModelAdapter, get_adapter
+from refine_verl.models.packing import Packed
+from refine_verl.models.state import FastWeightState
+from refine_verl.models.trace import Trace
+from refine_verl.nsp.selection import chunk_bounds
+from refine_verl.plan.gpu_kernels import gpu_delta_rules
+from refine_verl.plan.hollow import LABELS, LOGITS, STATES, HollowRun, replaced, tensors_in
+
+FP32 = 4
+PROBED_LAYERS = (1, 2)
+TOKENS_PER_SEGMENT = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What decides the memory of a worker, besides the model.
+
+    Attributes:
+        length: tokens of the longest document.
+        update_rows, rollout_rows: documents per pass.
+        workers: processes the parameters are sharded over.
+        nsp: c, n, k and how rollouts are made.
+        with_rollouts: whether there are rollouts at all (``refine.loss.rl_coef`` > 0).
+        checkpoint_segments: ``model.activation_checkpointing=segment``.
+        cuda: fla's kernels and bf16 matrix products instead of the CPU's.
+        reshard: FSDP2 frees gathered layers after their forward pass.
+    """
+
+    length: int
+    update_rows: int = 1
+    rollout_rows: int = 1
+    workers: int = 1
+    nsp: NSPSettings = dataclasses.field(default_factory=NSPSettings)
+    with_rollouts: bool = True
+    checkpoint_segments: bool = False
+    cuda: bool = False
+    reshard: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes per worker by part, in each phase of a step. ``parameters`` counts the whole model's numbers."""
+
+    parameters: int
+    state_bytes: int
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that needs most."""
+        return sum(self.phases[self.peak_phase].values())
+
+
+def estimate_memory(config: PretrainedConfig, shape: Shape) -> MemoryEstimate:
+    """Peak bytes of one worker in rollouts, update and optimiser step, for documents of ``shape.length`` tokens.
+
+    Args:
+        config: of the model.
+        shape: what is run.
+    """
+    passes = pass_peaks(config, shape)
+    model = _on_meta(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    own = -(-total // shape.workers)
+    held = {
+        "parameters": own * FP32,
+        "gradients": own * FP32,
+        "optimiser": 2 * own * FP32,
+    }
+    unit = _largest_unit(model)
+    phases = {}
+    if shape.with_rollouts:
+        # gathered(): every layer stays whole while rollouts are written; gradients are gone by then
+        phases["rollout"] = {**held, "gradients": 0, "gathered": total * FP32, **passes["rollout"]}
+    # the layer at work and the one fetched ahead, and their gradients before they are summed over the workers
+    kept = 4 * unit if shape.reshard else total + 2 * unit
+    phases["update"] = {**held, "gathered": kept * FP32, **passes["update"]}
+    # torch's fused-by-loop AdamW makes temporaries as large as its parameters on a GPU, and one tensor's on a CPU
+    scratch = own if shape.cuda else max(parameter.numel() for parameter in model.parameters()) // shape.workers
+    phases["optimiser"] = {**held, "scratch": scratch * FP32}
+    return MemoryEstimate(parameters=total, state_bytes=_state_size(config, shape), phases=phases)
+
+
+def pass_peaks(config: PretrainedConfig, shape: Shape) -> dict[str, dict[str, int]]:
+    """Bytes that the passes of a step keep beyond parameters and gradients, by label, at their peaks.
+
+    Returns:
+        ``rollout`` and ``update``.
+    """
+    layers, lengths = _probes(config, shape)
+    found = {(a, t): _probe(config, a, dataclasses.replace(shape, length=t)) for a in layers for t in lengths}
+    wanted = (int(config.num_hidden_layers), shape.length)
+    result = {}
+    for phase, peaks in next(iter(found.values())).items():
+        moments = [
+            {
+                label: _bilinear({at: probe[phase][moment][label] for at, probe in found.items()}, wanted)
+                for label in LABELS
+            }
+            for moment in peaks
+            if all(moment in probe[phase] for probe in found.values())
+        ]
+        result[phase] = max(moments, key=lambda moment: sum(moment.values()))
+    return result
+
+
+def _probes(config: PretrainedConfig, shape: Shape) -> tuple[Sequence[int], Sequence[int]]:
+    """Numbers of layers and lengths to run: the real ones where these are small."""
+    layers: Sequence[int] = (int(config.num_hidden_layers),)
+    if layers[0] > PROBED_LAYERS[-1]:
+        layers = PROBED_LAYERS
+    chunk = max(getattr(config, "lact_chunk_size", 0), getattr(config, "window_size", 0) or 0)
+    unit = max(TOKENS_PER_SEGMENT * (shape.nsp.chunks + 1), 2 * chunk)
+    lengths: Sequence[int] = (unit, 2 * unit) if shape.length > 2 * unit else (shape.length,)
+    return layers, lengths
+
+
+def _bilinear(values: dict[tuple[int, int], int], wanted: tuple[int, int]) -> int:
+    """The value at ``wanted`` of the function that is linear in each coordinate and has these values."""
+    layers, lengths = sorted({at[0] for at in values}), sorted({at[1] for at in values})
+
+    def along(points: list[int], read: Any, x: int) -> float:
+        first = float(read(points[0]))
+        if len(points) == 1:
+            return first
+        return first + (float(read(points[1])) - first) / (points[1] - points[0]) * (x - points[0])
+
+    def at_layer(layer: int) -> float:
+        return along(lengths, lambda length: values[layer, length], wanted[1])
+
+    return max(0, round(along(layers, at_layer, wanted[0])))
+
+
+def _on_meta(config: PretrainedConfig) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _largest_unit(model: nn.Module) -> int:
+    """Parameters of the largest module that FSDP2 gathers at once: a layer, the embeddings or the head."""
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    units = [
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in model.modules()
+        if type(module).__name__ in classes or isinstance(module, nn.Embedding)
+    ]
+    return max(units, default=sum(parameter.numel() for parameter in model.parameters()))
+
+
+class _Watched:
+    """An adapter whose states are counted as such; on a GPU fla's adapter has no trace."""
+
+    def __init__(self, inner: ModelAdapter, run: HollowRun) -> None:
+        self.inner, self.counter = inner, run
+
+    def run(
+        self, model: nn.Module, packed: Packed, state: FastWeightState | None, keep_state: bool
+    ) -> tuple[Tensor, FastWeightState | None]:
+        if state is not None:
+            self.counter.relabel(state.tensors, STATES)
+        hidden, after = self.inner.run(model, packed, state, keep_state)
+        if after is not None:
+            self.counter.relabel(after.tensors, STATES)
+        return hidden, after
+
+
+class _WatchedTracing(_Watched):
+    def trace(self, model: nn.Module, documents: Documents) -> tuple[list[Tensor], Trace] | None:
+        traced = self.inner.trace(model, documents)  # type: ignore[attr-defined]
+        if traced is not None and not torch.is_grad_enabled():
+            self.counter.relabel(tensors_in(traced[1]), STATES)
+        return traced
+
+
+def _probe(config: PretrainedConfig, layers: int, shape: Shape) -> dict[str, dict[str, dict[str, int]]]:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    result: dict[str, dict[str, dict[str, int]]] = {}
+    with ExitStack() as stack:
+        stack.enter_context(cpu_kernels())
+        if shape.cuda:
+            stack.enter_context(gpu_delta_rules())
+        if shape.with_rollouts:
+            result["rollout"] = _count(config, shape, _roll_out)
+        result["update"] = _count(config, shape, _update)
+    return result
+
+
+def _count(config: PretrainedConfig, shape: Shape, run: Any) -> dict[str, dict[str, int]]:
+    counter = HollowRun()
+    actor = _actor(config, shape, counter)
+    head: Any = actor.get_output_embeddings()  # type: ignore[operator]
+    forward = head.forward
+
+    def labelled(*args: Any, **kwargs: Any) -> Any:
+        with counter.labelled(LOGITS):
+            return forward(*args, **kwargs)
+
+    with replaced(head, "forward", labelled), _chosen(actor, shape), counter:
+        run(actor, shape)
+    return counter.peaks
+
+
+def reads_uncut(model_type: str, cuda: bool) -> bool:
+    """Whether the family's states can be had after one uncut pass: fla's kernels on a GPU give the last one only."""
+    adapter = get_adapter(model_type)
+    return hasattr(adapter, "trace") and not (cuda and isinstance(adapter, FlaAdapter))
+
+
+def _actor(config: PretrainedConfig, shape: Shape, counter: HollowRun) -> FastWeightActor:
+    inner = get_adapter(config.model_type)
+    traces = reads_uncut(config.model_type, shape.cuda)
+    with counter.uncounted():
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    return make_actor(
+        model,
+        adapter=(_WatchedTracing if traces else _Watched)(inner, counter),
+        autocast_dtype=torch.bfloat16 if shape.cuda else None,
+        checkpoint_segments=shape.checkpoint_segments,
+    )
+
+
+def _positions(shape: Shape) -> Tensor:
+    """Positions of one document, [c], where they cost most: the longest segment between two spans two chunks."""
+    bounds = chunk_bounds(shape.length - shape.nsp.rollout_length, shape.nsp.chunks)
+    return torch.tensor([stop - 1 if i % 2 else start for i, (start, stop) in enumerate(bounds)])
+
+
+@contextmanager
+def _chosen(actor: FastWeightActor, shape: Shape) -> Iterator[None]:
+    """There are no entropies to choose by."""
+    with replaced(actor, "_select", lambda *_: _positions(shape)):
+        yield
+
+
+def _documents(rows: int, shape: Shape) -> Documents:
+    return Documents(torch.zeros(rows, shape.length, dtype=torch.int64), (shape.length,) * rows)
+
+
+def _roll_out(actor: FastWeightActor, shape: Shape) -> None:
+    nsp, rows = shape.nsp, shape.rollout_rows
+    draws = RolloutDraws(
+        torch.zeros(rows, nsp.chunks, dtype=torch.float64),
+        torch.zeros(rows, nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length, dtype=torch.float64),
+    )
+    snapshots = snapshot_count(nsp.chunks, shape.length)
+    actor(mode="rollout", documents=_documents(rows, shape), nsp=nsp, draws=draws, snapshots=snapshots)
+
+
+def _update(actor: FastWeightActor, shape: Shape) -> None:
+    nsp, rows = shape.nsp, shape.update_rows
+    branches = None
+    if shape.with_rollouts:
+        tokens = torch.zeros(rows, nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length, dtype=torch.int64)
+        branches = Branches(_positions(shape).expand(rows, -1), tokens)
+    output = actor(mode="update", documents=_documents(rows, shape), branches=branches, nsp=nsp)
+    loss = output["ntp_loss_sum"]
+    if branches is not None:
+        loss = loss + output["log_probs"].sum()
+    loss.backward()
+
+
+def _state_size(config: PretrainedConfig, shape: Shape) -> int:
+    """Bytes of the state of one document."""
+    counter = HollowRun()
+    with ExitStack() as stack:
+        stack.enter_context(cpu_kernels())
+        if shape.cuda:
+            stack.enter_context(gpu_delta_rules())
+        actor = _actor(config, shape, counter)
+        read = min(shape.length, TOKENS_PER_SEGMENT)
+        packed = Packed(torch.zeros(1, read, dtype=torch.int64), (read,), None)
+        stack.enter_context(counter)
+        with torch.no_grad(), actor._autocast():
+            _, state = actor.run(packed, None, keep_state=True)
+    assert state is not None
+    return state.num_bytes

@@ -1,0 +1,83 @@
+"""Where each value of a configuration comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from refine_verl.compose import GROUPS, ConfigFile
+from refine_verl.schema import leaves
+
+DEFAULT = "default"
+COMMAND_LINE = "command line"
+COMPUTED = "computed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """One value.
+
+    Attributes:
+        key: dotted.
+        value: resolved.
+        source: `default`, `preset NAME`, `recipe NAME`, `command line`, or `computed` for what the checks filled in.
+        follows: the interpolation behind the value, empty for a plain one.
+    """
+
+    key: str
+    value: Any
+    source: str
+    follows: str = ""
+
+
+def files_chosen(files: Iterable[ConfigFile]) -> list[ConfigFile]:
+    """The preset and the recipes of the composed configuration, in the order in which they win."""
+    choices = HydraConfig.get().runtime.choices
+    recipes = choices.get("recipe")
+    names = [("model", choices.get("model"))]
+    names += [("recipe", name) for name in ([recipes] if isinstance(recipes, str) else recipes or [])]
+    found = {(file.group, file.name): file for file in files}
+    return [found[name] for name in names if name in found]
+
+
+def find_origins(
+    composed: DictConfig, valid: DictConfig, files: Sequence[ConfigFile], overrides: Sequence[str]
+) -> list[Origin]:
+    """The source of every leaf.
+
+    Args:
+        composed: as Hydra made it, with interpolations.
+        valid: resolved, as the checks left it.
+        files: from `files_chosen`.
+        overrides: of the command line.
+    """
+    typed = {item.key_or_group for item in OverridesParser.create().parse_overrides(list(overrides))} - set(GROUPS)
+    contents = [(file, dict(leaves(file.content))) for file in files]
+    resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+    written = dict(leaves(composed))
+    before = dict(leaves(DictConfig(resolved)))
+    origins = []
+    for key, value in leaves(valid):
+        raw = written.get(key)
+        follows = raw if isinstance(raw, str) and "${" in raw else ""
+        source = _source(key, typed, contents)
+        if source == DEFAULT and before.get(key) != value:
+            source = COMPUTED
+        origins.append(Origin(key, value, source, follows))
+    return origins
+
+
+def _source(key: str, typed: set[str], contents: Sequence[tuple[ConfigFile, dict[str, Any]]]) -> str:
+    if any(key == name or key.startswith(f"{name}.") for name in typed):
+        return COMMAND_LINE
+    for file, content in reversed(contents):
+        local = key if GROUPS[file.group] == "_global_" else key.removeprefix(f"{GROUPS[file.group]}.")
+        belongs = GROUPS[file.group] == "_global_" or local != key
+        if belongs and any(local == name or local.startswith(f"{name}.") for name in content):
+            return f"{'preset' if file.group == 'model' else 'recipe'} {file.name}"
+    return DEFAULT

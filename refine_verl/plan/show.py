@@ -1,0 +1,116 @@
+"""A plan as tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from refine_verl.plan.estimate import GIB, Plan
+from refine_verl.plan.origins import DEFAULT, Origin
+from refine_verl.plan.reading import Reading
+
+
+def show(plan: Plan, console: Console, *, every_key: bool = False) -> None:
+    """Print ``plan``; ``every_key`` with verl's defaults, too."""
+    origins = [origin for origin in plan.origins if every_key or _is_shown(origin)]
+    console.print(_table("Configuration", ("key", "value", "from"), [_origin_row(origin) for origin in origins]))
+    console.print(_reading(plan))
+    console.print(_work(plan))
+    console.print(_memory(plan))
+    console.print(_disk(plan))
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning[/] {escape(warning)}", highlight=False)
+
+
+def _is_shown(origin: Origin) -> bool:
+    """What somebody has set, and REFINE's own settings."""
+    return origin.source != DEFAULT or origin.key.startswith("refine.")
+
+
+def _origin_row(origin: Origin) -> tuple[str, str, str]:
+    value = "null" if origin.value is None else str(origin.value)
+    source = f"{origin.source}, {origin.follows}" if origin.follows else origin.source
+    return origin.key, value, source
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        numbers = index > 0 and title not in ("Configuration", "Work", "Disk")
+        table.add_column(column, overflow="fold", no_wrap=index == 0, justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    return table
+
+
+def _reading(plan: Plan) -> Table:
+    def row(name: str, reading: Reading | None) -> list[tuple[Any, ...]]:
+        if reading is None:
+            return []
+        about = "about " if reading.estimated else ""
+        return [
+            (
+                name,
+                f"{about}{reading.documents:,}",
+                f"{reading.too_short:,}",
+                f"{about}{reading.tokens:,}",
+                f"{about}{reading.sequences:,}",
+                f"{reading.mean_length:,.0f}",
+                f"{reading.longest:,}",
+            )
+        ]
+
+    columns = ("data", "documents", "too short", "tokens", "sequences", "mean length", "longest")
+    return _table("Reading", columns, row("train", plan.train) + row("validation", plan.validation))
+
+
+def _work(plan: Plan) -> Table:
+    work = plan.work
+    forward = work.forward_tokens_per_token
+    rows = [
+        ("steps", f"{work.steps:,} ({work.epochs:.2f} epochs)"),
+        ("document tokens per step", f"{work.tokens_per_step:,.0f}"),
+        ("optimiser steps per step", work.optimiser_steps_per_step),
+        ("passes per step and worker", ", ".join(f"{name} {count:,}" for name, count in work.passes.items())),
+        ("forward tokens per document token", "not planned" if forward is None else f"at most {forward:.3f}"),
+    ]
+    if plan.seconds_per_step is None:
+        rows.append(("time", "unknown: give throughput=TOKENS_PER_SECOND or measured=FILE"))
+    else:
+        hours = plan.seconds_per_step * work.steps / 3600
+        rows.append(("time per step", f"{plan.seconds_per_step:.2f} s at {plan.throughput:,.0f} tokens/s"))
+        rows.append(("time of the run", f"{hours:.2f} h ({plan.throughput_from})"))
+    return _table("Work", ("what", "how much"), rows)
+
+
+def _memory(plan: Plan) -> Table:
+    phases = plan.memory.phases
+    parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
+    rows: list[tuple[Any, ...]] = [
+        (part, *(_gib(phase[part]) if part in phase else "" for phase in phases.values())) for part in parts
+    ]
+    rows.append(("sum", *(_gib(sum(phase.values())) for phase in phases.values())))
+    kind = "GPU" if plan.shape.cuda else "process"
+    title = (
+        f"Peak memory per {kind}, GiB: {plan.memory.parameters:,} parameters over {plan.shape.workers} workers, "
+        f"documents of {plan.shape.length:,} tokens, a state of {plan.memory.state_bytes / 2**20:.1f} MiB"
+    )
+    return _table(title, ("part", *phases), rows)
+
+
+def _disk(plan: Plan) -> Table:
+    disk = plan.disk
+    rows = [
+        ("checkpoints kept", f"{disk.checkpoints_kept} of {_gib(disk.checkpoint)} GiB"),
+        ("final model", f"{_gib(disk.final_model)} GiB"),
+        ("needed", f"{_gib(disk.needed)} GiB"),
+        ("free", f"{_gib(disk.free)} GiB at {disk.place}"),
+    ]
+    return _table("Disk", ("what", "how much"), rows)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.3f}"
