@@ -135,7 +135,7 @@ def _cases() -> Iterator[tuple[str, Rule, Rule, Callable[[int], Inputs]]]:
     ensure_kernels()
 
     def delta_rule(x: Inputs) -> tuple[Tensor, Tensor]:
-        return delta.chunk_delta_rule(  # type: ignore[no-any-return]
+        return delta.chunk_delta_rule(
             q=x["q"],
             k=x["k"],
             v=x["v"],
@@ -146,7 +146,7 @@ def _cases() -> Iterator[tuple[str, Rule, Rule, Callable[[int], Inputs]]]:
         )
 
     def gated_delta_rule(x: Inputs) -> tuple[Tensor, Tensor]:
-        return gated.chunk_gated_delta_rule(  # type: ignore[no-any-return]
+        return gated.chunk_gated_delta_rule(
             q=x["q"],
             k=x["k"],
             v=x["v"],
@@ -158,7 +158,7 @@ def _cases() -> Iterator[tuple[str, Rule, Rule, Callable[[int], Inputs]]]:
         )
 
     def short_convolution(x: Inputs) -> tuple[Tensor, Tensor]:
-        return convolution.causal_conv1d(  # type: ignore[no-any-return]
+        return convolution.causal_conv1d(
             x=x["x"], weight=x["weight"], initial_state=x["state"], output_final_state=True
         )
 
