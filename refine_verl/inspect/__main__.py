@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: InspectSettings) -> None:
+    # fla says on import that Triton has no device; the stand-ins of refine_verl.kernels are there for that
+    warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
     # imported here: --help and a mistyped key should not wait for torch
     from refine_verl.inspect.command import run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from refine_verl.inspect.analysis import analyse
 from refine_verl.inspect.glyphs import token_bytes
@@ -48,6 +49,7 @@ def run(settings: InspectSettings, console: Console) -> Path | None:
         OSError: the page cannot be written.
     """
     out = check_out(settings.out, settings.text) if settings.out is not None else None
+    transformers_logging.disable_progress_bar()  # of weights that are read in a moment
     view = inspect_text(settings)
     show(view, console)
     if out is None:

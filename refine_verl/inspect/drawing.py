@@ -9,12 +9,13 @@ from refine_verl.inspect.analysis import Inspection
 from refine_verl.report.axes import BOTTOM, LEFT, RIGHT, TOP, Frame, number, padded
 from refine_verl.report.format import format_number
 from refine_verl.report.markup import Markup, el, join
-from refine_verl.report.series import Point, segments, thin
+from refine_verl.report.series import Point, moving_average, segments, thin
 
-__all__ = ["render_curve"]
+__all__ = ["averaged_tokens", "render_curve"]
 
 WIDTH, HEIGHT = 1090, 250
 MAX_POINTS = 900
+AVERAGES = 150  # the bold curve of a long text averages over its length divided by this
 MAX_COLUMNS = 160
 MAX_NUMBERED = 40  # more numbers would lie on one another
 
@@ -34,8 +35,7 @@ def render_curve(inspection: Inspection) -> Markup:
         el("title", "Entropy in nats by token, with chunk borders and chosen positions"),
         frame.grid(x_label="token", y_ticks=5),
         *(_border(start, frame) for start, _ in inspection.chunks[1:]),
-        _stroke(inspection.entropy, frame, "line raw c2" + (" dense" if count > MAX_POINTS else "")),
-        _stroke(inspection.smoothed, frame, "line c2"),
+        *_curves(inspection, frame),
         *_columns(inspection, frame),
         el("g", *_pins(inspection, frame), class_="pins"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
@@ -48,15 +48,32 @@ def _border(start: int, frame: Frame) -> Markup:
     return el("path", class_="border", d=f"M{number(frame.x(start - 0.5))} {TOP}V{HEIGHT - BOTTOM}")
 
 
-def _stroke(values: Sequence[float], frame: Frame, style: str) -> Markup:
-    points: list[Point] = [(index, value if math.isfinite(value) else None) for index, value in enumerate(values)]
+def averaged_tokens(count: int) -> int:
+    """Tokens that the bold curve averages over; 0 where a text is short enough to see every token."""
+    return 2 * (count // (2 * AVERAGES)) + 1 if count > MAX_POINTS else 0
+
+
+def _curves(inspection: Inspection, frame: Frame) -> list[Markup]:
+    """Entropy faint and smoothed bold; of a long text smoothed faint and an average of many tokens bold."""
+    window = averaged_tokens(len(inspection.tokens))
+    if not window:
+        return [_stroke(_points(inspection.entropy), frame, "raw"), _stroke(_points(inspection.smoothed), frame, "")]
+    smoothed = _points(inspection.smoothed)
+    return [_stroke(smoothed, frame, "raw"), _stroke(moving_average(smoothed, window), frame, "")]
+
+
+def _points(values: Sequence[float]) -> list[Point]:
+    return [(index, value if math.isfinite(value) else None) for index, value in enumerate(values)]
+
+
+def _stroke(points: Sequence[Point], frame: Frame, style: str) -> Markup:
     runs = segments(thin(points, MAX_POINTS))
     shape = "".join(
         "M" + "L".join(f"{number(frame.x(index))} {number(frame.y(value))}" for index, value in run)
         for run in runs
         if len(run) > 1
     )
-    return el("path", class_=style, d=shape) if shape else Markup()
+    return el("path", class_=f"line {style} c2".replace("  ", " "), d=shape) if shape else Markup()
 
 
 def _columns(inspection: Inspection, frame: Frame) -> list[Markup]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from statistics import fmean, pstdev
 
 from refine_verl.inspect.analysis import Inspection, Position, Rollout
-from refine_verl.inspect.drawing import render_curve
+from refine_verl.inspect.drawing import averaged_tokens, render_curve
 from refine_verl.inspect.glyphs import Glyph, Kind
 from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.style import LEVELS, STYLE
@@ -94,26 +94,27 @@ def _headlines(inspection: Inspection, reward: str) -> list[Headline]:
 
 
 def _curve(inspection: Inspection) -> Markup:
+    window = averaged_tokens(len(inspection.tokens))
+    faint, bold = ("smoothed", f"mean of {window} tokens") if window else ("entropy of each token", "smoothed")
     legend = el(
         "ul",
-        el("li", sample("M0 5H20", "line raw c2"), "entropy of each token"),
-        el("li", sample("M0 5H20", "line c2"), "smoothed"),
+        el("li", sample("M0 5H20", "line raw c2"), faint),
+        el("li", sample("M0 5H20", "line c2"), bold),
         el("li", sample("M10 0V10", "border"), "chunk border"),
         el("li", sample("M10 0V10", "stem"), "chosen position"),
         class_="legend",
     )
     caption = el("figcaption", el("h3", "Entropy", el("span", "nats", class_="unit")), legend)
-    return el("figure", caption, render_curve(inspection), class_="card wide")
+    return el("figure", caption, el("div", render_curve(inspection), class_="scroll"), class_="card wide")
 
 
 # The text
 
 
 def _scale(view: View) -> Markup:
-    steps = [
-        el("b", format_number(view.heat_top * level / (LEVELS - 1), digits=2), class_=f"h{level}")
-        for level in range(0, LEVELS, 2)
-    ]
+    low, high = view.heat_range
+    values = [(level, low + (high - low) * level / (LEVELS - 1)) for level in range(0, LEVELS, 2)]
+    steps = [el("b", format_number(value, digits=2), class_=f"h{level}") for level, value in values]
     return el(
         "div",
         el("span", "Smoothed entropy, nats: ", *_spaced(steps)),
@@ -136,7 +137,7 @@ def _text(view: View) -> Markup:
     note = el("h3", f"Last {tail} tokens: no room for a rollout after them")
     parts.append(el("div", note, _tokens(view, ends[-1], len(inspection.tokens)), class_="chunk"))
     box = {"tabindex": "0", "role": "region", "aria_label": "The text with its entropy"}
-    return el("div", el("div", *parts, class_="text", **box), class_="card")
+    return el("div", el("div", *parts, class_="text", **box), class_="card flow")
 
 
 def _chunk(view: View, index: int, start: int, stop: int) -> Markup:
@@ -149,7 +150,7 @@ def _chunk(view: View, index: int, start: int, stop: int) -> Markup:
 
 def _tokens(view: View, start: int, stop: int, *, plain: bool = False) -> Markup:
     """Tokens start ... stop-1; `plain` leaves out marks and tooltips."""
-    parts = []
+    parts = [Markup("… ")] if plain and start else []
     for index in range(start, stop):
         parts.append(_token(view, index, plain))
         order = view.order_after.get(index)
@@ -207,7 +208,7 @@ def _reading(view: View) -> Markup:
         f"are green and underlined; the highest cosine of a position is bold. The advantage says how much a rollout "
         f"would be reinforced (+) or discouraged ({MINUS}): its {view.reward} reward among those of {compared}, "
         f"standardised.",
-        class_="note",
+        class_="note reading",
     )
 
 
@@ -225,7 +226,6 @@ def _position(view: View, order: int, position: Position, largest: float) -> Mar
         f"{inspection.chunks[order - 1][1] - inspection.chunks[order - 1][0]}",
     ]
     start = max(index + 1 - PREFIX_TOKENS, 0)
-    dots = "… " if start else None
     prefix = _tokens(view, start, index + 1, plain=True)
     names = view.rewards
     head = el(
@@ -240,7 +240,7 @@ def _position(view: View, order: int, position: Position, largest: float) -> Mar
         "section",
         el("h3", back, f"After token {index}"),
         el("p", " · ".join(facts), class_="facts"),
-        el("div", dots, prefix, class_="prefix"),
+        el("div", prefix, class_="prefix"),
         el("div", table, class_="scroll"),
         class_="card position",
         id=f"p{order}",

@@ -20,6 +20,7 @@ STYLE = f"""
 a {{ color: var(--c1); }}
 a:focus-visible, .text:focus-visible, summary:focus-visible {{ outline: 2px solid var(--c1); outline-offset: 2px; }}
 figure.wide {{ max-width: none; }}
+figure.wide .scroll svg {{ min-width: 640px; }}
 figure.wide svg text {{ font-size: 12px; }}
 .border {{ stroke: var(--muted); stroke-width: 1; stroke-dasharray: 3 4; stroke-opacity: 0.7; }}
 .stem {{ stroke: var(--c1); stroke-width: 1.2; }}
@@ -56,9 +57,10 @@ a.at {{
 }}
 .position {{ margin-bottom: 12px; padding: 12px 16px 8px; scroll-margin-top: 12px; }}
 .position:target, .at:target {{ outline: 2px solid var(--c2); outline-offset: 2px; }}
-.position h3 a.at {{ margin-left: 0; }}
+.position h3 a.at {{ margin: 0 8px 0 0; }}
+.reading {{ margin: 0 0 12px; }}
 .position .facts {{ font-size: 13px; margin: 3px 0 6px; }}
-.prefix {{ color: var(--muted); border-left: 3px solid var(--line); padding-left: 10px; }}
+.prefix {{ border-left: 3px solid var(--line); padding-left: 10px; }}
 .scroll {{ overflow-x: auto; }}
 .rollouts {{ margin-top: 8px; }}
 .rollouts td.tokens {{ width: 60%; min-width: 220px; }}
@@ -71,8 +73,12 @@ a.at {{
 @media print {{
   .text {{ max-height: none; overflow: visible; }}
   .tokens {{ font-size: 9.5px; line-height: 1.6; }}
+  .tokens i {{ background: none; }} /* thousands of gradients take a printer minutes; heat shows where spaces are */
   .scroll {{ overflow: visible; }}
+  figure.wide .scroll svg {{ min-width: 0; }}
   .rollouts td.tokens {{ min-width: 0; }}
+  .flow.card:not(.panel):not(details) {{ break-inside: auto; }}
+  .tiles {{ grid-template-columns: repeat(4, 1fr); }}
   a.at {{ font-size: 8.5px; padding: 0 4px; }}
 }}
 """

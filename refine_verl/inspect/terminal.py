@@ -68,7 +68,7 @@ def _profile(view: View, width: int) -> Table:
         for column in range(count):
             first, last = start + column * (stop - start) // count, start + (column + 1) * (stop - start) // count
             values = [value for value in view.inspection.smoothed[first:last] if math.isfinite(value)]
-            share = min(fmean(values) / view.heat_top, 1.0) if values else 0.0
+            share = view.heat(fmean(values)) if values else 0.0
             chosen = first <= position.index < last
             blocks.append(_BLOCKS[round(share * (len(_BLOCKS) - 1))], "bold blue" if chosen else "yellow")
         tokens = Text(f"tokens {start}–{stop - 1}", style="dim")

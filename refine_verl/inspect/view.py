@@ -15,7 +15,7 @@ from refine_verl.report.format import MINUS, format_number
 
 __all__ = ["View"]
 
-_HOTTEST = 0.99  # the share of tokens within the scale; a few outliers do not make the rest pale
+_WITHIN = 0.98  # a few outliers at either end of the scale do not make the rest pale
 _CONTEXT = 4  # tokens before a position that may hold the beginning of a character
 
 
@@ -71,17 +71,26 @@ class View:
         )
 
     @cached_property
-    def heat_top(self) -> float:
-        """Smoothed entropy at the hot end of the scale, nats."""
+    def heat_range(self) -> tuple[float, float]:
+        """Smoothed entropy at the cold and at the hot end of the scale, nats.
+
+        From 0 where entropies hardly differ: their noise is not blown up to the whole scale.
+        """
         values = sorted(value for value in self.inspection.smoothed if math.isfinite(value))
-        return (values[min(int(len(values) * _HOTTEST), len(values) - 1)] if values else 0.0) or 1.0
+        if not values:
+            return 0.0, 1.0
+        low, high = (values[round(share * (len(values) - 1))] for share in (1 - _WITHIN, _WITHIN))
+        return (low, high) if high - low > 0.2 * high else (0.0, high or 1.0)
 
     def level(self, index: int) -> int:
         """Step of the heat scale of a token, 0 (none) to LEVELS - 1."""
         value = self.inspection.smoothed[index]
-        if not math.isfinite(value):
-            return 0
-        return min(max(round(value / self.heat_top * (LEVELS - 1)), 0), LEVELS - 1)
+        return round(self.heat(value) * (LEVELS - 1)) if math.isfinite(value) else 0
+
+    def heat(self, value: float) -> float:
+        """Place on the heat scale, 0 to 1."""
+        low, high = self.heat_range
+        return min(max((value - low) / (high - low), 0.0), 1.0)
 
     def is_special(self, token: int) -> bool:
         """Whether a token stands for no text of its own."""

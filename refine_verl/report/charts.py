@@ -9,9 +9,22 @@ from typing import Any
 from refine_verl.report.series import Point, column, finite, warmup_spans
 from refine_verl.report.svg import Band, Chart, Line
 
-__all__ = ["ANSWERS", "COST", "LEARNING", "POLICY", "SPECS", "STABILITY", "ChartSpec", "build_charts"]
+__all__ = [
+    "ANSWERS",
+    "COST",
+    "LEARNING",
+    "POLICY",
+    "SECTIONS",
+    "SPECS",
+    "STABILITY",
+    "ChartSpec",
+    "build_charts",
+    "task_keys",
+]
 
 LEARNING, ANSWERS, POLICY, STABILITY, COST = "Learning", "Answers", "Policy", "Stability", "Cost"
+SECTIONS = (LEARNING, ANSWERS, POLICY, STABILITY, COST)
+"""In the order of the page."""
 VALIDATION_KEYS = ("val/ntp_loss", "val/ntp_accuracy")
 MAX_COLORS = 6
 
@@ -181,7 +194,7 @@ BETWEEN_STEPS = (("validate", 4), ("save_checkpoint", 6))
 
 def build_charts(records: Sequence[dict[str, Any]]) -> dict[str, list[Chart]]:
     """Charts by section, in the order of the page; `records` as `merge_steps` returns them."""
-    charts: dict[str, list[Chart]] = {LEARNING: [], ANSWERS: [], POLICY: [], STABILITY: [], COST: []}
+    charts: dict[str, list[Chart]] = {section: [] for section in SECTIONS}
     if reward := _reward(records):
         charts[LEARNING].append(reward)
     for spec in SPECS:
@@ -244,13 +257,18 @@ def _offset(point: Point, deviations: dict[float, float], sign: int) -> Point:
     return step, None if value is None or step not in deviations else value + sign * deviations[step]
 
 
+def task_keys(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the metrics `val/<task>/<metric>`, in the order in which they first came."""
+    keys = dict.fromkeys(key for record in records for key in record if key.startswith("val/"))
+    return [key for key in keys if key not in VALIDATION_KEYS]
+
+
 def _tasks(records: Sequence[dict[str, Any]]) -> list[Chart]:
     """One chart per metric of `val/<task>/<metric>`, one line per task."""
-    keys = dict.fromkeys(key for record in records for key in record if key.startswith("val/"))
     by_metric: dict[str, list[tuple[str, list[Point]]]] = {}
-    for key in keys:
+    for key in task_keys(records):
         task, _, metric = key.removeprefix("val/").rpartition("/")
-        if key not in VALIDATION_KEYS and finite(points := column(records, key)):
+        if finite(points := column(records, key)):
             by_metric.setdefault(metric, []).append((task or metric, points))
     charts = []
     for metric, tasks in by_metric.items():

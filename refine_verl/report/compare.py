@@ -1,0 +1,288 @@
+"""Several runs on one page: their curves over each other, their final values, and the settings in which they differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refine_verl.report.charts import SECTIONS, SPECS, ChartSpec, task_keys
+from refine_verl.report.format import format_duration, format_number
+from refine_verl.report.html import chart_section
+from refine_verl.report.markup import Markup, el
+from refine_verl.report.metrics import METRICS_FILE, write_atomically
+from refine_verl.report.page import flatten, render_page, sample, setting_text
+from refine_verl.report.run import ReportError, Run, read_run
+from refine_verl.report.series import Point, column, finite, head_and_tail
+from refine_verl.report.svg import Axis, Chart, Line, line_marker, line_style
+
+__all__ = ["AXES", "COMPARISON_FILE", "write_comparison"]
+
+COMPARISON_FILE = "comparison.html"
+COLORS = PATTERNS = 6
+MAX_RUNS = COLORS * PATTERNS
+FOLD_FROM = 60  # differences: more of them are unfolded by who wants to read them
+ALWAYS_DIFFERENT = ("trainer.default_local_dir", "trainer.experiment_name")
+REWARDS = (("nsp/reward/mean", "Reward", "reward that trains, mean over rollouts"),)
+HIGHER_IS_BETTER = ("nsp/reward", "val/ntp_accuracy", "answer/reward")
+LOWER_IS_BETTER = ("val/ntp_loss", "actor/ntp_loss", "answer/ntp_loss", "ttt/loss_after")
+
+AXES: dict[str, Axis] = {
+    "step": Axis(),
+    "tokens": Axis(label="document tokens", one="token", many="tokens", whole=False),
+    "time": Axis(label="seconds of training steps", one="second", many="seconds", whole=False),
+}
+"""What the curves can be drawn over."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run of the comparison: its name here, its line style, and its records with `step` on the common axis."""
+
+    run: Run
+    label: str
+    color: int
+    pattern: int
+    records: list[dict[str, Any]]
+
+    def line(self, points: Sequence[Point], noisy: bool) -> Line:
+        """A line of this run."""
+        return Line(label=self.label, points=points, color=self.color, pattern=self.pattern, noisy=noisy)
+
+
+def write_comparison(
+    run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None, axis: str = "step"
+) -> Path:
+    """Write one page about several runs, finished or not, of any lengths.
+
+    Args:
+        run_dirs: two or more run directories with `metrics.jsonl`.
+        out: the file to write; `comparison.html` in the working directory by default.
+        axis: a key of `AXES`; tokens and time are summed up from what the steps logged.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ReportError: a directory without metrics or given twice, too many runs, or steps without tokens or time.
+        MetricsError: a damaged metrics file.
+    """
+    directories = [Path(directory) for directory in run_dirs]
+    resolved = [directory.resolve() for directory in directories]
+    for directory, place in zip(directories, resolved, strict=True):
+        if resolved.count(place) > 1:
+            raise ReportError(f"{directory}: given twice; name each run once")
+    if len(directories) > MAX_RUNS:
+        raise ReportError(
+            f"{len(directories)} runs: at most {MAX_RUNS} lines can be told apart; compare fewer at a time"
+        )
+    target = Path(out) if out is not None else Path(COMPARISON_FILE)
+    if target.is_dir():
+        raise ReportError(f"{target} is a directory; give a file, {target / COMPARISON_FILE} say")
+    page = render_comparison([read_run(directory) for directory in directories], axis)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, page.encode())
+    return target
+
+
+def render_comparison(runs: Sequence[Run], axis: str) -> str:
+    """The page as text; see `write_comparison`."""
+    entries = [
+        Entry(run, label, index % COLORS + 1, (index + index // COLORS) % PATTERNS + 1, _on_axis(run, axis))
+        for index, (run, label) in enumerate(zip(runs, _labels(runs), strict=True))
+    ]
+    charts = _charts(entries, AXES[axis])
+    return render_page(
+        f"{', '.join(entry.label for entry in entries)} · REFINE runs",
+        el(
+            "header",
+            el("p", "REFINE runs", class_="kicker"),
+            el("h1", f"{len(entries)} runs compared"),
+            el("p", f"curves by {AXES[axis].label}", class_="facts"),
+        ),
+        _runs(entries),
+        *(chart_section(section, found) for section, found in charts.items()),
+        _final_values(entries),
+        _differences("Settings that differ", entries, [run.config for run in runs], ALWAYS_DIFFERENT),
+        _differences("Environments that differ", entries, [run.environment for run in runs], ("started",)),
+        el("footer", f"Drawn from {METRICS_FILE} by python -m refine_verl.report"),
+    )
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Names of the runs; those that are not unique are told apart by their directories."""
+    names = [run.name for run in runs]
+    paths = [run.directory.resolve().parts for run in runs]
+    shared = len(os.path.commonprefix(paths))
+    return [
+        f"{name} ({'/'.join(path[shared:])})" if names.count(name) > 1 else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _on_axis(run: Run, axis: str) -> list[dict[str, Any]]:
+    """The records with `step` replaced by the place on the axis, which is what was done up to the step's end."""
+    if axis == "step":
+        return run.records
+    amount: Callable[[Mapping[str, Any]], float | None] = _seconds if axis == "time" else _tokens
+    total, counted, placed = 0.0, 0, []
+    for record in run.records:
+        if (done := amount(record)) is not None:
+            total += done
+            counted += 1
+        placed.append({**record, "step": total})
+    if not counted:
+        needed = "timing_s/step" if axis == "time" else "timing_s/step and perf/tokens_per_second"
+        raise ReportError(f"{run.directory}: its steps have no {needed}, so there is no {axis} axis; leave --x out")
+    return placed
+
+
+def _seconds(record: Mapping[str, Any]) -> float | None:
+    value = record.get("timing_s/step")
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _tokens(record: Mapping[str, Any]) -> float | None:
+    rate, seconds = record.get("perf/tokens_per_second"), _seconds(record)
+    return float(rate) * seconds if isinstance(rate, (int, float)) and seconds is not None else None
+
+
+# Curves
+
+
+def _charts(entries: Sequence[Entry], axis: Axis) -> dict[str, list[Chart]]:
+    """One chart per metric with a line per run that has it, by section."""
+    places = [record["step"] for entry in entries for record in entry.records]
+    charts: dict[str, list[Chart]] = {section: [] for section in SECTIONS}
+    for spec, key, title in _metrics(entries):
+        lines = [
+            entry.line(points, spec.noisy and not key.startswith("val/"))
+            for entry in entries
+            if (points := column(entry.records, key))
+        ]
+        if not lines or (spec.unless_zero and not any(value for line in lines for _, value in line.points)):
+            continue
+        charts[spec.section].append(
+            Chart(
+                title=title,
+                unit=spec.unit,
+                lines=lines,
+                percent=spec.percent,
+                from_zero=spec.from_zero,
+                steps=(min(places), max(places)),
+                axis=axis,
+            )
+        )
+    return {section: found for section, found in charts.items() if found}
+
+
+def _metrics(entries: Sequence[Entry]) -> Iterator[tuple[ChartSpec, str, str]]:
+    """(how to draw, metric, title) of every chart, in the order of a single run's report."""
+    learning = SECTIONS[0]
+    for key, title, unit in REWARDS:
+        yield ChartSpec(section=learning, title=title, unit=unit, lines=(), noisy=True), key, title
+    for spec in SPECS:
+        for key, label in spec.lines:
+            yield spec, key, spec.title if len(spec.lines) == 1 else f"{spec.title}: {label}"
+    tasks = dict.fromkeys(key for entry in entries for key in task_keys(entry.records))
+    for key in tasks:
+        name = key.removeprefix("val/")
+        yield ChartSpec(section=learning, title=name, unit="validation", lines=()), key, f"Validation: {name}"
+    step = ChartSpec(section=SECTIONS[-1], title="", unit="seconds", lines=(), noisy=True, from_zero=True)
+    yield step, "timing_s/step", "Time per step"
+
+
+# Tables
+
+
+def _table(head: Sequence[object], rows: Sequence[Markup], *, numbers: bool) -> Markup:
+    style = "number" if numbers else None
+    cells = [el("th", head[0]), *(el("th", name, class_=style) for name in head[1:])]
+    table = el("table", el("thead", el("tr", *cells)), el("tbody", *rows))
+    return el("div", el("div", table, class_="panel"), class_="card")
+
+
+def _runs(entries: Sequence[Entry]) -> Markup:
+    """The legend of the page: each run's line, how far it came, and what it took."""
+    rows = []
+    for entry in entries:
+        seconds = sum(value for _, value in finite(column(entry.run.records, "timing_s/step")))
+        tokens = sum(done for record in entry.run.records if (done := _tokens(record)) is not None)
+        line = entry.line((), noisy=False)
+        drawn = el("span", sample("M0 5H20", line_style(line), line_marker(line, 10, 5)), class_="swatch")
+        cells = [
+            entry.run.progress,
+            format_number(tokens) if tokens else "–",
+            format_duration(seconds) if seconds else "–",
+            f"{entry.run.written:%Y-%m-%d %H:%M} UTC",
+        ]
+        numbers = (el("td", cell, class_="number") for cell in cells)
+        rows.append(el("tr", el("th", drawn, entry.label), *numbers))
+    head = ("run", "done", "document tokens", "training steps took", "last measured")
+    return el("section", _table(head, rows, numbers=True), aria_label="Runs")
+
+
+def _final_values(entries: Sequence[Entry]) -> Markup:
+    """The last value of what is validated, and the mean of the last tenth of what is noisy; the best is bold."""
+    rows = []
+    for spec, key, title in _metrics(entries):
+        values = [_final(entry.run.records, key) for entry in entries]
+        if all(value is None for value in values):
+            continue
+        best = _best(key, [value for value in values if value is not None])
+        cells = []
+        for value in values:
+            text = format_number(value, percent=spec.percent)
+            cells.append(el("td", el("b", text) if value == best and value is not None else text, class_="number"))
+        rows.append(el("tr", el("th", title, " ", el("code", key)), *cells))
+    note = el(
+        "p",
+        "Validation: the last value. Everything else: the mean of the last tenth of the steps. Runs of unequal length "
+        "end at different places. Bold: the best, where that is not a matter of taste.",
+        class_="note",
+    )
+    head = ("metric", *(entry.label for entry in entries))
+    return el("section", el("h2", "Final values"), _table(head, rows, numbers=True), note)
+
+
+def _final(records: Sequence[dict[str, Any]], key: str) -> float | None:
+    points = column(records, key)
+    if key.startswith("val/"):
+        return next((value for _, value in reversed(finite(points))), None)
+    found = head_and_tail(points)
+    return found[1] if found else None
+
+
+def _best(key: str, values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    if key.startswith(HIGHER_IS_BETTER) and "zero_std" not in key:
+        return max(values)
+    return min(values) if key in LOWER_IS_BETTER else None
+
+
+def _differences(
+    title: str, entries: Sequence[Entry], trees: Sequence[Mapping[str, Any]], left_out: Sequence[str]
+) -> Markup | None:
+    """Keys whose values are not the same everywhere; a run without the file has dashes."""
+    known = [dict(flatten(tree)) for tree in trees if tree]
+    if len(known) < 2:
+        return None
+    keys = dict.fromkeys(key for tree in known for key in tree if key not in left_out)
+    flat = [dict(flatten(tree)) for tree in trees]
+    rows = []
+    for key in keys:
+        texts = [setting_text(key, tree[key]) if key in tree else "–" for tree in flat]
+        if len({repr(tree.get(key, flat)) for tree, full in zip(flat, trees, strict=True) if full}) > 1:
+            cells = (el("td", el("code", text), class_="setting-value") for text in texts)
+            rows.append(el("tr", el("th", key, class_="key"), *cells))
+    heading = el("h2", title)
+    if not rows:
+        return el("section", heading, el("p", f"None of {len(keys)}.", class_="note"))
+    table = _table(("key", *(entry.label for entry in entries)), rows, numbers=False)
+    note = el("p", f"{len(rows)} of {len(keys)}; the others are the same.", class_="note")
+    if len(rows) > FOLD_FROM:
+        table = el("details", el("summary", f"{len(rows)} keys"), table)
+    return el("section", heading, table, note)
