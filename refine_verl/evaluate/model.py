@@ -55,10 +55,8 @@ class EvaluatedModel:
         self.actor, self.tokenizer = actor, tokenizer
         self.ttt = ttt or AdaptSettings(method="none")
         self.device = next(actor.parameters()).device
-        ends = [
-            tokenizer.eos_token_id,
-            getattr(actor, "generation_config", None) and actor.generation_config.eos_token_id,
-        ]
+        generation: Any = getattr(actor, "generation_config", None)
+        ends = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
         flat = [token for end in ends for token in (end if isinstance(end, list) else [end])]
         self.stop_tokens = sorted({int(token) for token in flat if token is not None})
 

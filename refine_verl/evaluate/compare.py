@@ -1,0 +1,218 @@
+"""Differences between runs on the same samples, with paired bootstrap intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refine_verl.config import ConfigError
+from refine_verl.evaluate.results import RESULTS_FILE, aggregate, read_samples
+from refine_verl.evaluate.tables import LABELS, Table, length_label
+
+RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
+Key = tuple[str, str, "int | None", str]
+"""Group, task, length and metric."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Tables, one per pair of runs, and what was left out of them."""
+
+    tables: list[Table]
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a directory of results holds."""
+
+    directory: Path
+    content: dict[str, Any]
+    rows: dict[Key, dict[str, Any]]
+
+
+def compare(directories: Sequence[str]) -> Comparison:
+    """Compare each run with the first one.
+
+    Raises:
+        ConfigError: fewer than two runs, a directory without results, other conventions, other samples, or nothing
+            in common.
+    """
+    if len(directories) < 2:
+        raise ConfigError("compare", "needs at least two directories of results: compare RUN_A RUN_B.")
+    first, *others = [_read(Path(name).expanduser()) for name in directories]
+    tables, notes = [], []
+    for other in others:
+        _check(first, other)
+        common = [key for key in first.rows if key in other.rows]
+        for one, two in ((first, other), (other, first)):
+            alone = sorted({f"{task}" for group, task, *_ in one.rows.keys() - two.rows.keys()})
+            if alone:
+                notes.append(f"Only in {one.directory}: {', '.join(alone)}.")
+        tables.append(_table(first, other, common))
+    percent = round(100 * CONFIDENCE)
+    notes.append(
+        f"Intervals hold {percent} % of {RESAMPLES} bootstrap resamples of the samples, both runs resampled together; "
+        "* marks those without 0. They know nothing of other seeds of training."
+    )
+    return Comparison(tables, notes)
+
+
+def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tuple[float, float] | None:
+    """Percentile interval of `aggregate(after) - aggregate(before)`, samples resampled in pairs; None for one sample.
+
+    Args:
+        kind: see `results.aggregate`.
+        before, after: [N], or [N, 2], scores of the same samples in the same order.
+    """
+    from scipy.stats import bootstrap
+
+    if len(before) < 2:
+        return None
+
+    def difference(rows: np.ndarray) -> float:
+        return aggregate(kind, after[rows]) - aggregate(kind, before[rows])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns where all resamples agree; the interval is that value
+        found = bootstrap(
+            (np.arange(len(before)),),
+            difference,
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            vectorized=False,
+            rng=np.random.default_rng(SEED),
+        ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def bootstrap_average(differences: Sequence[np.ndarray]) -> tuple[float, float] | None:
+    """Percentile interval of the mean of tasks' mean differences; the samples of each task are resampled apart.
+
+    Args:
+        differences: [N] per task.
+    """
+    from scipy.stats import bootstrap
+
+    if min(map(len, differences)) < 2:
+        return None
+
+    def average(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.mean([part.mean(axis=axis) for part in parts], axis=0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bootstrap(
+            tuple(differences),
+            average,
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(SEED),
+        ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _read(directory: Path) -> Run:
+    path = directory / RESULTS_FILE
+    try:
+        content = json.loads(path.read_text())
+        rows = {(row["group"], row["task"], row["length"], row["metric"]): row for row in content["results"]}
+        content["convention"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError("compare", f"{path} cannot be read as results ({error}).") from error
+    return Run(directory, content, rows)
+
+
+def _check(first: Run, other: Run) -> None:
+    if first.content["convention"] != other.content["convention"]:
+        raise ConfigError(
+            "compare",
+            f"{first.directory} is scored in the convention {first.content['convention']!r} and {other.directory} in "
+            f"{other.content['convention']!r}; their numbers do not compare. Evaluate both with the same convention=.",
+        )
+    common = first.rows.keys() & other.rows.keys()
+    if not common:
+        raise ConfigError("compare", f"{first.directory} and {other.directory} have no task and length in common.")
+    for key in sorted(common, key=str):
+        if first.rows[key]["fingerprint"] != other.rows[key]["fingerprint"]:
+            counts = [run.rows[key]["samples"] for run in (first, other)]
+            raise ConfigError(
+                "compare",
+                f"{first.rows[key]['task']}: {first.directory} has {counts[0]} samples and {other.directory} "
+                f"{counts[1]}, and they are not the same ones (limit, data, tokenizer or seed differ). Evaluate both "
+                "on the same samples.",
+            )
+
+
+def _values(run: Run, key: Key) -> tuple[list[str], np.ndarray]:
+    """Ids and scores of a task's samples, in the order in which they were asked."""
+    _, task, length, metric = key
+    name = task if length is None else f"{task}_{length}"
+    wanted = run.rows[key]["samples"]
+    records = read_samples(run.directory, name)[:wanted]
+    if len(records) < wanted or any(metric not in record for record in records):
+        raise ConfigError("compare", f"{run.directory} lacks samples of {name}: {len(records)} of {wanted} are there.")
+    return [record["id"] for record in records], np.array([record[metric] for record in records], np.float64)
+
+
+def _pairs(first: Run, other: Run, key: Key) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the same samples in both runs."""
+    (ids, before), (others, after) = _values(first, key), _values(other, key)
+    places = {identifier: place for place, identifier in enumerate(others)}
+    if set(ids) != set(places):
+        raise ConfigError(
+            "compare", f"{key[1]}: the files of {first.directory} and {other.directory} name other samples."
+        )
+    return before, after[[places[identifier] for identifier in ids]]
+
+
+def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
+    rows = []
+    parts: dict[str, list[np.ndarray]] = {}
+    for key in common:
+        group, task, length, metric = key
+        kind = first.rows[key]["aggregate"]
+        before, after = _pairs(first, other, key)
+        scale = 100.0 if kind == "mean" and metric != "ntp_loss" else 1.0
+        where = f"{LABELS.get(task, task)} {length_label(length)}" if length else LABELS.get(task, task)
+        values = aggregate(kind, before), aggregate(kind, after)
+        rows.append(_line(f"{where} {metric}", values, bootstrap_difference(kind, before, after), len(before), scale))
+        if group in ("ruler_niah", "ruler_qa", "longbench"):
+            parts.setdefault(group, []).append(after - before)
+    for group, differences in parts.items():
+        if len(differences) > 1:
+            means = [
+                float(np.mean([run.rows[key]["value"] for key in common if key[0] == group])) for run in (first, other)
+            ]
+            interval = bootstrap_average(differences)
+            count = sum(map(len, differences))
+            rows.append(_line(f"Avg of {len(differences)}, {group}", (means[0], means[1]), interval, count, 100.0))
+    header = [
+        "",
+        str(first.directory),
+        str(other.directory),
+        "difference",
+        f"{round(100 * CONFIDENCE)} % interval",
+        "n",
+    ]
+    return Table(f"{other.directory} against {first.directory}", header, rows)
+
+
+def _line(
+    name: str, values: tuple[float, float], interval: tuple[float, float] | None, count: int, scale: float
+) -> list[str]:
+    digits = 1 if scale == 100 else 3
+    shown = "–"
+    if interval is not None:
+        low, high = interval
+        shown = f"{scale * low:+.{digits}f} ... {scale * high:+.{digits}f}" + (" *" if low > 0 or high < 0 else "")
+    numbers = [f"{scale * value:.{digits}f}" for value in values]
+    return [name, *numbers, f"{scale * (values[1] - values[0]):+.{digits}f}", shown, str(count)]

@@ -1,0 +1,224 @@
+"""RULER's needles in a haystack: made once per tokenizer, length and seed by lm-evaluation-harness, then frozen.
+
+The harness makes them anew in every run, from Python's global random state, so that what else a run evaluates changes
+them. Here each file depends on its own name only, and on the harness's version; its hash lies beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from refine_verl.data.cache import default_cache_dir, make_key
+from refine_verl.data.errors import DataError
+from refine_verl.data.prompts_read import read_records
+from refine_verl.data.sources import resolve_sources
+from refine_verl.data.tokenize import tokenizer_fingerprint
+from refine_verl.evaluate.console import require_lm_eval
+from refine_verl.evaluate.samples import NIAH_TOKENS
+from refine_verl.evaluate.settings import EvaluateSettings
+
+FOLDER = "ruler_niah"
+ESSAYS = "paul_graham_essays"
+_WORDS = {"type_needle_k": "words", "type_needle_v": "numbers"}
+KINDS: dict[str, dict[str, Any]] = {
+    "niah_single_1": {"type_haystack": "repeat", **_WORDS},
+    "niah_single_2": {"type_haystack": "essay", **_WORDS},
+    "niah_single_3": {"type_haystack": "essay", "type_needle_k": "words", "type_needle_v": "uuids"},
+    "niah_multikey_1": {"type_haystack": "essay", **_WORDS, "num_needle_k": 4},
+    "niah_multikey_2": {"type_haystack": "needle", **_WORDS},
+    "niah_multikey_3": {"type_haystack": "needle", "type_needle_k": "uuids", "type_needle_v": "uuids"},
+    "niah_multivalue": {"type_haystack": "essay", **_WORDS, "num_needle_v": 4},
+    "niah_multiquery": {"type_haystack": "essay", **_WORDS, "num_needle_q": 4},
+}
+"""What the harness's tasks of these names pass to its generator."""
+
+
+def needle_folder(settings: EvaluateSettings) -> Path:
+    """Where frozen needles and the essays lie: `ruler_niah` in the data directory, or in the cache without one."""
+    base = Path(settings.data_dir).expanduser() if settings.data_dir else default_cache_dir()
+    return base / FOLDER
+
+
+def needle_file(settings: EvaluateSettings, task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Name of the file with the needles of a task at a length."""
+    key = make_key(tokenizer_fingerprint(tokenizer))[:10]
+    return needle_folder(settings) / f"{task}_{length}_{settings.niah_samples}_seed{settings.seed}_{key}.parquet"
+
+
+def check_needles(settings: EvaluateSettings, tasks: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what could not be made, before anything is made.
+
+    Raises:
+        DataError: a frozen file that changed, essays or NLTK's sentence splitter are missing (and how to get them).
+        ConfigError: lm-evaluation-harness is not installed.
+    """
+    missing = []
+    for task in tasks:
+        for length in settings.lengths:
+            path = needle_file(settings, task, length, tokenizer)
+            if path.exists():
+                _verify(path)
+            else:
+                missing.append(task)
+    if not missing:
+        return
+    require_lm_eval()
+    if any(KINDS[task]["type_haystack"] == "essay" for task in missing):
+        _essay_file(settings, missing)
+        _sentence_splitter(settings)
+
+
+def frozen_needles(settings: EvaluateSettings, task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The file with the needles of a task at a length, made where it is not there yet.
+
+    Raises:
+        DataError: as `check_needles`; or the length leaves no room for a needle.
+    """
+    path = needle_file(settings, task, length, tokenizer)
+    if path.exists():
+        _verify(path)
+        return path
+    rows = [
+        {
+            "index": sample["index"],
+            "prompt": f"{sample['input']} {sample['gen_prefix']}",
+            "answer": [str(answer) for answer in sample["outputs"]],
+            "max_gen_tokens": NIAH_TOKENS,
+            "max_seq_length": length,
+            "task": task,
+        }
+        for sample in _generate(settings, task, length, tokenizer)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
+        _hash_file(path).write_text(f"{_sha256(partial)}  {path.name}\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _generate(
+    settings: EvaluateSettings, task: str, length: int, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    kind = KINDS[task]["type_haystack"]
+    with _generator(settings) as ruler, _own_random_state(f"{settings.seed} {task} {length}"):
+        haystack = _essay_words(settings, [task]) if kind == "essay" else ruler.get_haystack(type_haystack=kind)
+        try:
+            return list(
+                ruler.generate_samples(
+                    haystack,
+                    TOKENIZER=tokenizer,
+                    max_seq_length=length,
+                    template=_template(),
+                    num_samples=settings.niah_samples,
+                    **KINDS[task],
+                )
+            )
+        except ValueError as error:
+            raise DataError(
+                f"{task} cannot be made at {length} tokens: {error} Raise lengths, or leave this one out."
+            ) from error
+
+
+@contextmanager
+def _generator(settings: EvaluateSettings) -> Iterator[Any]:
+    """The harness's module. It fetches the sentence splitter when it is imported, which only essays need."""
+    import nltk
+
+    local = str(Path(settings.data_dir).expanduser() / "nltk_data")
+    if settings.data_dir and local not in nltk.data.path:
+        nltk.data.path.insert(0, local)
+    with mock.patch.object(nltk, "download", lambda *_: False):
+        import lm_eval.tasks.ruler.prepare_niah as ruler
+
+        with mock.patch.object(ruler, "tqdm", lambda rows, **_: rows):
+            yield ruler
+
+
+def _template() -> str:
+    from lm_eval.tasks.ruler.niah_utils import TEMPLATE
+
+    return str(TEMPLATE)
+
+
+@contextmanager
+def _own_random_state(seed: str) -> Iterator[None]:
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+def _essay_file(settings: EvaluateSettings, tasks: list[str]) -> Path:
+    folder = needle_folder(settings)
+    files = [folder / f"{ESSAYS}{end}" for end in (".parquet", ".jsonl")]
+    found = [path for path in files if path.exists()]
+    if not found:
+        needing = sorted({task for task in tasks if KINDS[task]["type_haystack"] == "essay"})
+        raise DataError(
+            f"ruler_niah: {', '.join(needing)} hide their needles in essays, and there is no {files[0]} (or .jsonl) "
+            'with a column text. Where the hub can be reached, make it with: python -c "from datasets import '
+            f"load_dataset; load_dataset('baber/paul_graham_essays', split='train').to_parquet('{files[0]}')\". "
+            "Without essays only niah_single_1, niah_multikey_2 and niah_multikey_3 can be made: tasks=niah_single_1."
+        )
+    return found[0]
+
+
+def _essay_words(settings: EvaluateSettings, tasks: list[str]) -> list[str]:
+    path = _essay_file(settings, tasks)
+    texts = []
+    for source in resolve_sources((str(path),), key="data_dir", default_split="train"):
+        for _, where, record in read_records(source):
+            if not isinstance(record.get("text"), str):
+                raise DataError(f"{where} has no text in a column text.")
+            texts.append(record["text"])
+    return re.sub(r"\s+", " ", " ".join(texts)).split(" ")
+
+
+def _sentence_splitter(settings: EvaluateSettings) -> None:
+    with _generator(settings):
+        import nltk
+
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+        except LookupError:
+            folder = Path(settings.data_dir or ".").expanduser() / "nltk_data"
+            raise DataError(
+                f"ruler_niah: NLTK's sentence splitter is missing: there is no {folder}/tokenizers/punkt_tab. Where "
+                'the network can be reached, get it with: python -c "import nltk; '
+                f"nltk.download('punkt_tab', download_dir='{folder}')\""
+            ) from None
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _verify(path: Path) -> None:
+    cure = f"Delete {path} to have it made again; results with it do not compare with earlier ones."
+    try:
+        wanted = _hash_file(path).read_text().split()[0]
+    except (OSError, IndexError) as error:
+        raise DataError(f"{path} has no hash in {_hash_file(path).name} beside it. {cure}") from error
+    if _sha256(path) != wanted:
+        raise DataError(f"{path} is not the file that was made: its sha256 differs from the one beside it. {cure}")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,255 @@
+"""A directory of results: what was asked of which model, a file per task with a line per sample, and `results.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from refine_verl import __version__
+from refine_verl.config import ConfigError
+
+RESULTS_FILE, RUN_FILE, SAMPLES = "results.json", "run.json", "samples"
+_PACKAGES = ("torch", "transformers", "flash-linear-attention", "datasets", "lm-eval")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number of a table, with all that is needed to read it.
+
+    Attributes:
+        group, task, length: of the unit.
+        metric: name of the score.
+        value: as aggregated, in its own unit (shares in 0 ... 1).
+        stderr: standard error over the samples; None for fewer than two.
+        samples: how many there were.
+        left_out: rows that were too long or too short.
+        fingerprint: sha256 of what was asked.
+        aggregate: how sample scores become the value, see `aggregate`.
+        source: file or files.
+    """
+
+    group: str
+    task: str
+    length: int | None
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+    left_out: int
+    fingerprint: str
+    aggregate: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        """Names the file with its samples."""
+        return self.task if self.length is None else f"{self.task}_{self.length}"
+
+
+def aggregate(kind: str, values: np.ndarray) -> float:
+    """One number from the scores of samples.
+
+    Args:
+        kind: `mean`; `perplexity`, exp(-mean) of log-likelihoods; `weighted_perplexity`, exp(-sum / sum) of
+            log-likelihoods and word counts.
+        values: [N], or [N, 2] for the last.
+    """
+    if kind == "mean":
+        return float(values.mean())
+    if kind == "perplexity":
+        return _exp(-float(values.mean()))
+    return _exp(-float(values[:, 0].sum()) / float(values[:, 1].sum()))
+
+
+def standard_error(kind: str, values: np.ndarray) -> float | None:
+    """Of `aggregate`: sample standard deviation over the root of N, carried through exp where there is one (delta
+    method; for `weighted_perplexity` that of a ratio of means)."""
+    if len(values) < 2:
+        return None
+    if kind == "mean":
+        return float(values.std(ddof=1) / math.sqrt(len(values)))
+    if kind == "perplexity":
+        return aggregate(kind, values) * float(values.std(ddof=1) / math.sqrt(len(values)))
+    words = values[:, 1]
+    rest = values[:, 0] - words * (values[:, 0].sum() / words.sum())
+    return aggregate(kind, values) * float(rest.std(ddof=1) / math.sqrt(len(values)) / words.mean())
+
+
+class Results:
+    """The directory of one run. Nothing is written before the first `save`.
+
+    Args:
+        directory: is created where it is missing.
+        identity: everything the scores depend on but the samples; the same for all of a directory's life.
+
+    Raises:
+        ConfigError: the directory holds other things, or results with another identity.
+    """
+
+    def __init__(self, directory: str, identity: Mapping[str, Any]) -> None:
+        self.directory = Path(directory).expanduser()
+        self.identity = json.loads(json.dumps(identity))
+        self._check()
+
+    def _check(self) -> None:
+        run = self.directory / RUN_FILE
+        if not self.directory.exists():
+            return
+        if not self.directory.is_dir():
+            raise ConfigError("out", f"{self.directory} is a file. Give a directory.")
+        if not run.exists():
+            if any(self.directory.iterdir()):
+                raise ConfigError("out", f"{self.directory} holds other files. Give a new or empty directory.")
+            return
+        there = json.loads(run.read_text())
+        for key, value in self.identity.items():
+            if there.get(key) != value:
+                raise ConfigError(
+                    "out",
+                    f"{self.directory} holds results with another {key} ({_short(there.get(key))} there, "
+                    f"{_short(value)} now). Give another directory.",
+                )
+
+    def finished(self, name: str, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Samples of a task that are done already, by id.
+
+        Args:
+            name: of the task.
+            digests: what each sample is, by id.
+
+        Raises:
+            ConfigError: one of them was asked something else then.
+        """
+        done = {record["id"]: record for record in read_samples(self.directory, name, torn=True)}
+        for identifier, digest in digests.items():
+            if identifier in done and done[identifier]["sample"] != digest:
+                raise ConfigError(
+                    "out",
+                    f"{self.directory} has an answer to {name}, sample {identifier}, and that sample has changed since "
+                    "(data or tokenizer). Give another directory.",
+                )
+        return {identifier: done[identifier] for identifier in digests if identifier in done}
+
+    def whole(self, name: str, asked: str) -> list[dict[str, Any]]:
+        """The records of a task that is asked as a whole; none where it is not finished.
+
+        Raises:
+            ConfigError: it was asked something else then.
+        """
+        records = read_samples(self.directory, name)
+        if any(record["sample"] != asked for record in records):
+            raise ConfigError(
+                "out",
+                f"{self.directory} has results of {name} with another limit or other files. Give another directory.",
+            )
+        return records
+
+    def save(self, name: str, records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
+        """Append finished samples of a task, or write all of them at once."""
+        folder = self.directory / SAMPLES
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (self.directory / RUN_FILE).exists():
+            _write_json(self.directory / RUN_FILE, self.identity)
+        path = folder / f"{name}.jsonl"
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if replace:
+            _write_whole(path, text)
+            return
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # of a process that was killed
+            whole = path.read_bytes()
+            path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+        with open(path, "a") as file:
+            file.write(text)
+
+    def order(self, name: str, identifiers: Sequence[str]) -> None:
+        """Put these samples of a task first, in this order: the first ones are what `results.json` is about."""
+        records = {record["id"]: record for record in read_samples(self.directory, name, torn=True)}
+        sorted_records = [records.pop(identifier) for identifier in identifiers]
+        self.save(name, [*sorted_records, *records.values()], replace=True)
+
+    def write(self, rows: Sequence[Row], tables: str, settings: Mapping[str, Any]) -> None:
+        """Write `results.json` and `results.md`."""
+        content = {
+            **self.identity,
+            "settings": dict(settings),
+            "versions": versions(),
+            "results": [dataclasses.asdict(row) for row in rows],
+        }
+        _write_json(self.directory / RESULTS_FILE, content)
+        (self.directory / "results.md").write_text(tables)
+
+
+def read_samples(directory: Path, name: str, *, torn: bool = False) -> list[dict[str, Any]]:
+    """The lines of a task's file; none where there is no file.
+
+    Args:
+        directory: of the run.
+        name: of the task.
+        torn: a last line without an end is passed over: its process was killed.
+
+    Raises:
+        ConfigError: a line that is no record.
+    """
+    path = directory / SAMPLES / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    whole = lines[:-1] if torn or not lines[-1] else lines
+    records = []
+    for number, line in enumerate(whole, 1):
+        try:
+            record = json.loads(line)
+            record["id"], record["sample"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError("", f"{path}, line {number} is not a sample's record; delete the file.") from error
+        records.append(record)
+    return records
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """sha256 of a part of every parameter: changes whenever a model is trained, wherever its files lie."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        part = flat[:: max(flat.numel() // 1024, 1)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + np.ascontiguousarray(part, "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers may depend on."""
+    found = {"refine_verl": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text)
+    partial.replace(path)

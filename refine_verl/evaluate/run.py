@@ -1,0 +1,188 @@
+"""From settings to a directory of results: everything is found and checked, then the model is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from refine_verl.data.tokenize import tokenizer_fingerprint
+from refine_verl.data.tokenizers import load_tokenizer
+from refine_verl.evaluate import needles, short_context
+from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, ttt_settings
+from refine_verl.evaluate.results import Results, Row, aggregate, model_fingerprint, standard_error
+from refine_verl.evaluate.samples import (
+    Sample,
+    Unit,
+    find_documents,
+    find_longbench,
+    find_ruler_qa,
+    read_answers,
+    read_documents,
+)
+from refine_verl.evaluate.settings import EvaluateSettings
+from refine_verl.evaluate.tables import Table, build_tables
+from refine_verl.evaluation import main_metric, score
+from refine_verl.models import inspect_model
+from refine_verl.prepare.console import progress_bar
+
+
+def evaluate(settings: EvaluateSettings) -> list[Table]:
+    """Run all tasks, write their results, and return the tables.
+
+    Raises:
+        ConfigError, DataError, ModelError, PromptError: what cannot be used; nothing is written then.
+    """
+    ttt = ttt_settings(settings.ttt, settings.adapt)
+    plan = _Plan(settings)
+    model = load_evaluated(
+        settings.model, tokenizer=settings.tokenizer, dtype=settings.dtype, device=settings.device, ttt=ttt
+    )
+    units = plan.units(model)
+    identity = {
+        "model": settings.model,
+        "model_sha256": model_fingerprint(model.actor),
+        "tokenizer_sha256": _digest(tokenizer_fingerprint(model.tokenizer)),
+        "dtype": str(next(model.actor.parameters()).dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        "convention": settings.convention,
+        "ttt": settings.ttt,
+        "adapt": dataclasses.asdict(ttt) if settings.ttt != "none" else None,
+    }
+    results = Results(settings.out, identity)
+    rows: list[Row] = []
+    tables: list[Table] = []
+    for unit in units:
+        done = results.finished(unit.name, {sample.id: sample.digest for sample in unit.samples})
+        if unit.group == "short_context":
+            rows += short_context.run(unit, settings, model, results)
+        else:
+            rows += _run(unit, settings, model, results, done)
+        tables = build_tables(rows, _label(settings))
+        results.write(rows, "\n".join(table.markdown() for table in tables), dataclasses.asdict(settings))
+    return tables
+
+
+class _Plan:
+    """Where everything is; made before weights are read.
+
+    Raises:
+        DataError, ModelError, ConfigError: something is missing.
+    """
+
+    def __init__(self, settings: EvaluateSettings) -> None:
+        self.settings, self.groups = settings, settings.by_group()
+        info = inspect_model(settings.model)
+        self.longbench = find_longbench(settings, self.groups.get("longbench", []))
+        self.ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type)
+        self.documents = find_documents(settings) if "ntp" in self.groups else []
+        short_context.check(settings, self.groups.get("short_context", []))
+        if "ruler_niah" in self.groups:
+            tokenizer = load_tokenizer(settings.tokenizer or settings.model)
+            needles.check_needles(settings, self.groups["ruler_niah"], tokenizer)
+
+    def units(self, model: EvaluatedModel) -> list[Unit]:
+        """All samples, read and checked; needles are made last."""
+        settings, encode, tokenizer = self.settings, model.encode, model.tokenizer
+        most = settings.lengths[-1]
+        ruler = [
+            read_answers(path, Unit("ruler_qa", task, length), settings, encode)
+            for (task, length), path in self.ruler.items()
+        ]
+        longbench = [
+            read_answers(path, Unit("longbench", task, None), settings, encode, tokenizer, most)
+            for task, path in self.longbench.items()
+        ]
+        short = [Unit("short_context", task, None) for task in self.groups.get("short_context", [])]
+        ntp = list(read_documents(self.documents, settings, encode)) if self.documents else []
+        return [*self._needles(encode, tokenizer), *ruler, *longbench, *short, *ntp]
+
+    def _needles(self, encode: Any, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+        return [
+            read_answers(
+                needles.frozen_needles(self.settings, task, length, tokenizer),
+                Unit("ruler_niah", task, length),
+                self.settings,
+                encode,
+            )
+            for task in self.groups.get("ruler_niah", [])
+            for length in self.settings.lengths
+        ]
+
+
+def _run(
+    unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: Results, done: dict[str, dict[str, Any]]
+) -> list[Row]:
+    """Ask what is not answered yet, and sum up."""
+    left = [sample for sample in unit.samples if sample.id not in done]
+    with progress_bar(unit.name, len(unit.samples), done=len(done)) as step:
+        for start in range(0, len(left), settings.batch_size):
+            batch = left[start : start + settings.batch_size]
+            records = list(_ask(unit, batch, settings, model))
+            results.save(unit.name, records)
+            done.update({record["id"]: record for record in records})
+            step(len(batch))
+    metrics = ("ntp_accuracy", "ntp_loss") if unit.group == "ntp" else (main_metric(unit.task, settings.convention),)
+    records = [done[sample.id] for sample in unit.samples]
+    results.order(unit.name, [sample.id for sample in unit.samples])
+    return [
+        make_row(unit, metric, "mean", np.array([record[metric] for record in records]), unit.fingerprint)
+        for metric in metrics
+    ]
+
+
+def make_row(unit: Unit, metric: str, kind: str, values: np.ndarray, fingerprint: str) -> Row:
+    """The scores of a unit's samples ([N], or [N, 2], see `results.aggregate`) as a row of results."""
+    return Row(
+        group=unit.group,
+        task=unit.task,
+        length=unit.length,
+        metric=metric,
+        value=aggregate(kind, values),
+        stderr=standard_error(kind, values),
+        samples=len(values),
+        left_out=unit.left_out,
+        fingerprint=fingerprint,
+        aggregate=kind,
+        source=unit.source,
+    )
+
+
+def _ask(
+    unit: Unit, batch: Sequence[Sample], settings: EvaluateSettings, model: EvaluatedModel
+) -> Iterator[dict[str, Any]]:
+    rows = [sample.ids.tolist() for sample in batch]
+    if unit.group == "ntp":
+        for sample, found in zip(batch, model.likelihoods([(row[:1], row[1:]) for row in rows]), strict=True):
+            yield {
+                "id": sample.id,
+                "sample": sample.digest,
+                "tokens": found.tokens,
+                "ntp_loss": -found.log_prob / found.tokens,
+                "ntp_accuracy": found.correct / found.tokens,
+            }
+        return
+    for sample, answer in zip(batch, model.write(rows, [sample.limit for sample in batch]), strict=True):
+        scores = score(unit.task, answer, sample.references, settings.convention, classes=sample.classes)
+        yield {
+            "id": sample.id,
+            "sample": sample.digest,
+            "prompt_tokens": len(sample.ids),
+            "prediction": answer,
+            "references": list(sample.references),
+            **scores,
+        }
+
+
+def _label(settings: EvaluateSettings) -> str:
+    return settings.model if settings.ttt == "none" else f"{settings.model} + {settings.ttt} at test time"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

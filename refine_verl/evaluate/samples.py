@@ -1,0 +1,260 @@
+"""What is asked: rows of files as samples, found, checked and tokenised before the model is asked anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from refine_verl.data.errors import DataError
+from refine_verl.data.prompts_read import read_prompts
+from refine_verl.data.prompts_settings import PromptSettings
+from refine_verl.data.prompts_tokenize import encode_continuations
+from refine_verl.data.readers import read_file
+from refine_verl.data.sources import FileSource, resolve_sources
+from refine_verl.evaluate.settings import EvaluateSettings
+from refine_verl.evaluation import rule_of
+from refine_verl.prepare.longbench import TASKS as LONGBENCH_TASKS
+
+QA_TOKENS, NIAH_TOKENS = 32, 128
+_SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst")
+_RULER = re.compile(r"(ruler_squadqa|ruler_hotpotqa)(?:_(.+))?_(\d+)_\d+_test\.(?:parquet|jsonl|jsonl\.zst)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One question, or one document.
+
+    Attributes:
+        id: unique within its task and length.
+        ids: int32 [T], tokens of the prompt, or of the document.
+        references: right answers; none for a document.
+        classes: what a classification task chooses from.
+        limit: most tokens to write; 0 for a document.
+    """
+
+    id: str
+    ids: np.ndarray
+    references: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    limit: int = 0
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of all that is asked."""
+        text = json.dumps([self.id, self.references, self.classes, self.limit])
+        return hashlib.sha256(text.encode() + np.ascontiguousarray(self.ids, "<i4").tobytes()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One task at one length.
+
+    Attributes:
+        group, task: as in `settings.GROUPS`.
+        length: context length in tokens; None where the task has none.
+        samples: what is asked; empty for what lm-evaluation-harness asks itself.
+        left_out: rows that are longer (LongBench) or shorter (ntp) than the lengths asked for.
+        source: the file or files.
+    """
+
+    group: str
+    task: str
+    length: int | None
+    samples: tuple[Sample, ...] = ()
+    left_out: int = 0
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        """Names its files."""
+        return self.task if self.length is None else f"{self.task}_{self.length}"
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that is asked, in order."""
+        return hashlib.sha256("".join(sample.digest for sample in self.samples).encode()).hexdigest()
+
+
+Encode = Callable[[str], Sequence[int]]
+
+
+def find_longbench(settings: EvaluateSettings, tasks: Sequence[str]) -> dict[str, Path]:
+    """The file of each LongBench task.
+
+    Raises:
+        DataError: one is missing (and how to get it), or there are several.
+    """
+    folders = _folders(settings, "longbench")
+    names = {task: [f"{task}{end}" for end in _SUFFIXES] for task in tasks}
+    found: dict[str, Path] = {}
+    for task in tasks:
+        stem = re.compile(rf"{re.escape(task)}(_\d+)?\.(parquet|jsonl|jsonl\.zst)")
+        files = [path for folder in folders for path in sorted(folder.glob(f"{task}*")) if stem.fullmatch(path.name)]
+        if not files:
+            raise DataError(
+                f"longbench: no file for {task}: {_where(folders, names[task])}. Make it from LongBench's data with: "
+                f"python -m refine_verl.prepare longbench --input Xnhyacinth/LongBench --tasks {task} "
+                f"--out {folders[-1]}"
+            )
+        found[task] = _only(files, task)
+    return found
+
+
+def find_ruler_qa(settings: EvaluateSettings, tasks: Sequence[str], model_type: str) -> dict[tuple[str, int], Path]:
+    """The test file of each RULER question answering task at each length.
+
+    Raises:
+        DataError: one is missing (and how to get it), or there are several and none is named after the model's type.
+    """
+    folders = _folders(settings, "ruler")
+    files: dict[tuple[str, int], list[tuple[str, Path]]] = {}
+    for path in [*sorted(folders[0].glob("ruler_*")), *sorted(folders[1].glob("**/ruler_*"))]:
+        if match := _RULER.fullmatch(path.name):
+            files.setdefault((match[1], int(match[3])), []).append((match[2] or "", path))
+    found = {}
+    for task in tasks:
+        for length in settings.lengths:
+            choice = files.get((task, length), [])
+            if not choice:
+                raise DataError(_no_ruler_file(settings, folders, task, length))
+            named = [path for name, path in choice if name and model_type.startswith(name)]
+            found[task, length] = _only(named or [path for _, path in choice], f"{task} at {length} tokens")
+    return found
+
+
+def _no_ruler_file(settings: EvaluateSettings, folders: Sequence[Path], task: str, length: int) -> str:
+    source = {"ruler_squadqa": "squad", "ruler_hotpotqa": "hotpotqa"}[task]
+    original = {"squad": "dev-v2.0.json", "hotpotqa": "hotpotqa/hotpot_qa:distractor:validation"}[source]
+    where = _where(folders, [f"{task}_{length}_200_test.parquet"])
+    return (
+        f"ruler_qa: no test file for {task} at {length} tokens: {where}. "
+        f"Make it with: python -m refine_verl.prepare ruler_qa --source {source} --input {original} "
+        f"--tokenizer {settings.tokenizer or settings.model} --length {length} --train 0 --test 200 "
+        f"--out {folders[-1]}/{source}_{length}. Or leave {length} out of lengths, or name single tasks with tasks=."
+    )
+
+
+def find_documents(settings: EvaluateSettings) -> list[FileSource]:
+    """Files with documents for next-token accuracy.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = _folders(settings, "ntp")[-1]
+    if not folder.is_dir():
+        raise DataError(
+            f"ntp: no directory {folder}. Put documents there (parquet or jsonl with a column text, or txt), for "
+            "example with: python -m refine_verl.prepare documents --input FILES --tokenizer "
+            f"{settings.tokenizer or settings.model} --min-tokens {max(settings.lengths)} --out {folder}"
+        )
+    sources = resolve_sources((str(folder),), key="data_dir", default_split="validation")
+    return [source for source in sources if isinstance(source, FileSource)]
+
+
+def read_answers(
+    path: Path,
+    unit: Unit,
+    settings: EvaluateSettings,
+    encode: Encode,
+    tokenizer: object = None,
+    most: int | None = None,
+) -> Unit:
+    """The rows of a file as samples of a unit.
+
+    Args:
+        path: a file with prompts and answers.
+        unit: its task and length.
+        settings: limit and convention.
+        encode: prompts to ids.
+        tokenizer: counts the references where `most` is set.
+        most: leave out rows whose prompt and longest reference have more tokens; None keeps all.
+
+    Raises:
+        DataError: a row that cannot be used, or no rows.
+    """
+    limits = {
+        "longbench": getattr(LONGBENCH_TASKS.get(unit.task), "max_gen_tokens", QA_TOKENS),
+        "ruler_niah": NIAH_TOKENS,
+    }
+    reading = PromptSettings(task=unit.task, max_new_tokens=limits.get(unit.group, QA_TOKENS))
+    samples: list[Sample] = []
+    left_out = 0
+    for row in read_prompts(resolve_sources((str(path),), key="data_dir", default_split="test"), reading):
+        if row.task != unit.task:
+            raise DataError(f"{row.where} is of task {row.task!r}, but this file was taken for {unit.task!r}.")
+        rule_of(row.task, settings.convention)
+        if settings.limit is not None and len(samples) == settings.limit:
+            break
+        ids = np.asarray(encode(str(row.prompt)), np.int32)
+        longest = max(map(len, encode_continuations(tokenizer, row.answers))) if most is not None else 0
+        if most is not None and len(ids) + longest > most:
+            left_out += 1
+            continue
+        samples.append(Sample(row.id, ids, tuple(row.answers), tuple(row.classes), row.max_new_tokens))
+    if not samples:
+        raise DataError(
+            f"{path} has no rows for {unit.name}" + (f" of at most {most} tokens ({left_out} are longer)." * bool(most))
+        )
+    return dataclasses.replace(unit, samples=tuple(samples), left_out=left_out, source=str(path))
+
+
+def read_documents(sources: Sequence[FileSource], settings: EvaluateSettings, encode: Encode) -> Iterator[Unit]:
+    """A unit per length: documents of at least that many tokens, their first `length` tokens each.
+
+    Raises:
+        DataError: a file that cannot be read, or no document that is long enough.
+    """
+    kept: dict[int, list[Sample]] = {length: [] for length in settings.lengths}
+    shorter = dict.fromkeys(settings.lengths, 0)
+    most = settings.limit or float("inf")
+    longest = 0
+    for name, row, text in _texts(sources):
+        if all(len(samples) >= most for samples in kept.values()):
+            break
+        ids = encode(text)
+        longest = max(longest, len(ids))
+        for length, samples in kept.items():
+            if len(ids) < length:
+                shorter[length] += 1
+            elif len(samples) < most:
+                samples.append(Sample(f"{name}:{row}", np.asarray(ids[:length], np.int32)))
+    for length, samples in kept.items():
+        if not samples:
+            raise DataError(
+                f"ntp: no document of {sources[0].path.parent} has {length} tokens; the longest has {longest}. Give "
+                "longer documents, or leave this length out of lengths."
+            )
+        yield Unit("ntp", "ntp", length, tuple(samples), shorter[length], str(sources[0].path.parent))
+
+
+def _texts(sources: Sequence[FileSource]) -> Iterator[tuple[str, int, str]]:
+    for source in sources:
+        for batch in read_file(source.path, source.name, "text"):
+            for text, row in zip(batch.column("text").to_pylist(), batch.column("row").to_pylist(), strict=True):
+                yield source.path.name, row, text
+
+
+def _folders(settings: EvaluateSettings, name: str) -> list[Path]:
+    """Where files of a kind may lie: in the data directory, or in the folder of that name in it."""
+    if not settings.data_dir:
+        raise DataError(f"data_dir is not set, and {name} needs files. Give data_dir=DIR.")
+    folder = Path(settings.data_dir).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"data_dir={folder}: no such directory.")
+    return [folder, folder / name]
+
+
+def _where(folders: Sequence[Path], names: Sequence[str]) -> str:
+    return f"there is neither {names[0]} in {folders[-1]} nor in {folders[0]}"
+
+
+def _only(files: Sequence[Path], what: str) -> Path:
+    if len(files) > 1:
+        raise DataError(f"several files for {what}: {', '.join(map(str, files))}. Leave one of them in data_dir.")
+    return files[0]

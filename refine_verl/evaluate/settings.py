@@ -1,0 +1,158 @@
+"""Keys of `python -m refine_verl.evaluate`, and which tasks there are. Loads no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from refine_verl.config import CONVENTIONS, INNER, ConfigError, Settings, did_you_mean, option
+
+NIAH = ("niah_single_1", "niah_multikey_1", "niah_multiquery", "niah_multivalue")
+MORE_NIAH = ("niah_single_2", "niah_single_3", "niah_multikey_2", "niah_multikey_3")
+RULER_QA = ("ruler_squadqa", "ruler_hotpotqa")
+LONGBENCH = (
+    "narrativeqa",
+    "qasper",
+    "multifieldqa_en",
+    "hotpotqa",
+    "2wikimqa",
+    "qmsum",
+    "multi_news",
+    "samsum",
+    "trec",
+    "triviaqa",
+    "lcc",
+    "repobench-p",
+)
+SHORT_CONTEXT = (
+    "wikitext",
+    "lambada_openai",
+    "fda",
+    "swde",
+    "piqa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+)
+GROUPS: dict[str, tuple[str, ...]] = {
+    "ruler_niah": NIAH,
+    "ruler_qa": RULER_QA,
+    "longbench": LONGBENCH,
+    "short_context": SHORT_CONTEXT,
+    "ntp": ("ntp",),
+}
+"""What `tasks=` takes: groups, or single ones of their tasks."""
+OTHERS: dict[str, tuple[str, ...]] = {"ruler_niah": MORE_NIAH, "longbench": ("musique", "gov_report")}
+"""Tasks that belong to a group but are not in the paper's tables; by name only."""
+ADAPTS = ("ruler_niah", "ruler_qa", "longbench")
+"""Groups whose samples have a prompt to adapt to."""
+
+
+def _listed(default: Sequence[Any], help: str) -> Any:
+    return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Settings):
+    """What to evaluate on what. Field names are the keys of the command line.
+
+    Raises:
+        ConfigError: a value that cannot be used, or two that do not go together.
+    """
+
+    SECTION: ClassVar[str] = "evaluate"
+
+    model: str = option("", "directory or hub id of the model")
+    tasks: list = _listed((), "ruler_niah, ruler_qa, longbench, short_context, ntp, or single tasks of these")
+    out: str = option("", "directory for results; the same command goes on where it was")
+    data_dir: str = option("", "directory with the data (docs/evaluation.md says which files)")
+    lengths: list = _listed(
+        (4096, 8192, 16384), "context lengths of RULER and ntp, in tokens; the last limits LongBench"
+    )
+    ttt: str = option("none", "adapt to each prompt before it is answered", choices=INNER)
+    adapt: dict | None = option(None, "settings of test-time training; null: the paper's")
+    convention: str = option("paper", "how answers of RULER QA and LongBench are scored", choices=CONVENTIONS)
+    limit: int | None = option(None, "samples per task and length, the first ones; null: all", at_least=1)
+    batch_size: int = option(
+        8, "samples read and continued together; with test-time training one at a time", at_least=1
+    )
+    tokenizer: str | None = option(None, "directory or hub id, or bytes; null: the model's")
+    seed: int = option(0, "of the needles that are made", at_least=0)
+    niah_samples: int = option(500, "needles that are made per task and length", at_least=1)
+    dtype: str = option("auto", "of the weights", choices=("auto", "float32", "bfloat16"))
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+
+    def _check_rules(self) -> None:
+        for key in ("model", "tasks", "out"):
+            if not getattr(self, key):
+                raise ConfigError(f"{self.SECTION}.{key}", f"is missing: give {key}={_EXAMPLES[key]}.")
+        if not self.lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in self.lengths):
+            raise ConfigError(
+                f"{self.SECTION}.lengths", f"must be a list of integers of at least 2, got {self.lengths}."
+            )
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ConfigError(f"{self.SECTION}.lengths", f"has a length twice: {self.lengths}.")
+        object.__setattr__(self, "lengths", sorted(self.lengths))
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        known = [*GROUPS, *(task for parts in (*GROUPS.values(), *OTHERS.values()) for task in parts)]
+        for name in self.tasks:
+            if name not in known:
+                raise ConfigError(
+                    f"{self.SECTION}.tasks",
+                    f"unknown task {name!r}. Allowed: {', '.join(dict.fromkeys(known))}.{did_you_mean(name, known)}",
+                )
+        without = [group for group in self.by_group() if group not in ADAPTS]
+        if self.ttt != "none" and without:
+            raise ConfigError(
+                f"{self.SECTION}.ttt",
+                f"={self.ttt} needs a prompt to adapt to, and the samples of {', '.join(without)} have none (what is "
+                f"scored is the text itself, or too short). Run {', '.join(without)} with ttt=none.",
+            )
+
+    def by_group(self) -> dict[str, list[str]]:
+        """The single tasks asked for by group, in the order of the paper's tables."""
+        found = {}
+        for group, tasks in GROUPS.items():
+            members = [*tasks, *OTHERS.get(group, ())]
+            chosen = [task for task in members if task in self.tasks or (group in self.tasks and task in tasks)]
+            if chosen:
+                found[group] = chosen
+        return found
+
+
+_EXAMPLES = {"model": "DIR", "tasks": "ruler_qa,longbench", "out": "DIR"}
+
+
+def read_arguments(arguments: Sequence[str]) -> EvaluateSettings:
+    """Settings from `key=value` arguments as OmegaConf reads them.
+
+    Raises:
+        ConfigError: an argument of another form, an unknown key, or a value that cannot be used.
+    """
+    for argument in arguments:
+        if "=" not in argument or argument.startswith("-"):
+            raise ConfigError("", f"{argument!r} is not of the form key=value. See --help.")
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError("", f"the arguments cannot be read: {' '.join(str(error).split())}") from error
+    for key in ("tasks", "lengths"):
+        if key in values and not isinstance(values[key], list):
+            text = str(values[key])
+            values[key] = [_number(part) if key == "lengths" else part for part in text.split(",") if part]
+    for key in ("model", "out", "data_dir", "tokenizer"):
+        if isinstance(values.get(key), (int, float)):
+            values[key] = str(values[key])  # a directory may be called 7
+    return EvaluateSettings.from_mapping(values)
+
+
+def _number(text: str) -> Any:
+    return int(text) if text.strip().isdigit() else text

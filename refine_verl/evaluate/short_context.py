@@ -1,0 +1,170 @@
+"""The nine short-context tasks of the paper's Table E.1, asked by lm-evaluation-harness from local files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import datasets
+import numpy as np
+
+from refine_verl.data.errors import DataError
+from refine_verl.evaluate.console import require_lm_eval
+from refine_verl.evaluate.results import Row, aggregate, standard_error
+from refine_verl.evaluate.settings import EvaluateSettings
+
+if TYPE_CHECKING:
+    from refine_verl.evaluate.model import EvaluatedModel
+    from refine_verl.evaluate.results import Results
+    from refine_verl.evaluate.samples import Unit
+
+FOLDER = "short_context"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the harness reads for a task, and which of its metrics the paper reports.
+
+    Attributes:
+        dataset: hub id.
+        config: configuration of it; None for the only one.
+        split: the split that is scored.
+        metrics: name and how it is aggregated (`results.aggregate`).
+    """
+
+    dataset: str
+    config: str | None
+    split: str
+    metrics: dict[str, str]
+
+
+TASKS = {
+    "wikitext": Task(
+        "EleutherAI/wikitext_document_level",
+        "wikitext-2-raw-v1",
+        "test",
+        {"word_perplexity": "weighted_perplexity"},
+    ),
+    "lambada_openai": Task("EleutherAI/lambada_openai", "default", "test", {"perplexity": "perplexity", "acc": "mean"}),
+    "fda": Task("hazyresearch/based-fda", "default", "validation", {"contains": "mean"}),
+    "swde": Task("hazyresearch/based-swde-v2", "default", "validation", {"contains": "mean"}),
+    "piqa": Task("baber/piqa", None, "validation", {"acc": "mean"}),
+    "hellaswag": Task("Rowan/hellaswag", None, "validation", {"acc_norm": "mean"}),
+    "winogrande": Task("allenai/winogrande", "winogrande_xl", "validation", {"acc": "mean"}),
+    "arc_easy": Task("allenai/ai2_arc", "ARC-Easy", "test", {"acc": "mean"}),
+    "arc_challenge": Task("allenai/ai2_arc", "ARC-Challenge", "test", {"acc_norm": "mean"}),
+}
+
+
+def check(settings: EvaluateSettings, tasks: Sequence[str]) -> None:
+    """Refuse missing files before anything else happens.
+
+    Raises:
+        DataError: a file is missing (and how to get it).
+        ConfigError: lm-evaluation-harness is not installed.
+    """
+    for task in tasks:
+        _files(settings, task)
+    if tasks:
+        require_lm_eval()
+
+
+def run(unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: Results) -> list[Row]:
+    """Ask one task; a task whose samples are all there already is not asked again."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from refine_verl.evaluate.lm import RefineLM
+
+    task = TASKS[unit.task]
+    asked = _asked(settings, unit.task)
+    records = results.whole(unit.name, asked)
+    if not records:
+        with _local_files(settings, unit.task):
+            found = lm_eval.simple_evaluate(
+                model=RefineLM(model, batch_size=settings.batch_size),
+                tasks=[unit.task],
+                task_manager=TaskManager(),
+                limit=settings.limit,
+                bootstrap_iters=0,
+            )
+        records = [_record(sample, task, asked) for sample in found["samples"][unit.task]]
+        results.save(unit.name, records, replace=True)
+    source = str(_files(settings, unit.task)[0].parent)
+    rows = []
+    for metric, kind in task.metrics.items():
+        values = np.array([record[metric] for record in records])
+        rows.append(
+            Row(
+                group=unit.group,
+                task=unit.task,
+                length=None,
+                metric=metric,
+                value=aggregate(kind, values),
+                stderr=standard_error(kind, values),
+                samples=len(values),
+                left_out=0,
+                fingerprint=asked,
+                aggregate=kind,
+                source=source,
+            )
+        )
+    return rows
+
+
+def _record(sample: dict[str, Any], task: Task, asked: str) -> dict[str, Any]:
+    return {
+        "id": str(sample["doc_id"]),
+        "sample": asked,
+        "responses": sample["filtered_resps"],
+        **{metric: sample[metric] for metric in task.metrics},
+    }
+
+
+def _asked(settings: EvaluateSettings, task: str) -> str:
+    """What the harness is asked to do with which files."""
+    digest = hashlib.sha256(json.dumps([task, settings.limit]).encode())
+    for path in _files(settings, task):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _files(settings: EvaluateSettings, task: str) -> list[Path]:
+    """Files of the split that is scored."""
+    known = TASKS[task]
+    folder = Path(settings.data_dir or "DATA_DIR").expanduser() / FOLDER / task
+    files = [
+        path
+        for path in sorted(folder.glob(f"**/{known.split}*"))
+        if settings.data_dir and path.name.endswith((".parquet", ".jsonl"))
+    ]
+    if not files:
+        name = f"'{known.dataset}'" + (f", '{known.config}'" if known.config else "")
+        path = folder / f"{known.split}.parquet"
+        where = "data_dir is not set" if not settings.data_dir else f"there is no {path} (or {known.split}*.jsonl)"
+        raise DataError(
+            f"short_context: no file for {task}: {where}. Where the hub can be reached, make it with: python -c "
+            f"\"from datasets import load_dataset; load_dataset({name}, split='{known.split}').to_parquet('{path}')\""
+        )
+    return files
+
+
+@contextmanager
+def _local_files(settings: EvaluateSettings, task: str) -> Iterator[None]:
+    """The harness reads a task's dataset from our files. Two of the tasks are classes that name their dataset in code,
+    so what they call to load it is replaced, for this block."""
+    files = [str(path) for path in _files(settings, task)]
+    kind = "parquet" if files[0].endswith(".parquet") else "json"
+    load = datasets.load_dataset
+
+    def local(*_: Any, **__: Any) -> Any:
+        return load(kind, data_files={TASKS[task].split: files})
+
+    with mock.patch.object(datasets, "load_dataset", local):
+        yield

@@ -1,0 +1,154 @@
+"""Tables in the layout of the paper (Tables 3, 4, 5 and E.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from refine_verl.evaluate.results import Row
+from refine_verl.evaluate.settings import GROUPS, OTHERS
+
+LABELS = {
+    "niah_single_1": "S-NIAH",
+    "niah_multikey_1": "MK-NIAH",
+    "niah_multiquery": "MQ-NIAH",
+    "niah_multivalue": "MV-NIAH",
+    "ruler_squadqa": "SQuADQA",
+    "ruler_hotpotqa": "HotpotQA",
+    "narrativeqa": "NQ",
+    "qasper": "QR",
+    "multifieldqa_en": "MF",
+    "hotpotqa": "HP",
+    "2wikimqa": "2W",
+    "qmsum": "QM",
+    "multi_news": "MN",
+    "samsum": "SS",
+    "trec": "TC",
+    "triviaqa": "TQ",
+    "lcc": "LC",
+    "repobench-p": "RP",
+}
+TITLES = {
+    "ruler_niah": "RULER NIAH (the paper's Table 3)",
+    "ruler_qa": "RULER QA (Table 4)",
+    "longbench": "LongBench (Table 5)",
+    "short_context": "Short-context tasks (Table E.1)",
+    "ntp": "Next-token prediction",
+}
+SHORT_COLUMNS = (
+    ("wikitext", "word_perplexity", "Wiki ppl"),
+    ("lambada_openai", "perplexity", "LMB ppl"),
+    ("fda", "contains", "FDA recall"),
+    ("swde", "contains", "SWDE recall"),
+    ("lambada_openai", "acc", "LMB acc"),
+    ("piqa", "acc", "PIQA acc"),
+    ("hellaswag", "acc_norm", "Hella acc_n"),
+    ("winogrande", "acc", "Wino acc"),
+    ("arc_easy", "acc", "ARC-e acc"),
+    ("arc_challenge", "acc_norm", "ARC-c acc_n"),
+)
+AVERAGED = ("LMB acc", "PIQA acc", "Hella acc_n", "Wino acc", "ARC-e acc", "ARC-c acc_n")
+"""Columns of Table E.1 that its Avg is of (checked on the paper's own numbers)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of text cells."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """The table in Markdown, with its title above."""
+        lines = [self.header, ["---"] + ["---:"] * (len(self.header) - 1), *self.rows]
+        return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def build_tables(rows: Sequence[Row], label: str) -> list[Table]:
+    """One table per group that has results; a standard error in a row of its own below.
+
+    Args:
+        rows: the results of one run.
+        label: what the row of the model is called.
+    """
+    tables = []
+    for group in GROUPS:
+        mine = [row for row in rows if row.group == group]
+        if mine:
+            columns = _BUILDERS.get(group, _by_length)(mine)
+            values = [label, *(text for _, text, _ in columns)]
+            errors = ["standard error", *(error for *_, error in columns)]
+            tables.append(Table(TITLES[group], ["Model", *(name for name, *_ in columns)], [values, errors]))
+    return tables
+
+
+def length_label(length: int) -> str:
+    """4096 -> 4K"""
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+Columns = list[tuple[str, str, str]]
+
+
+def _by_length(rows: Sequence[Row]) -> Columns:
+    columns: Columns = []
+    order = [*GROUPS[rows[0].group], *OTHERS.get(rows[0].group, ())]
+    for task in sorted({row.task for row in rows}, key=order.index):
+        mine = sorted((row for row in rows if row.task == task), key=lambda row: row.length or 0)
+        name = LABELS.get(task, task)
+        columns += [_column(f"{name} {length_label(row.length or 0)}", row) for row in mine]
+        if len(mine) > 1:
+            columns.append((f"{name} Avg", _percent(_mean([row.value for row in mine])), ""))
+    return columns
+
+
+def _longbench(rows: Sequence[Row]) -> Columns:
+    order = [*GROUPS["longbench"], *OTHERS["longbench"]]
+    mine = sorted(rows, key=lambda row: order.index(row.task))
+    columns = [_column(LABELS.get(row.task, row.task), row) for row in mine]
+    counted = [row.value for row in mine if row.task in GROUPS["longbench"]]
+    if len(counted) > 1:
+        whole = len(counted) == len(GROUPS["longbench"])
+        columns.append(("Avg" if whole else f"Avg of {len(counted)}", _percent(_mean(counted)), ""))
+    return columns
+
+
+def _short(rows: Sequence[Row]) -> Columns:
+    by_key = {(row.task, row.metric): row for row in rows}
+    shown = [(name, by_key[task, metric]) for task, metric, name in SHORT_COLUMNS if (task, metric) in by_key]
+    columns = [_column(name, row, scale=1 if name.endswith("ppl") else 100) for name, row in shown]
+    averaged = [row.value for name, row in shown if name in AVERAGED]
+    if len(averaged) == len(AVERAGED):
+        columns.append(("Avg", _percent(_mean(averaged)), ""))
+    return columns
+
+
+def _ntp(rows: Sequence[Row]) -> Columns:
+    columns: Columns = []
+    for row in sorted(rows, key=lambda row: (row.length or 0, row.metric)):
+        where = length_label(row.length or 0)
+        accuracy = row.metric == "ntp_accuracy"
+        name = f"{where} accuracy" if accuracy else f"{where} loss"
+        columns.append(_column(name, row) if accuracy else _column(name, row, scale=1, digits=3))
+    return columns
+
+
+_BUILDERS: dict[str, Callable[[Sequence[Row]], Columns]] = {
+    "longbench": _longbench,
+    "short_context": _short,
+    "ntp": _ntp,
+}
+
+
+def _column(name: str, row: Row, scale: float = 100, digits: int = 1) -> tuple[str, str, str]:
+    error = "–" if row.stderr is None else f"{scale * row.stderr:.{digits}f}"
+    return name, f"{scale * row.value:.{digits}f}", error
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

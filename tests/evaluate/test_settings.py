@@ -1,0 +1,64 @@
+"""Keys of the command line: what is taken, what is refused, and that a refusal writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from refine_verl.config import ConfigError
+from refine_verl.evaluate.__main__ import main, usage
+from refine_verl.evaluate.settings import read_arguments
+
+GIVEN = ["model=m", "out=o", "tasks=ntp"]
+
+
+def test_lists_in_both_spellings() -> None:
+    one = read_arguments(["model=m", "out=o", "tasks=[ruler_qa,trec]", "lengths=[8192,4096]"])
+    two = read_arguments(["model=m", "out=o", "tasks=ruler_qa,trec", "lengths=8192,4096"])
+    assert one == two and one.lengths == [4096, 8192]
+    assert one.by_group() == {"ruler_qa": ["ruler_squadqa", "ruler_hotpotqa"], "longbench": ["trec"]}
+
+
+def test_a_group_has_the_papers_tasks() -> None:
+    settings = read_arguments(["model=m", "out=o", "tasks=longbench,ruler_niah,short_context"])
+    assert {name: len(tasks) for name, tasks in settings.by_group().items()} == {
+        "ruler_niah": 4,
+        "longbench": 12,
+        "short_context": 9,
+    }
+    more = read_arguments(["model=m", "out=o", "tasks=ruler_niah,niah_single_2"])
+    assert len(more.by_group()["ruler_niah"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["modle=m"], r"modle: unknown key.*Did you mean 'model'"),
+        (["out=o", "tasks=ntp"], "model: is missing: give model=DIR"),
+        (["model=m", "tasks=ntp"], "out: is missing"),
+        (["model=m", "out=o"], "tasks: is missing"),
+        ([*GIVEN[:2], "tasks=longbnech"], "unknown task 'longbnech'.*Did you mean 'longbench'"),
+        ([*GIVEN, "lengths=4k"], "lengths: must be a list of integers"),
+        ([*GIVEN, "lengths=[64,64]"], "has a length twice"),
+        ([*GIVEN, "limit=0"], "limit: must be at least 1"),
+        ([*GIVEN, "convention=papre"], "Did you mean 'paper'"),
+        ([*GIVEN, "ttt=refine"], "needs a prompt to adapt to, and the samples of ntp have none"),
+        ([*GIVEN, "--limit"], "is not of the form key=value"),
+    ],
+)
+def test_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_arguments(arguments)
+
+
+def test_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main([f"model={tmp_path}", "tasks=ntp", f"out={out}", "modle=x"]) == 2
+    assert capsys.readouterr().err.startswith("error: modle: unknown key")
+    assert not out.exists()
+
+
+def test_usage_names_every_key() -> None:
+    assert main(["--help"]) == 0
+    assert "lengths=4096,8192,16384" in usage() and "convention=paper" in usage()
