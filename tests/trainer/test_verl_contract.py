@@ -13,11 +13,13 @@ from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
+from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.debug import marked_timer
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.fsdp_utils import get_fsdp_full_state_dict, get_init_weight_context_manager
 from verl.utils.metric import Metric
+from verl.utils.model import get_generation_config
 from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine import EngineRegistry
@@ -25,8 +27,10 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from verl.workers.engine_workers import TrainingWorker
 
 from refine_verl.plugin import CpuPlatform
+from refine_verl.trainer.posttrain import PosttrainTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.trainer.resources import WorkerPoolManager
+from refine_verl.trainer.ttt import TTTTrainer
 from refine_verl.workers.engine import RefineEngine
 from refine_verl.workers.worker import NSPRolloutWorker
 
@@ -45,7 +49,13 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
             "_validate",
         },
     ),
-    "engine": (RefineEngine, FSDPEngine, {"_build_module", "forward_backward_batch", "forward_step"}),
+    "engine": (
+        RefineEngine,
+        FSDPEngine,
+        {"_build_module", "forward_backward_batch", "forward_step", "lr_scheduler_step"},
+    ),
+    "posttrain": (PosttrainTrainer, PPOTrainer, {"__init__", "step", "_validate"}),
+    "ttt": (TTTTrainer, PPOTrainer, {"__init__", "fit"}),
     "worker": (NSPRolloutWorker, TrainingWorker, {"__init__"}),
     "pool": (WorkerPoolManager, ResourcePoolManager, {"_check_resource_available"}),
     "platform": (
@@ -101,6 +111,9 @@ CALLED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = 
     "save checkpoint": (PPOTrainer._save_checkpoint, (None,), {}),
     "profiling": (PPOTrainer._start_profiling, (None,), {}),
     "end of profiling": (PPOTrainer._stop_profiling, (None,), {}),
+    "random state": (BaseCheckpointManager.get_rng_state, (), {}),
+    "random state back": (BaseCheckpointManager.load_rng_state, (None,), {}),
+    "generation config": (get_generation_config, (None,), {}),
     "hooks": (PPOTrainer.on_train_begin, (None,), {}),
     "more hooks": (PPOTrainer.on_train_end, (None,), {}),
     "step hook": (PPOTrainer.on_step_begin, (None,), {}),
