@@ -88,16 +88,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=list(PHASES))
     arguments = parser.parse_args(argv)
     directory = Path(tempfile.mkdtemp(prefix="refine-phases-"))
+    console = Console()
     table = Table("phase", "tokens/s", "forward tokens per token", "step, s")
     try:
         file = take_rows(arguments.files, arguments.rows, arguments.longest, directory)
         for phase in arguments.phase:
+            console.print(f"{phase} ...")  # a run takes minutes where there is no GPU
             found = measure(phase, file, arguments.rows, arguments.longest, directory)
             names = ("perf/tokens_per_second", "perf/forward_tokens_per_token", "timing_s/step")
             table.add_row(phase, *(f"{found[name]:.4g}" for name in names))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    Console().print(table)
+    console.print(table)
     return 0
 
 
