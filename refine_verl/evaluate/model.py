@@ -18,7 +18,6 @@ from refine_verl.adaptation import AdaptSettings, PromptError, adapt
 from refine_verl.adaptation.settings import METHODS, read_settings
 from refine_verl.config import ConfigError, require_choice
 from refine_verl.data.errors import DataError
-from refine_verl.data.prompts_tokenize import encode_prompts
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.models import Documents, FastWeightActor, ModelError, Packed, inspect_model, load_model, make_actor
 from refine_verl.nsp import sample_from_logits
@@ -121,10 +120,6 @@ class EvaluatedModel:
         with adapt(self.actor, [list(prompt)], self.ttt):
             yield
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with the special tokens the tokenizer puts in front of a text."""
-        return [int(token) for token in encode_prompts(self.tokenizer, [text], special_tokens=True)[0][0]]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -202,9 +197,7 @@ def load_evaluated(
     info = inspect_model(path)
     if not info.has_weights:
         raise ModelError(f"model={path}: no weights in this directory, only a configuration: nothing to evaluate.")
-    if (tokenizer or "").startswith("bpe:"):
-        raise DataError(f"tokenizer={tokenizer} would have to be trained first. Give the directory it is saved in.")
-    words = load_tokenizer(tokenizer or path)
+    words = named_tokenizer(tokenizer or path)
     if len(words) > info.vocab_size:
         raise DataError(
             f"the tokenizer {tokenizer or path} has {len(words)} entries, but the model {path} only "
@@ -215,6 +208,17 @@ def load_evaluated(
     # fla's chunked kernels take no float32 on a GPU, which is what adapted weights are.
     actor = make_actor(model, autocast_dtype=torch.bfloat16 if place.type == "cuda" else None)
     return EvaluatedModel(actor, words, ttt)
+
+
+def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub id, or `bytes`.
+
+    Raises:
+        DataError: there is none, or it would have to be trained first.
+    """
+    if name.startswith("bpe:"):
+        raise DataError(f"tokenizer={name} would have to be trained first. Give the directory it is saved in.")
+    return load_tokenizer(name)
 
 
 def ttt_settings(method: str, settings: Any = None) -> AdaptSettings:

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.evaluate import needles, short_context
-from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, ttt_settings
+from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, named_tokenizer, ttt_settings
 from refine_verl.evaluate.results import Results, Row, aggregate, model_fingerprint, standard_error
 from refine_verl.evaluate.samples import (
     Sample,
@@ -41,10 +39,10 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     """
     ttt = ttt_settings(settings.ttt, settings.adapt)
     plan = _Plan(settings)
+    units = plan.units()
     model = load_evaluated(
         settings.model, tokenizer=settings.tokenizer, dtype=settings.dtype, device=settings.device, ttt=ttt
     )
-    units = plan.units(model)
     identity = {
         "model": settings.model,
         "model_sha256": model_fingerprint(model.actor),
@@ -58,7 +56,7 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     results = Results(settings.out, identity)
     rows: list[Row] = []
     tables: list[Table] = []
-    for unit in units:
+    for unit in [*plan.needles(), *units]:
         done = results.finished(unit.name, {sample.id: sample.digest for sample in unit.samples})
         if unit.group == "short_context":
             rows += short_context.run(unit, settings, model, results)
@@ -83,33 +81,32 @@ class _Plan:
         self.ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type)
         self.documents = find_documents(settings) if "ntp" in self.groups else []
         short_context.check(settings, self.groups.get("short_context", []))
-        if "ruler_niah" in self.groups:
-            tokenizer = load_tokenizer(settings.tokenizer or settings.model)
-            needles.check_needles(settings, self.groups["ruler_niah"], tokenizer)
+        self.tokenizer = named_tokenizer(settings.tokenizer or settings.model)
+        needles.check_needles(settings, self.groups.get("ruler_niah", []), self.tokenizer)
 
-    def units(self, model: EvaluatedModel) -> list[Unit]:
-        """All samples, read and checked; needles are made last."""
-        settings, encode, tokenizer = self.settings, model.encode, model.tokenizer
-        most = settings.lengths[-1]
+    def units(self) -> list[Unit]:
+        """All samples but the needles, read and checked."""
+        settings = self.settings
         ruler = [
-            read_answers(path, Unit("ruler_qa", task, length), settings, encode)
+            read_answers(path, Unit("ruler_qa", task, length), settings, self.tokenizer)
             for (task, length), path in self.ruler.items()
         ]
         longbench = [
-            read_answers(path, Unit("longbench", task, None), settings, encode, tokenizer, most)
+            read_answers(path, Unit("longbench", task, None), settings, self.tokenizer, most=settings.lengths[-1])
             for task, path in self.longbench.items()
         ]
         short = [Unit("short_context", task, None) for task in self.groups.get("short_context", [])]
-        ntp = list(read_documents(self.documents, settings, encode)) if self.documents else []
-        return [*self._needles(encode, tokenizer), *ruler, *longbench, *short, *ntp]
+        ntp = list(read_documents(self.documents, settings, self.tokenizer)) if self.documents else []
+        return [*ruler, *longbench, *short, *ntp]
 
-    def _needles(self, encode: Any, tokenizer: PreTrainedTokenizerBase) -> list[Unit]:
+    def needles(self) -> list[Unit]:
+        """The needles, made where they are not there yet: when all else is known to be in order."""
         return [
             read_answers(
-                needles.frozen_needles(self.settings, task, length, tokenizer),
+                needles.frozen_needles(self.settings, task, length, self.tokenizer),
                 Unit("ruler_niah", task, length),
                 self.settings,
-                encode,
+                self.tokenizer,
             )
             for task in self.groups.get("ruler_niah", [])
             for length in self.settings.lengths

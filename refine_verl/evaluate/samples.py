@@ -6,15 +6,16 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from refine_verl.data.errors import DataError
 from refine_verl.data.prompts_read import read_prompts
 from refine_verl.data.prompts_settings import PromptSettings
-from refine_verl.data.prompts_tokenize import encode_continuations
+from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.readers import read_file
 from refine_verl.data.sources import FileSource, resolve_sources
 from refine_verl.evaluate.settings import EvaluateSettings
@@ -79,9 +80,6 @@ class Unit:
     def fingerprint(self) -> str:
         """sha256 of everything that is asked, in order."""
         return hashlib.sha256("".join(sample.digest for sample in self.samples).encode()).hexdigest()
-
-
-Encode = Callable[[str], Sequence[int]]
 
 
 def find_longbench(settings: EvaluateSettings, tasks: Sequence[str]) -> dict[str, Path]:
@@ -161,8 +159,7 @@ def read_answers(
     path: Path,
     unit: Unit,
     settings: EvaluateSettings,
-    encode: Encode,
-    tokenizer: object = None,
+    tokenizer: PreTrainedTokenizerBase,
     most: int | None = None,
 ) -> Unit:
     """The rows of a file as samples of a unit.
@@ -171,8 +168,7 @@ def read_answers(
         path: a file with prompts and answers.
         unit: its task and length.
         settings: limit and convention.
-        encode: prompts to ids.
-        tokenizer: counts the references where `most` is set.
+        tokenizer: prompts get the special tokens it puts in front of a text.
         most: leave out rows whose prompt and longest reference have more tokens; None keeps all.
 
     Raises:
@@ -191,7 +187,7 @@ def read_answers(
         rule_of(row.task, settings.convention)
         if settings.limit is not None and len(samples) == settings.limit:
             break
-        ids = np.asarray(encode(str(row.prompt)), np.int32)
+        ids = _encode(tokenizer, str(row.prompt))
         longest = max(map(len, encode_continuations(tokenizer, row.answers))) if most is not None else 0
         if most is not None and len(ids) + longest > most:
             left_out += 1
@@ -204,7 +200,9 @@ def read_answers(
     return dataclasses.replace(unit, samples=tuple(samples), left_out=left_out, source=str(path))
 
 
-def read_documents(sources: Sequence[FileSource], settings: EvaluateSettings, encode: Encode) -> Iterator[Unit]:
+def read_documents(
+    sources: Sequence[FileSource], settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Unit]:
     """A unit per length: documents of at least that many tokens, their first `length` tokens each.
 
     Raises:
@@ -217,13 +215,13 @@ def read_documents(sources: Sequence[FileSource], settings: EvaluateSettings, en
     for name, row, text in _texts(sources):
         if all(len(samples) >= most for samples in kept.values()):
             break
-        ids = encode(text)
+        ids = _encode(tokenizer, text)
         longest = max(longest, len(ids))
         for length, samples in kept.items():
             if len(ids) < length:
                 shorter[length] += 1
             elif len(samples) < most:
-                samples.append(Sample(f"{name}:{row}", np.asarray(ids[:length], np.int32)))
+                samples.append(Sample(f"{name}:{row}", ids[:length]))
     for length, samples in kept.items():
         if not samples:
             raise DataError(
@@ -231,6 +229,10 @@ def read_documents(sources: Sequence[FileSource], settings: EvaluateSettings, en
                 "longer documents, or leave this length out of lengths."
             )
         yield Unit("ntp", "ntp", length, tuple(samples), shorter[length], str(sources[0].path.parent))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    return encode_prompts(tokenizer, [text], special_tokens=True)[0][0]
 
 
 def _texts(sources: Sequence[FileSource]) -> Iterator[tuple[str, int, str]]:

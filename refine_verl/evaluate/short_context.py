@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,6 @@ def check(settings: EvaluateSettings, tasks: Sequence[str]) -> None:
 def run(unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: Results) -> list[Row]:
     """Ask one task; a task whose samples are all there already is not asked again."""
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     from refine_verl.evaluate.lm import RefineLM
 
@@ -90,7 +90,7 @@ def run(unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: 
             found = lm_eval.simple_evaluate(
                 model=RefineLM(model, batch_size=settings.batch_size),
                 tasks=[unit.task],
-                task_manager=TaskManager(),
+                task_manager=_task_manager(),
                 limit=settings.limit,
                 bootstrap_iters=0,
             )
@@ -116,6 +116,14 @@ def run(unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: 
             )
         )
     return rows
+
+
+@functools.cache
+def _task_manager() -> Any:
+    """The harness's tasks; finding them takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _record(sample: dict[str, Any], task: Task, asked: str) -> dict[str, Any]:
