@@ -25,7 +25,7 @@ CORE = [
     "tokenizers>=0.21,<1",
     "safetensors>=0.4,<1",
     "numpy>=2,<3",
-    "pyarrow>=19",
+    "pyarrow>=19,<27",
     "zstandard>=0.22,<1",
     "hydra-core>=1.3.2,<1.4",
     "omegaconf>=2.3,<2.4",
@@ -55,7 +55,7 @@ EXTRAS = {
     "vllm": [f"verl[vllm]=={VERL}"],
     "eval": EVAL,
     # Exact pins: a formatter or type checker that changes under a contributor is a broken build.
-    "dev": ["mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.5", *EVAL],
+    "dev": ["mypy==2.4.1", "pip-audit==2.10.1", "pytest==9.2.0", "ruff==0.17.5", *EVAL],
 }
 
 setup(
