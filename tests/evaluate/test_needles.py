@@ -29,10 +29,11 @@ def settings_for(folder: Path, **values: Any) -> EvaluateSettings:
     return EvaluateSettings(**{**given, "data_dir": str(folder), **values})
 
 
-def splitter(folder: Path) -> None:
+def splitter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sentence splitter in the place and format of NLTK's own, which cannot be downloaded here."""
     target = folder / "nltk_data/tokenizers/punkt_tab/english"
     target.mkdir(parents=True)
+    monkeypatch.setattr(nltk.data, "path", [str(folder / "nltk_data"), *nltk.data.path])  # it writes nowhere else
     trainer = nltk.tokenize.punkt.PunktTrainer(TEXT * 20)
     nltk.tokenize.punkt.save_punkt_params(trainer.get_params(), dir=str(target))
 
@@ -89,8 +90,11 @@ def test_what_essays_need_is_named(tmp_path: Path) -> None:
     assert not list((tmp_path / "ruler_niah").glob("*.parquet"))
 
 
-def test_all_four_kinds(tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    splitter(tmp_path)
+def test_all_four_kinds(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splitter(tmp_path, monkeypatch)
+    monkeypatch.undo()
     write_jsonl(tmp_path / "ruler_niah/paul_graham_essays.jsonl", [{"text": TEXT * 40}])
     # The harness starts with 500 words of an essay and takes 500 less where they are too many.
     command = [f"model={model_dir}", "tasks=ruler_niah", f"data_dir={tmp_path}", "lengths=[4096]", "niah_samples=2"]
