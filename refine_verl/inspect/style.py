@@ -48,7 +48,7 @@ figure.wide svg text {{ font-size: 12px; }}
 .tokens b.nl::before {{ content: "↵"; }}
 .tokens b.tab::before {{ content: "⇥"; }}
 .tokens b.rest::before {{ content: "▏"; }}
-.tokens b.sign, .tokens b.byte {{ border: 1px solid var(--muted); border-radius: 3px; font-size: 10.5px;
+.tokens b.sign, .tokens b.byte {{ color: inherit; border: 1px solid var(--muted); border-radius: 3px; font-size: 10.5px;
   padding: 0 2px; margin: 0 1px; }}
 .tokens .special {{ font-style: italic; border: 1px solid var(--line); }}
 a.at {{

@@ -13,6 +13,7 @@ __all__ = ["BOTTOM", "HEIGHT", "LEFT", "RIGHT", "TOP", "WIDTH", "Frame", "nice_t
 
 WIDTH, HEIGHT = 540, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 20, 40
+WIDEST = 6  # characters of a label that fit left of the axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def _labels(ticks: Sequence[float], *, percent: bool) -> tuple[list[str], str]:
     largest = max((abs(tick) for tick in ticks), default=0.0)
     if percent:
         return [text + "%" for text in _fixed([100 * tick for tick in ticks])], ""
-    if 0 < largest < 1e-3:
+    if 0 < largest < 1e-3 or (largest < 1e-2 and max(map(len, _fixed(ticks)), default=0) > WIDEST):
         exponent = math.floor(math.log10(largest))
         return _fixed([tick * 10.0**-exponent for tick in ticks]), f"×{power_of_ten(exponent)}"
     for limit, unit, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):

@@ -185,7 +185,8 @@ def _metrics(entries: Sequence[Entry]) -> Iterator[tuple[ChartSpec, str, str]]:
         yield ChartSpec(section=learning, title=title, unit=unit, lines=(), noisy=True), key, title
     for spec in SPECS:
         for key, label in spec.lines:
-            yield spec, key, spec.title if len(spec.lines) == 1 else f"{spec.title}: {label}"
+            alone = len(spec.lines) == 1 or label == spec.title.lower()
+            yield spec, key, spec.title if alone else f"{spec.title}: {label}"
     tasks = dict.fromkeys(key for entry in entries for key in task_keys(entry.records))
     for key in tasks:
         name = key.removeprefix("val/")

@@ -102,7 +102,7 @@ footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
     --c1: #1f66c1; --c2: #c8500a; --c3: #0f7f63; --c4: #8a4fbf; --c5: #8a93a1; --c6: #a3446b;
   }
   body { font-size: 12px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  main { max-width: none; padding: 0; }
+  main { max-width: none; padding: 0 1px; }
   h2 { break-after: avoid; margin-top: 24px; }
   svg text { font-size: 14px; }
   .unit, .legend { font-size: 11px; }

@@ -66,7 +66,9 @@ class Browser:
 
     def emulate(self, media: str = "screen", scheme: str = "light") -> None:
         """`screen` or `print`, `light` or `dark`."""
-        self._call("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._call(
+            "Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
