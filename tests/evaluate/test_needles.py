@@ -90,6 +90,7 @@ def test_what_essays_need_is_named(tmp_path: Path) -> None:
     assert not list((tmp_path / "ruler_niah").glob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_all_four_kinds(
     tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
