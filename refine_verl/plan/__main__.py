@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from refine_verl.plan.estimate import Plan
 
 BAD_INPUT = 2
+WIDTH = 140
+"""Of tables that go to a file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +91,8 @@ def _plan(arguments: Sequence[str]) -> int:
     if options.json:
         sys.stdout.write(json.dumps(plan.as_json(), indent=2, default=_plain) + "\n")
     else:
-        show(plan, Console(), every_key=options.all)
+        console = Console()
+        show(plan, console if console.is_terminal else Console(width=WIDTH), every_key=options.all)
     return 0
 
 
@@ -132,7 +135,7 @@ def make_plan(
     memory = estimate_memory(info.config, shape)
     work = work_of(valid, train, shape, traced=reads_uncut(info.model_type, shape.cuda))
     plan = Plan(
-        origins=find_origins(composed, valid.config, files_chosen(files), overrides),
+        origins=find_origins(composed, valid.config, files_chosen(files, overrides), overrides),
         train=train,
         validation=validation,
         work=work,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from refine_verl.schema import leaves
 DEFAULT = "default"
 COMMAND_LINE = "command line"
 COMPUTED = "computed"
+SECRET = re.compile(r"(^|[._])(api_?key|secret(_\w+)?|password|(hf|hub|auth|access)_token)$", re.IGNORECASE)
+"""Keys whose values are not shown, such as environment variables for workers: `...env_vars.WANDB_API_KEY`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,13 @@ class Origin:
     follows: str = ""
 
 
-def files_chosen(files: Iterable[ConfigFile]) -> list[ConfigFile]:
-    """The preset and the recipes of the composed configuration, in the order in which they win."""
-    choices = HydraConfig.get().runtime.choices
-    recipes = choices.get("recipe")
-    names = [("model", choices.get("model"))]
-    names += [("recipe", name) for name in ([recipes] if isinstance(recipes, str) else recipes or [])]
+def files_chosen(files: Iterable[ConfigFile], overrides: Sequence[str]) -> list[ConfigFile]:
+    """The preset and the recipes of the configuration composed last, in the order in which they win."""
+    names = [("model", HydraConfig.get().runtime.choices.get("model"))]
+    for item in OverridesParser.create().parse_overrides(list(overrides)):
+        if item.key_or_group == "recipe":
+            value = item.value()
+            names += [("recipe", name) for name in (value if isinstance(value, list) else [value])]
     found = {(file.group, file.name): file for file in files}
     return [found[name] for name in names if name in found]
 
@@ -68,7 +72,8 @@ def find_origins(
         source = _source(key, typed, contents)
         if source == DEFAULT and before.get(key) != value:
             source = COMPUTED
-        origins.append(Origin(key, value, source, follows))
+        shown = "(hidden)" if value and SECRET.search(key) else value
+        origins.append(Origin(key, shown, source, follows))
     return origins
 
 

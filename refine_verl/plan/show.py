@@ -16,7 +16,7 @@ from refine_verl.plan.reading import Reading
 def show(plan: Plan, console: Console, *, every_key: bool = False) -> None:
     """Print ``plan``; ``every_key`` with verl's defaults, too."""
     origins = [origin for origin in plan.origins if every_key or _is_shown(origin)]
-    console.print(_table("Configuration", ("key", "value", "from"), [_origin_row(origin) for origin in origins]))
+    console.print(_table("Configuration", ("key", "from", "value"), [_origin_row(origin) for origin in origins]))
     console.print(_reading(plan))
     console.print(_work(plan))
     console.print(_memory(plan))
@@ -32,15 +32,18 @@ def _is_shown(origin: Origin) -> bool:
 
 def _origin_row(origin: Origin) -> tuple[str, str, str]:
     value = "null" if origin.value is None else str(origin.value)
-    source = f"{origin.source}, {origin.follows}" if origin.follows else origin.source
-    return origin.key, value, source
+    if origin.follows and origin.follows != value:
+        value = f"{value}  ({origin.follows})"
+    return origin.key, origin.source, value
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         numbers = index > 0 and title not in ("Configuration", "Work", "Disk")
-        table.add_column(column, overflow="fold", no_wrap=index == 0, justify="right" if numbers else "left")
+        table.add_column(
+            column, overflow="fold", no_wrap=index == 0 or column == "from", justify="right" if numbers else "left"
+        )
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     return table

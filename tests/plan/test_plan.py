@@ -1,0 +1,218 @@
+"""The command: what it says of configurations, data, work and disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference.toy import documents_of, draws_for, tiny_config
+
+from refine_verl.compose import compose_config, find_configs
+from refine_verl.config import ConfigError, NSPSettings
+from refine_verl.models import Branches, load_model, make_actor, snapshot_count
+from refine_verl.plan import estimate
+from refine_verl.plan.__main__ import main
+from refine_verl.plan.estimate import GIB, Shape, forward_tokens
+from refine_verl.plan.memory import MemoryEstimate
+from refine_verl.plan.options import measured_throughput, read_options
+from refine_verl.plan.origins import files_chosen, find_origins
+from refine_verl.validate import validate
+
+RUN = (
+    "recipe=midtrain",
+    "model=tiny_deltanet",
+    "model.tokenizer=bytes",
+    "model.config.vocab_size=257",
+    "model.config.hidden_size=32",
+    "model.config.num_hidden_layers=1",
+    "data.train_files=docs.jsonl",
+    "data.max_length=64",
+    "data.train_batch_size=4",
+    "refine.ppo_mini_batch_size=2",
+    "trainer.n_gpus_per_node=1",
+    "trainer.device=cpu",
+)
+
+
+def write_documents(lengths: list[int]) -> None:
+    lines = [json.dumps({"text": "a" * length}) for length in lengths]
+    Path("docs.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate of memory has tests of its own, and takes seconds."""
+    from refine_verl.plan import memory
+
+    phases = {"update": {"parameters": 4 * GIB, "activations": 6 * GIB}, "optimiser": {"parameters": 4 * GIB}}
+    found = MemoryEstimate(parameters=GIB, state_bytes=1, phases=phases)
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_: found)
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main([*RUN, "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_reading_and_work(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents([10, 64, 64, 64, 64, 100, 30, 64, 64])
+    plan = plan_of(capsys, "throughput=1000", "refine.nsp.chunks=2", "refine.nsp.rollout_length=3")
+    # 100 is cut into 64 and 36
+    assert plan["train"]["documents"] == 9 and plan["train"]["sequences"] == 10 and plan["train"]["too_short"] == 0
+    tokens = 10 + 6 * 64 + 100 + 30
+    assert plan["train"]["tokens"] == tokens and plan["validation"] is None
+    work = plan["work"]
+    assert work["steps"] == 100 and work["epochs"] == 50 and work["optimiser_steps_per_step"] == 2
+    assert work["tokens_per_step"] == pytest.approx(4 * tokens / 10)
+    assert plan["seconds_per_step"] == pytest.approx(4 * tokens / 10 / 1000)
+    assert any("left out in every epoch" in text and "2 of them" in text for text in plan["warnings"])
+    assert not Path("outputs").exists()
+
+
+def test_tables(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents([64] * 8)
+    assert main(list(RUN)) == 0
+    shown = capsys.readouterr().out
+    for text in ("command line", "recipe midtrain", "preset tiny_deltanet", "10.000", "give throughput="):
+        assert text in shown
+
+
+def test_a_sample_is_reckoned_up(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents([64] * 200)
+    whole, part = plan_of(capsys), plan_of(capsys, "sample=20")
+    assert part["train"]["estimated"] and not whole["train"]["estimated"]
+    for name in ("documents", "tokens", "sequences"):
+        # json's quotes and key are in the file's size and not in the text's
+        assert part["train"][name] == pytest.approx(whole["train"][name], rel=0.25)
+    assert part["train"]["longest"] == 64
+
+
+def test_warnings_of_resources(
+    no_memory: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_documents([64] * 8)
+    usage = type("Usage", (), {"free": GIB})
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: usage)
+    plan = plan_of(capsys, "memory=8", "+model.config.max_position_embeddings=32", "refine.nsp.chunks=2")
+    text = "\n".join(plan["warnings"])
+    assert "10.0 GiB are needed at the peak (update), and a worker has 8.0 GiB" in text
+    assert "trainer.max_actor_ckpt_to_keep" in text and "max_position_embeddings" in text
+    # 1 Gi parameters, 12 bytes each, at steps 25, 50, 75, 100; and the model
+    assert plan["disk"]["needed"] == (4 * 12 + 4) * GIB
+    kept = plan_of(capsys, "trainer.max_actor_ckpt_to_keep=1", "memory=80")
+    assert kept["disk"]["checkpoints_kept"] == 1
+    assert "are needed at the peak" not in "\n".join(kept["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["data.max_lenght=3"], "data.max_length"),
+        (["throughput=fast"], "throughput"),
+        (["throughput=1", "measured=x.json"], "measured="),
+        (["measured=nothing.json"], "nothing.json"),
+        (["refine.ppo_mini_batch_size=3"], "does not divide"),
+        (["-m"], "one run"),
+    ],
+)
+def test_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents([64] * 8)
+    assert main([*RUN, *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_neither_ray_nor_a_gpu_is_touched() -> None:
+    write_documents([64] * 8)
+    script = (
+        "import sys; from refine_verl.plan import memory, __main__ as plan\n"
+        "found = memory.MemoryEstimate(parameters=1, state_bytes=1, phases={'a': {'b': 1}})\n"
+        "memory.estimate_memory = lambda *_: found\n"
+        "code = plan.main(sys.argv[1:])\n"
+        "import ray; assert not ray.is_initialized(); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", script, *RUN, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["work"]["steps"] == 100
+
+
+# Where values come from
+
+
+def origins_of(*overrides: str) -> dict[str, Any]:
+    composed = compose_config(overrides)
+    files = find_configs()
+    valid = validate(composed, files)
+    return {item.key: item for item in find_origins(composed, valid.config, files_chosen(files, overrides), overrides)}
+
+
+def test_origins() -> None:
+    found = origins_of(*RUN, "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_API_KEY=abc123")
+    wanted = {
+        "data.max_length": (64, "command line"),
+        "refine.nsp.chunks": (8, "recipe midtrain"),
+        "model.config.conv_size": (4, "preset tiny_deltanet"),
+        "refine.nsp.anchor": ("prediction", "default"),
+        "data.min_length": (13, "computed"),
+    }
+    for key, (value, source) in wanted.items():
+        assert (found[key].value, found[key].source) == (value, source), key
+    follower = found["actor_rollout_ref.actor.ppo_mini_batch_size"]
+    assert follower.value == 2 and "refine.ppo_mini_batch_size" in follower.follows
+    assert "abc123" not in str(found)
+
+
+def test_the_last_recipe_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("refine:\n  nsp:\n    chunks: 4\n")
+    monkeypatch.setenv("REFINE_RECIPES_PATH", str(tmp_path))
+    found = origins_of("recipe=[midtrain,mine]", *RUN[1:])
+    assert (found["refine.nsp.chunks"].value, found["refine.nsp.chunks"].source) == (4, "recipe mine")
+    assert found["refine.nsp.rollout_length"].source == "recipe midtrain"
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tokens_are_those_the_actor_counts(checkpointing: bool) -> None:
+    nsp, length = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=2), 48
+    actor = make_actor(load_model(None, config=tiny_config("delta_net")), checkpoint_segments=checkpointing)
+    documents = documents_of([length])
+    draws, snapshots = draws_for([0], nsp), snapshot_count(nsp.chunks, length)
+    rollouts = actor(mode="rollout", documents=documents, nsp=nsp, draws=draws, snapshots=snapshots)
+    branches = Branches(rollouts.positions, rollouts.tokens)
+    output = actor(mode="update", documents=documents, branches=branches, nsp=nsp)
+    (output["ntp_loss_sum"] + output["log_probs"].sum()).backward()
+    shape = Shape(length=length, nsp=nsp, checkpoint_segments=checkpointing)
+    assert forward_tokens(shape, length, traced=True) == pytest.approx(actor.forward_tokens / length)
+    untraced = forward_tokens(shape, length, traced=False)
+    assert untraced is not None and untraced > actor.forward_tokens / length
+    assert torch.isfinite(output["log_probs"]).all()
+
+
+def test_measurements(tmp_path: Path) -> None:
+    benchmark = tmp_path / "cost.json"
+    seconds = {"sft": [1.0], "fork": [2.0, 4.0, 3.0]}
+    benchmark.write_text(json.dumps({"settings": {"length": 100, "documents": 6}, "seconds": seconds}))
+    assert measured_throughput(str(benchmark), 4, rollouts=True)[0] == 800
+    assert measured_throughput(str(benchmark), 1, rollouts=False)[0] == 600
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(f'{{"step": {i}, "perf/tokens_per_second": {i * 10}}}\n' for i in (1, 2, 3)))
+    assert measured_throughput(str(metrics), 4, rollouts=True)[0] == 20
+    benchmark.write_text("{}")
+    with pytest.raises(ConfigError, match="neither"):
+        measured_throughput(str(benchmark), 1, rollouts=True)
+
+
+def test_options() -> None:
+    options, rest, measured = read_options(["a=1", "throughput=5", "memory=2", "--json", "sample=3", "+b.c=2"])
+    assert (options.throughput, options.memory, options.sample, options.json) == (5, 2 * GIB, 3, True)
+    assert rest == ["a=1", "+b.c=2"] and measured == ""
+    with pytest.raises(ConfigError, match="memory"):
+        read_options(["memory=-1"])
