@@ -1,0 +1,119 @@
+"""The examples: their scripts name runs that the checks let pass, and the reward is one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from reference.runs import read_steps, run_to_the_end, toy_overrides, write_corpus
+
+from refine_verl.compose import compose_config, find_configs
+from refine_verl.nsp import RewardInputs, get_reward
+from refine_verl.validate import validate
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+REWARD = "new_reward.near_matches.near_matches"
+SCRIPTS = ("single_gpu.sh", "node_8gpu.sh", "slurm.sbatch")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_syntax(name: str) -> None:
+    subprocess.run(["bash", "-n", str(EXAMPLES / name)], check=True)
+
+
+def fake_python(directory: Path) -> Path:
+    """A `python` (and SLURM's programs) that write down what they are asked to run."""
+    log = directory / "asked"
+    for name, body in {
+        "python": f'echo "$@" >> {log}',
+        "ray": 'case "$1" in list) echo "\\"node_id\\"";; start) exec sleep 60;; esac',
+        "scontrol": "echo node1",
+        "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+        "hostname": "echo 10.0.0.1 fe80::1",
+    }.items():
+        (directory / name).write_text(f"#!/bin/bash\n{body}\n")
+        (directory / name).chmod(0o755)
+    return log
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_run_is_one_that_would_start(name: str, tmp_path: Path) -> None:
+    log = fake_python(tmp_path)
+    environment = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "MODEL": "DIR",
+        "DATA": "FILES",
+        "VALIDATION": "MORE",
+        "RUN": str(tmp_path / "run"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+    command = ["bash", str(EXAMPLES / name), "data.max_length=4096"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    asked = [shlex.split(line) for line in log.read_text().splitlines()]
+    runs = [words[2:] for words in asked if words[:2] in (["-m", "refine_verl.main"], ["-m", "refine_verl.plan"])]
+    assert len(runs) == (1 if name == "slurm.sbatch" else 2) and all(run == runs[0] for run in runs)
+    valid = validate(compose_config(runs[0]), find_configs())
+    assert valid.workers == (1 if name == "single_gpu.sh" else 8)
+    assert valid.config.data.max_length == 4096
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_is_missing_is_said(name: str, tmp_path: Path) -> None:
+    fake_python(tmp_path)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(EXAMPLES / name)], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "MODEL" in done.stderr
+
+
+def test_commands_of_the_page() -> None:
+    text = (EXAMPLES / "ray_cluster.md").read_text()
+    runs = re.findall(r"-m refine_verl\.(?:main|plan) (recipe=.*)", text)
+    assert len(runs) == 2
+    for run in runs:
+        overrides = [word.replace("/shared", "shared") for word in shlex.split(run)]
+        assert validate(compose_config(overrides), find_configs()).workers == 16
+
+
+# The reward
+
+
+@pytest.fixture
+def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def test_the_reward_by_hand(on_the_path: None) -> None:
+    hidden = torch.zeros(3, 4, 2)
+    inputs = RewardInputs(
+        predicted_hidden=hidden,
+        target_hidden=hidden,
+        predicted_tokens=torch.tensor([[1, 2, 3, 4], [9, 1, 2, 3], [9, 9, 9, 9]]),
+        target_tokens=torch.tensor([[1, 2, 3, 4]]).expand(3, -1),
+    )
+    torch.testing.assert_close(get_reward(REWARD)(inputs), torch.tensor([1.0, 0.375, 0.0]))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_with_the_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))
+    more = (f"refine.nsp.reward={REWARD}", "trainer.total_training_steps=3", "trainer.save_freq=-1")
+    code, output = run_to_the_end(toy_overrides(tmp_path, tmp_path / "run", *more), tmp_path)
+    assert code == 0, output
+    trained = [step for step in read_steps(tmp_path / "run").values() if "nsp/reward/mean" in step]
+    assert trained
+    for step in trained:
+        assert 0 <= step["nsp/reward/mean"] <= 1
+        # a token in its place counts whole in both
+        assert step["nsp/reward/mean"] >= step["nsp/reward_binary/mean"] - 1e-6
