@@ -20,8 +20,8 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
-# Half the cores: the distributed tests run two processes at a time.
-TEST_THREADS := $(shell echo $$(( $(CORES) > 1 ? $(CORES) / 2 : 1 )))
+# Files in parallel, one thread each; what needs several processes or Ray takes its share.
+TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
 
 .PHONY: help quickstart test check venv clean
 
@@ -33,7 +33,8 @@ quickstart: $(VENV)/.package
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m refine_verl.main recipe=quickstart $(ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} $(BIN)/python -m pytest -q -m "not gpu" --durations=15 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m "not gpu" \
+	  -n $(TEST_WORKERS) --dist loadfile --durations=15 $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -112,7 +112,7 @@ PRESETS = {
         },
         length=4096,
         documents=4,
-        rollout_micro_batch=4,
+        rollout_micro_batch=2,
         device="cpu",
         checkpoint_segments=False,
         rounds=5,
