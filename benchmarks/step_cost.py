@@ -312,20 +312,28 @@ def _compare(bench: Bench) -> dict[str, float]:
     }
 
 
-def measure_time(bench: Bench, rounds: int, prefix_rounds: int) -> dict[str, list[float]]:
-    """Seconds per step, kinds interleaved so that a change of the machine's speed meets all of them."""
+def measure_time(
+    bench: Bench, rounds: int, prefix_rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and processor seconds (all threads) per step.
+
+    Kinds are interleaved, so that a change of the machine's speed meets all of them; processor time does not count
+    what other processes take.
+    """
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    processor: dict[str, list[float]] = {kind: [] for kind in KINDS}
     bench.step("sft"), bench.step("fork")  # warm up
     for index in range(rounds):
         for kind in KINDS:
             if kind == "prefix" and index >= prefix_rounds:
                 continue
             _synchronise(bench.preset.device)
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             bench.step(kind)
             _synchronise(bench.preset.device)
             seconds[kind].append(time.perf_counter() - started)
-    return seconds
+            processor[kind].append(time.process_time() - used)
+    return seconds, processor
 
 
 def count_tokens(bench: Bench, kind: str) -> float:
@@ -378,18 +386,21 @@ def run(name: str, rounds: int | None) -> dict[str, Any]:
     limit = 5e-2 if preset.device == "cuda" else 1e-3
     if max(differences.values()) > limit:
         raise SystemExit(f"fork and prefix differ by more than {limit}: {differences}; nothing was timed")
-    seconds = measure_time(bench, rounds or preset.rounds, preset.prefix_rounds)
+    seconds, processor = measure_time(bench, rounds or preset.rounds, preset.prefix_rounds)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    on_cpu = {kind: statistics.median(values) for kind, values in processor.items()}
     memory = {kind: _memory_in_a_process(name, kind) for kind in ("sft", "fork")}
     return {
         "fork_over_sft": medians["fork"] / medians["sft"],
         "prefix_over_fork": medians["prefix"] / medians["fork"],
+        **({"fork_over_sft_processor_time": on_cpu["fork"] / on_cpu["sft"]} if preset.device == "cpu" else {}),
         "memory_ratio": memory["fork"]["peak"] / memory["sft"]["peak"],
         "memory_ratio_above_model": _above(memory["fork"]) / _above(memory["sft"]),
         "forward_tokens_per_token": count_tokens(bench, "fork"),
         "forward_tokens_per_token_prefix": count_tokens(bench, "prefix"),
         "difference_fork_prefix": differences,
         "seconds": seconds,
+        "processor_seconds": processor,
         "memory_bytes": memory,
         "settings": {"preset": name, **asdict(preset), "nsp": asdict(nsp)},
         "environment": {
