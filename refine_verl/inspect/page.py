@@ -213,7 +213,7 @@ def _reading(view: View) -> Markup:
 
 
 def _positions(view: View) -> list[Markup]:
-    largest = max((abs(rollout.advantage) for rollout in view.inspection.rollouts), default=0.0)
+    largest = max(_finite([abs(rollout.advantage) for rollout in view.inspection.rollouts]), default=0.0)
     return [_position(view, order, position, largest) for order, position in enumerate(view.inspection.positions, 1)]
 
 
@@ -285,7 +285,7 @@ def _rollout(view: View, n: int, rollout: Rollout, position: Position, largest: 
 
 
 def _bar(advantage: float, largest: float) -> Markup:
-    share = 30 * advantage / largest if largest else 0.0
+    share = 30 * advantage / largest if largest and math.isfinite(advantage) else 0.0
     left, width = (32.0, share) if share >= 0 else (32.0 + share, -share)
     bar = el("path", class_="up" if share >= 0 else "down", d=f"M{left:.1f} 1h{width:.1f}v8h-{width:.1f}z")
     return el(

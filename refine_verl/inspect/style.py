@@ -77,6 +77,7 @@ a.at {{
   .scroll {{ overflow: visible; }}
   figure.wide .scroll svg {{ min-width: 0; }}
   .rollouts td.tokens {{ min-width: 0; }}
+  .chunk h3 {{ break-after: avoid; }}
   .flow.card:not(.panel):not(details) {{ break-inside: auto; }}
   .tiles {{ grid-template-columns: repeat(4, 1fr); }}
   a.at {{ font-size: 8.5px; padding: 0 4px; }}

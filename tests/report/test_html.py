@@ -312,3 +312,42 @@ def test_command_line(tmp_path: Path) -> None:
     run_of(tmp_path, [(1, sft_step(1))])
     done = call(str(tmp_path))
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tmp_path / "report.html"), "")
+
+
+def test_phases_have_charts_of_their_own(tmp_path: Path) -> None:
+    answers = {
+        "answer/reward/mean": 0.3,
+        "answer/ntp_loss": 1.2,
+        "answer/group_zero_std": 0.5,
+        "answer/length/mean": 4.0,
+        "answer/grad_norm": 0.2,
+        "ttt/loss_before": 3.0,
+        "ttt/loss_after": 2.0,
+        "timing_s/answer": 0.2,
+        "timing_s/score": 0.05,
+        "timing_s/validate": 7.0,
+        "timing_s/save_checkpoint": 3.0,
+    }
+    page = parse(write_report(run_of(tmp_path, [(step, refine_step(step) | answers) for step in (1, 2)])))
+    found = figures(page)
+    for title in ("Score of sampled answers", "Loss on answers", "Lost signal of answers", "Length of answers"):
+        assert title in found
+    assert "before 3 after 2" in text_of(found["Loss around test-time training"])
+    assert "validate 7 save checkpoint 3" in text_of(found["Time between steps"])
+    # what happens between steps is no part of a step: rollout 1, reward 0.1, update 3, answers 0.25, other 0.4 of 4.75
+    bars = [bar.findtext("title") for bar in with_class(found["Time per step"], "bar")]
+    assert bars[0] == "step 1\nrollout: 1\nreward: 0.1000\nupdate: 3\nanswers: 0.2500\nother: 0.4000"
+
+
+def test_updates_left_out_are_drawn_where_there_are_some(tmp_path: Path) -> None:
+    fine = parse(write_report(run_of(tmp_path / "a", [(1, sft_step(1) | {"actor/skipped_updates": 0.0})])))
+    assert "Updates left out" not in figures(fine)
+    bad = parse(write_report(run_of(tmp_path / "b", [(1, sft_step(1) | {"actor/skipped_updates": 2.0})])))
+    assert "Updates left out" in figures(bad)
+
+
+def test_labels_of_small_numbers_fit_left_of_the_axis(tmp_path: Path) -> None:
+    lines = [(step, {"actor/pg_loss": -0.00115 + 0.00002 * step}) for step in range(1, 12)]
+    figure = figures(parse(write_report(run_of(tmp_path, lines))))["Policy loss"]
+    labels = [tick.text or "" for tick in with_class(figure, "tick") if tick.get("text-anchor") == "end"]
+    assert "×10⁻³" in labels and max(map(len, labels)) <= 6
