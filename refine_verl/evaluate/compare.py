@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from refine_verl.config import ConfigError
+from refine_verl.evaluate.console import INSTALL
 from refine_verl.evaluate.results import RESULTS_FILE, aggregate, read_samples
 from refine_verl.evaluate.tables import LABELS, Table, length_label
 
@@ -71,8 +72,6 @@ def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tu
         kind: see `results.aggregate`.
         before, after: [N], or [N, 2], scores of the same samples in the same order.
     """
-    from scipy.stats import bootstrap
-
     if len(before) < 2:
         return None
 
@@ -81,7 +80,7 @@ def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tu
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns where all resamples agree; the interval is that value
-        found = bootstrap(
+        found = _bootstrap()(
             (np.arange(len(before)),),
             difference,
             n_resamples=RESAMPLES,
@@ -99,8 +98,6 @@ def bootstrap_average(differences: Sequence[np.ndarray]) -> tuple[float, float] 
     Args:
         differences: [N] per task.
     """
-    from scipy.stats import bootstrap
-
     if min(map(len, differences)) < 2:
         return None
 
@@ -109,7 +106,7 @@ def bootstrap_average(differences: Sequence[np.ndarray]) -> tuple[float, float] 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = bootstrap(
+        found = _bootstrap()(
             tuple(differences),
             average,
             n_resamples=RESAMPLES,
@@ -118,6 +115,14 @@ def bootstrap_average(differences: Sequence[np.ndarray]) -> tuple[float, float] 
             rng=np.random.default_rng(SEED),
         ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def _bootstrap() -> Any:
+    try:
+        from scipy.stats import bootstrap
+    except ModuleNotFoundError as error:
+        raise ConfigError("compare", f"needs scipy, which is not installed. Install it with: {INSTALL}") from error
+    return bootstrap
 
 
 def _read(directory: Path) -> Run:
@@ -147,8 +152,8 @@ def _check(first: Run, other: Run) -> None:
             raise ConfigError(
                 "compare",
                 f"{first.rows[key]['task']}: {first.directory} has {counts[0]} samples and {other.directory} "
-                f"{counts[1]}, and they are not the same ones (limit, data, tokenizer or seed differ). Evaluate both "
-                "on the same samples.",
+                f"{counts[1]}, and they are not the same ones (limit, lengths, data, tokenizer or seed differ). "
+                "Evaluate both on the same samples.",
             )
 
 

@@ -6,6 +6,7 @@ harness's own command line in such a process.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 # The built-in models enter the registry only while it is empty; without this import they would be gone.
@@ -22,6 +23,8 @@ from refine_verl.config import ConfigError
 from refine_verl.evaluate.model import DTYPES, EvaluatedModel, load_evaluated, ttt_settings
 from refine_verl.nsp import generation_uniforms
 from refine_verl.settings import did_you_mean, require_choice
+
+logger = logging.getLogger(__name__)
 
 ARGUMENTS = (
     "pretrained",
@@ -93,7 +96,7 @@ class RefineLM(TemplateLM):
             self.evaluated = pretrained
         elif pretrained:
             self.evaluated = load_evaluated(
-                str(pretrained), tokenizer=tokenizer, dtype=dtype, device=device or "auto", ttt=settings
+                str(pretrained), tokenizer=tokenizer, dtype=dtype, device=_available(device), ttt=settings
             )
         else:
             raise ConfigError("pretrained", "is missing: --model_args pretrained=DIR names the model.")
@@ -235,6 +238,15 @@ class RefineLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
         return str(text)
+
+
+def _available(device: str | None) -> str:
+    """The harness asks for `cuda:0` where its user asked for nothing."""
+    if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+        if device is not None:
+            logger.warning("no GPU here: %s becomes cpu", device)
+        return "auto"
+    return device
 
 
 def _count(name: str, value: Any) -> int:

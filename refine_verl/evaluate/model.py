@@ -157,7 +157,7 @@ class EvaluatedModel:
                     if done[row]:
                         continue
                     ended = identifier in self.stop_tokens
-                    written[row] += [] if ended else [identifier]
+                    written[row].append(identifier)
                     tail = self.decode(written[row][-reach:]) if stops and not ended else ""
                     done[row] = ended or len(written[row]) >= limits[row] or any(stop in tail for stop in stops)
                 if all(done) or step + 1 == max(limits):

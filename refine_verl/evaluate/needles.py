@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.config import ConfigError
 from refine_verl.data.cache import default_cache_dir, make_key
 from refine_verl.data.errors import DataError
 from refine_verl.data.prompts_read import read_records
 from refine_verl.data.sources import resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.evaluate.console import require_lm_eval
+from refine_verl.evaluate.console import INSTALL, require_lm_eval
 from refine_verl.evaluate.samples import NIAH_TOKENS
 from refine_verl.evaluate.settings import EvaluateSettings
 
@@ -74,6 +75,8 @@ def check_needles(settings: EvaluateSettings, tasks: list[str], tokenizer: PreTr
     if not missing:
         return
     require_lm_eval()
+    with _generator(settings):
+        pass
     if any(KINDS[task]["type_haystack"] == "essay" for task in missing):
         _essay_file(settings, missing)
         _sentence_splitter(settings)
@@ -137,8 +140,11 @@ def _generate(
 @contextmanager
 def _generator(settings: EvaluateSettings) -> Iterator[Any]:
     """The harness's module. It fetches the sentence splitter when it is imported, which only essays need."""
-    import nltk
-
+    try:
+        import nltk
+        import wonderwords  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError("tasks", f"ruler_niah needs {error.name}, which is not installed: {INSTALL}") from error
     local = str(Path(settings.data_dir).expanduser() / "nltk_data")
     if settings.data_dir and local not in nltk.data.path:
         nltk.data.path.insert(0, local)

@@ -112,11 +112,11 @@ class Results:
             return
         there = json.loads(run.read_text())
         for key, value in self.identity.items():
-            if there.get(key) != value:
+            if key != "model" and there.get(key) != value:  # a model may have moved: its weights tell
                 raise ConfigError(
                     "out",
-                    f"{self.directory} holds results with another {key} ({_short(there.get(key))} there, "
-                    f"{_short(value)} now). Give another directory.",
+                    f"{self.directory} holds results with another {key.removesuffix('_sha256')} "
+                    f"({_short(there.get(key))} there, {_short(value)} now). Give another directory.",
                 )
 
     def finished(self, name: str, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reference.evaluate_files import TEXT, write_jsonl
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -181,3 +182,8 @@ def test_a_whole_task(tmp_path: Path, model_dir: Path) -> None:
         found[name] = results["results"]["tiny_choice"]["acc,none"], sum(rows, [])
     assert found["refine"][0] == found["hf"][0]
     assert found["refine"][1] == pytest.approx(found["hf"][1], rel=TOLERANCE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the harness's default device exists here")
+def test_the_harnesss_default_device(model_dir: Path) -> None:
+    assert RefineLM(str(model_dir), device="cuda:0").device == torch.device("cpu")
