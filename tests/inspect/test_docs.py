@@ -13,7 +13,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs/inspect.md").read_text()
 
 
 def test_keys_and_defaults() -> None:
-    rows = dict(re.findall(r"^\| `([\w.*]+)=?` \| (.*?) \|", PAGE, re.M))
+    rows = dict(re.findall(r"^\| `([\w.*]+)=?` \| ?(.*?) ?\|", PAGE, re.M))
     shown = {
         info.key.removeprefix("inspect."): ""
         if info.default == ""

@@ -51,6 +51,7 @@ def test_families(family: str, tmp_path: Path, text_file: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     load_model(None, config=FAMILIES[family](), seed=1).save_pretrained(str(tmp_path))
     extra = ["external_lib=new_model"] if family == "own" else []
+    extra += ["max_length=40", "refine.nsp.rollouts_per_position=2"]
     given = [f"model={tmp_path}", f"text={text_file}", "tokenizer=bytes", *extra, *KEYS]
     forked = inspect_text(read_arguments(given)).inspection
     assert all(math.isfinite(value) for value in forked.entropy[1:] + forked.surprise[1:])
