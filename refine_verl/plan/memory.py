@@ -137,7 +137,7 @@ def _probes(config: PretrainedConfig, shape: Shape) -> tuple[Sequence[int], Sequ
     if layers[0] > PROBED_LAYERS[-1]:
         layers = PROBED_LAYERS
     chunk = max(getattr(config, "lact_chunk_size", 0), getattr(config, "window_size", 0) or 0)
-    unit = max(TOKENS_PER_SEGMENT * (shape.nsp.chunks + 1), 2 * chunk)
+    unit = max(TOKENS_PER_SEGMENT * (shape.nsp.chunks + 1), 4 * chunk)
     lengths: Sequence[int] = (unit, 2 * unit) if shape.length > 2 * unit else (shape.length,)
     return layers, lengths
 

@@ -112,6 +112,13 @@ def test_containers_publish_to_this_machine_only(name: str) -> None:
         assert "privileged" not in content and content.get("network_mode") != "host"
 
 
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.cpu.yaml"])
+def test_ray_asks_for_a_token(name: str) -> None:
+    for service in services(name).values():
+        assert service["environment"]["RAY_AUTH_MODE"] == "token"
+        assert service["environment"]["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?")  # no default
+
+
 def test_ray_of_a_run_has_no_dashboard() -> None:
     source = (ROOT / "refine_verl/trainer/launch.py").read_text()
     assert '"include_dashboard", False' in source and "0.0.0.0" not in source
