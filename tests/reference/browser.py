@@ -10,6 +10,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -114,6 +115,8 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._answers], [], [], SECONDS)
+            assert ready, f"the browser did not answer within {SECONDS:g} s"
             part = os.read(self._answers, 1 << 16)
             assert part, "the browser has ended"
             self._buffer += part
@@ -121,13 +124,22 @@ class Browser:
         return json.loads(line)
 
 
+def _pipe() -> list[int]:
+    """A pipe (read end, write end) out of the way of 3 and 4, which the browser wants as its own."""
+    ends = os.pipe()
+    moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in ends]
+    for end in ends:
+        os.close(end)
+    return moved
+
+
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
     """Start the browser with an empty profile, and end it."""
     program = find_browser()
     assert program is not None
-    ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for pair in (os.pipe(), os.pipe()) for end in pair if not None]
-    their_commands, commands, answers, their_answers = ends[0], ends[1], ends[2], ends[3]
+    their_commands, commands = _pipe()
+    answers, their_answers = _pipe()
 
     def connect() -> None:
         os.dup2(their_commands, 3)
