@@ -170,6 +170,22 @@ class Results:
         with open(path, "a") as file:
             file.write(text)
 
+    def earlier(self, names: Iterable[str]) -> list[Row]:
+        """Rows of `results.json` but those of the tasks called `names`, which are being asked again.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        path = self.directory / RESULTS_FILE
+        if not path.exists():
+            return []
+        try:
+            rows = [Row(**row) for row in json.loads(path.read_text())["results"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError("out", f"{path} cannot be read ({error}); delete it.") from error
+        again = set(names)
+        return [row for row in rows if row.name not in again]
+
     def order(self, name: str, identifiers: Sequence[str]) -> None:
         """Put these samples of a task first, in this order: the first ones are what `results.json` is about."""
         records = {record["id"]: record for record in read_samples(self.directory, name, torn=True)}

@@ -54,9 +54,10 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
         "adapt": dataclasses.asdict(ttt) if settings.ttt != "none" else None,
     }
     results = Results(settings.out, identity)
-    rows: list[Row] = []
+    units = [*plan.needles(), *units]
+    rows = results.earlier(unit.name for unit in units)
     tables: list[Table] = []
-    for unit in [*plan.needles(), *units]:
+    for unit in units:
         done = results.finished(unit.name, {sample.id: sample.digest for sample in unit.samples})
         if unit.group == "short_context":
             rows += short_context.run(unit, settings, model, results)

@@ -127,6 +127,15 @@ def test_finished_samples_are_not_asked_again(
     assert mine == whole and results["results"][0] == row(finished[1], "substring_match")
 
 
+def test_tasks_are_added(model_dir: Path, data: Path, tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    for task in ("trec", "ntp", "ruler_squadqa", "trec"):
+        results = run(model_dir, data, tmp_path / "o", tasks=task)
+    by_name = {(entry["task"], entry["metric"]): entry for entry in results["results"]}
+    assert len(results["results"]) == 4
+    assert by_name == {(entry["task"], entry["metric"]): entry for entry in finished[1]["results"]}
+    assert "## RULER QA" in (tmp_path / "o/results.md").read_text()
+
+
 def test_another_model_does_not_go_on_in_the_same_directory(
     other_dir: Path, data: Path, finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
