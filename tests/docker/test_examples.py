@@ -14,6 +14,7 @@ from reference.runs import read_steps, run_to_the_end, toy_overrides, write_corp
 
 from refine_verl.compose import compose_config, find_configs
 from refine_verl.nsp import RewardInputs, get_reward
+from refine_verl.plan.options import read_options
 from refine_verl.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,3 +118,13 @@ def test_a_run_with_the_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert 0 <= step["nsp/reward/mean"] <= 1
         # a token in its place counts whole in both
         assert step["nsp/reward/mean"] >= step["nsp/reward_binary/mean"] - 1e-6
+
+
+def test_plans_of_the_docs_are_of_runs_that_would_start() -> None:
+    text = "\n".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    plans = re.findall(r"-m refine_verl\.plan (recipe=[^\n`]*)", text)
+    assert len(plans) >= 2
+    for plan in plans:
+        _, overrides, _ = read_options(shlex.split(plan))
+        assert len(overrides) >= 3
+        validate(compose_config(overrides), find_configs())
