@@ -66,6 +66,7 @@ def measured(config: Any, shape: Shape) -> dict[str, int]:
     return {"rollout": peak, "update": live.peak}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "checkpointing"),
     [("delta_net", False), ("delta_net", True), ("gated_deltanet", True), ("lact_swiglu", False)],
