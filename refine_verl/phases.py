@@ -186,11 +186,12 @@ def _check_scores(path: Path, refine: RefineSettings, key: str) -> None:
     """Score something for every task (and every row that names its own classes) before hours are spent on answers."""
     import datasets
 
+    from refine_verl.data.prompts import place_of
     from refine_verl.evaluation import MetricError, score
 
     table = datasets.load_from_disk(str(path)).select_columns(["task", "answers", "classes", "source", "row"])
     seen: set[tuple[str, bool]] = set()
-    for row in table:
+    for index, row in enumerate(table):
         case = (row["task"], bool(row["classes"]))
         if case in seen:
             continue
@@ -198,7 +199,7 @@ def _check_scores(path: Path, refine: RefineSettings, key: str) -> None:
         try:
             score(row["task"], "x", list(row["answers"]), refine.answers.convention, classes=list(row["classes"] or []))
         except MetricError as error:
-            raise ConfigError(key, f"{row['source']}, row {row['row']}: {error}") from error
+            raise ConfigError(key, f"{place_of(table, index)}: {error}") from error
 
 
 def _check_earlier_answers(config: DictConfig, prepared: Path | None) -> None:

@@ -259,7 +259,8 @@ def _column(table: datasets.Dataset, name: str) -> np.ndarray:
     return table.with_format("arrow").select_columns([name])[:].column(0).to_numpy()
 
 
-def _place(table: datasets.Dataset, index: int) -> str:
+def place_of(table: datasets.Dataset, index: int) -> str:
+    """File and row (or line) of a prepared row, as messages name them."""
     row = table.select_columns(["source", "row"])[int(index)]
     return f"{row['source']}, {place(row['row'], 'line' if '.jsonl' in row['source'].lower()[-11:] else 'row')}"
 
@@ -267,7 +268,7 @@ def _place(table: datasets.Dataset, index: int) -> str:
 def _check_rows(table: datasets.Dataset, settings: PromptSettings) -> None:
     lengths, limit = _column(table, "full_length"), settings.max_prompt_length
     if not lengths.all():
-        raise DataError(f"{_place(table, int(np.argmin(lengths)))}: the tokenizer makes no tokens of this prompt.")
+        raise DataError(f"{place_of(table, int(np.argmin(lengths)))}: the tokenizer makes no tokens of this prompt.")
     if limit is not None and limit <= (added := int(_column(table, "added").max())):
         raise DataError(
             f"data.max_prompt_length={limit} leaves no room for a prompt behind the {added} special tokens that the "
@@ -276,15 +277,16 @@ def _check_rows(table: datasets.Dataset, settings: PromptSettings) -> None:
     if limit is not None and settings.overlong_prompts == "error" and (lengths > limit).any():
         first, many = int(np.argmax(lengths > limit)), int((lengths > limit).sum())
         raise DataError(
-            f"{_place(table, first)}: the prompt has {lengths[first]} tokens, more than data.max_prompt_length={limit} "
-            f"({many} of {len(lengths)} prompts are too long, the longest has {lengths.max()}). Raise the limit, "
-            "remove the rows, or cut them with data.overlong_prompts=middle (or left, right)."
+            f"{place_of(table, first)}: the prompt has {lengths[first]} tokens, more than "
+            f"data.max_prompt_length={limit} ({many} of {len(lengths)} prompts are too long, the longest has "
+            f"{lengths.max()}). Raise the limit, remove the rows, or cut them with "
+            "data.overlong_prompts=middle (or left, right)."
         )
     answers, limit = _column(table, "answer_length"), settings.max_answer_length
     if limit is not None and (answers > limit).any():
         first, many = int(np.argmax(answers > limit)), int((answers > limit).sum())
         raise DataError(
-            f"{_place(table, first)}: the answer has {answers[first]} tokens with its end of sequence, more than "
+            f"{place_of(table, first)}: the answer has {answers[first]} tokens with its end of sequence, more than "
             f"data.max_answer_length={limit} ({many} of {len(answers)} answers are too long, the longest has "
             f"{answers.max()}). Raise the limit or remove the rows."
         )
@@ -297,7 +299,7 @@ def _require_length(path: Path, statistics: PromptStatistics, key: str, minimum:
     lengths = _column(table, "length")
     first, many = int(np.argmax(lengths < minimum)), int((lengths < minimum).sum())
     raise DataError(
-        f"{key}: {_place(table, first)}: the prompt has {lengths[first]} tokens, but at least {minimum} are needed"
+        f"{key}: {place_of(table, first)}: the prompt has {lengths[first]} tokens, but at least {minimum} are needed"
         f"{because(reason)} ({many} of {len(lengths)} prompts are too short). Remove the rows, or lower what asks "
         "for the length."
     )

@@ -136,9 +136,9 @@ def test_the_test_set_is_all_that_test_time_training_reads(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "more", "message"),
     [
-        ({"task": "squad"}, (), r"rows.jsonl, row 2.*unknown task 'squad'"),
-        ({"task": None}, (), r"row 2.*task"),
-        ({"task": "class_match"}, (), r"row 2.*all_classes"),
+        ({"task": "squad"}, (), r"rows.jsonl, line 3.*unknown task 'squad'"),
+        ({"task": None}, (), r"line 3: .*task"),
+        ({"task": "class_match"}, (), r"line 3: .*all_classes"),
         ({"prompt": "short"}, (), r"5 tokens.*refine.nsp.chunks=8"),
         ({"prompt": "a" * 65}, (), r"data.max_prompt_length"),
         ({"answer": []}, (), r"(?s)answer"),
