@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from reference.runs import ROOT, environment
+from reference.runs import ROOT, TIMEOUT, environment
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -309,7 +309,7 @@ def run_ranks(
         )
         for rank in range(world)
     ]
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + TIMEOUT
     try:
         while any(process.poll() is None for process in processes):
             failed = any(process.poll() not in (None, 0) for process in processes)
@@ -322,7 +322,8 @@ def run_ranks(
                 process.kill()
             process.wait()
     logs = "\n".join((directory / f"rank_{rank}.log").read_text()[-3000:] for rank in range(world))
-    assert all(process.returncode == 0 for process in processes), logs
+    ended = [process.returncode for process in processes]
+    assert not any(ended), f"exit codes {ended} (-9: killed, after {TIMEOUT} s or because another rank failed)\n{logs}"
     return {**torch.load(out, weights_only=False), "log": logs}
 
 
