@@ -108,8 +108,8 @@ class LowRankMatrix(nn.Module):
 class _Touch(torch.autograd.Function):
     """Passes x on and gives everything else a zero gradient.
 
-    Whether rates and momentum matter depends on the lengths of the documents; under FSDP all ranks have to reduce
-    the gradients of the same parameters.
+    Whether rates and momentum (and with W = 1 keys) matter depends on the lengths of the documents; under FSDP all
+    ranks have to reduce the gradients of the same parameters.
     """
 
     @staticmethod
@@ -175,8 +175,8 @@ class LaCTAttention(nn.Module):
         recalled, lots = scan(config, run.scan, state, initial, norms, fast_q, tokens)
         if torch.is_grad_enabled():
             assert initial is not None
-            others = [tokens.rates, *([] if tokens.momentum is None else [tokens.momentum]), *initial.used]
-            recalled = _Touch.apply(recalled, *(part for part in others if part.requires_grad))
+            others = (tokens.rates, tokens.momentum, None if run.attention else tokens.k, *initial.used)
+            recalled = _Touch.apply(recalled, *(part for part in others if part is not None and part.requires_grad))
         recalled = self.ttt_norm(recalled)
         if config.learnable_ttt_scale:
             recalled = recalled * F.silu(self.ttt_scale_proj(x)).unsqueeze(-1)

@@ -200,9 +200,10 @@ def test_loss_embeddings_and_kept_logits(lact: Build) -> None:
 # Precision
 
 
-def test_every_parameter_has_a_gradient_without_any_update(lact: Build) -> None:
+@pytest.mark.parametrize("fields", [{}, {"window_size": 1, "attn_qk_norm": True}], ids=str)
+def test_every_parameter_has_a_gradient_without_any_update(lact: Build, fields: dict[str, Any]) -> None:
     """Under FSDP, ranks with short documents reduce the same gradients as those with long ones."""
-    model = lact()
+    model = lact(**fields)
     alone(model, documents_of([5]).tokens[0]).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert not model.model.layers[0].attn.lr_proj.weight.grad.any()
