@@ -110,6 +110,7 @@ class PromptTrainer(RefineTrainer):
                 "prediction": text,
                 "references": list(columns["answers"][row]),
                 "scores": self.scores(columns, row, text),
+                "convention": self.settings.answers.convention,
             }
             for row, (text,) in enumerate(texts)
         ]
