@@ -55,13 +55,14 @@ class ScanHistory:
         rows = (chunk[:, None] * self.heads + torch.arange(self.heads)).flatten()
         last = (positions % size).repeat_interleave(self.heads)
         written = (torch.arange(size) <= last[:, None]).unsqueeze(-1)
-        keys, state = self.k[rows] * written, self.states[rows]
+        # not x[rows]: the gradient of that is accumulated element by element
+        keys, state = self.k.index_select(0, rows) * written, self.states.index_select(0, rows)
         if self.decay is not None:
-            b = self.decay[rows]
+            b = self.decay.index_select(0, rows)
             reached = b[torch.arange(len(rows)), last].unsqueeze(1)
             keys = keys * (reached - b).clamp_(max=0).exp_()
             state = state * reached.exp()
-        state = torch.baddbmm(state, keys.mT, self.writes[rows])
+        state = torch.baddbmm(state, keys.mT, self.writes.index_select(0, rows))
         return state.view(len(sequences), self.heads, *state.shape[1:])
 
 
@@ -82,7 +83,7 @@ class ConvHistory:
     def at(self, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The last W inputs, ``[R, D, W]``."""
         rows = (self.start[sequences] + positions + 1)[:, None] + torch.arange(self.width)
-        return self.inputs[rows].transpose(1, 2).contiguous()
+        return self.inputs.index_select(0, rows.flatten()).view(*rows.shape, -1).transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
