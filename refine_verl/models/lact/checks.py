@@ -28,8 +28,9 @@ def check_weights_against_config(config: LaCTConfig, weights: Mapping[str, Seque
     if not found:
         return
     told: dict[str, set[Any]] = {}
+    heads = next((shape[0] for name, shape in found if name == "w1"), config.num_lact_heads)
     for name, shape in found:
-        for field, value in _tells(config, name, shape):
+        for field, value in _tells(config, name, shape, heads):
             told.setdefault(field, set()).add(value)
     names = {name for name, _ in found}
     told["attn_qk_norm"] = {"q_norm.weight" in names}
@@ -48,10 +49,10 @@ def check_weights_against_config(config: LaCTConfig, weights: Mapping[str, Seque
         raise ValueError("; ".join(wrong))
 
 
-def _tells(config: LaCTConfig, name: str, shape: tuple[int, ...]) -> list[tuple[str, Any]]:
+def _tells(config: LaCTConfig, name: str, shape: tuple[int, ...], heads: int) -> list[tuple[str, Any]]:
     """What one tensor says of the configuration."""
     if name == "w1":
-        heads, width, inner = shape
+        _, width, inner = shape
         multiple: float = inner / width
         # a width that is no whole multiple is rounded down by the model
         same = int(width * config.inter_multi) == inner
@@ -61,7 +62,7 @@ def _tells(config: LaCTConfig, name: str, shape: tuple[int, ...]) -> list[tuple[
     if name in ("w0.w_left", "w2.w_left"):
         return [("w0_w2_low_rank", shape[-1])]
     if name == "lr_proj.weight":
-        return [("lr_dim", shape[0] // (3 * config.num_lact_heads))]
+        return [("lr_dim", shape[0] // (3 * heads))]
     if name == "qkv.weight":
         return [("hidden_size", shape[1])]
     return []

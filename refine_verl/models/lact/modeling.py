@@ -260,6 +260,8 @@ class LaCTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LaCTBlock"]
     _input_embed_layer = "embeddings"
     _is_stateful = True
+    # what the window attention runs on, so that asking for it by name is no error
+    _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

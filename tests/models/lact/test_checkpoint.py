@@ -81,6 +81,7 @@ def test_contradictions_name_both(saved: tuple[Path, LaCTForCausalLM], field: st
         with pytest.raises(ModelError) as error:
             refuse(directory)
         assert message in str(error.value) and str(directory) in str(error.value)
+        assert str(error.value).count("in the configuration") == 1  # nothing follows from it but itself
 
 
 def test_all_contradictions_at_once_and_none_without_weights() -> None:
