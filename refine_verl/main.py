@@ -208,7 +208,7 @@ def _say_what_is_where(run_dir: Path) -> None:
     )
     lines = [f"\nThe run is in {run_dir}"]
     there = [(name, meaning) for name, meaning in contents if (run_dir / name).exists()]
-    width = max(len(name) for name, _ in there) + 1
+    width = max((len(name) for name, _ in there), default=0) + 1
     lines += [f"  {name:<{width}} {meaning}" for name, meaning in there]
     if (run_dir / "model").is_dir():
         lines += [

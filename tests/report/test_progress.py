@@ -91,6 +91,7 @@ def test_what_others_print_and_log_goes_above_the_display(monkeypatch: pytest.Mo
     outside = sys.stderr
     handler = logging.StreamHandler(sys.stderr)  # holds the stream, as basicConfig's handler does
     log = logging.getLogger("test_progress")
+    monkeypatch.setattr(log, "propagate", False)  # handlers that other tests left behind are not the matter here
     log.addHandler(handler)
     try:
         with TrainingProgress(2, console=console) as progress:
