@@ -41,12 +41,9 @@ from refine_verl.models import (
     snapshot_count,
 )
 from refine_verl.nsp import (
-    RewardInputs,
     get_reward,
     group_standardise,
-    position_uniforms,
     refine_objective,
-    rollout_uniforms,
 )
 
 KINDS = ("sft", "fork", "prefix")
@@ -214,18 +211,10 @@ class Bench:
                 mode="rollout",
                 documents=self.documents(slice(rows.start, rows.stop)),
                 nsp=nsp,
-                draws=_draws(rows, nsp),
+                draws=RolloutDraws.of(0, 1, rows, nsp),
                 snapshots=snapshot_count(nsp.chunks, self.preset.length),
             )
-            copies = nsp.rollouts_per_position
-            rewards = get_reward(nsp.reward)(
-                RewardInputs(
-                    predicted_hidden=rollouts.predicted_hidden.flatten(0, 2),
-                    target_hidden=rollouts.target_hidden.repeat_interleave(copies, 1).flatten(0, 1),
-                    predicted_tokens=rollouts.tokens.flatten(0, 2),
-                    target_tokens=rollouts.target_tokens.repeat_interleave(copies, 1).flatten(0, 1),
-                )
-            )
+            rewards = get_reward(nsp.reward)(rollouts.reward_inputs())
             advantages = group_standardise(rewards.view(rollouts.tokens.shape[:3]))
             parts.append((rollouts.positions, rollouts.tokens, rollouts.log_probs, advantages))
         positions, tokens, log_probs, advantages = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -256,14 +245,6 @@ class Bench:
             loss.backward()
             total += loss.item()
         return total
-
-
-def _draws(rows: range, nsp: NSPSettings) -> RolloutDraws:
-    shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
-    return RolloutDraws(
-        torch.stack([torch.from_numpy(position_uniforms(0, 1, b, nsp.chunks)) for b in rows]),
-        torch.stack([torch.from_numpy(rollout_uniforms(0, 1, b, *shape)) for b in rows]),
-    )
 
 
 def compare(bench: Bench) -> dict[str, float]:

@@ -7,8 +7,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from refine_verl.models import FastWeightActor, ModelError, get_adapter, known_model_types
-from refine_verl.models.adapters import FLA_VERIFIED_ON_CPU, FlaAdapter
+from refine_verl.models import FastWeightActor, ModelError
+from refine_verl.models.loading import check_family
 
 _ADAPT = "refine_verl.adapt"
 
@@ -31,7 +31,8 @@ def check_model(model: object, trains: bool) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise _not_a_model(model)
-    _check_family(model)
+    if not isinstance(model, FastWeightActor):
+        check_family(model.config, _ADAPT, on_gpu=next(model.parameters()).device.type == "cuda")
     _check_head(model)
     _check_placement(model)
     if getattr(model, "is_gradient_checkpointing", False):
@@ -56,28 +57,6 @@ def _not_a_model(model: object) -> ModelError:
     else:
         cure = "Give a causal language model of transformers (AutoModelForCausalLM)."
     return ModelError(f"{_ADAPT}: the model is a {kind}, not a Hugging Face model. {cure}")
-
-
-def _check_family(model: PreTrainedModel) -> None:
-    if isinstance(model, FastWeightActor):
-        return
-    family = model.config.model_type
-    if family not in known_model_types():
-        raise ModelError(
-            f"{_ADAPT}: '{family}' is not a fast-weight model REFINE knows. Supported model types: "
-            f"{', '.join(known_model_types())}. For your own model, register an adapter (docs/extending.md)."
-        )
-    if getattr(model.config, "attn", None):
-        raise ModelError(
-            f"{_ADAPT}: this {family} mixes in softmax attention layers (config.attn). Their cache grows with the "
-            "text, so it is no fast-weight state to fork; only purely recurrent models are supported."
-        )
-    on_gpu_only = isinstance(get_adapter(family), FlaAdapter) and family not in FLA_VERIFIED_ON_CPU
-    if on_gpu_only and next(model.parameters()).device.type == "cpu":
-        raise ModelError(
-            f"{_ADAPT}: the kernels of {family} need a GPU, and this model is on the CPU: move it there with "
-            f"model.cuda(). These run on the CPU: {', '.join(FLA_VERIFIED_ON_CPU)}."
-        )
 
 
 def _check_head(model: PreTrainedModel) -> None:

@@ -165,7 +165,7 @@ class Adapted:
             )
         answers: Answers = FastWeightActor.forward(
             actor,
-            mode="answer",
+            mode="generate",
             prompts=prompts.documents(rows, self._guise.device),
             limits=[limits[row] for row in rows],
             length=longest,

@@ -18,10 +18,8 @@ from refine_verl.models import Branches, FastWeightActor, RolloutBatch, RolloutD
 from refine_verl.nsp import (
     group_standardise,
     group_zero_std_share,
-    position_uniforms,
     ppo_clip_loss,
     refine_objective,
-    rollout_uniforms,
 )
 from refine_verl.workers.reward_manager import HiddenStateRewardManager
 
@@ -80,20 +78,13 @@ class Adaptation:
                 mode="rollout",
                 documents=documents,
                 nsp=self.settings.nsp,
-                draws=self._draws(part, index),
+                draws=RolloutDraws.of(
+                    self.settings.seed, index, [self.prompts.ids[row] for row in part], self.settings.nsp
+                ),
                 snapshots=snapshot_count(self.settings.nsp.chunks, max(documents.lengths)),
             )
             written += self._judge(rollouts)
         return written
-
-    def _draws(self, rows: Sequence[int], index: int) -> RolloutDraws:
-        nsp, seed = self.settings.nsp, self.settings.seed
-        shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
-        ids = [self.prompts.ids[row] for row in rows]
-        return RolloutDraws(
-            torch.stack([torch.from_numpy(position_uniforms(seed, index, key, nsp.chunks)) for key in ids]),
-            torch.stack([torch.from_numpy(rollout_uniforms(seed, index, key, *shape)) for key in ids]),
-        )
 
     def _judge(self, rollouts: RolloutBatch) -> Iterator[Written]:
         rewards = self.reward(rollouts)

@@ -15,14 +15,11 @@ from refine_verl.config import NSPSettings
 from refine_verl.models import Documents, FastWeightActor, RolloutBatch, RolloutDraws, snapshot_count
 from refine_verl.nsp import (
     ANCHORS,
-    RewardInputs,
     align_entropy,
     chunk_bounds,
     get_reward,
     group_standardise,
     group_zero_std_share,
-    position_uniforms,
-    rollout_uniforms,
     smooth_token_entropy,
 )
 
@@ -92,10 +89,7 @@ class Inspection:
 
 def rollout_draws(nsp: NSPSettings, seed: int) -> RolloutDraws:
     """The random numbers of one document."""
-    shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
-    positions = position_uniforms(seed, _STEP, _DOCUMENT, nsp.chunks)
-    tokens = rollout_uniforms(seed, _STEP, _DOCUMENT, *shape)
-    return RolloutDraws(torch.from_numpy(positions)[None], torch.from_numpy(tokens)[None])
+    return RolloutDraws.of(seed, _STEP, [_DOCUMENT], nsp)
 
 
 def analyse(actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: int) -> Inspection:
@@ -196,15 +190,6 @@ def _positions(batch: RolloutBatch, nsp: NSPSettings) -> tuple[list[Position], f
 def score(batch: RolloutBatch, reward: str) -> dict[str, Tensor]:
     """Rewards of a batch by name, each float64 [N, c, n] on the CPU: `SHOWN_REWARDS` and `reward`."""
     shape = batch.tokens.shape[:3]
-
-    def per_rollout(values: Tensor) -> Tensor:
-        return values.unsqueeze(2).expand(-1, -1, shape[2], *values.shape[2:]).flatten(0, 2)
-
-    inputs = RewardInputs(
-        predicted_hidden=batch.predicted_hidden.flatten(0, 2),
-        target_hidden=per_rollout(batch.target_hidden),
-        predicted_tokens=batch.tokens.flatten(0, 2),
-        target_tokens=per_rollout(batch.target_tokens),
-    )
+    inputs = batch.reward_inputs()
     names = dict.fromkeys((*SHOWN_REWARDS, reward))
     return {name: get_reward(name)(inputs).double().cpu().view(shape) for name in names}

@@ -20,6 +20,7 @@ from refine_verl.models import answers, reference
 from refine_verl.models.adapters import ModelAdapter, TracingAdapter, get_adapter
 from refine_verl.models.head import IGNORED, FusedHead
 from refine_verl.models.packing import Documents, Packed
+from refine_verl.models.rollouts import Branches, RolloutBatch, RolloutDraws
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import Trace, read_in_segments
 from refine_verl.nsp import align_entropy, sample_from_logits, select_positions
@@ -36,63 +37,11 @@ def snapshot_count(chunks: int, max_length: int) -> int:
     return min(SNAPSHOTS_PER_CHUNK * chunks, max_length)
 
 
-@dataclass(frozen=True)
-class RolloutDraws:
-    """Uniform random numbers in [0, 1) for one micro-batch, float64 on the CPU (see ``nsp.sampling``).
-
-    Attributes:
-        positions: [N, c], one for each chunk.
-        tokens: [N, c, n, k], one for each token to generate.
-    """
-
-    positions: Tensor
-    tokens: Tensor
-
-
-@dataclass(frozen=True)
-class RolloutBatch:
-    """Rollouts of N documents: c positions each, n rollouts per position, k tokens per rollout.
-
-    Attributes:
-        positions: int64 [N, c]; the rollout continues x_0..x_t.
-        tokens: int64 [N, c, n, k].
-        log_probs: float32 [N, c, n, k], of the policy that wrote them.
-        predicted_hidden: [N, c, n, k, d], h_pred (Eq. 7).
-        target_hidden: [N, c, k, d], h_gt (Eq. 8).
-        target_tokens: int64 [N, c, k], the real continuation.
-        entropy_mean: [N], mean of H over the document.
-        entropy_selected: [N, c], H of the first token to be predicted after each position.
-    """
-
-    positions: Tensor
-    tokens: Tensor
-    log_probs: Tensor
-    predicted_hidden: Tensor
-    target_hidden: Tensor
-    target_tokens: Tensor
-    entropy_mean: Tensor
-    entropy_selected: Tensor
-
-
-@dataclass(frozen=True)
-class Branches:
-    """What the update pass needs of the rollouts: positions [N, c] and tokens [N, c, n, k], int64."""
-
-    positions: Tensor
-    tokens: Tensor
-
-    @property
-    def cuts(self) -> list[list[int]]:
-        """First token after each position: list over chunks of [N] borders."""
-        return (self.positions + 1).t().tolist()
-
-
 _MODES = {
     "rollout": "rollout",
     "update": "update",
     "score": "score",
-    "generate": "generate_tokens",
-    "answer": "answer",
+    "generate": "answer",
     "answer_log_probs": "answer_log_probs",
 }
 _TRAINED = ("update", "answer_log_probs")
@@ -101,8 +50,8 @@ _TRAINED = ("update", "answer_log_probs")
 class FastWeightActor(nn.Module):
     """Mixed into a model's class by :func:`make_actor`; state-dict keys and export stay those of the model.
 
-    ``forward(mode=...)`` runs :meth:`rollout`, :meth:`update`, :meth:`score`, (``generate``) :meth:`generate_tokens`,
-    :meth:`answer` or :meth:`answer_log_probs`; without a mode it is the model's own forward pass.
+    ``forward(mode=...)`` runs :meth:`rollout`, :meth:`update`, :meth:`score`, (``generate``) :meth:`answer` or
+    :meth:`answer_log_probs`; without a mode it is the model's own forward pass.
     """
 
     adapter: ModelAdapter
@@ -192,37 +141,6 @@ class FastWeightActor(nn.Module):
             torch.stack([part.sum() for part in loss.split(lengths)]),
             torch.stack([part.sum() for part in correct.split(lengths)]),
         )
-
-    def generate_tokens(
-        self,
-        prompts: Documents,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        draws: Tensor | None = None,
-        stop_tokens: Sequence[int] = (),
-    ) -> Tensor:
-        """Continue prompts of unequal length from their states; each prompt is read once.
-
-        Args:
-            prompts: the micro-batch.
-            max_new_tokens: tokens to write.
-            temperature: 0 takes the most likely token.
-            draws: uniforms [N, max_new_tokens], needed unless the temperature is 0.
-            stop_tokens: ids that end a row.
-
-        Returns:
-            int64 [N, max_new_tokens]; what follows a row's first stop token is IGNORED (-100).
-        """
-        written = answers.write(
-            self,
-            prompts,
-            [max_new_tokens] * len(prompts),
-            max_new_tokens,
-            temperature=temperature,
-            draws=draws,
-            stop_tokens=stop_tokens,
-        )
-        return written.tokens.masked_fill(~written.mask, IGNORED).squeeze(1)
 
     def answer(self, prompts: Documents, **kwargs: Any) -> answers.Answers:
         """Write answers to prompts; see :func:`refine_verl.models.answers.write`."""

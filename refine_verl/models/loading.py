@@ -55,7 +55,7 @@ def inspect_model(path: str | Path | None, config: dict[str, Any] | None = None)
     """
     overrides = dict(config or {})
     loaded = _config_from_values(overrides) if path is None else _config_from_path(str(path), overrides)
-    _check_family(loaded, "model.config" if path is None else str(path))
+    check_family(loaded, "model.config" if path is None else str(path), on_gpu=torch.cuda.is_available())
     if not loaded.architectures:  # a configuration made from values; verl and transformers export by this name
         loaded.architectures = [AutoModelForCausalLM._model_mapping[type(loaded)].__name__]
     has_weights = path is not None and (
@@ -145,7 +145,17 @@ def _config_from_path(name: str, overrides: dict[str, Any]) -> PretrainedConfig:
         raise ModelError(f"model.path={name}: its configuration cannot be read ({reason}).") from error
 
 
-def _check_family(config: PretrainedConfig, where: str) -> None:
+def check_family(config: PretrainedConfig, where: str, on_gpu: bool) -> None:
+    """Check that a model is one whose state can be forked.
+
+    Args:
+        config: of the model.
+        where: what the message begins with.
+        on_gpu: whether it will run on a GPU.
+
+    Raises:
+        ModelError: no fast-weight model, one with softmax attention, or one whose kernels need a GPU.
+    """
     if config.model_type not in known_model_types():
         raise _not_fast_weight(config.model_type, where)
     if getattr(config, "attn", None):
@@ -156,10 +166,10 @@ def _check_family(config: PretrainedConfig, where: str) -> None:
     on_gpu_only = (
         isinstance(get_adapter(config.model_type), FlaAdapter) and config.model_type not in FLA_VERIFIED_ON_CPU
     )
-    if on_gpu_only and not torch.cuda.is_available():
+    if on_gpu_only and not on_gpu:
         raise ModelError(
-            f"{where}: the kernels of {config.model_type} need a GPU and none is available here. "
-            f"These run without one: {', '.join(FLA_VERIFIED_ON_CPU)}."
+            f"{where}: the kernels of {config.model_type} need a GPU, and it would run on the CPU here. "
+            f"These run without a GPU: {', '.join(FLA_VERIFIED_ON_CPU)}."
         )
 
 

@@ -18,7 +18,8 @@ from refine_verl.models.packing import Documents, Packed, pack
 from refine_verl.nsp import sample_from_logits
 
 if TYPE_CHECKING:
-    from refine_verl.models.actor import Branches, FastWeightActor
+    from refine_verl.models.actor import FastWeightActor
+    from refine_verl.models.rollouts import Branches
 
 
 def rollout(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from refine_verl.models import RolloutBatch
-from refine_verl.nsp import RewardInputs, get_reward
+from refine_verl.nsp import get_reward
 
 
 class HiddenStateRewardManager:
@@ -24,16 +24,6 @@ class HiddenStateRewardManager:
     def __call__(self, rollouts: RolloutBatch) -> dict[str, Tensor]:
         """Returns: ``rewards``, ``reward_cosine`` and ``reward_binary``, each float32 [N, c, n]."""
         shape = rollouts.tokens.shape[:3]
-        inputs = RewardInputs(
-            predicted_hidden=rollouts.predicted_hidden.flatten(0, 2),
-            target_hidden=_per_rollout(rollouts.target_hidden, shape[2]),
-            predicted_tokens=rollouts.tokens.flatten(0, 2),
-            target_tokens=_per_rollout(rollouts.target_tokens, shape[2]),
-        )
+        inputs = rollouts.reward_inputs()
         scores = {"rewards": self._reward, **self._reported}
         return {name: function(inputs).float().view(shape) for name, function in scores.items()}
-
-
-def _per_rollout(values: Tensor, copies: int) -> Tensor:
-    """[N, c, ...] -> [N * c * n, ...]."""
-    return values.unsqueeze(2).expand(-1, -1, copies, *values.shape[2:]).flatten(0, 2)

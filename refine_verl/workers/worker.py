@@ -20,7 +20,7 @@ from verl.workers.engine_workers import TrainingWorker
 from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.models import RolloutBatch, RolloutDraws, snapshot_count
 from refine_verl.models.answers import Answers
-from refine_verl.nsp import generation_uniforms, position_uniforms, rollout_uniforms
+from refine_verl.nsp import generation_uniforms
 from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.reward_manager import HiddenStateRewardManager
@@ -102,12 +102,7 @@ class NSPRolloutWorker(TrainingWorker):
 
     def _rollout_micro_batch(self, data: TensorDict, step: int) -> dict[str, Tensor]:
         nsp, seed = self.settings.refine.nsp, self.settings.seed
-        ids = data["document_id"].tolist()
-        shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
-        draws = RolloutDraws(
-            positions=_stack(position_uniforms(seed, step, document, nsp.chunks) for document in ids),
-            tokens=_stack(rollout_uniforms(seed, step, document, *shape) for document in ids),
-        )
+        draws = RolloutDraws.of(seed, step, data["document_id"].tolist(), nsp)
         rollouts: RolloutBatch = self.engine.module(
             mode="rollout",
             documents=documents_of(data.to(get_device_id())),
@@ -197,7 +192,7 @@ class NSPRolloutWorker(TrainingWorker):
                 for document in data["document_id"].tolist()
             )
         answers: Answers = self.engine.module(
-            mode="answer",
+            mode="generate",
             prompts=documents_of(data.to(get_device_id())),
             limits=data["max_new_tokens"].tolist(),
             length=width,

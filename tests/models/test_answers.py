@@ -29,7 +29,7 @@ def draws() -> Tensor:
 
 def write(actor: FastWeightActor, prompts: Documents, **kwargs: Any) -> Answers:
     given = {"limits": LIMITS, "length": WIDTH, "copies": COPIES, "temperature": 1.0, "draws": draws(), **kwargs}
-    return actor(mode="answer", prompts=prompts, **given)
+    return actor(mode="generate", prompts=prompts, **given)
 
 
 def test_every_row_stops_at_its_own_limit(make: Make) -> None:

@@ -24,7 +24,9 @@ def uniform_draws() -> Tensor:
 
 
 def generate(actor: FastWeightActor, prompts: Documents, **kwargs: object) -> Tensor:
-    return actor(mode="generate", prompts=prompts, max_new_tokens=STEPS, **kwargs)
+    """[N, STEPS], IGNORED behind the end of a row."""
+    answers = actor(mode="generate", prompts=prompts, limits=[STEPS] * len(prompts), length=STEPS, **kwargs)
+    return answers.tokens.masked_fill(~answers.mask, IGNORED).squeeze(1)
 
 
 def recompute(actor: FastWeightActor, prompt: Tensor, temperature: float, draws: Tensor) -> list[int]:

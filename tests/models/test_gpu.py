@@ -108,7 +108,7 @@ def test_answers_then_their_log_probabilities_agree(family: str) -> None:
     actor, prompts = actor_of(family), documents_on("cuda")
     draws = torch.rand(2, 3, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     written = actor(
-        mode="answer", prompts=prompts, limits=[20, 7], length=20, copies=3, temperature=1.0, draws=draws,
+        mode="generate", prompts=prompts, limits=[20, 7], length=20, copies=3, temperature=1.0, draws=draws,
         stop_tokens=[1, 2, 3],
     )  # fmt: skip
     assert written.lengths[1].max() <= 7

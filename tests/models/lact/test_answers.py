@@ -23,7 +23,7 @@ def test_log_probabilities_and_gradients_are_those_of_plain_passes(make: Make, s
     actor, plain, prompts = make(checkpoint_segments=segments > 1), make(), documents_of(LENGTHS)
     draws = torch.rand(len(LENGTHS), COPIES, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     written = actor(
-        mode="answer", prompts=prompts, limits=LIMITS, length=WIDTH, copies=COPIES, temperature=1.0, draws=draws
+        mode="generate", prompts=prompts, limits=LIMITS, length=WIDTH, copies=COPIES, temperature=1.0, draws=draws
     )
     assert written.lengths.tolist() == [[limit] * COPIES for limit in LIMITS]
     got = actor(
