@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from refine_verl.kernels.chunking import sequence_lengths
 from refine_verl.kernels.delta_rule import check_unknown
-from refine_verl.kernels.recording import ConvHistory, active_recorder
+from refine_verl.kernels.recording import ConvHistory, Kept, RowGradients, active_recorder
 
 
 @functools.lru_cache(maxsize=32)
@@ -54,18 +54,30 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
-    ) -> torch.Tensor:
+        ctx: Any,
+        padded: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        silu: bool,
+        waiting: RowGradients,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(padded, weight, bias)
-        ctx.silu = silu
-        return _conv_forward(padded, weight, bias, silu)
+        ctx.silu, ctx.waiting = silu, waiting
+        ctx.set_materialize_grads(False)
+        return _conv_forward(padded, weight, bias, silu), padded.new_empty(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_out: torch.Tensor | None, d_handle: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        # what came through the handle waits in ctx.waiting
         padded, weight, bias = ctx.saved_tensors
         taps = _taps(padded, weight)
-        tokens, width = d_out.shape[1], taps.shape[0]
+        width = taps.shape[0]
+        tokens = padded.shape[1] - width
+        if d_out is None:
+            d_out = torch.zeros((padded.shape[0], tokens, padded.shape[2]), dtype=taps.dtype)
         d_out = d_out.to(taps.dtype)
         if ctx.silu:
             # Recomputing the pre-activation costs W multiply-adds per element and saves a [B, T, D] tensor.
@@ -76,8 +88,9 @@ class _CausalConv(torch.autograd.Function):
             rows = slice(1 + j, 1 + j + tokens)
             d_padded[:, rows].addcmul_(d_out, taps[j])
             d_taps[j] = (padded[:, rows] * d_out).sum((0, 1))
+        ctx.waiting.add_to(d_padded.flatten(0, 1), "inputs")
         d_bias = None if bias is None else d_out.sum((0, 1)).to(bias.dtype)
-        return d_padded.to(padded.dtype), d_taps.t().to(weight.dtype), d_bias, None
+        return d_padded.to(padded.dtype), d_taps.t().to(weight.dtype), d_bias, None, None
 
 
 def _taps(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -153,8 +166,14 @@ def causal_conv1d(
         padded = torch.cat([x[0], state.flatten(0, 1)]).index_select(0, source).unsqueeze(0)
     else:
         padded = torch.cat([state, x], 1)
-    grad = torch.is_grad_enabled() and (padded.requires_grad or weight.requires_grad)
-    y = (_CausalConv.apply if grad else _conv_forward)(padded, weight, bias, activation is not None)
+    kept = Kept({"inputs": padded.detach().flatten(0, 1)})
+    if torch.is_grad_enabled() and (padded.requires_grad or weight.requires_grad):
+        waiting = RowGradients()
+        y, handle = _CausalConv.apply(padded, weight, bias, activation is not None, waiting)
+        if padded.requires_grad:
+            kept = Kept(kept.tensors, handle, waiting)
+    else:
+        y = _conv_forward(padded, weight, bias, activation is not None)
     if packed:
         # Row r of y ends at row r + W of the padded input.
         y = y.index_select(1, token_rows - width)
@@ -166,7 +185,7 @@ def causal_conv1d(
     final = final.transpose(1, 2).contiguous()
     if (recorder := active_recorder()) is not None:
         sizes = torch.tensor(lengths) + width
-        recorder.add(final, ConvHistory(inputs=padded.flatten(0, 1), start=sizes.cumsum(0) - sizes, width=width))
+        recorder.add(final, ConvHistory(kept=kept, start=sizes.cumsum(0) - sizes, width=width))
     return y, final
 
 

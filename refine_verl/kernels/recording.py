@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,71 @@ class History(Protocol):
         ...
 
 
+class RowGradients:
+    """Gradients of a few rows of a kernel's tensors, on their way to the backward pass of the call that made them.
+
+    What autograd would send there is as large as the tensors and zero but for these rows. They wait here instead, by
+    the tensor's name, until that pass collects them.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def add(self, name: str, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Leave the gradient ``[R, ...]`` of the rows ``rows`` (int64 ``[R]``) of a tensor."""
+        self._waiting.setdefault(name, []).append((rows, gradient))
+
+    def add_to(self, dense: torch.Tensor, name: str) -> torch.Tensor:
+        """Add what waits for a tensor to its gradient, in place; it waits no longer."""
+        for rows, gradient in self._waiting.pop(name, ()):
+            dense.index_add_(0, rows, gradient.to(dense.dtype))
+        return dense
+
+
+class _Take(torch.autograd.Function):
+    """``source[rows]`` whose gradient goes by way of `RowGradients`.
+
+    ``handle`` is an output of the call that made ``source``: autograd then runs the backward pass of that call after
+    this one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, handle: torch.Tensor, source: torch.Tensor, rows: torch.Tensor, waiting: RowGradients, name: str
+    ) -> torch.Tensor:
+        ctx.rows, ctx.waiting, ctx.name = rows, waiting, name
+        return source.index_select(0, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.waiting.add(ctx.name, ctx.rows, gradient)
+        return gradient.new_zeros(()), None, None, None, None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Tensors of one kernel call, by name, of which rows can be had after the pass.
+
+    Attributes:
+        tensors: ``[rows, ...]`` each, without gradient.
+        handle: an output of the call that carries its gradient, or ``None`` where there is none.
+        waiting: where the call's backward pass finds the gradients of the rows.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    handle: torch.Tensor | None = None
+    waiting: RowGradients | None = None
+
+    def take(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows ``rows`` (int64 ``[R]``) of a tensor: ``[R, ...]``."""
+        source = self.tensors[name]
+        if self.handle is None or self.waiting is None:
+            return source.index_select(0, rows)
+        taken: torch.Tensor = _Take.apply(self.handle, source, rows, self.waiting, name)
+        return taken
+
+
 @dataclass(frozen=True)
 class ScanHistory:
     """Of the (gated) delta rule; ``M = chunks * heads`` as in `scan`.
@@ -33,18 +98,13 @@ class ScanHistory:
     Attributes:
         plan: the layout.
         heads: number of value heads H.
-        k: ``[M, C, K]`` keys.
-        writes: ``[M, C, V]``, U.
-        states: ``[M, K, V]`` before each chunk.
-        decay: ``[M, C, 1]``, b, or ``None`` for the plain rule.
+        kept: ``k`` ``[M, C, K]``, the keys; ``writes`` ``[M, C, V]``, U; ``states`` ``[M, K, V]`` before each chunk;
+            ``decay`` ``[M, C, 1]``, b, absent for the plain rule.
     """
 
     plan: ChunkPlan
     heads: int
-    k: torch.Tensor
-    writes: torch.Tensor
-    states: torch.Tensor
-    decay: torch.Tensor | None
+    kept: Kept
 
     def at(self, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """``S_t = exp(b_t) S + sum_{i <= t} exp(b_t - b_i) k_i u_i^T`` over the tokens i of t's chunk."""
@@ -55,14 +115,13 @@ class ScanHistory:
         rows = (chunk[:, None] * self.heads + torch.arange(self.heads)).flatten()
         last = (positions % size).repeat_interleave(self.heads)
         written = (torch.arange(size) <= last[:, None]).unsqueeze(-1)
-        # not x[rows]: the gradient of that is accumulated element by element
-        keys, state = self.k.index_select(0, rows) * written, self.states.index_select(0, rows)
-        if self.decay is not None:
-            b = self.decay.index_select(0, rows)
+        keys, state = self.kept.take("k", rows) * written, self.kept.take("states", rows)
+        if "decay" in self.kept.tensors:
+            b = self.kept.take("decay", rows)
             reached = b[torch.arange(len(rows)), last].unsqueeze(1)
             keys = keys * (reached - b).clamp_(max=0).exp_()
             state = state * reached.exp()
-        state = torch.baddbmm(state, keys.mT, self.writes.index_select(0, rows))
+        state = torch.baddbmm(state, keys.mT, self.kept.take("writes", rows))
         return state.view(len(sequences), self.heads, *state.shape[1:])
 
 
@@ -71,19 +130,19 @@ class ConvHistory:
     """Of the short convolution.
 
     Attributes:
-        inputs: ``[rows, D]``: of each sequence its W state rows, then its tokens.
+        kept: ``inputs`` ``[rows, D]``: of each sequence its W state rows, then its tokens.
         start: int64 ``[n]``, first row of each sequence.
         width: W.
     """
 
-    inputs: torch.Tensor
+    kept: Kept
     start: torch.Tensor
     width: int
 
     def at(self, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The last W inputs, ``[R, D, W]``."""
         rows = (self.start[sequences] + positions + 1)[:, None] + torch.arange(self.width)
-        return self.inputs.index_select(0, rows.flatten()).view(*rows.shape, -1).transpose(1, 2).contiguous()
+        return self.kept.take("inputs", rows.flatten()).view(*rows.shape, -1).transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -136,7 +195,7 @@ def active_recorder() -> Recorder | None:
 def record_states() -> Iterator[Recorder]:
     """Record the calls that return a final state; what `Recorder.at` gives back is differentiable like the state.
 
-    Costs memory, less than 8 T d per layer without gradients and 2 T d more with them, and hardly any time.
+    Costs memory, less than 8 T d per layer, and hardly any time.
     """
     recorder = Recorder()
     token = _recorder.set(recorder)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from refine_verl.kernels.chunking import ChunkPlan
-from refine_verl.kernels.recording import ScanHistory, active_recorder
+from refine_verl.kernels.recording import Kept, RowGradients, ScanHistory, active_recorder
 
 L2_EPS = 1e-6
 """``x / sqrt(sum(x^2) + eps)``, the constant of fla's fused normalisation."""
@@ -303,15 +303,11 @@ def _backward(
     d_final: torch.Tensor | None,
     plan: ChunkPlan,
     shape: torch.Size,
-    d_keys: torch.Tensor | None = None,
-    d_history_writes: torch.Tensor | None = None,
-    d_history_states: torch.Tensor | None = None,
-    d_running: torch.Tensor | None = None,
+    waiting: RowGradients,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Return the gradients of q, k, v, beta, g (stored ones, chunk layout) and of the initial states.
 
-    The last four arguments are the gradients that came through a `ScanHistory`: of k, U, the states before the
-    chunks and b.
+    ``waiting`` holds the gradients that came through a `ScanHistory`.
     """
     pair_decay = x.pair_decay()
     lower = _lower(torch.bmm(x.k, x.k.mT), pair_decay, -1)
@@ -321,10 +317,8 @@ def _backward(
     scores = _lower(torch.bmm(x.q, x.k.mT), pair_decay, 0)
     torch.bmm(scores.mT, d_out, out=d_writes)
     d_before = torch.bmm(x.read_queries().mT, d_out)
-    if d_history_writes is not None:
-        d_writes.add_(d_history_writes)
-    if d_history_states is not None:
-        d_before.add_(d_history_states)
+    waiting.add_to(d_writes, "writes")
+    waiting.add_to(d_before, "states")
     d_after, d_rhs, d_state = _backward_states(x, inverse, d_writes, d_before, d_final, plan, shape)
     del d_writes
     d_lower = torch.bmm(d_rhs, writes.mT)  # up to the factor -beta
@@ -339,7 +333,7 @@ def _backward(
         d_q.baddbmm_(d_scores, x.k)
         symmetric = lower.copy_(d_lower.mT).add_(d_lower)
         d_k = d_write.sub_(d_read).baddbmm_(d_scores.mT, x.q).baddbmm_(symmetric, x.k)
-        return d_q, d_k if d_keys is None else d_k.add_(d_keys), d_v, d_beta, None, d_state
+        return d_q, waiting.add_to(d_k, "k"), d_v, d_beta, None, d_state
     growth = x.decay.exp()
     d_write.mul_((x.decay[:, -1:] - x.decay).exp_())
     d_chunk = (states * d_after).sum((1, 2), keepdim=True).mul_(growth[:, -1:])
@@ -351,11 +345,8 @@ def _backward(
     d_write.baddbmm_(d_scores.mT, x.q).baddbmm_(d_lower.mT, x.k)
     d_decay = (x.q * d_q).sum(-1, keepdim=True).add_((x.k * (d_read - d_write)).sum(-1, keepdim=True))
     d_decay[:, -1:] += d_chunk
-    if d_running is not None:
-        d_decay.add_(d_running)
-    d_g = d_decay.flip(1).cumsum(1).flip(1)  # b is a running sum of g
-    d_k = d_write.add_(d_read)
-    return d_q, d_k if d_keys is None else d_k.add_(d_keys), d_v, d_beta, d_g, d_state
+    d_g = waiting.add_to(d_decay, "decay").flip(1).cumsum(1).flip(1)  # b is a running sum of g
+    return d_q, waiting.add_to(d_write.add_(d_read), "k"), d_v, d_beta, d_g, d_state
 
 
 def _undo_norm(d: torch.Tensor, stored: torch.Tensor, rstd: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -380,23 +371,28 @@ class _Scan(torch.autograd.Function):
         state: torch.Tensor,
         settings: ScanSettings,
         want_final: bool,
-        want_history: bool,
+        kept: dict[str, torch.Tensor] | None,
+        waiting: RowGradients,
     ) -> tuple[torch.Tensor | None, ...]:
         with torch.autocast("cpu", enabled=False):
             x = _prepare(q, k, v, beta, g, settings, True)
             out, final, states, inverse, writes = _forward(x, state, settings.plan, want_final)
             rows = _from_chunks(out, v.shape, settings.plan).to(v.dtype)
-        ctx.settings, ctx.state_shape = settings, state.shape
+        ctx.settings, ctx.state_shape, ctx.waiting = settings, state.shape, waiting
         ctx.shapes = [(t.shape, t.dtype) for t in (q, k, v, beta)] + [None if g is None else (g.shape, g.dtype)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x.q, x.k, x.v, x.beta, x.decay, x.q_rstd, x.k_rstd, states, inverse)
-        return (rows, final, x.k, writes, states, x.decay) if want_history else (rows, final)
+        if kept is None:
+            return rows, final, None
+        kept.update(_kept(x, writes, states))
+        return rows, final, rows.new_empty(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, d_rows: torch.Tensor | None, d_final: torch.Tensor | None, *d_history: torch.Tensor | None
+        ctx: Any, d_rows: torch.Tensor | None, d_final: torch.Tensor | None, d_handle: torch.Tensor | None
     ) -> tuple[Any, ...]:
+        # what came through the handle waits in ctx.waiting
         settings, plan = ctx.settings, ctx.settings.plan
         *fields, states, inverse = ctx.saved_tensors
         x = _Chunks(**dict(zip(("q", "k", "v", "beta", "decay", "q_rstd", "k_rstd"), fields, strict=True)))
@@ -410,7 +406,7 @@ class _Scan(torch.autograd.Function):
                         plan.padding.view(-1, 1, plan.chunk, 1), 0
                     )
             d_q, d_k, d_v, d_beta, d_g, d_state = _backward(
-                x, states, inverse, d_out, d_final, plan, ctx.state_shape, *d_history
+                x, states, inverse, d_out, d_final, plan, ctx.state_shape, ctx.waiting
             )
             d_q = _undo_norm(d_q, x.q, x.q_rstd, settings.scale)
             d_k = _undo_norm(d_k, x.k, x.k_rstd, 1.0)
@@ -418,7 +414,12 @@ class _Scan(torch.autograd.Function):
             None if d is None else _restore(d, shape_dtype, plan, ctx.state_shape[1])
             for d, shape_dtype in zip((d_q, d_k, d_v, d_beta, d_g), ctx.shapes, strict=True)
         ]
-        return *grads, d_state, None, None, None
+        return *grads, d_state, None, None, None, None
+
+
+def _kept(x: _Chunks, writes: torch.Tensor, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a `ScanHistory` needs."""
+    return {"k": x.k, "writes": writes, "states": states} | ({} if x.decay is None else {"decay": x.decay})
 
 
 def _restore(d: torch.Tensor, like: tuple[torch.Size, torch.dtype], plan: ChunkPlan, heads: int) -> torch.Tensor:
@@ -464,15 +465,18 @@ def delta_scan(
     tensors = (q, k, v, beta, g, state)
     recorder = active_recorder() if want_final else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out, final, *history = _Scan.apply(*tensors, settings, want_final, recorder is not None)
+        waiting = RowGradients()
+        tensors_kept: dict[str, torch.Tensor] | None = None if recorder is None else {}
+        out, final, handle = _Scan.apply(*tensors, settings, want_final, tensors_kept, waiting)
+        kept = Kept(tensors_kept or {}, handle, waiting)
     else:
         with torch.autocast("cpu", enabled=False):
             x = _prepare(q, k, v, beta, g, settings, False)
             chunks, final, states, _, writes = _forward(x, state, plan, want_final)
             out = _from_chunks(chunks, v.shape, plan).to(v.dtype)
-        history = [x.k, writes, states, x.decay]
+        kept = Kept(_kept(x, writes, states))
     if final is not None and plan.inverse is not None:
         final = final.index_select(0, plan.inverse)
     if recorder is not None and final is not None:
-        recorder.add(final, ScanHistory(plan, v.shape[2], *history))
+        recorder.add(final, ScanHistory(plan, v.shape[2], kept))
     return out, final

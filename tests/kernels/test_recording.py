@@ -120,7 +120,7 @@ def test_states_are_those_of_shorter_passes(call: Call, lengths: list[int], grad
     ends = torch.cat([call(up_to(x, lengths, b, length - 1), None) for b, length in enumerate(lengths)])
     inputs = [x[name] for name in names]
     got_grads = torch.autograd.grad((got * weights).sum() + final.square().sum(), inputs)
-    wanted_grads = torch.autograd.grad((wanted * weights).sum() + ends.square().sum(), inputs)
+    wanted_grads = torch.autograd.grad((wanted * weights).sum() + ends.square().sum(), inputs, materialize_grads=True)
     for name, a, b in zip(names, got_grads, wanted_grads, strict=True):
         assert (a - b).norm() <= 1e-10 * b.norm(), name
 
@@ -146,3 +146,23 @@ def test_only_what_was_recorded_is_known() -> None:
     assert recorder.covers(inside) and not recorder.covers(outside) and not recorder.covers(inside.clone())
     with pytest.raises(KeyError):
         recorder.at(outside, torch.tensor([0]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("call", [delta, gated, conv])
+def test_gradients_of_states_arrive_once(call: Call) -> None:
+    """Taken twice, differentiated twice: what one backward pass collected is not there for the next."""
+    lengths = [100, 70]
+    x = make_inputs(lengths)
+    name = "x" if call is conv else "k"
+
+    def gradients(times: int) -> list[Tensor]:
+        with record_states() as recorder:
+            final = call(*in_rows(x, lengths))
+            got = [recorder.at(final, torch.tensor([0, 1]), torch.tensor([66, 40])) for _ in range(times)]
+        loss = sum((state.square().sum() for state in got), torch.zeros(()))
+        return [torch.autograd.grad(loss, x[name], retain_graph=True)[0] for _ in range(2)]
+
+    once, again = gradients(1)
+    assert once.count_nonzero() > 0
+    torch.testing.assert_close(again, once)
+    torch.testing.assert_close(gradients(2)[0], 2 * once)
