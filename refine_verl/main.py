@@ -1,11 +1,12 @@
 """`python -m refine_verl.main recipe=NAME key=value ...`: compose, check, prepare, train.
 
 Exit codes: 0 the run finished, 1 it failed, 2 the configuration or its files are unusable (nothing is
-written then).
+written then), 130 and 143 it was stopped by SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -45,14 +46,15 @@ from refine_verl.compose import (
 from refine_verl.config import ConfigError, list_settings
 from refine_verl.data import DataError
 from refine_verl.messages import readable
+from refine_verl.trainer.signals import Stopped, StopSignals
 from refine_verl.validate import validate
 
 logger = logging.getLogger(__name__)
 
 FAILED = 1
 BAD_INPUT = 2
-INTERRUPTED = 130
 FULL_ERROR = "HYDRA_FULL_ERROR"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 USAGE = f"""\
 python -m refine_verl.main recipe=NAME [model=PRESET] [KEY=VALUE ...]
@@ -79,7 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; default: the process's.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with StopSignals() as signals:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv), signals)
+        except Stopped as stop:
+            return _fail(str(stop), signals.exit_code, prefix="")
+        except KeyboardInterrupt:
+            name = signals.received.name if signals.received else "SIGINT"
+            return _fail(
+                f"stopped at once by {name}; the same command goes on from the last checkpoint, if there is one",
+                signals.exit_code,
+                prefix="",
+            )
+
+
+def _main(arguments: list[str], signals: StopSignals) -> int:
     _configure_logging()
     shows = False
     try:
@@ -91,12 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         register_configs()
         for broken in broken_configs().values():
             logger.warning("%s It is left out.", broken)
-        return _run_hydra(_prepare_sweep(command) if command.multirun else command.arguments)
+        return _run_hydra(_prepare_sweep(command) if command.multirun else command.arguments, signals)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return BAD_INPUT if code and shows else code
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except (ConfigError, DataError, HydraException, OmegaConfBaseException, YAMLError) as error:
         return _refuse(error)
     except ValueError as error:
@@ -130,13 +144,20 @@ def _prepare_sweep(command: CommandLine) -> list[str]:
     return [*command.arguments, apart]
 
 
-def _run_hydra(arguments: list[str]) -> int:
-    """Let Hydra parse `arguments` and call `_job`; its errors come out as exceptions, not as messages of its own."""
+def _run_hydra(arguments: list[str], signals: StopSignals) -> int:
+    """Let Hydra parse `arguments` and call `job`; its errors come out as exceptions, not as messages of its own."""
+
+    def job(config: DictConfig) -> None:
+        # leaves with SystemExit unless all went well, which also ends a multirun
+        code = run(without_hydra(config), _files_in_use(), signals)
+        if code:
+            raise SystemExit(code)
+
     before = sys.argv, os.environ.get(FULL_ERROR)
     sys.argv = [sys.argv[0], *arguments]
     os.environ[FULL_ERROR] = "1"
     try:
-        hydra.main(config_path=str(CONFIG_DIR), config_name=CONFIG_NAME, version_base=None)(_job)()
+        hydra.main(config_path=str(CONFIG_DIR), config_name=CONFIG_NAME, version_base=None)(job)()
     finally:
         sys.argv = before[0]
         _restore_environment(before[1])
@@ -150,19 +171,13 @@ def _restore_environment(full_error: str | None) -> None:
         os.environ[FULL_ERROR] = full_error
 
 
-def _job(config: DictConfig) -> None:
-    """One run of a (multi)run; leaves with SystemExit unless all went well, which also ends a multirun."""
-    code = run(without_hydra(config), _files_in_use())
-    if code:
-        raise SystemExit(code)
-
-
-def run(config: DictConfig, files: Sequence[ConfigFile] = ()) -> int:
+def run(config: DictConfig, files: Sequence[ConfigFile] = (), signals: StopSignals | None = None) -> int:
     """Check `config`, prepare its documents and train. Returns the exit code.
 
     Args:
         config: as composed, without Hydra's own section.
         files: recipes and presets that may have contributed, for messages.
+        signals: what asks the run to stop; None: nothing does.
     """
     try:
         valid = validate(config, files)
@@ -173,24 +188,31 @@ def run(config: DictConfig, files: Sequence[ConfigFile] = ()) -> int:
     from refine_verl.models.loading import ModelError
     from refine_verl.plugin import PluginError
     from refine_verl.preflight import prepare_run
+    from refine_verl.trainer.attempts import WorkerLost
     from refine_verl.trainer.launch import train
     from refine_verl.trainer.refine_trainer import TrainingDiverged
     from refine_verl.trainer.resources import ResourceError
+    from refine_verl.workers.checkpoint_files import CheckpointError, free_space
 
     try:
-        prepared = prepare_run(valid)
+        prepared = prepare_run(valid, starts_here=True)
         launch_config = prepared.launch_config()
     except (ConfigError, DataError, ModelError) as error:
         return _refuse(error)
     except OSError as error:
         return _fail(f"trainer.default_local_dir={valid.config.trainer.default_local_dir}: {error}", BAD_INPUT)
     try:
-        run_dir = train(launch_config)
+        run_dir = train(launch_config, signals)
+    except ConfigError as error:
+        return _refuse(error)
     except ModelError as error:  # from a worker, wrapped by Ray with its traceback
         return _fail(str(getattr(error, "cause", error)))
-    except (PluginError, ResourceError, TrainingDiverged) as error:
+    except (PluginError, ResourceError, TrainingDiverged, WorkerLost, CheckpointError) as error:
         return _fail(str(error))
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            directory = Path(valid.config.trainer.default_local_dir)
+            return _fail(f"{error} ({free_space(directory)}). Free some space; the same command goes on.")
         traceback.print_exc()
         return FAILED
     _say_what_is_where(run_dir)
@@ -232,8 +254,8 @@ def _refuse(error: Exception) -> int:
     return _fail(str(error) if said_by_us else readable(error, base_schema()), BAD_INPUT)
 
 
-def _fail(message: str, code: int = FAILED) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
+def _fail(message: str, code: int = FAILED, prefix: str = "error: ") -> int:
+    Console(stderr=True, soft_wrap=True).print(f"{prefix}{message}", markup=False, highlight=False)
     return code
 
 

@@ -248,6 +248,9 @@ def _check_trainer(config: DictConfig) -> int:
         _require_integer(f"trainer.{name}", trainer[name], at_least=1)
     if trainer.total_training_steps is not None:
         _require_integer("trainer.total_training_steps", trainer.total_training_steps, at_least=1)
+    _require_integer("trainer.max_restarts", trainer.max_restarts, at_least=0)
+    if trainer.max_actor_ckpt_to_keep is not None:
+        _require_integer("trainer.max_actor_ckpt_to_keep", trainer.max_actor_ckpt_to_keep, at_least=1)
     for name in ("save_freq", "test_freq"):
         _require_integer(f"trainer.{name}", trainer[name], at_least=-1)
     _require_integer("data.seed", config.data.seed, at_least=0)

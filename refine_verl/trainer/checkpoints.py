@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
 from refine_verl.config import ConfigError, require_choice
+from refine_verl.workers.checkpoint_files import STEP, TRACKER, candidates, damage
+
+logger = logging.getLogger(__name__)
 
 RESUME_MODES = ("auto", "disable", "resume_path")
-TRACKER = "latest_checkpointed_iteration.txt"
-"""verl's note of the last complete checkpoint of a run directory."""
-
-_STEP = "global_step_"
 # What a checkpoint of verl's FSDP engine holds of each kind of content, per rank.
 _SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 # Settings of a model that say nothing of its weights or of what it computes with them.
@@ -32,14 +32,22 @@ _NOT_THE_MODEL = {
     "transformers_version",
     "use_cache",
 }
+_ANOTHER = f"trainer.resume_mode=resume_path trainer.resume_from_path=RUN/{STEP}N"
 _START_OVER = "start over with another trainer.default_local_dir or with trainer.resume_mode=disable"
 
 
-def checkpoint_to_resume(config: DictConfig) -> Path | None:
+def checkpoint_to_resume(config: DictConfig, *, warn: bool = True) -> Path | None:
     """The checkpoint directory ``global_step_N`` that the run goes on from, None for a fresh run.
 
+    With ``trainer.resume_mode=auto`` the last one that is not damaged.
+
+    Args:
+        config: the resolved configuration.
+        warn: name the damaged checkpoints that are passed over.
+
     Raises:
-        ConfigError: an unknown ``trainer.resume_mode``, or the checkpoint it names does not exist.
+        ConfigError: an unknown ``trainer.resume_mode``; or the checkpoint it names does not exist or is damaged; or
+            there are checkpoints, but no good one.
     """
     trainer = config.trainer
     mode = trainer.resume_mode
@@ -47,16 +55,40 @@ def checkpoint_to_resume(config: DictConfig) -> Path | None:
     if mode == "disable":
         return None
     if mode == "auto":
-        return _latest(Path(trainer.default_local_dir))
+        return _last_good(Path(trainer.default_local_dir), warn)
     given = trainer.resume_from_path
-    if not isinstance(given, str) or not Path(given).name.startswith(_STEP):
+    if not isinstance(given, str) or not Path(given).name.startswith(STEP):
         raise ConfigError(
             "trainer.resume_from_path",
-            f"must name a checkpoint directory RUN/{_STEP}N with trainer.resume_mode=resume_path, got {given!r}.",
+            f"must name a checkpoint directory RUN/{STEP}N with trainer.resume_mode=resume_path, got {given!r}.",
         )
     if not Path(given).is_dir():
         raise ConfigError("trainer.resume_from_path", f"{given}: no such directory.")
+    problem = damage(Path(given))
+    if problem:
+        raise ConfigError(
+            "trainer.resume_from_path", f"the checkpoint {given} is damaged: {problem}. Name another one."
+        )
     return Path(given)
+
+
+def _last_good(run_dir: Path, warn: bool) -> Path | None:
+    found = candidates(run_dir)
+    tried: list[str] = []
+    for folder in found:
+        problem = damage(folder)
+        if problem is None:
+            if tried and warn:
+                logger.warning("%s. The run goes on from %s instead", "; ".join(tried), folder)
+            return folder
+        tried.append(f"the checkpoint {folder} is damaged: {problem}")
+    if not found and not (run_dir / TRACKER).exists():
+        return None
+    raise ConfigError(
+        "trainer.default_local_dir",
+        f"no checkpoint of {run_dir} can be loaded ({'; '.join(tried) or f'{TRACKER} is there, but no {STEP}N'}). "
+        f"Put a copy of one back, name one elsewhere with {_ANOTHER}, or {_START_OVER}.",
+    )
 
 
 def check_checkpoint(config: DictConfig, model: PretrainedConfig) -> Path | None:
@@ -70,10 +102,10 @@ def check_checkpoint(config: DictConfig, model: PretrainedConfig) -> Path | None
         The checkpoint directory, None for a fresh run.
 
     Raises:
-        ConfigError: there is a checkpoint, but of another number of workers or another model, or an incomplete
-            one.
+        ConfigError: there is a checkpoint, but of another number of workers or another model, one that lacks what
+            is to be loaded, or no good one.
     """
-    folder = checkpoint_to_resume(config)
+    folder = checkpoint_to_resume(config, warn=False)  # said when the run starts
     if folder is None:
         return None
     actor = folder / "actor"
@@ -81,21 +113,6 @@ def check_checkpoint(config: DictConfig, model: PretrainedConfig) -> Path | None
     _check_shards(config, folder)
     wanted = json.loads(model.to_json_string(use_diff=False))
     _check_model(folder, _read_json(actor / "huggingface" / "config.json", folder), wanted)
-    return folder
-
-
-def _latest(run_dir: Path) -> Path | None:
-    tracker = run_dir / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text().strip()
-    folder = run_dir / f"{_STEP}{text}"
-    if not text.isdigit() or not folder.is_dir():
-        raise ConfigError(
-            "trainer.default_local_dir",
-            f"{tracker} names step {text!r}, but there is no {folder}. Write the number of a checkpoint that "
-            f"exists into that file, or {_START_OVER}.",
-        )
     return folder
 
 
@@ -118,12 +135,11 @@ def _check_shards(config: DictConfig, folder: Path) -> None:
             continue
         for rank in range(workers):
             file = folder / "actor" / f"{name}_world_size_{workers}_rank_{rank}.pt"
-            # on a cluster each node may keep the shards of its own ranks only
-            if config.trainer.nnodes == 1 and not file.is_file():
+            if not file.is_file():
                 raise ConfigError(
                     "trainer.resume_mode",
-                    f"the checkpoint {folder} is incomplete: {file.name} is missing. Resume an earlier one with "
-                    f"trainer.resume_mode=resume_path trainer.resume_from_path=RUN/{_STEP}N, or {_START_OVER}.",
+                    f"the checkpoint {folder} has no {file.name}, but actor_rollout_ref.actor.checkpoint.load_contents "
+                    f"names {content}. Leave it out there, resume an earlier one with {_ANOTHER}, or {_START_OVER}.",
                 )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import io
 import json
 import logging
 import os
 import platform
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +24,15 @@ from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from refine_verl.plugin import check_plugin
 from refine_verl.report import ReportError, write_report
+from refine_verl.report.metrics import write_atomically
 from refine_verl.schema import leaves
+from refine_verl.trainer.attempts import run_attempts
+from refine_verl.trainer.checkpoints import checkpoint_to_resume
 from refine_verl.trainer.posttrain import PosttrainTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
+from refine_verl.trainer.signals import StopSignals
 from refine_verl.trainer.ttt import TTTTrainer
+from refine_verl.workers.checkpoint_files import tidy
 
 logger = logging.getLogger(__name__)
 
@@ -39,32 +46,41 @@ TRAINERS: dict[str, type[RefineTrainer]] = {
 _PACKAGES = ("refine_verl", "verl", "ray", "torch", "transformers", "flash-linear-attention", "triton", "datasets")
 
 
-def train(config: DictConfig) -> Path:
+def train(config: DictConfig, signals: StopSignals | None = None) -> Path:
     """Run the training that ``config`` describes, from its last checkpoint if there is one.
 
     Args:
         config: resolved and validated; ``data.train_files`` and ``data.val_files`` name prepared directories and
             ``actor_rollout_ref.model.path`` a model directory.
+        signals: what asks the run to stop, installed by the caller; None: nothing does.
 
     Returns:
         The run directory, with ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``report.html``, ``model/``
         (unless ``trainer.val_only``) and the checkpoints.
 
     Raises:
-        TrainingDiverged, ResourceError, PluginError: see there.
+        Stopped: a signal, after the step in progress and a checkpoint; KeyboardInterrupt: at once.
+        ConfigError: no checkpoint that is there can be loaded; nothing was written then.
+        WorkerLost, CheckpointError, TrainingDiverged, ResourceError, PluginError: see there.
     """
     check_plugin()
+    signals = signals or StopSignals()
     run_dir = Path(config.trainer.default_local_dir)
+    tidy(run_dir)
+    checkpoint_to_resume(config, warn=False)
     run_dir.mkdir(parents=True, exist_ok=True)
     _say_what_changed(run_dir / "config.yaml", config)
-    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    (run_dir / "environment.json").write_text(json.dumps(environment(config), indent=2) + "\n")
-    with ray_session(config):
-        trainer = TRAINERS[config.refine.phase](config)
-        with contextlib.redirect_stdout(_Debug()):  # verl announces what it reads with print
-            trainer.init()
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+    write_atomically(run_dir / "environment.json", (json.dumps(environment(config), indent=2) + "\n").encode())
+
+    def attempt(settings: DictConfig) -> RefineTrainer:
+        trainer = TRAINERS[settings.refine.phase](settings)
+        trainer.signals = signals
+        return trainer
+
+    with ray_session(config, signals):
         try:
-            trainer.fit()
+            run_attempts(config, attempt, after=lambda: tidy(run_dir))
         finally:
             _report(run_dir)
     return run_dir
@@ -74,21 +90,12 @@ def _report(run_dir: Path) -> None:
     """Write ``report.html``, also for a run that failed; a run without a single metric has none."""
     try:
         write_report(run_dir)
-    except ReportError as error:
+    except (ReportError, OSError) as error:
         logger.warning("no report: %s", error)
 
 
-class _Debug(io.TextIOBase):
-    """A stream that logs what is printed to it."""
-
-    def write(self, text: str) -> int:
-        if text.strip():
-            logger.debug("%s", text.rstrip())
-        return len(text)
-
-
 @contextmanager
-def ray_session(config: DictConfig) -> Iterator[None]:
+def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
     """A Ray of our own on this machine, or the cluster that RAY_ADDRESS or ``ray_kwargs`` name."""
     if ray.is_initialized():
         yield
@@ -100,21 +107,60 @@ def ray_session(config: DictConfig) -> Iterator[None]:
         options.pop("runtime_env", None) or {},
     )
     options = {name: value for name, value in options.items() if value is not None}
-    if "address" not in options and "RAY_ADDRESS" not in os.environ:
+    local = "address" not in options and "RAY_ADDRESS" not in os.environ
+    if local:
         options.setdefault("include_dashboard", False)
         if config.trainer.device == "cpu":
             # one Ray CPU per worker, also where workers outnumber cores
             workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
             options.setdefault("num_cpus", max(workers, os.cpu_count() or 1))
     # the driver draws its own display; what workers print about themselves would tear it
-    ray.init(
-        runtime_env=OmegaConf.to_container(runtime_env),
-        **{"log_to_driver": False, "configure_logging": False, **options},
-    )
     try:
+        with group_of_its_own() if local else contextlib.nullcontext(), _sigterm_of_ray():
+            ray.init(
+                runtime_env=OmegaConf.to_container(runtime_env),
+                **{"log_to_driver": False, "configure_logging": False, **options},
+            )
+        signals.install()
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_of_ray() -> Iterator[None]:
+    """``ray.init`` answers SIGTERM with SystemExit; it must not be mistaken for an exit code of ours."""
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from stop
+
+
+@contextmanager
+def group_of_its_own() -> Iterator[None]:
+    """Processes started within do not get the signals that are sent to the process group of this one.
+
+    A terminal sends SIGINT to the whole group, ``timeout`` and some schedulers SIGTERM: Ray's servers would end, and
+    its workers with them, before the step is finished and saved. A process cannot move its children once they run, so
+    this one joins a new group while it starts them, and returns. The leader of a session cannot move and stays.
+    """
+    home = os.getpgrp()
+    if os.getsid(0) == os.getpid() or sys.platform == "win32":
+        yield
+        return
+    # the group exists from the start of this process until the last of those it is for
+    holder = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=os.setpgrp)
+    try:
+        os.setpgid(0, holder.pid)
+        yield
+    finally:
+        try:
+            os.setpgid(0, home)
+        except PermissionError:  # nobody is left in it
+            os.setpgid(0, 0)
+        holder.communicate()
 
 
 def _worker_environment(config: DictConfig) -> dict[str, str]:

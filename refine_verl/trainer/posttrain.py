@@ -36,7 +36,10 @@ class PosttrainTrainer(PromptTrainer):
     def _recorder(self, resume_step: int | None, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
         def still_holds(row: Mapping[str, Any]) -> bool:
             # validation alone makes the answers of its step again and leaves all others
-            return row["step"] != self.global_steps if resume_step is None else row["step"] <= resume_step
+            if resume_step is None:
+                return bool(row["step"] != self.global_steps)
+            # nor does a validation stay that is made again because its line in metrics.jsonl was lost
+            return bool(row["step"] <= resume_step - (self.lost_metrics is not None))
 
         self.predictions = PredictionsFile(self.run_dir / PREDICTIONS_FILE, still_holds)
         try:

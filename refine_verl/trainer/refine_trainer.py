@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,7 +21,6 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
@@ -36,6 +34,7 @@ from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.report import MetricsWriter, TrainingProgress, read_metrics
 from refine_verl.trainer.advantage import compute_advantages
 from refine_verl.trainer.resources import WorkerPoolManager
+from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.workers.loss import RefineLoss
 from refine_verl.workers.worker import NSPRolloutWorker, WorkerSettings, worker_threads
 
@@ -57,7 +56,7 @@ class Learned:
     rewards: Tensor | None
 
 
-class RefineTrainer(PPOTrainer):
+class RefineTrainer(CheckpointingTrainer):
     """Mid-training with REFINE, or with the next-token loss alone (``refine.loss.rl_coef: 0``).
 
     Args:
@@ -68,7 +67,6 @@ class RefineTrainer(PPOTrainer):
         super().__init__(config)
         self.trainer_mode = "sync"  # every TransferQueue branch of the base class is for the other modes
         self.settings = RefineSettings.from_mapping(config.refine)
-        self.run_dir = Path(config.trainer.default_local_dir)
         self.skipped_in_a_row = 0
         self.train_dataloader_it: Iterator[Any] | None = None
 
@@ -156,15 +154,21 @@ class RefineTrainer(PPOTrainer):
         with self._recorder(resume_step, self.total_training_steps) as record:
             if (trainer.val_only or trainer.val_before_train and not resumed) and len(self.val_dataset):
                 record(self._validate())
+            elif self.lost_metrics is not None:
+                record(self._completed(self.lost_metrics))
             self.on_train_begin()
-            while self.global_steps < self.total_training_steps and not trainer.val_only:
-                self.global_steps += 1
-                record(self._train_one_step())
-                self._stop_if_diverged(saved=self._is_due(trainer.save_freq))
+            with self.signals.deferred():
+                while self.global_steps < self.total_training_steps and not trainer.val_only:
+                    self.global_steps += 1
+                    record(self._train_one_step())
+                    saved = self._is_due(trainer.save_freq)
+                    self._stop_if_diverged(saved)
+                    self._stop_if_asked(saved, self.total_training_steps)
             self.on_train_end()
         self._shutdown_dump_executor()
         if not trainer.val_only:
-            self.actor_rollout_wg.export(str(self.run_dir / "model"))
+            with self.signals.deferred():
+                self._export()
 
     @contextmanager
     def _recorder(self, resume_step: int | None, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
@@ -192,8 +196,11 @@ class RefineTrainer(PPOTrainer):
                 tracking.log(data=metrics, step=self.global_steps)
                 progress.update(self.global_steps, metrics)
 
-            yield record
-        writer.close()
+            try:
+                yield record
+            finally:
+                with suppress(OSError):  # of a full disk, which the error under way is about
+                    writer.close()
 
     def _train_one_step(self) -> dict[str, float]:
         trainer = self.config.trainer
@@ -207,14 +214,20 @@ class RefineTrainer(PPOTrainer):
             self.on_step_end()
         metrics["perf/tokens_per_second"] = tokens / timing["step"]
         metrics["refine/active"] = float(self._uses_rollouts())
+        self.step_metrics = {**metrics, **_seconds(timing)}
         if self._is_due(trainer.save_freq):
             with marked_timer("save_checkpoint", timing):
                 self._save_checkpoint()
-        if self._is_due(trainer.test_freq) and len(self.val_dataset):
+        return self._completed({**metrics, **_seconds(timing)})
+
+    def _completed(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of a step, with those of the validation if it is due."""
+        timing: dict[str, float] = {}
+        scores: dict[str, float] = {}
+        if self._is_due(self.config.trainer.test_freq) and len(self.val_dataset):
             with marked_timer("validate", timing):
-                metrics.update(self._validate())
-        metrics.update({f"timing_s/{name}": seconds for name, seconds in timing.items()})
-        return metrics
+                scores = self._validate()
+        return {**metrics, **scores, **_seconds(timing)}
 
     def _is_due(self, frequency: int) -> bool:
         last = self.global_steps >= self.total_training_steps
@@ -386,6 +399,10 @@ def mini_batch_order(rows: int, size: int, ranks: int) -> list[int]:
         for start in range(0, rows, size)
         for offset in range(share)
     ]
+
+
+def _seconds(timing: dict[str, float]) -> dict[str, float]:
+    return {f"timing_s/{name}": seconds for name, seconds in timing.items()}
 
 
 def _finite_mean(values: list[float]) -> float:

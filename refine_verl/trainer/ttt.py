@@ -56,19 +56,26 @@ class TTTTrainer(PromptTrainer):
         with self._recorder(self.global_steps or -1, len(batches)) as record:
             self._record_what_a_kill_lost(record, predictions)
             if not carried_on:
+                self.left_something = True  # answers
                 self.actor_rollout_wg.snapshot()
-            while self.global_steps < len(batches):
-                self.global_steps += 1
-                columns = self._columns(batches[self.global_steps - 1])
-                metrics, rows = self._adapt_and_answer(columns)
-                predictions.write([row for row in rows if row["id"] not in finished])
-                record({**metrics, **running_means(predictions.rows)})
-                if carried_on:
-                    self._stop_if_diverged(saved=self._is_due(self.config.trainer.save_freq))
+            with self.signals.deferred():
+                while self.global_steps < len(batches):
+                    self.global_steps += 1
+                    columns = self._columns(batches[self.global_steps - 1])
+                    metrics, rows = self._adapt_and_answer(columns)
+                    predictions.write([row for row in rows if row["id"] not in finished])
+                    record({**metrics, **running_means(predictions.rows)})
+                    saved = self._is_due(self.config.trainer.save_freq)
+                    if carried_on:
+                        self._stop_if_diverged(saved)
+                        self._stop_if_asked(saved, len(batches))
+                    else:
+                        self._stop_if_asked(True, len(batches), f"behind the last answer in {PREDICTIONS_FILE}")
         predictions.close()
         self._shutdown_dump_executor()
         if carried_on:
-            self.actor_rollout_wg.export(str(self.run_dir / "model"))
+            with self.signals.deferred():
+                self._export()
 
     def batches(self) -> list[list[int]]:
         """Rows of the test set that are adapted to together."""

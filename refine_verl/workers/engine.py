@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from refine_verl.config import ModelSettings, NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
 from refine_verl.plugin import ENGINE_MODEL_TYPE
+from refine_verl.workers.checkpoint_files import being_saved, flushed, put_in_place
 
 
 @EngineRegistry.register(model_type=ENGINE_MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "cpu"])
@@ -122,17 +124,27 @@ class RefineEngine(FSDPEngine):
                 root.reshard()  # full weights must not outlive the next optimiser step
 
     def export(self, directory: str, processing_class: Any = None) -> None:
-        """Write a Hugging Face model directory in the dtype of the parameters (float32). Call on all ranks."""
+        """Write a Hugging Face model directory in the dtype of the parameters (float32). Call on all ranks.
+
+        It is written beside and renamed into place: a kill meanwhile leaves what was there before.
+        """
         from transformers import AutoModelForCausalLM
 
         state = get_fsdp_full_state_dict(self.module, offload_to_cpu=True, rank0_only=True)
         if self.rank == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
+            final = Path(directory)
+            folder = being_saved(final)
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
             with torch.device("meta"):
                 shell = AutoModelForCausalLM.from_config(self.model_config.hf_config, dtype=torch.float32)
-            shell.save_pretrained(directory, state_dict=state)
+            shell.save_pretrained(folder, state_dict=state)
             if processing_class is not None:
-                processing_class.save_pretrained(directory)
+                processing_class.save_pretrained(folder)
+            for file in folder.iterdir():
+                flushed(file)
+            put_in_place(folder, final)
         torch.distributed.barrier()
 
 

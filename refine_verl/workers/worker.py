@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tensordict import TensorDict
@@ -22,7 +27,9 @@ from refine_verl.models import RolloutBatch, RolloutDraws, snapshot_count
 from refine_verl.models.answers import Answers
 from refine_verl.nsp import generation_uniforms
 from refine_verl.plugin import PluginError, check_plugin
+from refine_verl.workers.checkpoint_files import CheckpointError, FileRecord, flushed, free_space
 from refine_verl.workers.engine import RefineEngine, documents_of
+from refine_verl.workers.failures import lost_connection
 from refine_verl.workers.reward_manager import HiddenStateRewardManager
 from refine_verl.workers.snapshot import Snapshot
 
@@ -215,9 +222,56 @@ class NSPRolloutWorker(TrainingWorker):
         self.saved.restore(self.engine)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None
+    ) -> dict[str, FileRecord]:
+        """verl's checkpoint of this rank; what it wrote is on disk when this returns.
+
+        Args:
+            local_path: directory to write into.
+            hdfs_path, global_step, max_ckpt_to_keep: as in verl.
+
+        Returns:
+            Every file this rank wrote, by its path in ``local_path``.
+
+        Raises:
+            CheckpointError: the disk is full, or refuses for another reason.
+        """
+        with self._writing(local_path):
+            self.engine.save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+            return self._written(Path(local_path))
+
+    def _written(self, folder: Path) -> dict[str, FileRecord]:
+        """Shards belong to the rank in their name, everything else to rank 0."""
+        files = {}
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            shard = re.search(r"_rank_(\d+)\.pt$", file.name)
+            if int(shard[1] if shard else 0) == self.engine.rank:
+                files[file.relative_to(folder).as_posix()] = flushed(file)
+        return files
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export(self, directory: str) -> None:
-        """Write a Hugging Face model directory that ``AutoModelForCausalLM`` loads, tokenizer included."""
-        self.engine.export(directory, self.model_config.get_processor())
+        """Write a Hugging Face model directory that ``AutoModelForCausalLM`` loads, tokenizer included.
+
+        Raises:
+            CheckpointError: the disk is full, or refuses for another reason.
+        """
+        with self._writing(directory):
+            self.engine.export(directory, self.model_config.get_processor())
+
+    @contextmanager
+    def _writing(self, directory: str) -> Iterator[None]:
+        try:
+            yield
+        # torch reports a full disk as a RuntimeError without a number, safetensors as an exception of its own
+        except Exception as error:
+            if lost_connection(error):
+                raise
+            raise CheckpointError(
+                f"rank {self.engine.rank} on {socket.gethostname()}: {type(error).__name__}: {error}; "
+                f"{free_space(Path(directory))}"
+            ) from error
 
 
 def _tokens_to_learn(data: TensorDict) -> Tensor:

@@ -11,6 +11,7 @@ from verl.plugin.platform.platform_base import PlatformBase
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, ResourcePoolManager
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
@@ -30,6 +31,7 @@ from refine_verl.plugin import CpuPlatform
 from refine_verl.trainer.posttrain import PosttrainTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.trainer.resources import WorkerPoolManager
+from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.trainer.ttt import TTTTrainer
 from refine_verl.workers.engine import RefineEngine
 from refine_verl.workers.worker import NSPRolloutWorker
@@ -49,6 +51,7 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
             "_validate",
         },
     ),
+    "checkpoints": (CheckpointingTrainer, PPOTrainer, {"__init__", "_save_checkpoint", "_load_checkpoint"}),
     "engine": (
         RefineEngine,
         FSDPEngine,
@@ -56,7 +59,7 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
     ),
     "posttrain": (PosttrainTrainer, PPOTrainer, {"__init__", "step", "_validate"}),
     "ttt": (TTTTrainer, PPOTrainer, {"__init__", "fit"}),
-    "worker": (NSPRolloutWorker, TrainingWorker, {"__init__"}),
+    "worker": (NSPRolloutWorker, TrainingWorker, {"__init__", "save_checkpoint"}),
     "pool": (WorkerPoolManager, ResourcePoolManager, {"_check_resource_available"}),
     "platform": (
         CpuPlatform,
@@ -108,7 +111,12 @@ CALLED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = 
     "init dump executor": (PPOTrainer._init_dump_executor, (None,), {}),
     "shut it down": (PPOTrainer._shutdown_dump_executor, (None,), {}),
     "load checkpoint": (PPOTrainer._load_checkpoint, (None,), {}),
-    "save checkpoint": (PPOTrainer._save_checkpoint, (None,), {}),
+    "save checkpoint": (FSDPEngine.save_checkpoint, (None, "", None, 0, None), {}),
+    "note a checkpoint": (
+        CheckpointCallback.on_save,
+        (None,),
+        {"trainer": None, "global_step": 0, "checkpoint_dir": "", "async_save": False},
+    ),
     "profiling": (PPOTrainer._start_profiling, (None,), {}),
     "end of profiling": (PPOTrainer._stop_profiling, (None,), {}),
     "random state": (BaseCheckpointManager.get_rng_state, (), {}),

@@ -1,0 +1,188 @@
+"""Attempts of a run: what ends one cleanly, and when the next one goes on from the last checkpoint by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import re
+import time
+from collections.abc import Callable
+
+import ray
+from omegaconf import DictConfig
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from verl.single_controller.ray import RayWorkerGroup
+from verl.utils.device import get_resource_name
+
+from refine_verl.trainer.refine_trainer import RefineTrainer
+from refine_verl.workers.failures import lost_connection
+
+logger = logging.getLogger(__name__)
+
+NOTICE_SECONDS = 60.0
+"""How long Ray may take to say that a node is gone, after a connection to it broke."""
+CAPACITY_SECONDS = 300.0
+"""How long a restart waits for nodes and GPUs that are missing."""
+
+_LOSSES = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
+
+
+class WorkerLost(RuntimeError):
+    """A worker process died or its node left; ``trainer.max_restarts`` is about these."""
+
+
+def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrainer], after: Callable[[], None]) -> None:
+    """Train; start again from the last checkpoint after a lost worker, ``trainer.max_restarts`` times at most.
+
+    Any other error ends the run: what is wrong with the configuration, the data, a reward or the disk would be wrong
+    the next time, too.
+
+    Args:
+        config: resolved.
+        attempt: makes a trainer.
+        after: called when the processes of an attempt are gone, however it ended.
+
+    Raises:
+        WorkerLost: once more than allowed.
+    """
+    restarts = 0
+    while True:
+        trainer = attempt(config)
+        try:
+            with contextlib.redirect_stdout(_Debug()):  # verl announces what it reads with print
+                trainer.init()
+            trainer.fit()
+            return
+        except Exception as error:
+            lost = worker_lost(error, getattr(trainer, "actor_rollout_wg", None))
+            if lost is None:
+                raise
+            allowed = config.trainer.max_restarts
+            if restarts >= allowed:
+                tried = f" after {restarts} restart(s)" if restarts else ""
+                raise WorkerLost(
+                    f"{lost}. The run ends{tried} (trainer.max_restarts={allowed}); the same command goes on from the "
+                    "last checkpoint."
+                ) from error
+            restarts += 1
+            logger.warning("%s. Restart %d of %d, from the last checkpoint", lost, restarts, allowed)
+        finally:
+            end_processes(trainer)
+            after()
+        config = of_the_next_attempt(config, trainer)
+        wait_for_capacity(config.trainer.n_gpus_per_node * config.trainer.nnodes)
+
+
+class _Debug(io.TextIOBase):
+    """A stream that logs what is printed to it."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            logger.debug("%s", text.rstrip())
+        return len(text)
+
+
+def of_the_next_attempt(config: DictConfig, trainer: RefineTrainer) -> DictConfig:
+    """A run told to start over, or from elsewhere, has what its last attempt left to go on from."""
+    config = copy.deepcopy(config)
+    if trainer.left_something:
+        config.trainer.resume_mode = "auto"
+    return config
+
+
+def worker_lost(error: Exception, group: RayWorkerGroup | None) -> WorkerLost | None:
+    """The loss behind an error of an attempt, with what is known of it; None for an error of any other kind.
+
+    Args:
+        error: what came out of a call to the workers.
+        group: the workers, if they were made.
+    """
+    if isinstance(error, _LOSSES):
+        if getattr(error, "actor_init_failed", False):
+            return None  # raised by our own code, which would raise it again
+    elif not (isinstance(error, RayTaskError) and lost_connection(_cause(error))):
+        return None
+    dead = dead_workers(group, NOTICE_SECONDS) if group is not None else {}
+    if dead:
+        return WorkerLost("; ".join(f"worker {rank} {_how_it_died(reason)}" for rank, reason in sorted(dead.items())))
+    if isinstance(error, RayActorError):
+        return WorkerLost(f"a worker {_how_it_died(error)}")
+    return WorkerLost(f"a worker was lost: {_first_sentence(str(_cause(error)))}")
+
+
+def dead_workers(group: RayWorkerGroup, seconds: float) -> dict[int, RayActorError]:
+    """Ranks whose process is gone, as soon as Ray knows of one; workers that are busy or wait do not answer."""
+    deadline = time.monotonic() + seconds
+    asked = {worker.__ray_ready__.remote(): rank for rank, worker in enumerate(group.workers)}
+    dead: dict[int, RayActorError] = {}
+    answered = 0
+    while not dead and answered < len(group.workers) and time.monotonic() < deadline:
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=1.0)
+        for reference in ready:
+            rank = asked.pop(reference)
+            try:
+                ray.get(reference)
+                answered += 1
+            except ActorUnavailableError:  # not known yet whether it comes back
+                asked[group.workers[rank].__ray_ready__.remote()] = rank
+                time.sleep(0.5)
+            except RayActorError as reason:
+                dead[rank] = reason
+    return dead
+
+
+def end_processes(trainer: RefineTrainer) -> None:
+    """End the workers of an attempt and give back their places; those that hang in a collective, too."""
+    group = getattr(trainer, "actor_rollout_wg", None)
+    pools = getattr(getattr(trainer, "resource_pool_manager", None), "resource_pool_dict", {})
+    if not ray.is_initialized():
+        return
+    try:
+        for worker in group.workers if group is not None else ():
+            ray.kill(worker, no_restart=True)
+        for pool in pools.values():
+            for placement in pool.pgs or ():
+                ray.util.remove_placement_group(placement)
+    except (RayError, ConnectionError) as error:
+        logger.warning("workers could not be ended: %s", error)
+
+
+def wait_for_capacity(workers: int) -> None:
+    """Wait for nodes that are missing; `WorkerPoolManager` says so if they do not come back."""
+    resource = get_resource_name()
+    deadline = time.monotonic() + CAPACITY_SECONDS
+    said = False
+    while ray.cluster_resources().get(resource, 0) < workers and time.monotonic() < deadline:
+        if not said:
+            logger.warning("waiting up to %.0f s for %d %ss", CAPACITY_SECONDS, workers, resource)
+            said = True
+        time.sleep(1.0)
+
+
+def _cause(error: BaseException) -> BaseException:
+    return getattr(error, "cause", None) or error
+
+
+def _how_it_died(error: RayActorError) -> str:
+    """``(process 123 on 10.0.0.7) died: reason``, from Ray's paragraph about it."""
+    text = str(error)
+    process, node = (re.search(rf"^\s*{name}: (\S+)", text, re.MULTILINE) for name in ("pid", "ip"))
+    where = " on ".join(part for part in (f"process {process[1]}" if process else "", node[1] if node else "") if part)
+    reason = re.sub(r"(?s)^.*?\n(?=\S[^\n]*$)", "", text.strip())
+    return f"{f'({where}) ' if where else ''}died: {_first_sentence(reason)}"
+
+
+def _first_sentence(text: str) -> str:
+    line = " ".join(text.split())
+    return re.split(r"(?<=[a-z)])\. (?=[A-Z])", line, maxsplit=1)[0][:300].rstrip(".")

@@ -1,0 +1,158 @@
+"""Checkpoints of a trainer: verl's contents, written so that an interruption never leaves a run without a good one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+from refine_verl.report import METRICS_FILE, read_metrics
+from refine_verl.trainer.checkpoints import checkpoint_to_resume
+from refine_verl.trainer.signals import Stopped, StopSignals
+from refine_verl.workers.checkpoint_files import (
+    STEP,
+    CheckpointError,
+    FileRecord,
+    begin_checkpoint,
+    candidates,
+    commit_checkpoint,
+    damage,
+    flushed,
+    free_space,
+    retain,
+)
+from refine_verl.workers.failures import lost_connection
+
+logger = logging.getLogger(__name__)
+
+STEP_METRICS = "metrics.json"
+"""In a checkpoint: what its step had measured until it was written."""
+
+
+class CheckpointingTrainer(PPOTrainer):
+    """verl's trainer with checkpoints that appear whole or not at all, and with an end at the next safe moment.
+
+    Attributes:
+        run_dir: the run directory.
+        signals: what asks the run to stop; nothing does unless it is replaced by one that is installed.
+        left_something: whether a next attempt can go on from what this one wrote.
+        lost_metrics: on resume, what the step of the checkpoint had measured, if an interruption came between the
+            checkpoint and its line in metrics.jsonl.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        super().__init__(config)
+        self.run_dir = Path(config.trainer.default_local_dir)
+        self.signals = StopSignals()
+        self.left_something = False
+        self.step_metrics: dict[str, float] = {}
+        self.lost_metrics: dict[str, float] | None = None
+
+    def _save_checkpoint(self) -> None:
+        """Write ``global_step_N``, then the note of the last step, then remove checkpoints that are too many.
+
+        Raises:
+            CheckpointError: with the free space, and what the run can go on from.
+        """
+        step = self.global_steps
+        try:
+            final = commit_checkpoint(self.run_dir, step, self._write_checkpoint(begin_checkpoint(self.run_dir, step)))
+            self.left_something = True
+            removed = retain(self.run_dir, step, self.config.trainer.max_actor_ckpt_to_keep)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            cause = getattr(error, "cause", None) or error
+            if lost_connection(cause):
+                raise
+            raise CheckpointError(self._could_not_save(cause)) from error
+        if removed:
+            logger.info("removed the checkpoints of steps %s", ", ".join(map(str, sorted(removed))))
+        self.checkpoint_callback.on_save(trainer=self, global_step=step, checkpoint_dir=str(final), async_save=False)
+
+    def _write_checkpoint(self, folder: Path) -> dict[str, FileRecord]:
+        of_ranks = self.actor_rollout_wg.save_checkpoint(
+            str(folder / "actor"), None, self.global_steps, max_ckpt_to_keep=None
+        )
+        torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
+        (folder / STEP_METRICS).write_text(json.dumps(self.step_metrics, default=float) + "\n")
+        files = {name: flushed(folder / name) for name in ("data.pt", STEP_METRICS)}
+        for written in of_ranks:
+            files.update({f"actor/{name}": FileRecord(*record) for name, record in written.items()})
+        return files
+
+    def _could_not_save(self, cause: BaseException) -> str:
+        reason = str(cause)
+        if not isinstance(cause, CheckpointError):
+            reason = f"{type(cause).__name__}: {cause}; {free_space(self.run_dir)}"
+        good = next((folder for folder in candidates(self.run_dir) if damage(folder, checksums=False) is None), None)
+        left = (
+            "There is no earlier checkpoint"
+            if good is None
+            else f"{good} is whole, and the same command goes on from it"
+        )
+        return (
+            f"the checkpoint of step {self.global_steps} could not be written to {self.run_dir} ({reason}). {left}. "
+            "Free some space, or keep fewer checkpoints with trainer.max_actor_ckpt_to_keep."
+        )
+
+    def _export(self) -> None:
+        """Write the trained model to ``model/``.
+
+        Raises:
+            CheckpointError: with the free space.
+        """
+        final = self.run_dir / "model"
+        try:
+            self.actor_rollout_wg.export(str(final))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the trained model could not be written to {final} ({getattr(error, 'cause', error)}). Free some "
+                "space; the same command goes on from the last checkpoint and writes it."
+            ) from error
+
+    def _load_checkpoint(self) -> None:
+        """verl's, from the last checkpoint that is not damaged."""
+        folder = checkpoint_to_resume(self.config)
+        trainer = self.config.trainer
+        asked = trainer.resume_mode, trainer.resume_from_path
+        trainer.resume_mode, trainer.resume_from_path = (
+            ("disable", None) if folder is None else ("resume_path", str(folder))
+        )
+        try:
+            super()._load_checkpoint()
+        finally:
+            trainer.resume_mode, trainer.resume_from_path = asked
+        self.lost_metrics = None if folder is None else self._metrics_without_a_line(folder)
+
+    def _metrics_without_a_line(self, folder: Path) -> dict[str, float] | None:
+        """The line of a step is written last, after its checkpoint and its validation."""
+        file, written = folder / STEP_METRICS, self.run_dir / METRICS_FILE
+        if not file.is_file() or not written.is_file():
+            return None
+        if any(record["step"] == self.global_steps for record in read_metrics(written)):
+            return None
+        metrics: dict[str, float] = json.loads(file.read_text())
+        return metrics
+
+    def _stop_if_asked(self, saved: bool, last: int, where: str | None = None) -> None:
+        """End a run that got SIGTERM or SIGINT, unless it ends by itself.
+
+        Args:
+            saved: whether all of this step is on disk already.
+            last: the last step.
+            where: what the next start goes on from; None: the checkpoint of this step.
+
+        Raises:
+            Stopped: with a checkpoint of this step.
+        """
+        if self.signals.received is None or self.global_steps >= last:
+            return
+        if not saved:
+            self._save_checkpoint()
+        raise Stopped(
+            f"stopped by {self.signals.received.name} after step {self.global_steps}; the same command goes on "
+            f"{where or f'from {self.run_dir / STEP}{self.global_steps}'}"
+        )

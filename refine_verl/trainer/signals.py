@@ -1,0 +1,84 @@
+"""SIGTERM and SIGINT: at once before training, at the end of the step while it trains. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+SAME_SIGNAL = 1.0
+"""Seconds in which signals count as one: `timeout` and schedulers send SIGTERM to a process and to its group."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop and did; the message says where it goes on from."""
+
+
+class StopSignals:
+    """Handlers of SIGINT and SIGTERM for as long as the context lasts; without effect outside the main thread.
+
+    A signal raises KeyboardInterrupt at once (Ray hands on that exception and no other). Within :meth:`deferred` the
+    first one is only remembered in :attr:`received`, and one that comes :data:`SAME_SIGNAL` seconds later or more
+    raises.
+
+    Attributes:
+        received: the first signal, None before it.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._since = 0.0
+        self._deferred = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in STOPS}
+            self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def install(self) -> None:
+        """Take the signals (back): ``ray.init`` installs a handler of its own for SIGTERM."""
+        if self._before:
+            for number in STOPS:
+                signal.signal(number, self._handle)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, the first signal lets the work in hand finish."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the number of the signal, as shells and schedulers expect: 130 or 143."""
+        return 128 + (self.received or signal.SIGINT)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), now
+            if self._deferred:
+                # a logger or a console may be in the middle of a line; this cannot wait for them
+                message = f"\n{self.received.name}: stopping after this step, with a checkpoint; a second signal stops at once\n"
+                os.write(2, message.encode())
+                return
+        elif now - self._since < SAME_SIGNAL:
+            return
+        raise KeyboardInterrupt
