@@ -1,7 +1,8 @@
 """The last checks before anything starts: the model, the reward, the tokenizer and the documents.
 
-Slower than `validate` (torch, transformers and the user's files are read) but still without Ray and without
-weights. The cache of tokenised documents and `PreparedRun.launch_config`'s directory are written last.
+Slower than `validate` (torch, transformers and the user's files are read) but still without weights, and without Ray
+unless the run would join a cluster. The cache of tokenised documents and `PreparedRun.launch_config`'s directory are
+written last.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 from refine_verl.config import ConfigError
 from refine_verl.data import DataSettings
 from refine_verl.phases import PROMPT_DATASET, prepare_prompt_splits, prompt_texts
+from refine_verl.trainer.cluster import check_cluster
 from refine_verl.validate import ValidConfig, check_against_verl
 
 if TYPE_CHECKING:
@@ -77,14 +79,21 @@ class PreparedRun:
         return config
 
 
-def prepare_run(valid: ValidConfig) -> PreparedRun:
+def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun:
     """Check what `valid` refers to, and tokenise the documents.
+
+    Args:
+        valid: from `validate`.
+        starts_here: the run is to start from this process: the cluster it would join, or the GPUs of this machine, are
+            checked, too.
 
     Raises:
         ConfigError, refine_verl.data.DataError, refine_verl.models.loading.ModelError: a reward, a file, a
             tokenizer or a model that cannot be used.
     """
     info = check_run(valid)
+    if starts_here:
+        check_cluster(valid.config)
     _say_where_weights_come_from(valid, info)
     tokenizer = _load_tokenizer(valid, info)
     train: PreparedData | PreparedPrompts

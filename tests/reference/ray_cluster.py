@@ -1,0 +1,154 @@
+"""A Ray cluster of two nodes on this machine, with ports and a directory of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+from reference.runs import environment, kill_tree
+
+SECONDS_TO_START = 180  # a busy machine
+Found = TypeVar("Found")
+RAY = Path(sys.executable).with_name("ray")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster.
+
+    Attributes:
+        address: of the head, for RAY_ADDRESS.
+        dashboard: URL of the dashboard and the Jobs API.
+        token: what it asks everybody for.
+        nodes: the two `ray start --block`.
+    """
+
+    address: str
+    dashboard: str
+    token: str
+    nodes: tuple[subprocess.Popen[str], ...]
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of a driver that joins it."""
+        return {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of a request to the dashboard."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+    def jobs(self) -> JobSubmissionClient:
+        """The Jobs API, as soon as it answers."""
+        return wait_for(lambda: JobSubmissionClient(self.dashboard, headers=self.headers), "the Jobs API")
+
+    def node_count(self) -> int:
+        """Nodes that are alive, as the dashboard has it."""
+        request = urllib.request.Request(f"{self.dashboard}/nodes?view=summary", headers=self.headers)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            summary = json.load(answer)["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, below those that outgoing connections take."""
+    found: list[int] = []
+    candidate = 20000 + os.getpid() % 8000
+    while len(found) < count:
+        candidate += 1
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", candidate)) == 0:
+                continue
+            try:
+                probe.bind(("0.0.0.0", candidate))
+            except OSError:
+                continue
+        found.append(candidate)
+    return found
+
+
+def wait_for(attempt: Callable[[], Found | None], what: str, seconds: float = SECONDS_TO_START) -> Found:
+    """The first result of ``attempt`` that is not None; its exceptions count as not yet."""
+    deadline, last = time.monotonic() + seconds, None
+    while time.monotonic() < deadline:
+        try:
+            if (found := attempt()) is not None:
+                return found
+        except Exception as error:
+            last = error
+        time.sleep(0.3)
+    raise AssertionError(f"no {what} within {seconds} s: {last!r}")
+
+
+@contextmanager
+def two_nodes(second: Sequence[str] = (), variables: dict[str, str] | None = None) -> Iterator[Cluster]:
+    """A head (127.0.0.1) and a second node (127.0.0.2) with one CPU each; everything of theirs is killed afterwards.
+
+    Args:
+        second: a command that starts the second node's `ray start`, such as `unshare ...`.
+        variables: environment variables of both nodes.
+    """
+    gcs, dashboard, client, *agents = free_ports(3 + 2 * 3)
+    token = secrets.token_hex(32)
+    scratch = tempfile.mkdtemp(prefix="rc")  # sockets lie below: their paths are limited to about 100 characters
+    env = {**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **(variables or {})}
+    common = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block"]
+    head = [
+        *("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={scratch}"),
+        *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+        f"--ray-client-server-port={client}",
+    ]
+    other = [f"--address=127.0.0.1:{gcs}", "--node-ip-address=127.0.0.2"]
+    names = ("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        nodes: list[subprocess.Popen[str]] = []
+        for prefix, options, ports in (([], head, agents[:3]), (list(second), other, agents[3:])):
+            log = stack.enter_context((Path(scratch) / f"start-{len(nodes)}.log").open("w"))
+            command = [*prefix, str(RAY), "start", *options, *common]
+            command += [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            stack.callback(kill_tree, process)
+            nodes.append(process)
+            if len(nodes) == 1:
+                wait_for(partial(listens, gcs, process, Path(log.name)), "Ray head")
+        cluster = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", token, tuple(nodes))
+        wait_for(lambda: True if cluster.node_count() == 2 else None, "second node")
+        yield cluster
+
+
+def listens(port: int, process: subprocess.Popen[str], log: Path) -> bool | None:
+    """True once somebody listens; a process that has ended instead is an error with its log."""
+    if process.poll() is not None:
+        raise SystemExit(f"the Ray head ended:\n{log.read_text()[-3000:]}")
+    with socket.socket() as probe:
+        return True if probe.connect_ex(("127.0.0.1", port)) == 0 else None
+
+
+def finish(client: JobSubmissionClient, job: str, seconds: float = 400) -> tuple[JobStatus, str]:
+    """Status and log of a job that has ended."""
+
+    def ended() -> JobStatus | None:
+        status = client.get_job_status(job)
+        return status if status.is_terminal() else None
+
+    status = wait_for(ended, f"end of job {job}", seconds)
+    return status, client.get_job_logs(job)
+
+
+__all__ = ["Cluster", "finish", "two_nodes", "wait_for"]
