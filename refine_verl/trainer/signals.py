@@ -76,8 +76,8 @@ class StopSignals:
             self.received, self._since = signal.Signals(number), now
             if self._deferred:
                 # a logger or a console may be in the middle of a line; this cannot wait for them
-                message = f"\n{self.received.name}: stopping after this step, with a checkpoint; a second signal stops at once\n"
-                os.write(2, message.encode())
+                what = "stops after this step, with a checkpoint; a second signal stops at once"
+                os.write(2, f"\n{self.received.name}: {what}\n".encode())
                 return
         elif now - self._since < SAME_SIGNAL:
             return

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,23 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def started(overrides: list[str], cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """`python -m refine_verl.main OVERRIDES` with a Ray of its own; whatever is left of it is killed afterwards."""
+def started(
+    overrides: list[str], cwd: Path, prefix: tuple[str, ...] = (), **variables: str
+) -> Iterator[subprocess.Popen[str]]:
+    """`python -m refine_verl.main OVERRIDES` with a Ray of its own; whatever is left of it is killed afterwards.
+
+    Args:
+        overrides: the arguments.
+        cwd: the working directory.
+        prefix: a command that starts it, such as `timeout 600`.
+        variables: more environment variables.
+    """
     # sockets lie below this directory and their paths are limited to about 100 characters
     scratch = tempfile.mkdtemp(prefix="rv")
     process = subprocess.Popen(
-        [sys.executable, "-m", "refine_verl.main", *overrides],
+        [*prefix, sys.executable, "-m", "refine_verl.main", *overrides],
         cwd=cwd,
-        env={**environment(), "RAY_TMPDIR": scratch},
+        env={**environment(), "RAY_TMPDIR": scratch, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -137,9 +146,9 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def run_to_the_end(overrides: list[str], cwd: Path) -> tuple[int, str]:
+def run_to_the_end(overrides: list[str], cwd: Path, **variables: str) -> tuple[int, str]:
     """Exit code and everything that was printed."""
-    with started(overrides, cwd) as process:
+    with started(overrides, cwd, **variables) as process:
         output, _ = process.communicate(timeout=TIMEOUT)
         return process.returncode, output
 
@@ -161,6 +170,28 @@ def run_and_kill(overrides: list[str], cwd: Path, run_dir: Path, saved: int) -> 
             raise AssertionError(f"no step after {saved} within {TIMEOUT} s; see {log}")
         kill_tree(process)
     return last_step(metrics)
+
+
+def run_and_stop(
+    overrides: list[str],
+    cwd: Path,
+    ready: Callable[[], bool],
+    number: signal.Signals,
+    prefix: tuple[str, ...] = (),
+    group: bool = False,
+) -> tuple[int, str]:
+    """Send a signal as soon as ``ready``, to the process or to its whole group; exit code and what was printed."""
+    deadline = time.monotonic() + TIMEOUT
+    with started(overrides, cwd, prefix) as process:
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                assert process.stdout is not None
+                process.kill()
+                raise AssertionError(f"the run was never ready to be stopped:\n{process.stdout.read()}")
+            time.sleep(0.02)
+        (os.killpg if group else os.kill)(process.pid, number)
+        output, _ = process.communicate(timeout=TIMEOUT)
+        return process.returncode, output
 
 
 def last_step(metrics: Path) -> int:
