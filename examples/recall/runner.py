@@ -1,0 +1,130 @@
+"""Runs the jobs in several processes; every finished one is a file, so that a run that was cut goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.recall.arms import BATCH, LEARNING_RATES
+from examples.recall.bases import MODELS
+from examples.recall.jobs import ARMS, Amount, Job, run_job
+
+
+def fingerprint(job: Job, amount: Amount) -> str:
+    """Of all that decides about a job's numbers; a file with another one is not reused."""
+    parts = [dataclasses.asdict(job), dataclasses.asdict(amount), dataclasses.asdict(MODELS[job.model])]
+    parts += [BATCH, LEARNING_RATES, {name: repr(arm) for name, arm in ARMS.items() if name == job.what}]
+    if job.kind == "headline":
+        parts.append([repr(ARMS[name]) for name in ("sft", "paper", "grouped")])
+    if job.kind != "base":
+        parts[1] = {name: value for name, value in parts[1].items() if name != "seeds"}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_all(jobs: Sequence[Job], amount: Amount, out: Path, processes: int) -> list[dict[str, Any]]:
+    """Run what is not there yet; returns the records of all jobs that are.
+
+    Args:
+        jobs: bases first; a job waits for its base.
+        amount: how much each does.
+        out: directory of the records (``jobs/*.json``) and of the bases' weights.
+        processes: at a time, with one thread each.
+
+    Raises:
+        Exception: that of the first job that failed, after those under way have been kept.
+    """
+    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    started, todo = time.monotonic(), [job for job in jobs if read_record(job, amount, out) is None]
+    waiting, running = list(todo), {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare) as pool:
+        done = 0
+        while waiting or running:
+            for job in _ready(waiting, amount, out)[: processes - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(_run, job, amount, out)] = job
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                done += 1
+                _report(future, running.pop(future), done, len(todo), time.monotonic() - started)
+    return [record for job in jobs if (record := read_record(job, amount, out)) is not None]
+
+
+def _ready(waiting: Sequence[Job], amount: Amount, out: Path) -> list[Job]:
+    return [job for job in waiting if job.kind == "base" or read_record(_base_of(job), amount, out) is not None]
+
+
+def _base_of(job: Job) -> Job:
+    return Job("base", job.model, job.seed)
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # random weights are the point here
+
+
+def _run(job: Job, amount: Amount, out: Path) -> float:
+    """In the process of a job: do it and keep its record. Returns its processor seconds."""
+    started, used = time.monotonic(), time.process_time()
+    weights = {} if job.kind == "base" else torch.load(_weights_file(_base_of(job), out), weights_only=True)
+    result = run_job(job, amount, weights)
+    if job.kind == "base":
+        _replace(_weights_file(job, out), lambda path: torch.save(result.pop("weights"), path))
+    record = {
+        **dataclasses.asdict(job),
+        "fingerprint": fingerprint(job, amount),
+        "seconds": round(time.monotonic() - started, 2),
+        "processor_seconds": round(time.process_time() - used, 2),
+        "result": result,
+    }
+    _replace(_record_file(job, out), lambda path: path.write_text(json.dumps(rounded(record)) + "\n"))
+    return time.process_time() - used
+
+
+def _report(future: Future[float], job: Job, done: int, total: int, seconds: float) -> None:
+    used = future.result()
+    print(f"[{seconds / 60:5.1f} min] {done}/{total} {job.name} ({used:.0f} s)", flush=True)
+
+
+def read_record(job: Job, amount: Amount, out: Path) -> dict[str, Any] | None:
+    """The record of a finished job; None where there is none with these settings."""
+    try:
+        record: dict[str, Any] = json.loads(_record_file(job, out).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if record.get("fingerprint") == fingerprint(job, amount) else None
+
+
+def _record_file(job: Job, out: Path) -> Path:
+    return out / "jobs" / f"{job.name}.json"
+
+
+def _weights_file(job: Job, out: Path) -> Path:
+    return out / "jobs" / f"{job.name}.pt"
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write beside ``path`` and move it there, so that no half file is ever read."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write(part)
+    part.replace(path)
+
+
+def rounded(value: Any, digits: int = 5) -> Any:
+    """Numbers with as many significant digits as any figure shows."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {name: rounded(entry, digits) for name, entry in value.items()}
+    return [rounded(entry, digits) for entry in value] if isinstance(value, (list, tuple)) else value
