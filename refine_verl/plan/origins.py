@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,13 +11,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from refine_verl.compose import GROUPS, ConfigFile
+from refine_verl.redaction import redacted
 from refine_verl.schema import leaves
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
 COMPUTED = "computed"
-SECRET = re.compile(r"(^|[._])(api_?key|secret(_\w+)?|password|(hf|hub|auth|access)_token)$", re.IGNORECASE)
-"""Keys whose values are not shown, such as environment variables for workers: `...env_vars.WANDB_API_KEY`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +70,7 @@ def find_origins(
         source = _source(key, typed, contents)
         if source == DEFAULT and before.get(key) != value:
             source = COMPUTED
-        shown = "(hidden)" if value and SECRET.search(key) else value
-        origins.append(Origin(key, shown, source, follows))
+        origins.append(Origin(key, redacted(value, key), source, follows))
     return origins
 
 

@@ -7,17 +7,16 @@ Its own content policy refuses anything else.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from refine_verl.redaction import redacted
 from refine_verl.report.headline import Headline
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.style import STYLE
 
 __all__ = ["flatten", "key_table", "lookup", "render_page", "sample", "setting_text", "tile"]
 
-SECRET_KEY = re.compile(r"(^|_)(api_?key|secret|password|credentials?|(hf|access|auth)_?token)$", re.IGNORECASE)
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -80,6 +79,5 @@ def lookup(config: Mapping[str, Any], key: str) -> Any:
 
 def setting_text(key: str, value: Any) -> str:
     """The value as it would be typed; a secret is never written into a page that gets passed on."""
-    if value is not None and SECRET_KEY.search(key.rpartition(".")[2]):
-        return "(hidden)"
+    value = redacted(value, key)
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from refine_verl.trainer.storage import Finding, Node, Sight, find_problem, look
 RESOURCES = {"cuda": "GPU", "cpu": "CPU"}
 """What Ray calls what one worker needs, by `trainer.device`."""
 ADDRESS = "RAY_ADDRESS"
-SECONDS_TO_CONNECT = 60
+SECONDS_TO_CONNECT = 10
 SECONDS_FOR_RESOURCES = 30
 SECONDS_PER_NODE = 60
 SECONDS = 300
@@ -131,18 +132,33 @@ def inspect_cluster(request: Request) -> Finding | None:
     """Connect and look at capacity, what is free, and storage."""
     import ray
 
-    address = request.ray_init.get("address") or os.environ.get(ADDRESS)
-    os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(SECONDS_TO_CONNECT))
+    address = str(request.ray_init.get("address") or os.environ.get(ADDRESS))
     try:
+        _reach(address)
         ray.init(**{"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR", **request.ray_init})
     except Exception as error:  # ConnectionError, RuntimeError, AuthenticationError ...: whatever Ray comes up with
-        return Finding(ADDRESS, f"cannot join the Ray cluster {address}: {_first_line(error)}")
+        return Finding(
+            ADDRESS,
+            f"cannot join the Ray cluster {address}: {_first_line(error)}. Is it up (`ray status`), and does it ask "
+            f"for a token? Without {ADDRESS} the run starts a Ray of its own.",
+        )
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         suited = suited_nodes(nodes, request)
         return find_lack(nodes, request) or _find_busy(request) or _find_unshared(suited, request)
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Knock at HOST:PORT first: Ray itself tries for minutes.
+
+    Raises:
+        OSError: nobody answers.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), SECONDS_TO_CONNECT).close()
 
 
 def suited_nodes(nodes: Sequence[Mapping[str, Any]], request: Request) -> list[Node]:

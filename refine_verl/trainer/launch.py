@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from refine_verl.plugin import check_plugin
+from refine_verl.redaction import redacted
 from refine_verl.report import ReportError, write_report
 from refine_verl.report.metrics import write_atomically
 from refine_verl.schema import leaves
@@ -70,7 +71,7 @@ def train(config: DictConfig, signals: StopSignals | None = None) -> Path:
     checkpoint_to_resume(config, warn=False)
     run_dir.mkdir(parents=True, exist_ok=True)
     _say_what_changed(run_dir / "config.yaml", config)
-    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(shareable(config)).encode())
     write_atomically(run_dir / "environment.json", (json.dumps(environment(config), indent=2) + "\n").encode())
 
     def attempt(settings: DictConfig) -> RefineTrainer:
@@ -171,12 +172,18 @@ def _worker_environment(config: DictConfig) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 
 
+def shareable(config: DictConfig) -> DictConfig:
+    """The resolved configuration without the values of secrets: what is written, logged and sent to trackers."""
+    return DictConfig(redacted(OmegaConf.to_container(config, resolve=True)))
+
+
 def _say_what_changed(path: Path, config: DictConfig) -> None:
     """Log the settings in which this start of a run differs from the one before, which it may resume."""
     if not path.is_file():
         return
-    written = DictConfig(OmegaConf.load(path))
-    before, now = dict(leaves(written)), dict(leaves(DictConfig(OmegaConf.create(OmegaConf.to_yaml(config)))))
+    # as it will be read back: a tuple is a list then
+    read_back = OmegaConf.create(OmegaConf.to_yaml(shareable(config)))
+    before, now = (dict(leaves(DictConfig(item))) for item in (OmegaConf.load(path), read_back))
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)
     ]

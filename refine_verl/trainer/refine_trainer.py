@@ -31,6 +31,7 @@ from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.data.dataset import collate_columns, pad_batch
 from refine_verl.nsp import group_zero_std_share
 from refine_verl.plugin import ENGINE_MODEL_TYPE
+from refine_verl.redaction import redacted
 from refine_verl.report import MetricsWriter, TrainingProgress, read_metrics
 from refine_verl.trainer.advantage import compute_advantages
 from refine_verl.trainer.resources import WorkerPoolManager
@@ -185,7 +186,7 @@ class RefineTrainer(CheckpointingTrainer):
             project_name=trainer.project_name,
             experiment_name=trainer.experiment_name,
             default_backend=trainer.logger,
-            config=OmegaConf.to_container(self.config, resolve=True),
+            config=redacted(OmegaConf.to_container(self.config, resolve=True)),
         )
         self._start_profile_schedule()
         history = read_metrics(path) if self.global_steps > 0 else []
