@@ -2,8 +2,9 @@
 
     python -m examples.miniature.results [--docs DIR]
 
-Every example that has ``examples/NAME/results.json`` contributes a section: ``examples/NAME/page.py`` has
-``section(results) -> Section``. No number of the page is typed: text and figures are made from these files alone.
+Every example that has ``examples/NAME/results.json`` contributes a section: ``examples/NAME/section.py`` has
+``section(results, figures_in)``, Markdown with headings from level 2, and ``figures(results)``, SVG by file name
+(``NAME_*.svg``). Tables and figures are made from these files alone.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,9 @@ and a difference is the mean over seeds of what two methods differ by on the sam
 their number: of twenty comparisons of equals, one is expected to leave zero outside.
 
 These are results of miniatures. They say how the estimators behave and what the machinery does; they do not repeat the
-paper's experiments, whose models are ten thousand times as large. This page is made from the runs' files by
-`python -m examples.miniature.results`; nothing on it is typed by hand.
+paper's experiments, whose models are ten thousand times as large. `python -m examples.miniature.results` makes this
+page from the runs' files.
 """
-
-
-@dataclass(frozen=True)
-class Section:
-    """Markdown with headings from level 2, and the figures it shows: text of SVG files by name (without ``.svg``)."""
-
-    markdown: str
-    figures: Mapping[str, str] = field(default_factory=dict)
 
 
 class ResultsError(Exception):
@@ -60,7 +53,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def assemble(sources: Mapping[str, Path], docs: Path) -> Path:
-    """Write ``results.md`` and ``figures/NAME_*.svg`` below ``docs``; returns the page.
+    """Write ``results.md`` and ``figures/`` below ``docs``; returns the page.
 
     Args:
         sources: results file by example; those that do not exist are left out.
@@ -73,21 +66,26 @@ def assemble(sources: Mapping[str, Path], docs: Path) -> Path:
     if not found:
         names = ", ".join(str(path) for path in sources.values())
         raise ResultsError(f"no results: none of {names} exists. Run python -m examples.recall first.")
-    sections = {
-        name: importlib.import_module(f"examples.{name}.page").section(read_results(path))
-        for name, path in found.items()
-    }
-    figures = docs / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    for name, section in sections.items():
-        for old in figures.glob(f"{name}_*.svg"):
+    texts, drawn = [], {}
+    for name, path in found.items():
+        module, results = importlib.import_module(f"examples.{name}.section"), read_results(path)
+        try:
+            texts.append(module.section(results, "figures"))
+            figures: dict[str, str] = module.figures(results)
+        except KeyError as error:
+            raise ResultsError(f"{path}: no {error} in it. Run the example again.") from error
+        wrong = [figure for figure in figures if not re.fullmatch(rf"{name}_\w+\.svg", figure)]
+        if wrong:
+            raise ResultsError(f"examples.{name}: figures must be named {name}_*.svg, not {', '.join(wrong)}")
+        drawn.update(figures)
+    folder, page = docs / "figures", docs / "results.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in found:
+        for old in set(folder.glob(f"{name}_*.svg")) - {folder / figure for figure in drawn}:
             old.unlink()
-        for figure, svg in section.figures.items():
-            if not figure.startswith(f"{name}_"):
-                raise ResultsError(f"figure {figure!r} of examples.{name}: its name must begin with {name}_")
-            (figures / f"{figure}.svg").write_text(svg)
-    page = docs / "results.md"
-    page.write_text("\n".join([INTRODUCTION, *(section.markdown.strip() + "\n" for section in sections.values())]))
+    for figure, svg in drawn.items():
+        (folder / figure).write_text(svg)
+    page.write_text("\n".join([INTRODUCTION, *(text.strip() + "\n" for text in texts)]))
     return page
 
 

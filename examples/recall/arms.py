@@ -89,6 +89,7 @@ def _groups() -> tuple[Arm, ...]:
 def _weights() -> tuple[Arm, ...]:
     """lambda_RL, and the policy loss alone, for both estimators."""
     arms = []
+    nsp: dict[str, Any]
     for name, nsp, divide in (("paper", {}, True), ("grouped", GROUPED, False)):
         for rl, sft in ((0.2, 1.0), (1.0, 1.0), (5.0, 1.0), (1.0, 0.0)):
             if (name, rl, sft) in (("paper", 0.2, 1.0), ("grouped", GROUPED_LAMBDA, 1.0)):
@@ -97,6 +98,16 @@ def _weights() -> tuple[Arm, ...]:
             suffix = f"rl{rl:g}" if sft else "rl_only"
             loss = {"rl_coef": rl, "sft_coef": sft}
             arms.append(Arm(f"{name}_{suffix}", label, nsp=nsp, loss=loss, divide_by_std=divide))
+        alone = {"rl_coef": 1.0, "sft_coef": 0.0}
+        arms.append(
+            Arm(
+                f"{name}_binary_rl_only",
+                "policy loss alone, binary reward",
+                nsp={**nsp, "reward": "binary"},
+                loss=alone,
+                divide_by_std=divide,
+            )
+        )
     return tuple(arms)
 
 

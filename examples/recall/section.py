@@ -1,0 +1,404 @@
+"""The section on recall of the results page: tables and figures from ``results.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.miniature.figures import Row, forest
+from examples.miniature.results import table
+from examples.miniature.statistics import Estimate, estimate
+from examples.recall.arms import ABLATIONS, GROUPED_LAMBDA, HEADLINE, Arm
+from examples.recall.bases import MODELS, STATES
+from examples.recall.noise import COUNTS, estimators
+from examples.recall.records import Records, difference, mean, shown
+
+NAMES = {"deltanet": "DeltaNet", "lact": "LaCT"}
+STATE_NAMES = {"under": "under-trained", "plateau": "at its plateau"}
+READING = Path(__file__).with_name("reading.md")
+HEADLINE_FIGURE, ABLATIONS_FIGURE, NOISE_FIGURE = "recall_headline.svg", "recall_ablations.svg", "recall_noise.svg"
+SCORES = ("exact", "tokens", "reward_cosine", "reward_binary")
+SHOWN_REWARDS, SHOWN_TRAINING = ("cosine", "binary"), ("nsp/reward/mean", "nsp/group_zero_std")
+ABLATION_COLUMNS = [
+    "",
+    "exact",
+    "exact, minus SFT",
+    *SHOWN_REWARDS,
+    "training reward",
+    "groups without a difference",
+]
+SCORE_NAMES = ("exact", "tokens", "cosine", "binary")
+ESTIMATORS = [name for n in COUNTS for name, _, _ in estimators(n)]
+
+
+def section(results: Mapping[str, Any], figures_in: str = ".") -> str:
+    """Markdown; figures are linked in the directory ``figures_in``. Parts without data are left out."""
+    records = Records(results)
+    parts = [
+        _setup(results),
+        _reading(results),
+        _bases(records),
+        _headline(records, figures_in),
+        _ablations(records, figures_in),
+        _noise(records, figures_in),
+        _test_time(records),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, str]:
+    """SVG by file name."""
+    records, amount = Records(results), results["amount"]
+    found = {
+        HEADLINE_FIGURE: (
+            f"Exact match after {amount['steps']} steps: REFINE minus SFT",
+            "difference of exact match, mean over seeds",
+            [row for model in MODELS for state in STATES for row in _difference_rows(records, model, state)],
+        ),
+        ABLATIONS_FIGURE: (
+            f"Exact match after {amount['ablation_steps']} steps: REFINE minus SFT (DeltaNet, under-trained)",
+            "difference of exact match, mean over seeds",
+            [row for name, (title, _) in TABLES.items() for row in _ablation_figure(records, name, title)],
+        ),
+        NOISE_FIGURE: (
+            "One draw of the policy gradient and the gradient of the expected reward",
+            "cosine between them, mean over seeds",
+            [row for state in STATES for row in _noise_rows(records, state)],
+        ),
+    }
+    return {
+        name: forest(title, unit, rows) for name, (title, unit, rows) in found.items() if any(r.estimate for r in rows)
+    }
+
+
+def _setup(results: Mapping[str, Any]) -> str:
+    amount, rates = results["amount"], results["learning_rates"]
+    tasks = "; ".join(
+        f"{NAMES[name]}: {task['entries']} entries, values of {task['value_length']} tokens, {task['rounds']} rounds, "
+        f"T = {task['entries'] * (1 + task['value_length']) * (1 + task['rounds'])}"
+        for name, task in ((name, spec["task"]) for name, spec in results["models"].items())
+    )
+    return f"""## Recall of multi-token values
+
+A sequence stores a few entries, each a key and a value of several tokens, then asks for every key again in each of
+several rounds, with the value behind it ({tasks}).
+Keys and the store are random, the values of rounds can be known. The score is **exact**: the share of held-out values
+that are right as a whole, which is what greedy generation would write after the key; **tokens** is the share of their
+tokens, **cosine** and **binary** the mean rewards of rollouts at places that are the same for all models. Base models
+are trained with the next-token loss on the same kind of sequences until they begin to recall (*under-trained*), and on
+until a falling learning rate has reached zero (*plateau*).
+
+Mid-training: {amount["steps"]} steps of AdamW on {results["batch"]} fresh sequences each ({amount["ablation_steps"]} in
+ablations), with a constant learning rate of {rates["under"]:g} (under-trained) or {rates["plateau"]:g} (plateau), the
+same for all methods. {amount["seeds"]} seeds, each with a base model, data and draws of its own; {amount["held_out"]}
+held-out sequences per seed.
+
+*The paper's settings* are those of the `midtrain` recipe: c = 8, k = 5, n = 1, cosine reward, one group per sequence,
+advantages divided by the group's standard deviation, λ = 0.2. *Grouped by position*: n = 8, one group per position, no
+division, λ = {GROUPED_LAMBDA:g}.
+
+Run of {results["date"]} with torch {results["environment"]["torch"]} on {results["environment"]["machine"]},
+{results["processor_minutes"]:.0f} processor minutes. Bold differences are those whose interval leaves zero out."""
+
+
+def _reading(results: Mapping[str, Any]) -> str:
+    """What somebody read from the figures of one run; not shown with those of another."""
+    if not READING.is_file():
+        return ""
+    head, _, text = READING.read_text().partition("\n\n")
+    return text.strip() if head == f"<!-- run of {results['date']} -->" else ""
+
+
+def _bases(records: Records) -> str:
+    rows = []
+    for model in MODELS:
+        base = records.of("base", model)
+        if not base:
+            continue
+        steps = {seed: float(run["steps"]) for seed, run in base.items()}
+        kept = {seed: float(run["kept_at"]) for seed, run in base.items()}
+        parameters = next(iter(base.values()))["parameters"]
+        exact = [records.scores(model, state, "sft", 0, "exact") for state in STATES]
+        tokens = [records.scores(model, state, "sft", 0, "tokens") for state in STATES]
+        rows.append(
+            [NAMES[model], f"{parameters:,}", mean(kept, 0), mean(steps, 0)]
+            + [mean(values) for pair in zip(exact, tokens, strict=True) for values in pair]
+        )
+    header = ["model", "parameters", "under-trained at step", "steps in all", "exact, under-trained", "tokens"]
+    return "### Base models\n\n" + table([*header, "exact, plateau", "tokens"], rows)
+
+
+def _headline(records: Records, figures_in: str) -> str:
+    parts = []
+    for model in MODELS:
+        for state in STATES:
+            if not records.of("headline", model, state):
+                continue
+            parts.append(f"#### {NAMES[model]}, {STATE_NAMES[state]}\n\n" + _comparison(records, model, state))
+    if not parts:
+        return ""
+    cost = _cost(records)
+    return "\n\n".join(
+        [
+            "### REFINE against SFT",
+            "Columns: scores after training, then REFINE minus SFT on the same seed. *SFT, cost of …* is the same SFT "
+            "run after as many steps as put as many tokens through the model as that arm did (a backward pass counting "
+            f"as two forward ones; {cost}).",
+            f"![Exact match, REFINE minus SFT]({figures_in}/{HEADLINE_FIGURE})",
+            *parts,
+        ]
+    )
+
+
+def _cost(records: Records) -> str:
+    """Token passes and processor time per step over those of SFT."""
+    steps, texts = records.results["amount"]["steps"], []
+    for model in MODELS:
+        for arm in HEADLINE[1:]:
+            ratios = []
+            for metric in ("token_passes", "processor_seconds"):
+                mine, base = (records.costs(model, "under", name, steps, metric) for name in (arm.name, "sft"))
+                shared = mine.keys() & base.keys()
+                ratios.append(sum(mine[seed] / base[seed] for seed in shared) / len(shared) if shared else 0.0)
+            if all(ratios):
+                texts.append(f"{NAMES[model]}, {arm.name}: {ratios[0]:.1f} × SFT, in processor time {ratios[1]:.1f} ×")
+    return "; ".join(texts)
+
+
+def _comparison(records: Records, model: str, state: str) -> str:
+    steps = records.results["amount"]["steps"]
+    rows = [["base", *(mean(records.scores(model, state, "sft", 0, score)) for score in SCORES), "", ""]]
+    baseline = {score: records.scores(model, state, "sft", steps, score) for score in SCORES}
+    rows.append(["SFT", *(mean(baseline[score]) for score in SCORES), "", ""])
+    for arm in HEADLINE[1:]:
+        found = {score: records.scores(model, state, arm.name, steps, score) for score in SCORES}
+        gains = [shown(difference(found[score], baseline[score]), 4) for score in ("exact", "reward_cosine")]
+        rows.append([arm.label, *(mean(found[score]) for score in SCORES), *gains])
+    for arm in HEADLINE[1:]:
+        longer = {score: records.equal_compute(model, state, arm.name, score) for score in SCORES}
+        equal = sorted({run["equal_compute"][arm.name] for run in records.of("headline", model, state).values()})
+        count = f"{equal[0]}" if len(equal) == 1 else f"{equal[0]}–{equal[-1]}"
+        mine = records.scores(model, state, arm.name, steps, "exact")
+        gain = shown(difference(mine, longer["exact"]), 4)
+        rows.append(
+            [f"SFT, cost of *{arm.name}* ({count} steps)", *(mean(longer[score]) for score in SCORES), f"{gain}†", ""]
+        )
+    header = ["", *SCORE_NAMES, "exact, minus SFT", "cosine reward, minus SFT"]
+    return table(header, rows) + "\n\n† that arm of REFINE minus this longer SFT."
+
+
+def _difference_rows(records: Records, model: str, state: str) -> list[Row]:
+    steps = records.results["amount"]["steps"]
+    if not records.of("headline", model, state):
+        return []
+    rows = [Row(f"{NAMES[model]}, {STATE_NAMES[state]}")]
+    baseline = records.scores(model, state, "sft", steps, "exact")
+    for color, arm in enumerate(HEADLINE[1:], start=1):
+        found = records.scores(model, state, arm.name, steps, "exact")
+        rows.append(Row(f"  {arm.label}", difference(found, baseline), color))
+        rows.append(
+            Row(
+                "    … and SFT at equal compute",
+                difference(found, records.equal_compute(model, state, arm.name, "exact")),
+                color,
+            )
+        )
+    return rows
+
+
+TABLES: dict[str, tuple[str, str]] = {
+    "reward": ("Reward", "cosine is the paper's in mid-training."),
+    "selection": ("Where rollouts start", "entropy is the paper's."),
+    "k": ("Length of rollouts, k", "5 is the paper's."),
+    "c": ("Places per sequence, c", "8 is the paper's."),
+    "n": (
+        "Rollouts per position, groups, and the division by the standard deviation",
+        "c = 4 and λ = 1 in all of them. What is not divided is smaller, so that equal λ do not weigh equally.",
+    ),
+    "lambda": ("Weight of the policy loss", "0.2 is the paper's; the policy loss alone has no next-token loss."),
+}
+PAPERS = {"reward": "cosine", "selection": "entropy", "k": "5", "c": "8", "lambda": "λ=0.2"}
+
+
+def _ablations(records: Records, figures_in: str) -> str:
+    parts = []
+    for name, (title, note) in TABLES.items():
+        arms = _with_headline(name)
+        rows = _ablation_rows(records, "under", arms)
+        if rows:
+            header = [
+                "",
+                "exact",
+                "exact, minus SFT",
+                "cosine",
+                "binary",
+                "training reward",
+                "groups without a difference",
+            ]
+            parts.append(f"#### {title}\n\n{note}\n\n{table(ABLATION_COLUMNS, rows)}")
+    for state in STATES:
+        rows = _ablation_rows(records, state, [("SFT", HEADLINE[0]), ("the paper's", HEADLINE[1]), *_named("lr")])
+        if len(rows) > 2:
+            header = [
+                "",
+                "exact",
+                "exact, minus SFT",
+                "cosine",
+                "binary",
+                "training reward",
+                "groups without a difference",
+            ]
+            parts.append(
+                f"#### Learning rates, {STATE_NAMES[state]}\n\nDifferences are to SFT at the common rate.\n\n"
+                f"{table(header, rows)}"
+            )
+    if not parts:
+        return ""
+    steps = records.results["amount"]["ablation_steps"]
+    return "\n\n".join(
+        [
+            f"### Ablations (DeltaNet, under-trained, {steps} steps)",
+            "One setting is changed at a time; everything else is the paper's unless a table says otherwise.",
+            f"![Exact match of all arms, REFINE minus SFT]({figures_in}/{ABLATIONS_FIGURE})",
+            *parts,
+        ]
+    )
+
+
+def _named(name: str) -> list[tuple[str, Arm]]:
+    return [(arm.label, arm) for arm in ABLATIONS[name]]
+
+
+def _with_headline(name: str) -> list[tuple[str, Arm]]:
+    """The arms of a table with their labels, the headline's arm among them where it belongs."""
+    if name == "n":
+        return [
+            (f"{arm.label}, {arm.nsp['group']}{'' if arm.divide_by_std else ', not divided'}", arm)
+            for arm in ABLATIONS[name]
+        ]
+    if name == "lambda":
+        arms = [(f"the paper's, {PAPERS[name]}", HEADLINE[1]), (f"grouped, λ={GROUPED_LAMBDA:g}", HEADLINE[2])]
+        arms += [
+            (f"{'grouped' if arm.name.startswith('grouped') else 'the paper’s'}, {arm.label}", arm)
+            for arm in ABLATIONS[name]
+        ]
+        return sorted(arms, key=lambda pair: (pair[0].startswith("grouped"), "alone" in pair[0], pair[0]))
+    arms = [(PAPERS[name], HEADLINE[1]), *_named(name)]
+    return sorted(arms, key=lambda pair: int(pair[0])) if name in ("k", "c") else arms
+
+
+def _ablation_rows(records: Records, state: str, arms: Sequence[tuple[str, Arm]]) -> list[list[str]]:
+    steps, model = records.results["amount"]["ablation_steps"], next(iter(MODELS))
+    rows = []
+    for label, arm in arms:
+        exact = records.scores(model, state, arm.name, steps, "exact")
+        if exact:
+            scores = [mean(records.scores(model, state, arm.name, steps, f"reward_{kind}")) for kind in SHOWN_REWARDS]
+            trained = [mean(records.training(model, state, arm.name, metric)) for metric in SHOWN_TRAINING]
+            rows.append([label, mean(exact), shown(_gain(records, state, arm), 4), *scores, *trained])
+    return rows
+
+
+def _gain(records: Records, state: str, arm: Arm) -> Estimate | None:
+    """Exact match after the steps of an ablation, minus that of SFT."""
+    steps, model = records.results["amount"]["ablation_steps"], next(iter(MODELS))
+    mine, baseline = (records.scores(model, state, name, steps, "exact") for name in (arm.name, "sft"))
+    return None if arm.name == "sft" else difference(mine, baseline)
+
+
+def _ablation_figure(records: Records, name: str, title: str) -> list[Row]:
+    rows = [
+        Row(f"  {label}", gain, 2 if arm in HEADLINE else 1)
+        for label, arm in _with_headline(name)
+        if (gain := _gain(records, "under", arm)) is not None
+    ]
+    return [Row(title), *rows] if rows else []
+
+
+def _noise(records: Records, figures_in: str) -> str:
+    model, parts = next(iter(MODELS)), []
+    for state in STATES:
+        for reward in ("cosine", "binary"):
+            runs = records.of("noise", model, state, reward)
+            if not runs:
+                continue
+            title = f"{STATE_NAMES[state]}, {reward} reward"
+            rows = []
+            for name in ESTIMATORS:
+                values = {
+                    key: {seed: run["estimators"][name][key] for seed, run in runs.items()}
+                    for key in ("signal_to_noise", "alignment", "zero_std")
+                }
+                rows.append([_estimator(name), *(mean(values[key]) for key in values)])
+            sft = mean({seed: run["next_token_alignment"] for seed, run in runs.items()})
+            header = ["estimator", "signal to noise", "alignment of one draw", "groups without a difference"]
+            parts.append(
+                f"#### {title[0].upper()}{title[1:]}\n\n{table(header, rows)}\n\n"
+                f"The next-token gradient of the same batch has alignment {sft}."
+            )
+    if not parts:
+        return ""
+    draws = records.results["amount"]["draws"]
+    return "\n\n".join(
+        [
+            "### How noisy the policy gradient is",
+            f"DeltaNet; one batch per seed, positions and rollouts drawn {draws} times, the gradient of the policy "
+            "loss alone, c = 8. *Signal to noise* is |E g|² / tr Cov g, corrected for the number of draws. *Alignment* "
+            "is the cosine with the gradient of the expected reward, estimated from independent draws of 16 rollouts "
+            "per position compared with each other and not divided.",
+            f"![Alignment of single draws]({figures_in}/{NOISE_FIGURE})",
+            *parts,
+        ]
+    )
+
+
+def _noise_rows(records: Records, state: str) -> list[Row]:
+    runs = records.of("noise", next(iter(MODELS)), state, "cosine")
+    rows = [
+        Row(
+            f"  {_estimator(name)}",
+            estimate([run["estimators"][name]["alignment"] for run in runs.values()]),
+            2 if "position" in name else 1,
+        )
+        for name in ESTIMATORS
+        if runs
+    ]
+    return [Row(f"{STATE_NAMES[state]}, cosine reward"), *rows] if rows else []
+
+
+def _estimator(name: str) -> str:
+    n, group, *rest = name.split("_")
+    return f"n = {n[1:]}, per {group}{', not divided' if rest else ''}"
+
+
+def _test_time(records: Records) -> str:
+    model = next(iter(MODELS))
+    found = {method: records.of("test_time", model, "under", method) for method in ("none", "sft", "refine")}
+    if not all(found.values()):
+        return ""
+    names = {"none": "none", "sft": "SFT", "refine": "REFINE"}
+    scores = {
+        method: {key: {seed: run[key] for seed, run in runs.items()} for key in ("exact", "tokens")}
+        for method, runs in found.items()
+    }
+    rows = [
+        [
+            names[method],
+            mean(values["exact"]),
+            mean(values["tokens"]),
+            shown(difference(values["exact"], scores["sft"]["exact"])) if method != "sft" else "",
+        ]
+        for method, values in scores.items()
+    ]
+    amount = records.results["amount"]
+    return "\n\n".join(
+        [
+            "### Test-time training (DeltaNet, under-trained)",
+            f"{amount['prompts']} held-out prompts per seed in batches of 8, {amount['passes']} passes with the "
+            "paper's test-time settings but for the learning rate (0.001) and k, the length of a value; the last value "
+            "is written by greedy generation, and the weights go back to the start after every batch. "
+            "[examples/test_time](../examples/test_time/README.md) has more.",
+            table(["test-time training", "exact", "tokens", "exact, minus SFT"], rows),
+        ]
+    )
