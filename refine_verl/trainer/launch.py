@@ -9,8 +9,6 @@ import logging
 import os
 import platform
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ from refine_verl.trainer.attempts import run_attempts
 from refine_verl.trainer.checkpoints import checkpoint_to_resume
 from refine_verl.trainer.posttrain import PosttrainTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
-from refine_verl.trainer.signals import StopSignals
+from refine_verl.trainer.signals import StopSignals, group_of_its_own
 from refine_verl.trainer.ttt import TTTTrainer
 from refine_verl.workers.checkpoint_files import tidy
 
@@ -137,31 +135,6 @@ def _sigterm_of_ray() -> Iterator[None]:
         if stop.code != signal.SIGTERM:
             raise
         raise KeyboardInterrupt from stop
-
-
-@contextmanager
-def group_of_its_own() -> Iterator[None]:
-    """Processes started within do not get the signals that are sent to the process group of this one.
-
-    A terminal sends SIGINT to the whole group, ``timeout`` and some schedulers SIGTERM: Ray's servers would end, and
-    its workers with them, before the step is finished and saved. A process cannot move its children once they run, so
-    this one joins a new group while it starts them, and returns. The leader of a session cannot move and stays.
-    """
-    home = os.getpgrp()
-    if os.getsid(0) == os.getpid() or sys.platform == "win32":
-        yield
-        return
-    # the group exists from the start of this process until the last of those it is for
-    holder = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=os.setpgrp)
-    try:
-        os.setpgid(0, holder.pid)
-        yield
-    finally:
-        try:
-            os.setpgid(0, home)
-        except PermissionError:  # nobody is left in it
-            os.setpgid(0, 0)
-        holder.communicate()
 
 
 def _worker_environment(config: DictConfig) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -82,3 +84,28 @@ class StopSignals:
         elif now - self._since < SAME_SIGNAL:
             return
         raise KeyboardInterrupt
+
+
+@contextmanager
+def group_of_its_own() -> Iterator[None]:
+    """Processes started within do not get the signals that are sent to the process group of this one.
+
+    A terminal sends SIGINT to the whole group, ``timeout`` and some schedulers SIGTERM: Ray's servers would end, and
+    its workers with them, before the step is finished and saved. A process cannot move its children once they run, so
+    this one joins a new group while it starts them, and returns. The leader of a session cannot move and stays.
+    """
+    home = os.getpgrp()
+    if os.getsid(0) == os.getpid() or sys.platform == "win32":
+        yield
+        return
+    # the group exists from the start of this process until the last of those it is for
+    holder = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=os.setpgrp)
+    try:
+        os.setpgid(0, holder.pid)
+        yield
+    finally:
+        try:
+            os.setpgid(0, home)
+        except PermissionError:  # nobody is left in it
+            os.setpgid(0, 0)
+        holder.communicate()

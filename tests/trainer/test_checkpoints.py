@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 from reference.toy import tiny_config
 
@@ -38,7 +42,7 @@ def saved(tmp_path: Path) -> Path:
         tiny_config("delta_net").save_pretrained(actor / "huggingface")
         for rank in range(2):
             for name in ("model", "optim", "extra_state"):
-                (actor / f"{name}_world_size_2_rank_{rank}.pt").touch()
+                torch.save({}, actor / f"{name}_world_size_2_rank_{rank}.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
     return tmp_path
 
@@ -99,30 +103,69 @@ def test_what_is_not_the_model_may_change(saved: Path) -> None:
     assert check_checkpoint(a_run(saved), model) is not None
 
 
-@pytest.mark.parametrize("name", ["model", "optim", "extra_state"])
-def test_a_missing_shard(saved: Path, name: str) -> None:
-    (saved / "global_step_4" / "actor" / f"{name}_world_size_2_rank_1.pt").unlink()
+@pytest.mark.parametrize("name", ["optim", "extra_state"])
+def test_what_was_not_saved_cannot_be_loaded(saved: Path, name: str) -> None:
+    for rank in range(2):
+        (saved / "global_step_4" / "actor" / f"{name}_world_size_2_rank_{rank}.pt").unlink()
     said = refusal(a_run(saved))
-    assert f"{name}_world_size_2_rank_1.pt is missing" in said and "resume_from_path" in said
+    assert f"has no {name}_world_size_2_rank_0.pt" in said and "load_contents" in said and "resume_from_path" in said
     weights_only = a_run(saved)
     weights_only.actor_rollout_ref.actor.checkpoint.load_contents = ["model"]
-    if name != "model":
-        assert check_checkpoint(weights_only, tiny_config("delta_net")) is not None
+    assert check_checkpoint(weights_only, tiny_config("delta_net")) is not None
 
 
-@pytest.mark.parametrize("content", [None, "{ torn"])
-def test_unreadable_notes(saved: Path, content: str | None) -> None:
-    file = saved / "global_step_4" / "actor" / "fsdp_config.json"
-    file.unlink() if content is None else file.write_text(content)
-    assert "fsdp_config.json" in refusal(a_run(saved))
+def cut_a_shard(folder: Path) -> None:
+    file = folder / "actor" / "optim_world_size_2_rank_1.pt"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (cut_a_shard, "optim_world_size_2_rank_1.pt is cut short"),
+    "missing": (
+        lambda f: (f / "actor/model_world_size_2_rank_1.pt").unlink(),
+        "model_world_size_2_rank_1.pt is missing",
+    ),
+    "torn notes": (lambda f: (f / "actor/fsdp_config.json").write_text("{ torn"), "fsdp_config.json"),
+    "no notes": (lambda f: (f / "actor/huggingface/config.json").unlink(), "huggingface/config.json"),
+    "gone": (shutil.rmtree, "no such directory"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(saved: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    """With a warning that names both and the reason; if none is left the run does not silently start over."""
+    harm, reason = DAMAGES[case]
+    harm(saved / "global_step_4")
+    with caplog.at_level(logging.WARNING, logger="refine_verl"):
+        assert check_checkpoint(a_run(saved), tiny_config("delta_net")) == saved / "global_step_2"
+        assert caplog.text == ""  # said once, by the run itself
+        assert checkpoint_to_resume(a_run(saved)) == saved / "global_step_2"
+    assert "global_step_4 is damaged" in caplog.text and reason in caplog.text
+    assert f"goes on from {saved / 'global_step_2'} instead" in caplog.text
+    harm(saved / "global_step_2")
+    said = refusal(a_run(saved))
+    assert said.startswith("trainer.default_local_dir: no checkpoint of") and reason in said
+    assert "global_step_4" in said and "resume_mode=disable" in said
+    assert "global_step_2" in said or case == "gone"
+    # the cure
+    assert checkpoint_to_resume(a_run(saved, resume_mode="disable")) is None
+
+
+def test_a_damaged_checkpoint_asked_for_by_name_is_refused(saved: Path) -> None:
+    cut_a_shard(saved / "global_step_4")
+    named = a_run(saved, resume_mode="resume_path", resume_from_path=str(saved / "global_step_4"))
+    said = refusal(named)
+    assert said.startswith("trainer.resume_from_path: the checkpoint") and "is cut short" in said
 
 
 @pytest.mark.parametrize("tracker", ["6", "", "four"])
 def test_a_tracker_that_names_no_checkpoint(saved: Path, tracker: str) -> None:
     """verl would start from the beginning and overwrite what is there."""
     (saved / "latest_checkpointed_iteration.txt").write_text(tracker)
-    said = refusal(a_run(saved))
-    assert said.startswith("trainer.default_local_dir: ") and repr(tracker) in said
+    assert checkpoint_to_resume(a_run(saved)) == saved / "global_step_4"
+    for step in (2, 4):
+        shutil.rmtree(saved / f"global_step_{step}")
+    assert refusal(a_run(saved)).startswith("trainer.default_local_dir: no checkpoint of")
 
 
 def test_wrong_ways_to_ask(saved: Path) -> None:
