@@ -36,6 +36,7 @@ from refine_verl.models import (
     Documents,
     FastWeightActor,
     RolloutDraws,
+    documents_together,
     load_model,
     make_actor,
     snapshot_count,
@@ -203,7 +204,8 @@ class Bench:
 
     def write(self, kind: str) -> tuple[Branches, Tensor, Tensor]:
         """Rollouts of the whole batch: branches, their log-probabilities [B, c, n, k] and advantages [B, c, n]."""
-        nsp, size = replace(self.nsp, rollout=kind), self.preset.rollout_micro_batch
+        nsp = replace(self.nsp, rollout=kind)
+        size = documents_together(nsp, self.preset.rollout_micro_batch)
         parts = []
         for start in range(0, self.preset.documents, size):
             rows = range(start, min(start + size, self.preset.documents))
@@ -213,6 +215,7 @@ class Bench:
                 nsp=nsp,
                 draws=RolloutDraws.of(0, 1, rows, nsp),
                 snapshots=snapshot_count(nsp.chunks, self.preset.length),
+                read_together=self.preset.rollout_micro_batch,
             )
             rewards = get_reward(nsp.reward)(rollouts.reward_inputs())
             advantages = group_standardise(rewards.view(rollouts.tokens.shape[:3]))

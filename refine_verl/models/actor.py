@@ -68,38 +68,42 @@ class FastWeightActor(nn.Module):
 
     # The modes
 
-    def rollout(self, documents: Documents, nsp: NSPSettings, draws: RolloutDraws, snapshots: int) -> RolloutBatch:
+    def rollout(
+        self,
+        documents: Documents,
+        nsp: NSPSettings,
+        draws: RolloutDraws,
+        snapshots: int,
+        read_together: int | None = None,
+    ) -> RolloutBatch:
         """Steps 1 and 2 of the paper: choose positions by entropy, continue from each (Eq. 5-8).
 
         Args:
-            documents: the micro-batch.
+            documents: as many as are to be continued together.
             nsp: c, k, n and how to select and sample.
             draws: the random numbers to use.
             snapshots: in how many segments to read (:func:`snapshot_count`); the same on all ranks.
+            read_together: documents per pass over S; None: all of them.
         """
-        hidden, trace = self._read(documents, snapshots if nsp.rollout == "fork" else 0)
-        entropy = list(self._head(torch.cat(hidden), "entropy").split(documents.lengths))
-        positions = torch.stack([self._select(entropy[b], nsp, draws.positions[b]) for b in range(len(documents))]).to(
-            documents.tokens.device
-        )
-        if trace is None:
+        size = read_together or len(documents)
+        parts = zip(documents.split(size), draws.positions.split(size), strict=True)
+        readings = [self._look(part, nsp, uniforms, snapshots) for part, uniforms in parts]
+        positions = torch.cat([reading.positions for reading in readings])
+        if nsp.rollout == "prefix":
             tokens, log_probs, predicted = reference.rollout(self, documents, positions, nsp, draws.tokens)
         else:
-            state = trace.after(positions)
-            last = torch.stack([hidden[b][t] for b, row in enumerate(positions.tolist()) for t in row])
+            last = torch.cat([reading.last for reading in readings])
+            state = FastWeightState.stack([reading.state for reading in readings if reading.state is not None])
             tokens, log_probs, predicted = self._continue(last, state, nsp, draws.tokens)
-        steps = torch.arange(1, nsp.rollout_length + 1, device=positions.device)
-        places = positions[..., None] + steps
-        rows = range(len(documents))
         return RolloutBatch(
             positions=positions,
             tokens=tokens,
             log_probs=log_probs,
             predicted_hidden=predicted,
-            target_hidden=torch.stack([hidden[b][places[b]] for b in rows]),
-            target_tokens=torch.stack([documents.tokens[b][places[b]] for b in rows]),
-            entropy_mean=torch.stack([part[:-1].mean() for part in entropy]),
-            entropy_selected=torch.stack([part[at] for part, at in zip(entropy, positions, strict=True)]),
+            target_hidden=torch.cat([reading.target_hidden for reading in readings]),
+            target_tokens=torch.cat([reading.target_tokens for reading in readings]),
+            entropy_mean=torch.cat([reading.entropy_mean for reading in readings]),
+            entropy_selected=torch.cat([reading.entropy_selected for reading in readings]),
         )
 
     def update(self, documents: Documents, branches: Branches | None, nsp: NSPSettings) -> dict[str, Tensor]:
@@ -161,6 +165,23 @@ class FastWeightActor(nn.Module):
         self.forward_tokens += packed.tokens.numel()
         hidden, after = self.adapter.run(self, packed, state, keep_state)
         return hidden.reshape(-1, hidden.shape[-1]), after
+
+    def _look(self, documents: Documents, nsp: NSPSettings, uniforms: Tensor, snapshots: int) -> _Reading:
+        """Read documents and choose positions in them; ``uniforms`` [N, c] decide."""
+        hidden, trace = self._read(documents, snapshots if nsp.rollout == "fork" else 0)
+        entropy = list(self._head(torch.cat(hidden), "entropy").split(documents.lengths))
+        rows = range(len(documents))
+        positions = torch.stack([self._select(entropy[b], nsp, uniforms[b]) for b in rows]).to(documents.tokens.device)
+        places = positions[..., None] + torch.arange(1, nsp.rollout_length + 1, device=positions.device)
+        return _Reading(
+            positions=positions,
+            last=torch.cat([hidden[b][positions[b]] for b in rows]),
+            state=None if trace is None else trace.after(positions),
+            target_hidden=torch.stack([hidden[b][places[b]] for b in rows]),
+            target_tokens=torch.stack([documents.tokens[b][places[b]] for b in rows]),
+            entropy_mean=torch.stack([part[:-1].mean() for part in entropy]),
+            entropy_selected=torch.stack([part[at] for part, at in zip(entropy, positions, strict=True)]),
+        )
 
     def _read(self, documents: Documents, snapshots: int) -> tuple[list[Tensor], Trace | None]:
         """One pass over S: hidden states [T, d] of each document, and its states (None for 0 ``snapshots``)."""
@@ -329,6 +350,20 @@ class FastWeightActor(nn.Module):
             return nullcontext()
         device = next(self.parameters()).device.type
         return torch.autocast(device, dtype=self.autocast_dtype, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What stays of a pass over S: the fields of `RolloutBatch` that it decides, and at every position x_t the hidden
+    state ``last`` [N * c, d] and the ``state`` ([N * c] rows; None where prefixes are run again)."""
+
+    positions: Tensor
+    last: Tensor
+    state: FastWeightState | None
+    target_hidden: Tensor
+    target_tokens: Tensor
+    entropy_mean: Tensor
+    entropy_selected: Tensor
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,17 @@ class Documents:
         """Number of tokens of all documents."""
         return sum(self.lengths)
 
+    def split(self, size: int) -> list[Documents]:
+        """Micro-batches of ``size`` documents, the last of what is left."""
+        return [
+            Documents(
+                self.tokens[start : start + size],
+                self.lengths[start : start + size],
+                None if self.learn_from is None else self.learn_from[start : start + size],
+            )
+            for start in range(0, len(self), size)
+        ]
+
     def cut(self, starts: Sequence[int], stops: Sequence[int]) -> Packed:
         """Pack tokens starts[b]..stops[b]-1 of every document; past its end a document yields its first token."""
         runs = []

@@ -11,6 +11,20 @@ from torch import Tensor
 from refine_verl.config import NSPSettings
 from refine_verl.nsp import RewardInputs, position_uniforms, rollout_uniforms
 
+ROLLOUTS_TOGETHER = 64
+"""One token for 64 rollouts takes hardly longer than for one; more of them would hold more states at a time."""
+
+
+def documents_together(nsp: NSPSettings, read_together: int) -> int:
+    """Of how many documents rollouts are written at once: a multiple of the ``read_together`` read in one pass.
+
+    Only as many more as bring about `ROLLOUTS_TOGETHER` rollouts. A function of settings alone: under FSDP every rank
+    has to make the same number of passes.
+    """
+    if nsp.rollout == "prefix":
+        return read_together
+    return read_together * max(1, ROLLOUTS_TOGETHER // (read_together * nsp.chunks * nsp.rollouts_per_position))
+
 
 @dataclass(frozen=True)
 class RolloutDraws:

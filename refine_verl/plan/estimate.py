@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from refine_verl.kernels.patch import accelerator_available
 from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK
+from refine_verl.models.rollouts import documents_together
 from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
 from refine_verl.plan.options import PlanOptions
 from refine_verl.plan.origins import Origin
@@ -90,10 +91,12 @@ def shape_of(valid: ValidConfig, longest: int) -> Shape:
     actor, rollout = valid.config.actor_rollout_ref.actor, valid.config.actor_rollout_ref.rollout
     share = -(-valid.refine.ppo_mini_batch_size // valid.workers)
     batch_share = -(-int(valid.config.data.train_batch_size) // valid.workers)
+    rollout_rows = min(int(rollout.log_prob_micro_batch_size_per_gpu), batch_share)
     return Shape(
         length=longest,
         update_rows=min(int(actor.ppo_micro_batch_size_per_gpu), share),
-        rollout_rows=min(int(rollout.log_prob_micro_batch_size_per_gpu), batch_share),
+        rollout_rows=rollout_rows,
+        rollouts_of=min(documents_together(valid.refine.nsp, rollout_rows), batch_share),
         workers=valid.workers,
         nsp=valid.refine.nsp,
         with_rollouts=valid.refine.loss.rl_coef > 0,

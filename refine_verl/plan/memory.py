@@ -39,7 +39,8 @@ class Shape:
 
     Attributes:
         length: tokens of the longest document.
-        update_rows, rollout_rows: documents per pass.
+        update_rows, rollout_rows: documents per pass over S.
+        rollouts_of: of how many documents rollouts are written together.
         workers: processes the parameters are sharded over.
         nsp: c, n, k and how rollouts are made.
         with_rollouts: whether there are rollouts at all (``refine.loss.rl_coef`` > 0).
@@ -51,6 +52,7 @@ class Shape:
     length: int
     update_rows: int = 1
     rollout_rows: int = 1
+    rollouts_of: int = 1
     workers: int = 1
     nsp: NSPSettings = dataclasses.field(default_factory=NSPSettings)
     with_rollouts: bool = True
@@ -267,13 +269,20 @@ def _documents(rows: int, shape: Shape) -> Documents:
 
 
 def _roll_out(actor: FastWeightActor, shape: Shape) -> None:
-    nsp, rows = shape.nsp, shape.rollout_rows
+    nsp, rows = shape.nsp, shape.rollouts_of
     draws = RolloutDraws(
         torch.zeros(rows, nsp.chunks, dtype=torch.float64),
         torch.zeros(rows, nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length, dtype=torch.float64),
     )
     snapshots = snapshot_count(nsp.chunks, shape.length)
-    actor(mode="rollout", documents=_documents(rows, shape), nsp=nsp, draws=draws, snapshots=snapshots)
+    actor(
+        mode="rollout",
+        documents=_documents(rows, shape),
+        nsp=nsp,
+        draws=draws,
+        snapshots=snapshots,
+        read_together=shape.rollout_rows,
+    )
 
 
 def _update(actor: FastWeightActor, shape: Shape) -> None:

@@ -23,7 +23,7 @@ from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from refine_verl.config import ModelSettings, RefineSettings
-from refine_verl.models import RolloutBatch, RolloutDraws, snapshot_count
+from refine_verl.models import RolloutBatch, RolloutDraws, documents_together, snapshot_count
 from refine_verl.models.answers import Answers
 from refine_verl.nsp import generation_uniforms
 from refine_verl.plugin import PluginError, check_plugin
@@ -97,9 +97,8 @@ class NSPRolloutWorker(TrainingWorker):
         counted = self.engine.module.forward_tokens
         self.reward_seconds = 0.0
         with self.engine.eval_mode(), self.engine.gathered():
-            parts = [
-                self._rollout_micro_batch(part, step) for part in data.split(self.settings.rollout_micro_batch_size)
-            ]
+            size = documents_together(self.settings.refine.nsp, self.settings.rollout_micro_batch_size)
+            parts = [self._rollouts(part, step) for part in data.split(size)]
         output = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         output["forward_tokens"] = torch.zeros(data.shape[0], dtype=torch.int64)
         output["forward_tokens"][0] = self.engine.module.forward_tokens - counted
@@ -107,7 +106,7 @@ class NSPRolloutWorker(TrainingWorker):
         output["reward_seconds"][0] = self.reward_seconds
         return tu.get_tensordict(tensor_dict=output)
 
-    def _rollout_micro_batch(self, data: TensorDict, step: int) -> dict[str, Tensor]:
+    def _rollouts(self, data: TensorDict, step: int) -> dict[str, Tensor]:
         nsp, seed = self.settings.refine.nsp, self.settings.seed
         draws = RolloutDraws.of(seed, step, data["document_id"].tolist(), nsp)
         rollouts: RolloutBatch = self.engine.module(
@@ -116,6 +115,7 @@ class NSPRolloutWorker(TrainingWorker):
             nsp=nsp,
             draws=draws,
             snapshots=snapshot_count(nsp.chunks, self.settings.max_length),
+            read_together=self.settings.rollout_micro_batch_size,
         )
         get_torch_device().synchronize()  # or the reward would be charged for what the device has still to do
         started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,16 @@ from reference.toy import (
 from torch import Tensor
 
 from refine_verl.config import NSPSettings
-from refine_verl.models import Branches, Documents, FastWeightActor, RolloutBatch, pack, snapshot_count
+from refine_verl.models import (
+    Branches,
+    Documents,
+    FastWeightActor,
+    Packed,
+    RolloutBatch,
+    documents_together,
+    pack,
+    snapshot_count,
+)
 from refine_verl.models.adapters import FlaAdapter
 
 Make = Callable[..., FastWeightActor]
@@ -47,6 +57,50 @@ def test_rollouts_packed_are_those_of_each_document_alone(make: Make, lengths: t
             assert torch.equal(got, wanted), name
         else:
             assert relative(got, wanted) < 1e-10, name
+
+
+@pytest.mark.parametrize("how", ["traced", "in_segments", "prefix"])
+def test_rollouts_of_documents_read_one_after_another_are_written_together(
+    make: Make, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read alone or two at a time: the same rollouts, and k passes for all of them."""
+
+    class InSegments(FlaAdapter):
+        trace = None  # type: ignore[assignment]
+
+    actor = make(adapter=InSegments()) if how == "in_segments" else make()
+    nsp = replace(NSP, rollout="prefix") if how == "prefix" else NSP
+    documents, draws = documents_of((*LENGTHS, 40)), draws_for([0, 1, 2, 3])
+    passes: list[int] = []
+    run = FastWeightActor.run
+
+    def counting(actor: FastWeightActor, packed: Packed, *rest: Any, **options: Any) -> Any:
+        passes.append(packed.tokens.numel())
+        return run(actor, packed, *rest, **options)
+
+    monkeypatch.setattr(FastWeightActor, "run", counting)
+    results, decoding = [], []
+    for size in (1, 2, 3, None):
+        passes.clear()
+        options = {"nsp": nsp, "draws": draws, "snapshots": SNAPSHOTS, "read_together": size}
+        results.append(values(actor(mode="rollout", documents=documents, **options)))
+        decoding.append([tokens for tokens in passes if tokens == len(draws.tokens.flatten(0, 2))])
+    if how != "prefix":
+        assert all(len(steps) == NSP.rollout_length for steps in decoding)
+    for name, wanted in results[-1].items():
+        for got in results[:-1]:
+            assert relative(got[name].double(), wanted.double()) < 1e-10, name
+    other = values(roll(actor, documents, [3, 2, 1, 0], nsp))  # the control: draws of other documents
+    assert not torch.equal(other["tokens"], results[0]["tokens"])
+
+
+def test_of_how_many_documents_rollouts_are_written_together() -> None:
+    assert documents_together(NSPSettings(chunks=8), 1) == 8
+    assert documents_together(NSPSettings(chunks=8), 3) == 6  # a multiple of what is read in one pass
+    assert documents_together(NSPSettings(chunks=8, rollouts_per_position=4), 1) == 2
+    assert documents_together(NSPSettings(chunks=64), 1) == documents_together(NSPSettings(chunks=100), 1) == 1
+    assert documents_together(NSPSettings(chunks=8), 20) == 20  # what may be read together may be written together
+    assert documents_together(NSPSettings(chunks=8, rollout="prefix"), 1) == 1
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (40, 40, 40)], ids=["unequal", "equal"])

@@ -46,19 +46,23 @@ def measured(config: Any, shape: Shape) -> dict[str, int]:
         parameter.grad = torch.zeros_like(parameter)
     rows, nsp = shape.update_rows, shape.nsp
     documents = Documents.from_tensors(torch.randint(0, 300, (rows, shape.length)), (shape.length,) * rows)
-    sizes = (rows, nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
+    written = Documents.from_tensors(
+        torch.randint(0, 300, (shape.rollouts_of, shape.length)), (shape.length,) * shape.rollouts_of
+    )
+    sizes = (shape.rollouts_of, nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
     draws = RolloutDraws(torch.rand(sizes[:2], dtype=torch.float64), torch.rand(sizes, dtype=torch.float64))
     with LiveBytes() as live:
         rollouts = actor(
             mode="rollout",
-            documents=documents,
+            documents=written,
             nsp=nsp,
             draws=draws,
             snapshots=snapshot_count(nsp.chunks, shape.length),
+            read_together=shape.rollout_rows,
         )
     middle = (shape.length - nsp.rollout_length) // 2
     positions = torch.tensor([[0, 2 * middle - 1]]).repeat(rows, 1)
-    branches, peak = Branches(positions, rollouts.tokens.clone()), live.peak
+    branches, peak = Branches(positions, rollouts.tokens[:rows].clone()), live.peak
     del rollouts
     with LiveBytes() as live:
         output = actor(mode="update", documents=documents, branches=branches, nsp=nsp)
@@ -81,7 +85,7 @@ def test_within_fifteen_percent_of_real_passes(family: str, checkpointing: bool)
 
 
 def test_more_documents_per_pass() -> None:
-    shape = Shape(length=200, update_rows=3, rollout_rows=3, nsp=NSP)
+    shape = Shape(length=200, update_rows=3, rollout_rows=3, rollouts_of=6, nsp=NSP)
     config = config_of("delta_net", 2)
     estimated, real = pass_peaks(config, shape), measured(config, shape)
     for phase, value in real.items():
