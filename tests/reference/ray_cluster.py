@@ -13,8 +13,8 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -35,13 +35,45 @@ class Cluster:
         address: of the head, for RAY_ADDRESS.
         dashboard: URL of the dashboard and the Jobs API.
         token: what it asks everybody for.
-        nodes: the two `ray start --block`.
+        env: environment of its nodes.
+        scratch: where it keeps its files.
+        nodes: its `ray start --block`, the head first.
     """
 
     address: str
     dashboard: str
     token: str
-    nodes: tuple[subprocess.Popen[str], ...]
+    env: dict[str, str]
+    scratch: Path
+    nodes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(self, options: Sequence[str], prefix: Sequence[str] = ()) -> tuple[subprocess.Popen[str], Path]:
+        """A node with one CPU, and its log."""
+        names = ("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port")
+        ports = [f"{name}={port}" for name, port in zip(names, free_ports(3), strict=True)]
+        common = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block"]
+        log = self.scratch / f"start-{len(self.nodes)}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*prefix, str(RAY), "start", *options, *common, *ports],
+                env=self.env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        self.nodes.append(process)
+        return process, log
+
+    def add_node(self, prefix: Sequence[str] = ()) -> None:
+        """Another node, 127.0.0.2 and so on.
+
+        Args:
+            prefix: a command that runs its `ray start`, such as `unshare ...`.
+        """
+        number = len(self.nodes) + 1
+        self.start([f"--address={self.address}", f"--node-ip-address=127.0.0.{number}"], prefix)
+        wait_for(lambda: True if self.node_count() == number else None, f"node {number}")
 
     @property
     def variables(self) -> dict[str, str]:
@@ -96,40 +128,32 @@ def wait_for(attempt: Callable[[], Found | None], what: str, seconds: float = SE
 
 
 @contextmanager
-def two_nodes(second: Sequence[str] = (), variables: dict[str, str] | None = None) -> Iterator[Cluster]:
-    """A head (127.0.0.1) and a second node (127.0.0.2) with one CPU each; everything of theirs is killed afterwards.
+def two_nodes(variables: dict[str, str] | None = None) -> Iterator[Cluster]:
+    """A head and a second node with one CPU each; everything of theirs is killed afterwards.
 
     Args:
-        second: a command that starts the second node's `ray start`, such as `unshare ...`.
-        variables: environment variables of both nodes.
+        variables: environment variables of the nodes.
     """
-    gcs, dashboard, client, *agents = free_ports(3 + 2 * 3)
+    gcs, dashboard, client = free_ports(3)
     token = secrets.token_hex(32)
-    scratch = tempfile.mkdtemp(prefix="rc")  # sockets lie below: their paths are limited to about 100 characters
+    # sockets lie below: their paths are limited to about 100 characters
+    scratch = Path(tempfile.mkdtemp(prefix="rc"))
     env = {**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **(variables or {})}
-    common = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block"]
+    cluster = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", token, env, scratch)
     head = [
         *("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={scratch}"),
         *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
         f"--ray-client-server-port={client}",
     ]
-    other = [f"--address=127.0.0.1:{gcs}", "--node-ip-address=127.0.0.2"]
-    names = ("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port")
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        nodes: list[subprocess.Popen[str]] = []
-        for prefix, options, ports in (([], head, agents[:3]), (list(second), other, agents[3:])):
-            log = stack.enter_context((Path(scratch) / f"start-{len(nodes)}.log").open("w"))
-            command = [*prefix, str(RAY), "start", *options, *common]
-            command += [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
-            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-            stack.callback(kill_tree, process)
-            nodes.append(process)
-            if len(nodes) == 1:
-                wait_for(partial(listens, gcs, process, Path(log.name)), "Ray head")
-        cluster = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", token, tuple(nodes))
-        wait_for(lambda: True if cluster.node_count() == 2 else None, "second node")
+    try:
+        process, log = cluster.start(head)
+        wait_for(partial(listens, gcs, process, log), "Ray head")
+        cluster.add_node()
         yield cluster
+    finally:
+        for node in reversed(cluster.nodes):
+            kill_tree(node)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def listens(port: int, process: subprocess.Popen[str], log: Path) -> bool | None:
