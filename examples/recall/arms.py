@@ -112,7 +112,16 @@ def _weights() -> tuple[Arm, ...]:
 
 
 ABLATIONS: dict[str, tuple[Arm, ...]] = {
-    "reward": _one("reward", ("binary", "hybrid")),
+    "reward": (
+        *_one("reward", ("binary", "hybrid")),
+        Arm(
+            "grouped_binary",
+            "binary, grouped by position",
+            nsp={**GROUPED, "reward": "binary"},
+            loss={"rl_coef": GROUPED_LAMBDA},
+            divide_by_std=False,
+        ),
+    ),
     "selection": _one("selection", ("uniform", "max_entropy", "min_entropy")),
     "k": _one("rollout_length", (1, 3, 7)),
     "c": _one("chunks", (2, 4)),

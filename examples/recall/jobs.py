@@ -136,19 +136,29 @@ class Job:
 def all_jobs(models: Sequence[str], amount: Amount) -> list[Job]:
     """Everything, in the order of its importance: a run that is cut short has the headline."""
     seeds = range(amount.seeds)
-    jobs = [Job("base", model, seed) for model in models for seed in seeds]
-    jobs += [Job("headline", model, seed, state) for model in models for state in STATES for seed in seeds]
+    jobs = []
+    for model in models:
+        jobs += [Job("base", model, seed) for seed in seeds]
+        jobs += [Job("headline", model, seed, state) for state in STATES for seed in seeds]
     first = models[0]
-    jobs += [Job("noise", first, seed, state, reward) for state, reward in NOISE for seed in seeds]
-    for table in ("n", "lambda", "reward", "selection", "k", "c"):
-        jobs += [Job("ablation", first, seed, "under", arm.name) for arm in ABLATIONS[table] for seed in seeds]
-    jobs += [
-        Job("ablation", first, seed, state, arm.name) for state in STATES for arm in ABLATIONS["lr"] for seed in seeds
-    ]
-    jobs += [Job("test_time", first, seed, "under", method) for method in TEST_TIME for seed in seeds]
+    arms = [(state, arm.name) for table, states in TABLE_STATES.items() for state in states for arm in ABLATIONS[table]]
+    # seed by seed, so that what a run that is cut short has are whole tables of fewer seeds
+    for seed in seeds:
+        jobs += [Job("noise", first, seed, state, reward) for state, reward in NOISE]
+        jobs += [Job("ablation", first, seed, state, arm) for state, arm in arms]
+        jobs += [Job("test_time", first, seed, "under", method) for method in TEST_TIME]
     return jobs
 
 
+TABLE_STATES = {
+    "n": ("under",),
+    "lambda": ("under",),
+    "reward": ("under",),
+    "selection": ("under",),
+    "k": ("under",),
+    "c": ("under",),
+    "lr": STATES,
+}
 NOISE = (("under", "cosine"), ("plateau", "cosine"))
 ARMS = {arm.name: arm for arm in [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table)]}
 

@@ -42,6 +42,7 @@ def run_all(jobs: Sequence[Job], amount: Amount, out: Path, processes: int) -> l
         processes: at a time, with one thread each.
 
     Raises:
+        ValueError: a job without its base.
         Exception: that of the first job that failed, after those under way have been kept.
     """
     (out / "jobs").mkdir(parents=True, exist_ok=True)
@@ -54,6 +55,8 @@ def run_all(jobs: Sequence[Job], amount: Amount, out: Path, processes: int) -> l
             for job in _ready(waiting, amount, out)[: processes - len(running)]:
                 waiting.remove(job)
                 running[pool.submit(_run, job, amount, out)] = job
+            if not running:
+                raise ValueError(f"no base model for {waiting[0].name}: its job is not among these")
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 done += 1
@@ -103,7 +106,8 @@ def read_record(job: Job, amount: Amount, out: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(_record_file(job, out).read_text())
     except (OSError, ValueError):
         return None
-    return record if record.get("fingerprint") == fingerprint(job, amount) else None
+    whole = job.kind != "base" or _weights_file(job, out).is_file()
+    return record if whole and record.get("fingerprint") == fingerprint(job, amount) else None
 
 
 def _record_file(job: Job, out: Path) -> Path:

@@ -1,0 +1,227 @@
+"""The recall example: its task, its base models, every kind of job through the command, and what a cut run leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.recall import __main__ as command
+from examples.recall import runner
+from examples.recall.arms import ABLATIONS, HEADLINE, PAPER
+from examples.recall.bases import MODELS, BaseSpec, train_base
+from examples.recall.jobs import ARMS, Amount, Job, all_jobs, run_job
+from examples.recall.noise import alignment, estimators, signal_to_noise
+from examples.recall.scores import batches, held_out, score
+from examples.recall.section import figures, section
+from examples.recall.task import Task
+from refine_verl.compose import compose_config
+from refine_verl.models import make_actor
+
+TINY = Amount(seeds=1, steps=2, ablation_steps=1, held_out=8, draws=2, prompts=8, passes=1, shrink=400)
+
+
+# The task
+
+
+def test_the_task() -> None:
+    """A store, then every key once per round with its value; what can be known is what follows a key of a round."""
+    task = Task(entries=3, value_length=2, rounds=2, keys=5, values=7)
+    for row in task.sample(torch.Generator().manual_seed(0), 20).tolist():
+        assert len(row) == task.length == 27
+        store = {row[i]: row[i + 1 : i + 3] for i in range(0, 9, 3)}
+        assert len(store) == 3 and all(key < 5 for key in store)
+        for start in (9, 18):
+            asked = {row[i]: row[i + 1 : i + 3] for i in range(start, start + 9, 3)}
+            assert asked == store
+
+
+def test_what_counts_as_right() -> None:
+    task = Task(entries=2, value_length=2, rounds=1, keys=5, values=7)
+    tokens = task.sample(torch.Generator().manual_seed(0), 3)
+    predictions = tokens[:, 1:].clone()
+    assert task.values_right(predictions, tokens).shape == (3, 2, 2) and task.values_right(predictions, tokens).all()
+    predictions[:, :6] = -1  # the store and the first key of the round
+    predictions[1, 6] = -1  # the first token of its value
+    right = task.values_right(predictions, tokens)
+    assert right.sum() == right.numel() - 1 and not right[1, 0, 0]
+    predictions[:, 8] = -1  # the second key
+    assert torch.equal(task.values_right(predictions, tokens), right)
+
+
+def test_held_out_sequences_are_not_trained_on() -> None:
+    task = MODELS["deltanet"].task
+    seen = {tuple(row) for part in batches(task, 0, 16, 4) for row in part.tolist()}
+    assert len(seen) == 64 and not seen & {tuple(row) for row in held_out(task, 0, 64).tolist()}
+    assert torch.equal(batches(task, 0, 16, 2)[1], batches(task, 0, 16, 4)[1])
+
+
+# Base models and scores
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bases(name: str) -> None:
+    """Two different sets of weights, the same every time, between 0.1 and 1 million parameters."""
+    short = dataclasses.replace(MODELS[name], easy_steps=1, steps=2, decay_steps=2)
+    one, two = train_base(short, 3), train_base(short, 3)
+    assert 1e5 <= one.parameters <= 1e6 and one.steps == 4 + (short.easy_steps > 0)
+    for state, weights in one.weights.items():
+        assert all(torch.equal(value, two.weights[state][key]) for key, value in weights.items())
+    assert any(not torch.equal(value, one.weights["plateau"][key]) for key, value in one.weights["under"].items())
+
+
+class Oracle(torch.nn.Module):
+    """Predicts the successor of every token of the sequences it knows."""
+
+    def __init__(self, actor: Any, tokens: torch.Tensor, wrong: int) -> None:
+        super().__init__()
+        self.actor, self.tokens, self.wrong = actor, tokens, wrong
+        self.forward_tokens = 0
+
+    def forward(self, *args: Any, mode: str | None = None, **kwargs: Any) -> Any:
+        if mode is not None:
+            return self.actor(*args, mode=mode, **kwargs)
+        following = torch.cat([kwargs["input_ids"][:, 1:], kwargs["input_ids"][:, :1]], dim=1)
+        following[:, : self.wrong] = 0
+        logits = torch.nn.functional.one_hot(following, 96).float()
+        return type("Output", (), {"logits": logits})()
+
+
+@pytest.mark.parametrize(("wrong", "exact"), [(0, 1.0), (29, 1.0), (31, 11 / 12)])
+def test_scores(wrong: int, exact: float) -> None:
+    """What is in the store and the first key do not count; the first token of the first value does."""
+    spec = MODELS["deltanet"]
+    tokens = held_out(spec.task, 0, 4)
+    tokens[tokens == 0] = 1  # so that 0 is always wrong
+    scores = score(Oracle(make_actor(spec.model(0)), tokens, wrong), spec.task, tokens)  # type: ignore[arg-type]
+    assert scores["exact"] == pytest.approx(exact)
+    assert scores["tokens"] == pytest.approx(1 - (1 - exact) / 4)
+    assert 0 < scores["ntp_loss"] < 6 and scores["reward_hybrid"] == pytest.approx(
+        scores["reward_cosine"] + scores["reward_binary"], abs=1e-5
+    )
+
+
+# Arms
+
+
+def test_the_papers_settings_are_those_of_the_recipe() -> None:
+    settings = PAPER.settings("under", 0)
+    recipe = compose_config(["recipe=midtrain", "model.path=DIR", "data.train_files=FILES"])
+    for name in ("chunks", "rollout_length", "rollouts_per_position", "reward", "group", "selection", "temperature"):
+        assert getattr(settings.nsp, name) == recipe.refine.nsp[name], name
+    assert settings.loss.rl_coef == recipe.refine.loss.rl_coef
+    assert settings.divide_by_std == recipe.algorithm.norm_adv_by_std_in_grpo
+    assert settings.clip_ratio == recipe.actor_rollout_ref.actor.clip_ratio
+    assert settings.weight_decay == recipe.actor_rollout_ref.actor.optim.weight_decay
+
+
+def test_ablations_cover_what_they_should() -> None:
+    """Every arm has a name of its own and settings that are allowed."""
+    arms = [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table)]
+    assert len(ARMS) == len(arms)
+    settings = {name: arm.settings("under", 0) for name, arm in ARMS.items()}
+    assert {s.nsp.reward for s in settings.values()} == {"cosine", "binary", "hybrid"}
+    assert {s.nsp.selection for s in settings.values()} == {"entropy", "uniform", "max_entropy", "min_entropy"}
+    assert {s.nsp.rollout_length for s in settings.values()} == {1, 3, 5, 7}
+    assert {s.nsp.chunks for s in settings.values()} == {2, 4, 8}
+    found = {(s.nsp.rollouts_per_position, s.nsp.group, s.divide_by_std) for s in settings.values()}
+    wanted = {(n, group, std) for n in (4, 8, 16) for group in ("sequence", "position") for std in (True, False)}
+    assert found >= wanted | {(1, "sequence", True), (1, "sequence", False)}
+
+
+# Noise
+
+
+def test_signal_to_noise_by_hand() -> None:
+    """Draws m + s * noise in P dimensions: |m|^2 / (P s^2), and 0 without a mean."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, 50, generator=generator)
+    mean = torch.zeros(50)
+    mean[0] = 5.0
+    assert signal_to_noise(mean + 0.5 * noise) == pytest.approx(25 / (50 * 0.25), rel=0.05)
+    assert signal_to_noise(noise) == pytest.approx(0.0, abs=0.002)
+    assert alignment(mean[None].repeat(3, 1), mean) == pytest.approx(1.0)
+    assert alignment(-mean[None], mean) == pytest.approx(-1.0)
+    assert len(estimators(1)) == 2 and len(estimators(4)) == 4
+
+
+# The command
+
+KINDS = [
+    Job("base", "deltanet", 0),
+    Job("headline", "deltanet", 0, "under"),
+    Job("noise", "deltanet", 0, "under", "cosine"),
+    Job("ablation", "deltanet", 0, "under", "chunks_2"),
+    Job("test_time", "deltanet", 0, "under", "none"),
+    Job("test_time", "deltanet", 0, "under", "sft"),
+    Job("test_time", "deltanet", 0, "under", "refine"),
+]
+
+
+def test_all_jobs() -> None:
+    jobs = all_jobs(list(MODELS), command.FULL)
+    assert len({job.name for job in jobs}) == len(jobs) and {job.seed for job in jobs} == set(range(5))
+    assert {job.kind for job in KINDS} == {job.kind for job in jobs}
+    assert {(job.model, job.state) for job in jobs if job.kind == "headline"} == {
+        (model, state) for model in MODELS for state in ("under", "plateau")
+    }
+
+
+def test_every_kind_of_job_ends_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind in a process of its own, with a tenth of a second of work; the page has all their parts."""
+    monkeypatch.setattr(command, "FAST", TINY)
+    monkeypatch.setattr(command, "all_jobs", lambda models, amount: KINDS)
+    command.main(["--fast", "--out", str(tmp_path), "--processes", "1"])
+    text = (tmp_path / "results.md").read_text()
+    for heading in ("Base models", "REFINE against SFT", "Ablations", "How noisy", "Test-time training"):
+        assert f"### {heading}" in text, heading
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "recall_headline.svg",
+        "recall_ablations.svg",
+        "recall_noise.svg",
+    }
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()}
+    (tmp_path / "jobs/ablation-deltanet-under-chunks_2-seed0.json").write_text("{")  # as if cut while writing
+    command.main(["--fast", "--out", str(tmp_path), "--report"])
+    assert "| 2 |" not in (tmp_path / "results.md").read_text()
+    command.main(["--fast", "--out", str(tmp_path), "--processes", "1"])
+    assert (tmp_path / "results.md").read_text() == text
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"ablation-deltanet-under-chunks_2-seed0.json"}
+
+
+def test_records_of_other_settings_are_not_reused(tmp_path: Path) -> None:
+    job = KINDS[3]
+    (tmp_path / "jobs").mkdir()
+    record = {"fingerprint": runner.fingerprint(job, TINY), "result": {}}
+    (tmp_path / "jobs" / f"{job.name}.json").write_text(json.dumps(record))
+    assert runner.read_record(job, TINY, tmp_path) == record
+    with pytest.raises(ValueError, match="no base model"):
+        runner.run_all([dataclasses.replace(job, seed=1)], TINY, tmp_path, 1)
+    assert runner.read_record(job, dataclasses.replace(TINY, ablation_steps=2), tmp_path) is None
+
+
+def test_methods_differ_and_repeat() -> None:
+    """The same job gives the same numbers; SFT and REFINE give different ones from the same base and data."""
+    spec: BaseSpec = MODELS["deltanet"]
+    weights = {"under": dict(spec.model(0).state_dict())}
+    job = Job("ablation", "deltanet", 0, "under", "sft_lr5")
+    one, two = (run_job(job, TINY, weights)["scores"]["1"] for _ in range(2))
+    other = run_job(dataclasses.replace(job, what="paper_lr5"), TINY, weights)["scores"]["1"]
+    assert one == two and one["ntp_loss"] != other["ntp_loss"]
+
+
+# The project's page
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    root = Path(command.__file__).resolve().parents[2]
+    file, page = root / "examples/recall/results.json", root / "docs/results.md"
+    results = json.loads(file.read_text())
+    assert section(results, "figures").strip() in page.read_text()
+    for name, svg in figures(results).items():
+        assert (root / "docs/figures" / name).read_text() == svg
