@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from refine_verl.adaptation.guard import set_training
 from refine_verl.adaptation.prompts import Prompts
 from refine_verl.adaptation.settings import AdaptSettings
-from refine_verl.models import Branches, FastWeightActor, RolloutBatch, RolloutDraws, snapshot_count
+from refine_verl.models import (
+    Branches,
+    FastWeightActor,
+    RolloutBatch,
+    RolloutDraws,
+    documents_together,
+    snapshot_count,
+)
 from refine_verl.nsp import (
     group_standardise,
     group_zero_std_share,
@@ -71,7 +78,8 @@ class Adaptation:
         """
         set_training(self.actor, False)
         written: list[Written] = []
-        for part in _parts(range(len(self.prompts)), self.settings.micro_batch_size):
+        size = documents_together(self.settings.nsp, self.settings.micro_batch_size)
+        for part in _parts(range(len(self.prompts)), size):
             documents = self.prompts.documents(part, self.device)
             rollouts = FastWeightActor.forward(
                 self.actor,
@@ -82,6 +90,7 @@ class Adaptation:
                     self.settings.seed, index, [self.prompts.ids[row] for row in part], self.settings.nsp
                 ),
                 snapshots=snapshot_count(self.settings.nsp.chunks, max(documents.lengths)),
+                read_together=self.settings.micro_batch_size,
             )
             written += self._judge(rollouts)
         return written
