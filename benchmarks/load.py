@@ -10,6 +10,7 @@ is printed with its 95% interval. Exit status 1 if anything grows.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -34,13 +35,13 @@ MB = 1e6
 WORKER = "ray::WorkerDict"
 SKIPPED_SHARE = 0.2
 """Of the steps, at the start: allocators fill, pages are touched and threads start once."""
-ALLOWED_GROWTH = {"driver": 0.03, "worker": 0.03, "ray": 0.05, "step": 0.10}
+ALLOWED_GROWTH = {"driver": 0.03, "worker": 0.03, "ray": 0.05, "step": 0.10, "processor": 0.10}
 """Growth over the steps looked at that counts as none, as a share of the level."""
 OBJECT_STORE_ALLOWED = 1.0
 """MB over the steps looked at, since the level is near zero."""
 RUN = (
     "recipe=quickstart",
-    "data.max_length=256",
+    "data.max_length=128",
     "data.train_batch_size=8",
     "data.val_max_samples=16",
     "refine.ppo_mini_batch_size=4",
@@ -77,7 +78,7 @@ class Watch(threading.Thread):
         try:
             while not self.over.wait(0.05):
                 lines = self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
-                if lines > seen:
+                if lines > seen:  # more than one if looking took longer than a step
                     seen = lines
                     self.samples.append({"step": float(lines - 1), **self.look()})
         except Exception as error:  # told by the main thread: a thread's exception would be lost
@@ -93,10 +94,12 @@ class Watch(threading.Thread):
     def look(self) -> dict[str, float]:
         """Memory now, in MB."""
         this = psutil.Process()
-        found = {"driver": private_mb(this)}
+        found = {"driver": private_mb(this), "processor": processor_seconds(this)}
         for process in this.children(recursive=True):
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if name := role_of(process.cmdline()):
+                    if name == "worker":
+                        found["processor"] += processor_seconds(process)
                     found[f"worker/{process.pid}" if name == "worker" else name] = private_mb(process)
         return {**found, **self._object_store()}
 
@@ -138,8 +141,18 @@ def private_mb(process: psutil.Process) -> float:
     return float(info.uss) / MB
 
 
+def processor_seconds(process: psutil.Process) -> float:
+    """Processor time so far: what a step costs however much else runs on the machine."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
 def tidy(samples: Sequence[dict[str, float]], metrics: Sequence[dict[str, Any]]) -> dict[str, tuple[list, list]]:
-    """Series by name, (steps, values): workers in the order of their process ids, ``step`` in seconds."""
+    """Series by name, (steps, values): workers in the order of their process ids, ``step`` and ``processor`` in s.
+
+    The processor time of a step is that of driver and workers together; steps with validation or a checkpoint are left
+    out.
+    """
     workers = sorted({name for sample in samples for name in sample if name.startswith("worker/")})
     names = {"driver": "driver", **{name: f"worker {rank}" for rank, name in enumerate(workers)}}
     names |= {name: name for name in ("raylet", "gcs", "store", "objects", "references")}
@@ -152,6 +165,13 @@ def tidy(samples: Sequence[dict[str, float]], metrics: Sequence[dict[str, Any]])
     }
     timed = [record for record in metrics if "timing_s/step" in record]
     series["step"] = ([record["step"] for record in timed], [record["timing_s/step"] for record in timed])
+    more = {record["step"] for record in metrics if {"timing_s/validate", "timing_s/save_checkpoint"} & record.keys()}
+    pairs = [
+        (after["step"], after["processor"] - before["processor"])
+        for before, after in itertools.pairwise(samples)
+        if after["step"] == before["step"] + 1 and after["step"] not in more
+    ]
+    series["processor"] = ([step for step, _ in pairs], [seconds for _, seconds in pairs])
     return series
 
 
@@ -173,7 +193,7 @@ def judge(series: dict[str, tuple[list, list]]) -> dict[str, Trend]:
     return trends
 
 
-UNITS = {"step": "s", "objects": "", "references": ""}
+UNITS = {"step": "s", "processor": "s", "objects": "", "references": ""}
 
 
 def show(trends: dict[str, Trend], console: Console) -> None:

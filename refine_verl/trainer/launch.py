@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 import ray
 import torch
 from omegaconf import DictConfig, OmegaConf
+from ray._private import ray_constants
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from refine_verl.plugin import check_plugin
@@ -27,6 +29,7 @@ from refine_verl.report.metrics import write_atomically
 from refine_verl.schema import leaves
 from refine_verl.trainer.attempts import run_attempts
 from refine_verl.trainer.checkpoints import checkpoint_to_resume
+from refine_verl.trainer.cluster import joins_cluster
 from refine_verl.trainer.posttrain import PosttrainTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.trainer.signals import StopSignals, group_of_its_own
@@ -100,13 +103,13 @@ def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
         yield
         return
     options: dict[str, Any] = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)  # type: ignore[assignment]
+    local = not joins_cluster(config)
     runtime_env = OmegaConf.merge(
         get_ppo_ray_runtime_env(config),
-        {"env_vars": _worker_environment(config)},
+        {"env_vars": _worker_environment(config, local)},
         options.pop("runtime_env", None) or {},
     )
     options = {name: value for name, value in options.items() if value is not None}
-    local = "address" not in options and "RAY_ADDRESS" not in os.environ
     if local:
         options.setdefault("include_dashboard", False)
         if config.trainer.device == "cpu":
@@ -115,7 +118,11 @@ def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
             options.setdefault("num_cpus", max(workers, os.cpu_count() or 1))
     # the driver draws its own display; what workers print about themselves would tear it
     try:
-        with group_of_its_own() if local else contextlib.nullcontext(), _sigterm_of_ray():
+        with contextlib.ExitStack() as stack:
+            if local:
+                stack.enter_context(group_of_its_own())
+                stack.enter_context(on_loopback_only())
+            stack.enter_context(_sigterm_of_ray())
             ray.init(
                 runtime_env=OmegaConf.to_container(runtime_env),
                 **{"log_to_driver": False, "configure_logging": False, **options},
@@ -124,6 +131,26 @@ def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def on_loopback_only() -> Iterator[None]:
+    """A Ray that is started within takes connections from this machine only.
+
+    On Linux its processes listen on all interfaces, for nodes that may join. Under the variable with which Ray allows
+    that on other systems, it does on Linux what it does there: everything is on 127.0.0.1.
+    """
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    set_before = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if set_before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = set_before
 
 
 @contextmanager
@@ -137,12 +164,14 @@ def _sigterm_of_ray() -> Iterator[None]:
         raise KeyboardInterrupt from stop
 
 
-def _worker_environment(config: DictConfig) -> dict[str, str]:
+def _worker_environment(config: DictConfig, local: bool) -> dict[str, str]:
     if config.trainer.device != "cpu":
         return {}
+    interface = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
     # OpenMP threads that spin while they wait for each other come to a standstill on a core that is shared with
     # anything else; sleeping costs them microseconds.
-    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    sleeping = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    return {**sleeping, **interface} if local and sys.platform == "linux" else sleeping
 
 
 def shareable(config: DictConfig) -> DictConfig:

@@ -17,7 +17,6 @@ from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name, get_torch_device
-from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.import_utils import import_external_libs
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
@@ -30,6 +29,7 @@ from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.workers.checkpoint_files import CheckpointError, FileRecord, flushed, free_space
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.failures import lost_connection
+from refine_verl.workers.rendezvous import join_process_group
 from refine_verl.workers.reward_manager import HiddenStateRewardManager
 from refine_verl.workers.snapshot import Snapshot
 
@@ -73,8 +73,7 @@ class NSPRolloutWorker(TrainingWorker):
         self.settings: WorkerSettings = config.extra_context["worker"]
         if get_device_name() == "cpu":
             torch.set_num_threads(self.settings.threads)
-            # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses
-            initialize_global_process_group_ray(backend="gloo")
+        join_process_group()
         super().__init__(config)
         if type(self.engine) is not RefineEngine:
             raise PluginError(f"verl built a {type(self.engine).__name__}: another plug-in owns '{config.model_type}'")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -97,20 +99,16 @@ class Cluster:
         return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
 
 
+_candidates = itertools.count(20000 + os.getpid() % 8000)
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, below those that outgoing connections take."""
+    """Ports that nobody listens on now, no two alike, below those that outgoing connections take."""
     found: list[int] = []
-    candidate = 20000 + os.getpid() % 8000
     while len(found) < count:
-        candidate += 1
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", candidate)) == 0:
-                continue
-            try:
-                probe.bind(("0.0.0.0", candidate))
-            except OSError:
-                continue
-        found.append(candidate)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", next(_candidates)))
+            found.append(probe.getsockname()[1])
     return found
 
 
