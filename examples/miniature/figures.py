@@ -58,7 +58,7 @@ def forest(title: str, unit: str, rows: Sequence[Row]) -> str:
         raise ValueError(f"{title}: nothing to draw")
     ends = [end for one in estimates for end in (one.low, one.high, one.mean) if math.isfinite(end)]
     low, high = padded(min(*ends, 0.0), max(*ends, 0.0), share=0.06, minimum=1e-6)
-    left = 16 + CHARACTER * max(len(row.label) for row in rows)
+    left = 16 + CHARACTER * max(len(row.label) for row in rows if row.estimate is not None)
     height = TOP + ROW * len(rows) + FOOT
 
     def x(value: float) -> float:

@@ -23,12 +23,12 @@ from examples.recall.jobs import ARMS, Amount, Job, run_job
 
 def fingerprint(job: Job, amount: Amount) -> str:
     """Of all that decides about a job's numbers; a file with another one is not reused."""
-    parts = [dataclasses.asdict(job), dataclasses.asdict(amount), dataclasses.asdict(MODELS[job.model])]
+    parts: list[Any] = [dataclasses.asdict(job), dataclasses.asdict(amount), dataclasses.asdict(MODELS[job.model])]
     parts += [BATCH, LEARNING_RATES, {name: repr(arm) for name, arm in ARMS.items() if name == job.what}]
     if job.kind == "headline":
         parts.append([repr(ARMS[name]) for name in ("sft", "paper", "grouped")])
-    if job.kind != "base":
-        parts[1] = {name: value for name, value in parts[1].items() if name != "seeds"}
+    # more seeds leave those that are there as they are, and a base does not depend on what follows
+    parts[1] = {"shrink": amount.shrink} if job.kind == "base" else {**dataclasses.asdict(amount), "seeds": 0}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

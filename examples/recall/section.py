@@ -58,7 +58,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
         ),
         ABLATIONS_FIGURE: (
             f"Exact match after {amount['ablation_steps']} steps: REFINE minus SFT (DeltaNet, under-trained)",
-            "difference of exact match, mean over seeds",
+            "difference of exact match, mean over seeds (blue: the paper's settings, orange: grouped by position)",
             [row for name, (title, _) in TABLES.items() for row in _ablation_figure(records, name, title)],
         ),
         NOISE_FIGURE: (
@@ -194,19 +194,21 @@ def _difference_rows(records: Records, model: str, state: str) -> list[Row]:
         return []
     rows = [Row(f"{NAMES[model]}, {STATE_NAMES[state]}")]
     baseline = records.scores(model, state, "sft", steps, "exact")
-    for color, arm in enumerate(HEADLINE[1:], start=1):
+    for arm in HEADLINE[1:]:
         found = records.scores(model, state, arm.name, steps, "exact")
-        rows.append(Row(f"  {arm.label}", difference(found, baseline), color))
+        rows.append(Row(f"  {arm.label}", difference(found, baseline), COLORS[arm.name]))
         rows.append(
             Row(
                 "    … and SFT at equal compute",
                 difference(found, records.equal_compute(model, state, arm.name, "exact")),
-                color,
+                COLORS[arm.name],
             )
         )
     return rows
 
 
+# Those of the first figure; all other arms are grey.
+COLORS = {arm.name: color for color, arm in enumerate(HEADLINE[1:], start=1)}
 TABLES: dict[str, tuple[str, str]] = {
     "reward": ("Reward", "cosine is the paper's in mid-training."),
     "selection": ("Where rollouts start", "entropy is the paper's."),
@@ -279,10 +281,9 @@ def _with_headline(name: str) -> list[tuple[str, Arm]]:
         ]
     if name == "lambda":
         arms = [(f"the paper's, {PAPERS[name]}", HEADLINE[1]), (f"grouped, λ={GROUPED_LAMBDA:g}", HEADLINE[2])]
-        arms += [
-            (f"{'grouped' if arm.name.startswith('grouped') else 'the paper’s'}, {arm.label}", arm)
-            for arm in ABLATIONS[name]
-        ]
+        for arm in ABLATIONS[name]:
+            estimator = "grouped" if arm.name.startswith("grouped") else "the paper's"
+            arms.append((f"{estimator}, {arm.label}", arm))
         return sorted(arms, key=lambda pair: (pair[0].startswith("grouped"), "alone" in pair[0], pair[0]))
     arms = [(PAPERS[name], HEADLINE[1]), *_named(name)]
     return sorted(arms, key=lambda pair: int(pair[0])) if name in ("k", "c") else arms
@@ -309,7 +310,7 @@ def _gain(records: Records, state: str, arm: Arm) -> Estimate | None:
 
 def _ablation_figure(records: Records, name: str, title: str) -> list[Row]:
     rows = [
-        Row(f"  {label}", gain, 2 if arm in HEADLINE else 1)
+        Row(f"  {label}", gain, COLORS.get(arm.name, 5))
         for label, arm in _with_headline(name)
         if (gain := _gain(records, "under", arm)) is not None
     ]
