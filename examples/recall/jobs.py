@@ -34,8 +34,8 @@ class Amount:
     """
 
     seeds: int = 5
-    steps: int = 80
-    ablation_steps: int = 40
+    steps: int = 60
+    ablation_steps: int = 30
     held_out: int = 384
     draws: int = 8
     prompts: int = 64

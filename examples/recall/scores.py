@@ -14,7 +14,7 @@ from refine_verl.nsp import get_reward
 
 REWARDS = ("cosine", "binary", "hybrid")
 # Uniform: the places do not move with a model's entropies, so that all models are judged at the same ones.
-JUDGED = NSPSettings(chunks=8, rollout_length=5, rollouts_per_position=2, selection="uniform")
+JUDGED = NSPSettings(chunks=8, rollout_length=5, rollouts_per_position=1, selection="uniform")
 HELD_OUT_SEED = 1_000_003
 
 
@@ -23,8 +23,14 @@ def held_out(task: Task, seed: int, count: int) -> Tensor:
     return task.sample(torch.Generator().manual_seed(HELD_OUT_SEED + seed), count)
 
 
-def score(actor: FastWeightActor, task: Task, tokens: Tensor, batch: int = 64) -> dict[str, float]:
+def score(actor: FastWeightActor, task: Task, tokens: Tensor, judged: int = 128) -> dict[str, float]:
     """Scores of a model; weights are left alone, and what it computes does not count as training.
+
+    Args:
+        actor: the model.
+        task: that the sequences are of.
+        tokens: int64 [N, T].
+        judged: rollouts are written in so many of them.
 
     Returns:
         ``exact``: share of values asked for that are right as a whole (what greedy generation would write after the
@@ -33,36 +39,38 @@ def score(actor: FastWeightActor, task: Task, tokens: Tensor, batch: int = 64) -
     """
     counted = actor.forward_tokens
     actor.eval()
-    parts = [_score_part(actor, task, tokens[start : start + batch], start) for start in range(0, len(tokens), batch)]
-    actor.forward_tokens = counted
-    weights = [min(batch, len(tokens) - start) for start in range(0, len(tokens), batch)]
-    return {
-        name: sum(part[name] * weight for part, weight in zip(parts, weights, strict=True)) / len(tokens)
-        for name in parts[0]
-    }
-
-
-def _score_part(actor: FastWeightActor, task: Task, tokens: Tensor, first: int) -> dict[str, float]:
-    documents = task.documents(tokens)
     with torch.no_grad():
-        predictions = actor(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(dim=-1)
+        predictions = torch.cat([_predictions(actor, part) for part in tokens.split(128)])
     right = task.values_right(predictions, tokens)
-    loss, _ = actor(mode="score", documents=documents)
-    rollouts: RolloutBatch = actor(
-        mode="rollout",
-        documents=documents,
-        nsp=JUDGED,
-        draws=RolloutDraws.of(HELD_OUT_SEED, 0, range(first, first + len(tokens)), JUDGED),
-        snapshots=snapshot_count(JUDGED.chunks, max(documents.lengths)),
-    )
-    inputs = rollouts.reward_inputs()
+    loss = sum(actor(mode="score", documents=task.documents(part))[0].sum().item() for part in tokens.split(128))
+    rewards = _rewards(actor, task, tokens[:judged])
+    actor.forward_tokens = counted
     return {
         "exact": right.all(dim=-1).float().mean().item(),
         "tokens": right.float().mean().item(),
         "accuracy": (predictions == tokens[:, 1:]).float().mean().item(),
-        "ntp_loss": loss.sum().item() / (tokens.numel() - len(tokens)),
-        **{f"reward_{name}": get_reward(name)(inputs).mean().item() for name in REWARDS},
+        "ntp_loss": loss / (tokens.numel() - len(tokens)),
+        **rewards,
     }
+
+
+def _predictions(actor: FastWeightActor, tokens: Tensor) -> Tensor:
+    """Argmax of the logits of tokens 1 ... T-1, int64 [N, T-1]."""
+    predictions: Tensor = actor(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(dim=-1)
+    return predictions
+
+
+def _rewards(actor: FastWeightActor, task: Task, tokens: Tensor) -> dict[str, float]:
+    documents = task.documents(tokens)
+    rollouts: RolloutBatch = actor(
+        mode="rollout",
+        documents=documents,
+        nsp=JUDGED,
+        draws=RolloutDraws.of(HELD_OUT_SEED, 0, range(len(tokens)), JUDGED),
+        snapshots=snapshot_count(JUDGED.chunks, max(documents.lengths)),
+    )
+    inputs = rollouts.reward_inputs()
+    return {f"reward_{name}": get_reward(name)(inputs).mean().item() for name in REWARDS}
 
 
 def batches(task: Task, seed: int, size: int, steps: int) -> Sequence[Tensor]:
