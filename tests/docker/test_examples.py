@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,32 @@ def test_what_is_missing_is_said(name: str, tmp_path: Path) -> None:
     environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(EXAMPLES / name)], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "MODEL" in done.stderr
+
+
+@pytest.mark.parametrize("code", [143, 0])
+def test_slurms_signal_reaches_the_run_alone(code: int, tmp_path: Path) -> None:
+    """The run is given its time, and its exit status is the job's."""
+    log = fake_python(tmp_path)
+    python = tmp_path / "python"
+    wait = "for _ in {1..600}; do sleep 0.1; done"
+    python.write_text(
+        f"#!/bin/bash\ntrap 'sleep 1; echo saved >> {log}; exit {code}' TERM\necho up >> {log}\n{wait}\nexit 9\n"
+    )
+    environment = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        **{"MODEL": "DIR", "DATA": "FILES", "RUN": str(tmp_path / "run"), "SLURM_JOB_ID": "7"},
+        **{"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"},
+    }
+    script = subprocess.Popen(["bash", str(EXAMPLES / "slurm.sbatch")], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.is_file() and "up" in log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        script.terminate()
+        assert script.wait(timeout=60) == code
+    finally:
+        script.kill()
+    assert log.read_text().split() == ["up", "saved"]
 
 
 def test_commands_of_the_page() -> None:
