@@ -226,8 +226,8 @@ def hardware() -> dict[str, str]:
     }
 
 
-def run(steps: int, workers: int, save_every: int, validate_every: int, directory: Path) -> dict[str, Any]:
-    """Train, watching. Returns ``samples`` of `Watch` and ``metrics`` of the run."""
+def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Train, watching. Returns ``samples`` of `Watch`, ``metrics`` and ``seconds`` of the run."""
     from refine_verl.main import main as train
 
     run_dir = directory / "run"
@@ -237,13 +237,14 @@ def run(steps: int, workers: int, save_every: int, validate_every: int, director
     code = train(
         [
             *RUN,
-            f"trainer.total_training_steps={steps}",
-            f"trainer.n_gpus_per_node={workers}",
-            f"trainer.save_freq={save_every}",
-            f"trainer.test_freq={validate_every}",
+            f"trainer.total_training_steps={arguments.steps}",
+            f"trainer.n_gpus_per_node={arguments.workers}",
+            f"trainer.save_freq={arguments.save_every}",
+            f"trainer.test_freq={arguments.validate_every}",
             "trainer.max_actor_ckpt_to_keep=2",
             f"trainer.default_local_dir={run_dir}",
             f"data.cache_dir={directory / 'cache'}",
+            *arguments.overrides,
         ]
     )
     watch.stop()
@@ -261,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--validate-every", type=int, default=20, help="steps between validations")
     parser.add_argument("--json", type=Path, help="where to write everything that was seen")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="more settings of the run")
     arguments = parser.parse_args(argv)
     if arguments.steps < 10:
         parser.error(f"--steps {arguments.steps}: a slope needs at least 10")
@@ -269,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RAY_TMPDIR", str(directory))
     os.environ.pop("RAY_ADDRESS", None)
     try:
-        seen = run(arguments.steps, arguments.workers, arguments.save_every, arguments.validate_every, directory)
+        seen = run(arguments, directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     series = tidy(seen["samples"], seen["metrics"])
