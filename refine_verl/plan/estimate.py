@@ -52,13 +52,16 @@ class Disk:
     place: str
     checkpoint: int
     checkpoints_kept: int
+    checkpoints_at_once: int
     final_model: int
     free: int
 
     @property
     def needed(self) -> int:
-        """Bytes at the end of the run; one more checkpoint is there while the oldest is still kept."""
-        return self.checkpoint * self.checkpoints_kept + self.final_model
+        """Bytes at the peak: a checkpoint is complete before the oldest one goes."""
+        return max(
+            self.checkpoint * self.checkpoints_at_once, self.checkpoint * self.checkpoints_kept + self.final_model
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,7 @@ def shape_of(valid: ValidConfig, longest: int) -> Shape:
         rollouts_of=min(documents_together(valid.refine.nsp, rollout_rows), batch_share),
         workers=valid.workers,
         nsp=valid.refine.nsp,
-        with_rollouts=valid.refine.loss.rl_coef > 0,
+        with_rollouts=valid.refine.uses_rollouts,
         checkpoint_segments=valid.model.activation_checkpointing == "segment",
         cuda=valid.config.trainer.device == "cuda",
         reshard=bool(actor.fsdp_config.reshard_after_forward),
@@ -115,32 +118,40 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
         shape: from `shape_of`.
         traced: whether the model gives its states in one uncut pass (as fla's do on the CPU).
     """
-    config, nsp = valid.config, valid.refine.nsp
-    batch = int(config.data.train_batch_size)
-    per_epoch = train.sequences // batch
-    if config.refine.phase == "ttt":
-        per_epoch = math.ceil(train.sequences / batch)
+    config, nsp, at_test_time = valid.config, valid.refine.nsp, valid.refine.phase == "ttt"
+    alone = at_test_time and valid.refine.ttt.reset == "sample"
+    batch = 1 if alone else int(config.data.train_batch_size)
+    mini = 1 if alone else valid.refine.ppo_mini_batch_size
+    per_epoch = math.ceil(train.sequences / batch) if at_test_time else train.sequences // batch
     steps = config.trainer.total_training_steps or per_epoch * int(config.trainer.total_epochs)
-    mini = valid.refine.ppo_mini_batch_size
+    rounds = valid.refine.ttt.steps if at_test_time else 1
+    if not trains_on_what_it_reads(valid):
+        rounds = 0
     share = -(-mini // valid.workers)
-    updates = batch // mini * int(config.actor_rollout_ref.actor.ppo_epochs)
+    updates = rounds * -(-batch // mini) * int(config.actor_rollout_ref.actor.ppo_epochs)
     micro = -(-share // shape.update_rows)
     cuts = nsp.chunks + 1 if shape.checkpoint_segments else 1
     if not traced and shape.with_rollouts:
         cuts = nsp.chunks + 1
-    readings = -(-(batch // valid.workers or 1) // shape.rollout_rows)
+    readings = rounds * -(-(batch // valid.workers or 1) // shape.rollout_rows)
+    writings = rounds * -(-(batch // valid.workers or 1) // shape.rollouts_of)
     snapshots = 1 if traced else SNAPSHOTS_PER_CHUNK * nsp.chunks + 1
     passes = {"update": updates * micro * (cuts + (1 if shape.with_rollouts else 0))}
     if shape.with_rollouts:
-        passes = {"read": readings * snapshots, "write": readings * nsp.rollout_length, **passes}
+        passes = {"read": readings * snapshots, "write": writings * nsp.rollout_length, **passes}
     return Work(
         steps=int(steps),
         epochs=steps / per_epoch if per_epoch else 0.0,
         tokens_per_step=batch * train.mean_length,
         optimiser_steps_per_step=updates,
-        forward_tokens_per_token=forward_tokens(shape, train.mean_length, traced),
+        forward_tokens_per_token=forward_tokens(shape, train.mean_length, traced) if rounds else 0.0,
         passes=passes,
     )
+
+
+def trains_on_what_it_reads(valid: ValidConfig) -> bool:
+    """False for ``refine.inner=none``: prompts are only there to be answered."""
+    return valid.refine.phase == "documents" or valid.refine.inner != "none"
 
 
 def forward_tokens(shape: Shape, length: float, traced: bool) -> float | None:
@@ -184,6 +195,7 @@ def disk_of(config: DictConfig, parameters: int, steps: int) -> Disk:
         place=str(place),
         checkpoint=parameters * FP32 * numbers,
         checkpoints_kept=kept,
+        checkpoints_at_once=min(saves, kept + 1),
         final_model=parameters * FP32,
         free=shutil.disk_usage(place).free,
     )
@@ -206,9 +218,10 @@ def find_warnings(plan: Plan, valid: ValidConfig, model: Any, options: PlanOptio
     if train is not None:
         rest = train.sequences % batch
         if rest and valid.refine.phase != "ttt" and not train.estimated:
+            others = "others each time, as the order is shuffled" if valid.config.data.shuffle else "always the last"
             yield (
                 f"data.train_batch_size={batch} does not divide the {train.sequences:,} sequences: {rest:,} of them "
-                "are left out in every epoch (others each time, as the order is shuffled)."
+                f"are left out in every epoch ({others})."
             )
         if train.sequences < batch:
             yield f"{train.sequences:,} sequences do not fill a batch of data.train_batch_size={batch}; give more data."
@@ -245,9 +258,10 @@ def _resource_warnings(plan: Plan, valid: ValidConfig) -> Iterator[str]:
     disk = plan.disk
     if disk.needed > disk.free:
         yield (
-            f"{disk.checkpoints_kept} checkpoints of {disk.checkpoint / GIB:.2f} GiB and the final model need "
-            f"{disk.needed / GIB:.1f} GiB, and {disk.place} has {disk.free / GIB:.1f} GiB free: raise "
-            "trainer.save_freq, set trainer.max_actor_ckpt_to_keep, or set trainer.default_local_dir to another disk."
+            f"{disk.checkpoints_kept} checkpoints of {disk.checkpoint / GIB:.2f} GiB, one more while it is written, "
+            f"and the final model need {disk.needed / GIB:.1f} GiB, and {disk.place} has {disk.free / GIB:.1f} GiB: "
+            "raise trainer.save_freq, set trainer.max_actor_ckpt_to_keep, or set trainer.default_local_dir to "
+            "another disk."
         )
     if disk.checkpoints_kept == 0 and plan.work.steps > 1000:
         yield f"no checkpoint is written in {plan.work.steps} steps (trainer.save_freq=-1)."

@@ -26,6 +26,7 @@ from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.device import get_resource_name
 
 from refine_verl.trainer.refine_trainer import RefineTrainer
+from refine_verl.trainer.signals import Stopped
 from refine_verl.workers.failures import lost_connection
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
 
     Raises:
         WorkerLost: once more than allowed.
+        Stopped: the run was asked to stop, and a worker ended before the step did.
     """
     restarts = 0
     while True:
@@ -68,6 +70,11 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
             lost = worker_lost(error, getattr(trainer, "actor_rollout_wg", None))
             if lost is None:
                 raise
+            if trainer.signals.received is not None:  # sent to every process, workers too
+                raise Stopped(
+                    f"stopped by {trainer.signals.received.name} within a step ({lost}); the same command goes on from "
+                    "the last checkpoint, if there is one"
+                ) from error
             allowed = config.trainer.max_restarts
             if restarts >= allowed:
                 tried = f" after {restarts} restart(s)" if restarts else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from reference.prompt_runs import TEST, prompt_overrides, write_prompts
-from reference.runs import read_steps, repeatable, run_to_the_end
+from reference.runs import last_step, read_steps, repeatable, run_and_stop, run_to_the_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
@@ -48,8 +49,18 @@ class Runs:
         return run_dir
 
     def _resumed_posttrain(self) -> Path:
-        self.run("posttrain", "resumed", *GRPO, "trainer.total_training_steps=2", "trainer.save_freq=2")
-        return self.run("posttrain", "resumed", *GRPO, "trainer.total_training_steps=4", "trainer.save_freq=2")
+        """Interrupted from the keyboard: the terminal sends SIGINT to Ray's processes, too."""
+        whole = (*GRPO, "trainer.total_training_steps=4", "trainer.save_freq=4")
+        run_dir = self.directory / "resumed"
+        arguments = prompt_overrides("posttrain", self.directory, run_dir, *whole)
+        metrics = run_dir / "metrics.jsonl"
+        code, output = run_and_stop(
+            arguments, self.directory, lambda: last_step(metrics) >= 0, signal.SIGINT, group=True
+        )
+        step = last_step(metrics)
+        assert code == 130 and f"stopped by SIGINT after step {step}" in output, output[-4000:]
+        assert 1 <= step < 4 and (run_dir / "latest_checkpointed_iteration.txt").read_text() == str(step)
+        return self.run("posttrain", "resumed", *whole)
 
     def _interrupted(self, whole: Future[Path], name: str, kept: int) -> Path:
         """As a kill leaves it: some whole lines and the beginning of one."""
@@ -59,7 +70,25 @@ class Runs:
         return copy
 
     def _resumed_ttt(self) -> Path:
-        self._interrupted(self.ttt, "ttt_resumed", kept=4)  # one row into the second batch
+        """Stopped after the first batch or the second; then as a kill leaves it, one row into the second batch."""
+        run_dir = self.directory / "ttt_resumed"
+        predictions = run_dir / "predictions.jsonl"
+        code, output = run_and_stop(
+            prompt_overrides("ttt", self.directory, run_dir, *TTT),
+            self.directory,
+            lambda: predictions.is_file() and predictions.stat().st_size > 0,
+            signal.SIGTERM,
+        )
+        assert code == 143 and "the same command goes on behind the last answer" in output, output[-4000:]
+        lines = predictions.read_text().splitlines(keepends=True)
+        assert (
+            len(lines) in (3, 6)
+            and lines
+            == self.ttt.result().joinpath(predictions.name).read_text().splitlines(keepends=True)[: len(lines)]
+        )
+        assert not (run_dir / "latest_checkpointed_iteration.txt").exists()  # weights are those it began with
+        if len(lines) > 4:
+            predictions.write_text("".join(lines[:4]) + lines[4][:20])
         return self.run("ttt", "ttt_resumed", *TTT)
 
     def _resumed_online(self) -> Path:

@@ -7,6 +7,8 @@ import functools
 import json
 import logging
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from refine_verl.trainer.refine_trainer import (
     TrainingDiverged,
     mini_batch_order,
 )
+from refine_verl.trainer.signals import Stopped, StopSignals
 from refine_verl.validate import validate
 
 Make = Callable[..., RefineTrainer]
@@ -273,6 +276,61 @@ def test_a_diverged_loop_leaves_its_last_step_and_a_checkpoint(loop: Make, tmp_p
     assert trainer.saved == [3] and trainer.actor_rollout_wg.exported == []
     last = lines(tmp_path)[-1]
     assert last["step"] == 3 and last["actor/skipped_updates"] == 2 and last["actor/ntp_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("at", "saved", "frequency"),
+    [(1, [1], 2), (2, [2], 2), (1, [1], -1), (3, [], -1)],
+    ids=["unsaved", "saved already", "nothing is due", "last step"],
+)
+def test_a_signal_ends_the_loop_after_the_step_with_a_checkpoint(
+    loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, saved: list[int], frequency: int
+) -> None:
+    trainer = loop(f"trainer.save_freq={frequency}")
+    step = trainer.step
+
+    def interrupted(*args: Any) -> int:
+        if trainer.global_steps == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return int(step(*args))
+
+    monkeypatch.setattr(trainer, "step", interrupted)
+    with StopSignals() as trainer.signals:
+        if at == 3:  # the run ends by itself
+            trainer.fit()
+        else:
+            with pytest.raises(Stopped, match=f"SIGTERM after step {at}; .* from {tmp_path}/global_step_{at}"):
+                trainer.fit()
+    assert trainer.saved == saved
+    assert [line["step"] for line in lines(tmp_path)] == list(range(at + 1))
+    assert bool(trainer.actor_rollout_wg.exported) == (at == 3)
+
+
+def test_a_signal_during_the_first_validation_saves_nothing(
+    loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = loop()
+    monkeypatch.setattr(trainer, "_validate", lambda: os.kill(os.getpid(), signal.SIGINT))
+    with StopSignals() as trainer.signals, pytest.raises(KeyboardInterrupt) as stopped:
+        trainer.fit()
+    assert stopped.type is KeyboardInterrupt and trainer.saved == [] and lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("frequency", [1, -1], ids=["validated", "not"])
+def test_a_line_lost_between_checkpoint_and_validation_is_written_on_resume(
+    loop: Make, tmp_path: Path, frequency: int
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    trainer = loop(f"trainer.test_freq={frequency}", start=2)
+    (tmp_path / "metrics.json").write_text('{"actor/ntp_loss": 9.0}')
+    trainer.lost_metrics = trainer._metrics_without_a_line(tmp_path)
+    assert trainer.lost_metrics == {"actor/ntp_loss": 9.0}
+    trainer.fit()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    assert lines(tmp_path)[2]["actor/ntp_loss"] == 9.0 and ("val/ntp_loss" in lines(tmp_path)[2]) == (frequency == 1)
+    # the control: a line that is there is left alone
+    trainer.global_steps = 2
+    assert trainer._metrics_without_a_line(tmp_path) is None
 
 
 @pytest.mark.parametrize("start", [0, 2], ids=["fresh", "from a checkpoint"])
