@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +39,8 @@ SKIPPED_SHARE = 0.2
 """Of the steps, at the start: allocators fill, pages are touched and threads start once."""
 ALLOWED_GROWTH = {"driver": 0.03, "worker": 0.03, "ray": 0.05, "step": 0.10, "processor": 0.10}
 """Growth over the steps looked at that counts as none, as a share of the level."""
+LEAST_STEPS = 24
+YARDSTICK = np.random.default_rng(0).random((192, 192), dtype=np.float32)
 OBJECT_STORE_ALLOWED = 1.0
 """MB over the steps looked at, since the level is near zero."""
 RUN = (
@@ -74,15 +78,23 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Until `stop`."""
-        seen = 0
+        lines = read = 0
         try:
             while not self.over.wait(0.05):
-                lines = self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
-                if lines > seen:  # more than one if looking took longer than a step
-                    seen = lines
+                new = self._read_on(read)
+                read += len(new)
+                if more := new.count(b"\n"):  # several if looking took longer than a step
+                    lines += more
                     self.samples.append({"step": float(lines - 1), **self.look()})
         except Exception as error:  # told by the main thread: a thread's exception would be lost
             self.failure = error
+
+    def _read_on(self, start: int) -> bytes:
+        if not self.metrics.is_file():
+            return b""
+        with self.metrics.open("rb") as file:
+            file.seek(start)
+            return file.read()
 
     def stop(self) -> None:
         """End the thread; raises what went wrong in it."""
@@ -94,14 +106,15 @@ class Watch(threading.Thread):
     def look(self) -> dict[str, float]:
         """Memory now, in MB."""
         this = psutil.Process()
-        found = {"driver": private_mb(this), "processor": processor_seconds(this)}
+        # what watching itself costs is no part of the run
+        found = {"driver": private_mb(this), "processor": processor_seconds(this) - time.thread_time()}
         for process in this.children(recursive=True):
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if name := role_of(process.cmdline()):
                     if name == "worker":
                         found["processor"] += processor_seconds(process)
                     found[f"worker/{process.pid}" if name == "worker" else name] = private_mb(process)
-        return {**found, **self._object_store()}
+        return {**found, **self._object_store(), "yardstick": yardstick()}
 
     def _object_store(self) -> dict[str, float]:
         """What Ray itself counts; the shared memory it has mapped says nothing of what is in use."""
@@ -123,6 +136,13 @@ class Watch(threading.Thread):
             "references": float(sum(worker.num_object_refs_in_scope for worker in stats.core_workers_stats)),
             "created": stats.store_stats.cumulative_created_bytes / MB,
         }
+
+
+def yardstick() -> float:
+    """Processor seconds of a fixed piece of work, now: what else runs on the machine slows caches and cores for all."""
+    started = time.thread_time()
+    _ = (YARDSTICK @ YARDSTICK @ YARDSTICK).sum()
+    return time.thread_time() - started
 
 
 def role_of(command: Sequence[str]) -> str | None:
@@ -151,7 +171,7 @@ def tidy(samples: Sequence[dict[str, float]], metrics: Sequence[dict[str, Any]])
     """Series by name, (steps, values): workers in the order of their process ids, ``step`` and ``processor`` in s.
 
     The processor time of a step is that of driver and workers together; steps with validation or a checkpoint are left
-    out.
+    out. Calibrated: over that of a fixed piece of work at the same time.
     """
     workers = sorted({name for sample in samples for name in sample if name.startswith("worker/")})
     names = {"driver": "driver", **{name: f"worker {rank}" for rank, name in enumerate(workers)}}
@@ -172,14 +192,20 @@ def tidy(samples: Sequence[dict[str, float]], metrics: Sequence[dict[str, Any]])
         if after["step"] == before["step"] + 1 and after["step"] not in more
     ]
     series["processor"] = ([step for step, _ in pairs], [seconds for _, seconds in pairs])
+    slowness = {sample["step"]: sample["yardstick"] for sample in samples}
+    usual = float(np.median(list(slowness.values())))
+    series["processor, calibrated"] = (
+        [step for step, _ in pairs],
+        [seconds * usual / slowness[step] for step, seconds in pairs],
+    )
     return series
 
 
-def judge(series: dict[str, tuple[list, list]]) -> dict[str, Trend]:
-    """The trend of each series over the steps after the first fifth."""
+def judge(series: dict[str, tuple[list, list]], skipped: float = SKIPPED_SHARE) -> dict[str, Trend]:
+    """The trend of each series without a share of the steps at the start."""
     trends = {}
     for name, (steps, values) in series.items():
-        first = int(len(steps) * SKIPPED_SHARE)
+        first = int(len(steps) * skipped)
         x, y = steps[first:], values[first:]
         span = max(x) - min(x)
         if name == "store":
@@ -187,29 +213,26 @@ def judge(series: dict[str, tuple[list, list]]) -> dict[str, Trend]:
         elif name in ("objects", "references"):
             total = 10.0
         else:
-            kind = name.split()[0] if name.split()[0] in ALLOWED_GROWTH else "ray"
+            kind = re.split(r"\W", name)[0] if re.split(r"\W", name)[0] in ALLOWED_GROWTH else "ray"
             total = ALLOWED_GROWTH[kind] * sorted(y)[len(y) // 2]
         trends[name] = find_trend(x, y, allowed=total / span)
     return trends
 
 
-UNITS = {"step": "s", "processor": "s", "objects": "", "references": ""}
+def _slope(trend: Trend) -> str:
+    slope, low, high = (1000 * value for value in (trend.slope, trend.low, trend.high))
+    return f"{slope:+.3g} ({low:+.3g} to {high:+.3g})"
 
 
-def show(trends: dict[str, Trend], console: Console) -> None:
-    """One row per series; slopes per 1000 steps."""
-    table = Table("", "level", "slope per 1000 steps", "95% interval", "allowed", "verdict")
+UNITS = {"step": "s", "processor": "s", "processor, calibrated": "s", "objects": "", "references": ""}
+
+
+def show(trends: dict[str, Trend], late: dict[str, Trend], console: Console) -> None:
+    """One row per series; slopes per 1000 steps, without the first fifth and of the second half."""
+    table = Table("", "level", "slope per 1000 steps", "allowed", "verdict", "second half")
     for name, trend in trends.items():
-        unit = UNITS.get(name, "MB")
-        low, high, slope, allowed = (1000 * value for value in (trend.low, trend.high, trend.slope, trend.allowed))
-        table.add_row(
-            name,
-            f"{trend.level:.4g} {unit}",
-            f"{slope:+.3g}",
-            f"{low:+.3g} to {high:+.3g}",
-            f"{allowed:.3g}",
-            trend.verdict,
-        )
+        level = f"{trend.level:.4g} {UNITS.get(name, 'MB')}"
+        table.add_row(name, level, _slope(trend), f"{1000 * trend.allowed:.3g}", trend.verdict, _slope(late[name]))
     console.print(table)
 
 
@@ -264,8 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write everything that was seen")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="more settings of the run")
     arguments = parser.parse_args(argv)
-    if arguments.steps < 10:
-        parser.error(f"--steps {arguments.steps}: a slope needs at least 10")
+    if arguments.steps < LEAST_STEPS:
+        parser.error(f"--steps {arguments.steps}: a slope needs at least {LEAST_STEPS}")
     # sockets of Ray lie below and their paths are limited to about 100 characters
     directory = Path(tempfile.mkdtemp(prefix="load"))
     os.environ.setdefault("RAY_TMPDIR", str(directory))
@@ -275,9 +298,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     series = tidy(seen["samples"], seen["metrics"])
-    trends = judge(series)
+    trends, late = judge(series), judge(series, 0.5)
     console = Console()
-    show(trends, console)
+    show(trends, late, console)
     if arguments.json:
         content = {
             "arguments": {name: value for name, value in vars(arguments).items() if name != "json"},
@@ -285,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seconds": seen["seconds"],
             "created_mb_per_step": _created(seen["samples"]),
             "trends": {name: trend.to_json() for name, trend in trends.items()},
+            "second_half": {name: trend.to_json() for name, trend in late.items()},
             "series": {name: {"step": x, "value": y} for name, (x, y) in series.items()},
         }
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")

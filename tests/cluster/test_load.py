@@ -36,6 +36,7 @@ def samples(leak: float = 0.0, objects: float = 0.0, slower: float = 0.0) -> lis
             "references": 8.0,
             "created": 0.1 * step,
             # every tenth step validates, too
+            "yardstick": 0.002,
             "processor": step + slower * step**2 / 2 + 5 * (step // 10),
         }
         for step in range(101)
@@ -50,12 +51,22 @@ METRICS = [
 
 @pytest.mark.parametrize(
     ("wrong", "name"),
-    [({}, None), ({"leak": 0.5}, "worker 1"), ({"objects": 0.1}, "store"), ({"slower": 0.01}, "processor")],
+    [({}, None), ({"leak": 0.5}, "worker 1"), ({"objects": 0.1}, "store"), ({"slower": 0.01}, "processor, calibrated")],
 )
 def test_what_grows_is_named(load: ModuleType, wrong: dict[str, float], name: str | None) -> None:
     trends = load.judge(load.tidy(samples(**wrong), METRICS))
-    assert [key for key, trend in trends.items() if trend.verdict == "grows"] == ([name] if name else [])
-    assert {trend.verdict for key, trend in trends.items() if key != name} == {"flat"}
+    grow = [key for key, trend in trends.items() if trend.verdict == "grows" and key != "processor"]
+    assert grow == ([name] if name else [])
+    assert (trends["processor"].verdict == "grows") == ("slower" in wrong)
+    assert {trend.verdict for key, trend in trends.items() if key not in (name, "processor")} == {"flat"}
+
+
+def test_a_machine_that_gets_slower_is_told_from_a_run_that_does(load: ModuleType) -> None:
+    seen = samples(slower=0.01)
+    for sample in seen:
+        sample["yardstick"] = 0.002 * (1 + 0.01 * sample["step"])
+    trends = load.judge(load.tidy(seen, METRICS))
+    assert trends["processor"].verdict == "grows" and trends["processor, calibrated"].verdict == "flat"
 
 
 def test_validation_is_no_part_of_a_step(load: ModuleType) -> None:
@@ -76,7 +87,7 @@ def test_a_short_run(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     toy = toy_overrides(tmp_path, tmp_path / "run")
     overrides = [item for item in toy if not item.startswith(("recipe=", "trainer."))]
-    command = [sys.executable, "-m", "benchmarks.load", "--steps", "12", "--save-every", "6", "--validate-every", "5"]
+    command = [sys.executable, "-m", "benchmarks.load", "--steps", "24", "--save-every", "12", "--validate-every", "8"]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "load.json"), *overrides],
         cwd=tmp_path,
@@ -89,10 +100,20 @@ def test_a_short_run(tmp_path: Path) -> None:
     seen = json.loads((tmp_path / "load.json").read_text())
     assert ("nothing grows" in done.stdout) == (done.returncode == 0)
     series = seen["series"]
-    assert {"driver", "worker 0", "worker 1", "raylet", "gcs", "store", "step", "processor"} <= series.keys()
-    assert series["step"]["step"] == list(range(1, 13)) and min(series["step"]["value"]) > 0
+    assert {
+        "driver",
+        "worker 0",
+        "worker 1",
+        "raylet",
+        "gcs",
+        "store",
+        "step",
+        "processor",
+        "processor, calibrated",
+    } <= series.keys()
+    assert series["step"]["step"] == list(range(1, 25)) and min(series["step"]["value"]) > 0
     for name in ("driver", "worker 0", "worker 1"):
-        assert len(series[name]["value"]) > 8 and min(series[name]["value"]) > 50, name
+        assert len(series[name]["value"]) > 16 and min(series[name]["value"]) > 50, name
     assert max(series["store"]["value"]) < 1 and seen["created_mb_per_step"] < 1  # contract: less than 1 MB a step
     assert seen["trends"]["driver"]["low"] <= seen["trends"]["driver"]["slope"] <= seen["trends"]["driver"]["high"]
     assert sorted(item.name for item in tmp_path.iterdir()) == ["cache", "load.json", "train.jsonl", "validation.jsonl"]
