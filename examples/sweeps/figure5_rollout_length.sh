@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Figure 5, left: k, the tokens of a rollout, in mid-training. LongBench at 16K.
+# Figure E.3 (mean and standard deviation of the reward over k) is in the page of the report: nsp/reward/mean and /std.
+#   MODEL=DIR DATA=FILES EVAL=DIR examples/sweeps/figure5_rollout_length.sh [KEY=VALUE ...]
+set -euo pipefail
+
+: "${MODEL:?a model directory or hub id, such as fla-hub/delta_net-1.3B-100B}"
+: "${DATA:?parquet, jsonl or txt files with documents, or a directory of them}"
+: "${EVAL:?the directory with benchmark data, see docs/evaluation.md}"
+PYTHON="${PYTHON:-python}"
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+"$PYTHON" -m refine_verl.main -m recipe=midtrain \
+  model.path="$MODEL" data.train_files="$DATA" \
+  refine.nsp.rollout_length=5,1,3,7 "$@"
+
+RUNS="${RUNS:-outputs/refine_verl}"
+"$HERE/compare.sh" "$RUNS"/midtrain_refine.nsp.rollout_length={5,1,3,7}

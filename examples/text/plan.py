@@ -1,0 +1,214 @@
+"""What is run, in the order of its importance; every finished piece is a file, so that a cut run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.recall.runner import rounded
+from examples.text.arms import METHODS, PAPER, POSITION, SFT, Method, Training, run
+from examples.text.base import Base, BaseSettings, load_base, save_base, train_base
+from examples.text.corpus import Corpus, load_corpus
+from examples.text.scores import all_scores
+from examples.text.signal import gradient_signal
+
+VERSIONS = ("torch", "transformers", "flash-linear-attention")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run.
+
+    Attributes:
+        base, training: settings of every base and of every mid-training run.
+        length: T.
+        held_out: windows of the test text, and of the validation text for the sweeps.
+        bases: base models.
+        seeds: mid-training runs from each of them; a seed is an order of the windows and all random draws.
+        lrs: learning rates at which all methods are compared.
+        sweep_lr, sweep: learning rate and lambda_RL of the sweeps, on the validation text, one seed per base.
+        lr_sweep: learning rates of SFT and of REFINE with the paper's other settings, the same way.
+        signal_batches: mini-batches from which the signal in gradients is measured.
+    """
+
+    base: BaseSettings
+    training: Training
+    length: int = 256
+    held_out: int = 96
+    bases: int = 1
+    seeds: int = 5
+    lrs: tuple[float, ...] = (2e-4, 2e-5)
+    sweep_lr: float = 2e-4
+    sweep: tuple[float, ...] = (0.2, 1.0, 5.0)
+    lr_sweep: tuple[float, ...] = (1e-3,)
+    signal_batches: int = 16
+
+
+PLANS = {
+    "full": Plan(BaseSettings(steps=2400), Training()),
+    "fast": Plan(
+        BaseSettings(hidden=64, steps=300, validate_every=100, validate_on=16),
+        Training(steps=16, batch=16, mini_batch=4),
+        held_out=24,
+        bases=1,
+        seeds=2,
+        lrs=(2e-4,),
+        sweep_lr=2e-4,
+        sweep=(0.2, 1.0),
+        lr_sweep=(),
+        signal_batches=4,
+    ),
+}
+
+
+def collect(plan: Plan, out: Path, corpus: Corpus | None = None) -> dict[str, Any]:
+    """Run what is not there yet and write ``results.json`` anew after every piece.
+
+    Args:
+        plan: what to run.
+        out: directory for tokens, weights, records and results.
+        corpus: the text; default: the standard library's sources.
+
+    Returns:
+        ``plan``, ``versions``, ``corpus``, ``bases``, ``runs``, ``sweep``, ``signal``, as in ``results.json``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = corpus or load_corpus(out, plan.base.vocabulary, plan.length, plan.held_out)
+    results: dict[str, Any] = {
+        "plan": asdict(plan),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+        "corpus": {
+            "fingerprint": corpus.fingerprint,
+            **{part: len(getattr(corpus, part)) for part in ("train", "validation", "test")},
+        },
+        "bases": [],
+        "runs": [],
+        "sweep": [],
+        "signal": [],
+    }
+    work = _Work(plan, corpus, out, results)
+    for index in range(plan.bases):
+        work.base(index)
+    for place, lr in enumerate(plan.lrs):
+        for seed in range(plan.seeds):
+            for index in range(plan.bases):
+                work.compare(index, seed, lr)
+        if not place:
+            work.signals()
+            work.sweeps()
+    return results
+
+
+class _Work:
+    """The pieces, with what they share."""
+
+    def __init__(self, plan: Plan, corpus: Corpus, out: Path, results: dict[str, Any]) -> None:
+        self.plan, self.corpus, self.out, self.results = plan, corpus, out, results
+        self.bases: list[Base] = []
+        self.started = time.monotonic()
+
+    def base(self, index: int) -> None:
+        """Train a base model, or read it, and score it on both held-out texts."""
+        key = self._key(index)
+        path = self.out / f"base{index}-{key}.pt"
+        if not path.is_file():
+            save_base(train_base(self.plan.base, self.corpus, index), path)
+        base = load_base(path)
+        self.bases.append(base)
+        actor = self.plan.base.actor(base.weights)
+        k = self.plan.training.rollout_length
+
+        def score() -> dict[str, Any]:
+            return {
+                "test": all_scores(actor, self.corpus.test, k),
+                "validation": all_scores(actor, self.corpus.validation, k),
+            }
+
+        scores = self.piece(f"scores-base{index}", key, score)
+        self.add("bases", {"base": index, **base.record(), "scores": scores})
+
+    def compare(self, index: int, seed: int, lr: float) -> None:
+        """All methods from one base with one seed; SFT goes on until it has cost what each of the others did."""
+        marks = []
+        for method in (*(one for one in METHODS if one.rl_coef), SFT):
+            record = self.run(method, index, seed, lr, "test", () if method.rl_coef else marks)
+            marks.append(round(record["passes"] * self.plan.training.steps))
+            self.add("runs", record)
+
+    def sweeps(self) -> None:
+        """lambda_RL for both kinds of REFINE, and learning rates, on the validation text."""
+        wanted = [(SFT, self.plan.sweep_lr)]
+        for kind in (PAPER, POSITION):
+            wanted += [(replace(kind, rl_coef=value), self.plan.sweep_lr) for value in self.plan.sweep]
+        wanted += [(method, lr) for lr in self.plan.lr_sweep for method in (SFT, PAPER)]
+        for method, lr in wanted:
+            for index in range(self.plan.bases):
+                self.add("sweep", self.run(method, index, 0, lr, "validation"))
+
+    def signals(self) -> None:
+        """The gradients of all methods at every base."""
+        for index, base in enumerate(self.bases):
+            for method in METHODS:
+                settings = (self._key(index), repr(method), self.plan.training, self.plan.signal_batches)
+
+                def measure(method: Method = method, base: Base = base) -> dict[str, Any]:
+                    args = (method, self.plan.training, self.plan.base, base.weights, self.corpus)
+                    return gradient_signal(*args, self.plan.signal_batches)
+
+                found = self.piece(f"signal-base{index}-{method.name}", settings, measure)
+                self.add("signal", {"base": index, "method": method.name, **found})
+
+    def run(
+        self, method: Method, index: int, seed: int, lr: float, part: str, score_at: list[int] | tuple[int, ...] = ()
+    ) -> dict[str, Any]:
+        """One mid-training run, scored on ``part`` of the corpus."""
+
+        def train() -> dict[str, Any]:
+            held_out = getattr(self.corpus, part)
+            args = (self.plan.base, self.bases[index].weights, self.corpus, held_out, score_at)
+            return run(method, self.plan.training, lr, seed, *args)
+
+        name = f"{part}-{method.name}-lambda{method.rl_coef:g}-lr{lr:g}-base{index}-seed{seed}"
+        settings = (self._key(index), repr(method), self.plan.training, lr, seed, part, sorted(score_at))
+        about = {"method": method.name, "rl_coef": method.rl_coef, "lr": lr, "base": index, "seed": seed}
+        return {**about, **self.piece(name, settings, train)}
+
+    def piece(self, name: str, settings: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The record of that name, if it was made with the same settings; else it is made."""
+        path, key = self.out / "pieces" / f"{name}.json", _digest(settings)
+        if path.is_file():
+            known = json.loads(path.read_text())
+            if known["key"] == key:
+                return dict(known["result"])
+        result: dict[str, Any] = rounded(compute())
+        path.parent.mkdir(exist_ok=True)
+        _write(path, {"key": key, "result": result})
+        print(f"[{(time.monotonic() - self.started) / 60:5.1f} min] {name}", flush=True)
+        return result
+
+    def add(self, kind: str, record: dict[str, Any]) -> None:
+        """Into the results, which are written at once."""
+        self.results[kind].append(rounded(record))
+        _write(self.out / "results.json", self.results)
+
+    def _key(self, index: int) -> str:
+        return _digest((self.plan.base, self.corpus.fingerprint, index, torch.__version__))
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+
+
+def _write(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)

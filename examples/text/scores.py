@@ -1,0 +1,77 @@
+"""What a model is worth on held-out text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from examples.text.corpus import documents
+from refine_verl.config import NSPSettings
+from refine_verl.models import FastWeightActor, RolloutDraws, snapshot_count
+from refine_verl.workers.reward_manager import HiddenStateRewardManager
+
+BATCH = 16
+# Draws of the scores, which no training run uses.
+SCORE_SEED = 977_123
+# Where rollouts are scored: drawn without the model, so that all models are asked at the same places.
+POSITIONS = 16
+COPIES = 2
+
+
+@torch.no_grad()
+def next_token_scores(actor: FastWeightActor, windows: Tensor, rollout_length: int) -> dict[str, float]:
+    """Next-token loss and accuracy, and how well k tokens in a row are predicted.
+
+    Args:
+        actor: the model.
+        windows: int64 [N, T].
+        rollout_length: k.
+
+    Returns:
+        ``ntp_loss`` in nats per token and ``ntp_accuracy`` over the N (T-1) predictions; over all N (T-k) places
+        ``greedy_match``, the share where greedy generation writes the real next k tokens (their argmaxes are all
+        right), and ``sampled_match``, the mean probability that sampling at temperature 1 does; ``entropy``.
+    """
+    actor.eval()
+    losses, right, entropies = [], [], []
+    for part in windows.split(BATCH):
+        log_probs = actor(input_ids=part, use_cache=False).logits[:, :-1].float().log_softmax(dim=-1)
+        losses.append(-log_probs.gather(-1, part[:, 1:, None]).squeeze(-1))
+        right.append(log_probs.argmax(dim=-1) == part[:, 1:])
+        entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
+    loss, correct = torch.cat(losses), torch.cat(right)
+    runs = correct.unfold(1, rollout_length, 1).all(dim=-1)
+    return {
+        "ntp_loss": loss.mean().item(),
+        "ntp_accuracy": correct.float().mean().item(),
+        "greedy_match": runs.float().mean().item(),
+        "sampled_match": loss.unfold(1, rollout_length, 1).sum(dim=-1).neg().exp().mean().item(),
+        "entropy": torch.cat(entropies).mean().item(),
+    }
+
+
+@torch.no_grad()
+def rollout_scores(actor: FastWeightActor, windows: Tensor, rollout_length: int) -> dict[str, float]:
+    """Mean ``reward_cosine`` and ``reward_binary`` of sampled rollouts; places and draws are the same for all."""
+    actor.eval()
+    nsp = NSPSettings(
+        chunks=POSITIONS, rollout_length=rollout_length, rollouts_per_position=COPIES, selection="uniform"
+    )
+    reward = HiddenStateRewardManager("cosine")
+    found: dict[str, list[Tensor]] = {"reward_cosine": [], "reward_binary": []}
+    for first in range(0, len(windows), BATCH):
+        part = windows[first : first + BATCH]
+        draws = RolloutDraws.of(SCORE_SEED, 0, range(first, first + len(part)), nsp)
+        cuts = snapshot_count(nsp.chunks, windows.shape[1])
+        rewards = reward(actor(mode="rollout", documents=documents(part), nsp=nsp, draws=draws, snapshots=cuts))
+        for name, values in found.items():
+            values.append(rewards[name].flatten())
+    return {name: torch.cat(values).mean().item() for name, values in found.items()}
+
+
+def all_scores(actor: FastWeightActor, windows: Tensor, rollout_length: int) -> dict[str, float]:
+    """Both, in one mapping."""
+    return {
+        **next_token_scores(actor, windows, rollout_length),
+        **rollout_scores(actor, windows, rollout_length),
+    }

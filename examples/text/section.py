@@ -1,0 +1,200 @@
+"""From ``results.json`` to a section of the results page and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from examples.miniature.figures import Row, Series, curves, forest
+from examples.miniature.statistics import Estimate, estimate, paired
+from examples.text.arms import METHODS
+
+# Name, heading, whether less is better.
+SCORES = (
+    ("ntp_loss", "next-token loss", True),
+    ("ntp_accuracy", "next-token accuracy", False),
+    ("greedy_match", "{k} tokens right, greedy", False),
+    ("sampled_match", "{k} tokens right, sampled", False),
+    ("reward_cosine", "cosine reward", False),
+    ("reward_binary", "binary reward", False),
+)
+DIGITS = 4
+LABELS = {method.name: method.label for method in METHODS}
+BASE_FIGURE, DIFFERENCE_FIGURE = "text_base.svg", "text_differences.svg"
+
+Values = dict[str, float]
+Results = Mapping[str, Any]
+
+
+def section(results: Results, figures_in: str = ".") -> str:
+    """Markdown; figures are linked in the directory ``figures_in``."""
+    parts = ["## Real text", _about(results), f"![Validation loss of the base models]({figures_in}/{BASE_FIGURE})"]
+    for lr in results["plan"]["lrs"]:
+        if _complete(results, lr):
+            parts += [f"### Learning rate {lr:g}", _means(results, lr), _differences(results, lr)]
+    if results["runs"]:
+        parts.append(f"![Differences from SFT]({figures_in}/{DIFFERENCE_FIGURE})")
+    if results["sweep"]:
+        parts += ["### Sweeps", _sweeps(results)]
+    if results["signal"]:
+        parts += ["### Gradients", _signal(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def figures(results: Results) -> dict[str, str]:
+    """SVG by file name."""
+    series = [
+        Series(f"base {base['base']}", [(step, estimate([loss])) for step, loss in base["curve"]], 1 + index)
+        for index, base in enumerate(results["bases"])
+    ]
+    drawn = {BASE_FIGURE: curves("Validation loss of the base models", "optimiser steps", "nats per token", series)}
+    rows: list[Row] = []
+    for name, heading, _ in SCORES[1:]:
+        rows.append(Row(_named(heading, results)))
+        for lr in results["plan"]["lrs"]:
+            for index, method in enumerate(METHODS[1:]):
+                one = difference(results, lr, method.name, name) if _complete(results, lr) else None
+                if one is not None:
+                    scaled = Estimate(100 * one.mean, 100 * one.half_width, one.count)
+                    rows.append(Row(f"{method.name}, lr {lr:g}", scaled, 1 + index))
+    if any(row.estimate for row in rows):
+        drawn[DIFFERENCE_FIGURE] = forest(
+            "REFINE minus SFT after as many optimiser steps, test text", "points (1/100)", rows
+        )
+    return drawn
+
+
+def difference(results: Results, lr: float, method: str, score: str, equal_compute: bool = False) -> Estimate:
+    """A method minus SFT on the test text, paired by base and seed.
+
+    ``equal_compute``: minus SFT after as many more steps as cost what the method cost.
+    """
+    steps = results["plan"]["training"]["steps"]
+    ours = _values(results, lr, method, score, steps)
+    return paired(ours, _values(results, lr, "sft", score, _steps(results, lr, method) if equal_compute else steps))
+
+
+def _values(results: Results, lr: float, method: str, score: str, steps: int) -> Values:
+    """By base and seed."""
+    return {
+        f"{run['base']}.{run['seed']}": run["scores"][str(steps)][score]
+        for run in results["runs"]
+        if (run["method"], run["lr"]) == (method, lr) and str(steps) in run["scores"]
+    }
+
+
+def _steps(results: Results, lr: float, method: str) -> int:
+    """Optimiser steps of SFT at the cost of a method's run."""
+    steps: int = results["plan"]["training"]["steps"]
+    passes = [run["passes"] for run in results["runs"] if (run["method"], run["lr"]) == (method, lr)]
+    return round(passes[0] * steps)
+
+
+def _complete(results: Results, lr: float) -> bool:
+    return any((run["method"], run["lr"]) == ("sft", lr) for run in results["runs"])
+
+
+def _about(results: Results) -> str:
+    plan, corpus, bases = results["plan"], results["corpus"], results["bases"]
+    training, base = plan["training"], plan["base"]
+    seconds = sum(one["processor_seconds"] for one in bases) + sum(
+        run["processor_seconds"] for kind in ("runs", "sweep") for run in results[kind]
+    )
+    pairs = len({(run["base"], run["seed"]) for run in results["runs"] if run["method"] == "sft"})
+    return (
+        f"The Python standard library as text: {corpus['train']:,} training windows of {plan['length']} tokens (a BPE "
+        f"of {base['vocabulary']:,} pieces), {corpus['validation']} and {corpus['test']} windows of other files for "
+        f"validation and test. Base models: {len(bases)}, DeltaNet of {bases[0]['parameters']:,} parameters, "
+        f"{base['steps']:,} steps of {base['batch']} windows with a learning rate that falls to zero. From them: "
+        f"{training['steps']} optimiser steps of {training['mini_batch']} windows with a constant learning rate, "
+        f"c={training['chunks']}, k={training['rollout_length']}. A method and SFT that share a base and a seed see "
+        f"the same windows. {pairs} pairs of base and seed; ± is half the 95% interval of the mean. Written by "
+        f"`python -m examples.text`, {seconds / 60:.0f} minutes of one core's time in training steps."
+    )
+
+
+def _means(results: Results, lr: float) -> str:
+    steps = results["plan"]["training"]["steps"]
+    rows = [
+        ["base", "", *(_mean([base["scores"]["test"][name] for base in results["bases"]]) for name, _, _ in SCORES)]
+    ]
+    marks = [("sft", "SFT", steps)]
+    marks += [(method.name, method.label, steps) for method in METHODS[1:]]
+    marks += [("sft", f"SFT, at the cost of {method.name}", _steps(results, lr, method.name)) for method in METHODS[1:]]
+    for method, label, count in marks:
+        values = [list(_values(results, lr, method, name, count).values()) for name, _, _ in SCORES]
+        if values[0]:
+            rows.append([label, str(count), *map(_mean, values)])
+    return _table(["test text", "steps", *_headings(results)], rows)
+
+
+def _differences(results: Results, lr: float) -> str:
+    steps, rows = results["plan"]["training"]["steps"], []
+    base = {str(one["base"]): one["scores"]["test"] for one in results["bases"]}
+    cells = []
+    for name, _, less in SCORES:
+        values = _values(results, lr, "sft", name, steps)
+        cells.append(_signed(estimate([value - base[key.split(".")[0]][name] for key, value in values.items()]), less))
+    rows.append(["SFT minus base", *cells])
+    for method in METHODS[1:]:
+        for equal, words in ((False, "same steps"), (True, "same compute")):
+            found = [_signed(difference(results, lr, method.name, name, equal), less) for name, _, less in SCORES]
+            rows.append([f"{method.name} minus SFT, {words}", *found])
+    note = "Paired differences; **bold** where the interval leaves out 0 in favour of the first, *italic* against it."
+    return f"{_table(['difference', *_headings(results)], rows)}\n\n{note}"
+
+
+def _sweeps(results: Results) -> str:
+    """Differences from SFT at the same learning rate and from the base, on the validation text."""
+    bases = {base["base"]: base["scores"]["validation"] for base in results["bases"]}
+    steps = str(results["plan"]["training"]["steps"])
+    grouped: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    for run in results["sweep"]:
+        grouped.setdefault((run["method"], run["rl_coef"], run["lr"]), []).append(run)
+    rows = []
+    for (method, rl_coef, lr), runs in sorted(grouped.items(), key=lambda item: (item[0][2], item[0])):
+        cells = [
+            f"{estimate([run['scores'][steps][name] - bases[run['base']][name] for run in runs]).mean:+.{DIGITS}f}"
+            for name, _, _ in SCORES
+        ]
+        rows.append([method, f"{rl_coef:g}" if rl_coef else "", f"{lr:g}", *cells])
+    note = f"Change from the base on the validation text, mean over {len(bases)} bases, one seed each; no intervals."
+    return f"{note}\n\n{_table(['method', 'λ', 'learning rate', *_headings(results)], rows)}"
+
+
+def _signal(results: Results) -> str:
+    rows = []
+    for method in METHODS:
+        found = [one for one in results["signal"] if one["method"] == method.name]
+        if found:
+            cells = [f"{sum(one[key] for one in found) / len(found):.3g}" for key in ("signal", "norm", "along_sft")]
+            share = sum(one["with_signal"] for one in found) / len(found)
+            rows.append([method.name, *cells, f"{share:.0%}" if method.rl_coef else ""])
+    note = (
+        f"At the base models, over {results['plan']['signal_batches']} mini-batches, of the policy loss alone (for SFT "
+        "of the next-token loss): squared length of the mean gradient over the variance of one, mean length of one, "
+        "cosine between the mean and SFT's mean on the same windows, share of groups whose rewards differ."
+    )
+    return f"{note}\n\n{_table(['method', 'signal / noise', 'norm', 'cosine with SFT', 'groups with signal'], rows)}"
+
+
+def _headings(results: Results) -> list[str]:
+    return [_named(heading, results) + (" (less is better)" if less else "") for _, heading, less in SCORES]
+
+
+def _named(heading: str, results: Results) -> str:
+    return heading.format(k=results["plan"]["training"]["rollout_length"])
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.{DIGITS}f}"
+
+
+def _signed(one: Estimate, less: bool) -> str:
+    mark = {1: "**", -1: "*", 0: ""}[-one.sign if less else one.sign]
+    return f"{mark}{one.text(DIGITS, signed=True)}{mark}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,172 @@
+"""Mid-training on real text in miniature: the corpus, the scores, one plan from end to end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.text import plan as plan_module
+from examples.text.arms import METHODS, PAPER, POSITION, SFT, Training, run
+from examples.text.base import BaseSettings, train_base
+from examples.text.corpus import Corpus, load_corpus
+from examples.text.plan import Plan, collect
+from examples.text.scores import next_token_scores, rollout_scores
+from examples.text.section import difference, figures, section
+
+TINY = BaseSettings(
+    hidden=16, layers=1, heads=1, vocabulary=16, steps=30, warmup=2, batch=4, validate_every=10, validate_on=4
+)
+TRAINING = Training(steps=4, batch=4, mini_batch=2, chunks=2, rollout_length=3)
+PLAN = Plan(
+    TINY,
+    TRAINING,
+    length=48,
+    held_out=4,
+    bases=1,
+    seeds=2,
+    lrs=(1e-3,),
+    sweep_lr=1e-3,
+    sweep=(1.0,),
+    lr_sweep=(),
+    signal_batches=3,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    """Counting up modulo 16 from random starts, with a random token now and then."""
+    generator = torch.Generator().manual_seed(0)
+    windows = (torch.randint(0, 16, (24, 1), generator=generator) + torch.arange(48)) % 16
+    noise = torch.rand(windows.shape, generator=generator) < 0.1
+    windows = torch.where(noise, torch.randint(0, 16, windows.shape, generator=generator), windows)
+    return Corpus(windows[:16], windows[16:20], windows[20:], "counting")
+
+
+def test_corpus_is_split_by_files_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "held"):
+        (tmp_path / split).mkdir()
+        for index in range(22 if split == "train" else 3):
+            (tmp_path / split / f"{index:02d}.txt").write_text(f"{split} {index} " * 40)
+    monkeypatch.setattr("examples.text.corpus.TRAIN_FILES", (str(tmp_path / "train"),))
+    monkeypatch.setattr("examples.text.corpus.TEST_FILES", (str(tmp_path / "held"),))
+    out = tmp_path / "out"
+    corpus = load_corpus(out, vocabulary=300, length=32, held_out=5)
+    assert corpus.length == 32 and len(corpus.validation) == 5 and len(corpus.test) == 5
+    again = load_corpus(out, vocabulary=300, length=32, held_out=5)
+    assert again.fingerprint == corpus.fingerprint and torch.equal(again.train, corpus.train)
+    everything = load_corpus(out, vocabulary=300, length=32, held_out=10_000)
+    train, validation = ({tuple(row) for row in part.tolist()} for part in (everything.train, everything.validation))
+    assert validation and not train & validation
+    assert len(everything.validation) < len(everything.train) and torch.equal(everything.train, corpus.train)
+
+
+def test_orders_of_windows_are_the_seeds(corpus: Corpus) -> None:
+    def first(seed: int) -> list[int]:
+        order = corpus.epochs(seed)
+        return [next(order) for _ in range(40)]
+
+    assert first(1) == first(1) != first(2)
+    assert sorted(first(1)[:16]) == list(range(16))
+
+
+def test_scores_are_what_generation_writes(corpus: Corpus) -> None:
+    base = train_base(replace(TINY, steps=60), corpus, 0)
+    actor, k = TINY.actor(base.weights), 3
+    scores = next_token_scores(actor, corpus.test, k)
+    right, places = 0, 0
+    for window in corpus.test[:, :24]:
+        for end in range(1, len(window) - k + 1):
+            text = window[None, :end]
+            for _ in range(k):
+                with torch.no_grad():
+                    logits = actor(input_ids=text, use_cache=False).logits[:, -1:]
+                text = torch.cat([text, logits.argmax(dim=-1)], dim=1)
+            right += int(torch.equal(text[0, end:], window[end : end + k]))
+            places += 1
+    assert 0 < right < places
+    assert next_token_scores(actor, corpus.test[:, :24], k)["greedy_match"] == pytest.approx(right / places, abs=1e-6)
+    assert 0 < scores["sampled_match"] < scores["greedy_match"] < scores["ntp_accuracy"] < 1
+    untrained = next_token_scores(TINY.actor(train_base(replace(TINY, steps=1), corpus, 0).weights), corpus.test, k)
+    assert untrained["ntp_loss"] > scores["ntp_loss"] and untrained["ntp_accuracy"] < scores["ntp_accuracy"]
+
+
+def test_rollouts_of_a_better_model_are_rewarded_more(corpus: Corpus) -> None:
+    weak, strong = (TINY.actor(train_base(replace(TINY, steps=steps), corpus, 0).weights) for steps in (1, 100))
+    assert rollout_scores(strong, corpus.test, 3) == rollout_scores(strong, corpus.test, 3)
+    assert (
+        rollout_scores(strong, corpus.test, 3)["reward_binary"] > rollout_scores(weak, corpus.test, 3)["reward_binary"]
+    )
+
+
+def test_methods_see_the_same_windows_for_as_many_steps(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[list[int]]] = {}
+    real = plan_module.run.__globals__["documents"]
+    weights = train_base(TINY, corpus, 0).weights
+    for method in METHODS:
+        batches: list[Any] = []
+
+        def record(windows: torch.Tensor, batches: list[Any] = batches) -> Any:
+            batches.extend(windows.tolist())
+            return real(windows)
+
+        monkeypatch.setattr("examples.text.arms.documents", record)
+        found = run(method, TRAINING, 1e-3, 5, TINY, weights, corpus, corpus.test)
+        assert list(found["scores"]) == [str(TRAINING.steps)]
+        seen[method.name] = batches
+    assert seen["sft"] == seen["paper"] == seen["grouped"] and len(seen["sft"]) == 8
+
+
+def test_cost_of_a_step_is_counted(corpus: Corpus) -> None:
+    weights = train_base(TINY, corpus, 0).weights
+    passes = {
+        method.name: run(method, TRAINING, 1e-3, 0, TINY, weights, corpus, corpus.test)["passes"] for method in METHODS
+    }
+    length, c, k = corpus.length, TRAINING.chunks, TRAINING.rollout_length
+    assert passes["sft"] == 1.0
+    for method, n in ((PAPER, 1), (POSITION, 8)):
+        assert passes[method.name] == pytest.approx(((1 + c * n * k / length) + 3 * (1 + c * n * (k - 1) / length)) / 3)
+
+
+def test_a_plan_runs_to_tables_and_goes_on_where_it_was_cut(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = collect(PLAN, tmp_path, corpus)
+    assert json.loads((tmp_path / "results.json").read_text())["runs"] == results["runs"]
+    assert len(results["runs"]) == 2 * len(METHODS) and len(results["sweep"]) == 3
+    assert results["bases"][0]["curve"][0][1] > results["bases"][0]["scores"]["validation"]["ntp_loss"] - 1e-3
+    steps = sorted(int(step) for run_ in results["runs"] if run_["method"] == "sft" for step in run_["scores"])
+    assert steps[0] == TRAINING.steps < steps[-1]
+    assert all(0 <= one["with_signal"] <= 1 and -1 <= one["along_sft"] <= 1 for one in results["signal"])
+    text = section(results)
+    assert text.startswith("## Real text") and "grouped minus SFT, same compute" in text and "nan" not in text
+    assert all(drawing.startswith("<svg") for drawing in figures(results).values())
+    assert difference(results, 1e-3, "paper", "ntp_loss").count == 2
+
+    (tmp_path / "pieces" / "test-sft-lambda0-lr0.001-base0-seed1.json").unlink()
+    ran = []
+    real = plan_module.run
+    monkeypatch.setattr(plan_module, "run", lambda *args: (ran.append(args[0]), real(*args))[1])
+    assert json.dumps({**collect(PLAN, tmp_path, corpus), "runs": 0, "bases": 0}) == json.dumps(
+        {**results, "runs": 0, "bases": 0}
+    )
+    assert ran == [SFT]
+    collect(replace(PLAN, training=replace(TRAINING, chunks=3)), tmp_path, corpus)
+    assert len(ran) > 3  # records of other settings are not taken
+
+
+def test_bold_stands_for_intervals_on_one_side(tmp_path: Path, corpus: Corpus) -> None:
+    """Made-up figures: the table must say what is better, worse, and undecided."""
+    results = collect(PLAN, tmp_path, corpus)
+    for run_ in results["runs"]:
+        for scores in run_["scores"].values():
+            shift = {"sft": 0.0, "paper": 1.0, "grouped": -1.0}[run_["method"]]
+            scores.update(ntp_loss=2.0 + shift, ntp_accuracy=0.5 + shift, reward_binary=0.1 * run_["seed"] * shift)
+    rows = [line for line in section(results).splitlines() if "minus SFT, same steps" in line]
+    paper, grouped = ([cell.strip() for cell in line.split("|")] for line in rows)
+    assert paper[2] == "*+1.0000 ± 0.0000*" and grouped[2] == "**-1.0000 ± 0.0000**"
+    assert paper[3].startswith("**+1") and grouped[3].startswith("*-1") and not paper[7].startswith("*")
