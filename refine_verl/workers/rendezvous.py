@@ -16,7 +16,7 @@ def join_process_group() -> None:
 
     Ray and verl have set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. torch's store listens on all interfaces
     whatever MASTER_ADDR says, and takes orders from whoever connects; if that is a loopback address, it is given a
-    socket that is bound to it.
+    socket that is bound to it. DIST_INIT_METHOD, where it is set, says how to meet instead.
     """
     if dist.is_initialized():
         return
@@ -24,7 +24,7 @@ def join_process_group() -> None:
     # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses
     backend = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{get_nccl_backend()}"
     address = os.environ.get("MASTER_ADDR", "")
-    if not _is_loopback(address):
+    if os.environ.get("DIST_INIT_METHOD") or not _is_loopback(address):
         initialize_global_process_group_ray(backend=backend)
         return
     rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))

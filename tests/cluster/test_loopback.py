@@ -84,8 +84,12 @@ def test_other_machines_are_left_to_verl(address: str, loopback: bool, monkeypat
     asked = []
     for name, value in {"MASTER_ADDR": address, "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DIST_INIT_METHOD", raising=False)
     monkeypatch.setattr(rendezvous, "initialize_global_process_group_ray", lambda backend: asked.append("verl"))
     monkeypatch.setattr(rendezvous, "_store", lambda *_: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: asked.append("ours"))
     rendezvous.join_process_group()
     assert asked == ["ours" if loopback else "verl"]
+    monkeypatch.setenv("DIST_INIT_METHOD", "file:///tmp/meet")
+    rendezvous.join_process_group()
+    assert asked[1] == "verl"
