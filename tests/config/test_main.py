@@ -102,7 +102,7 @@ def test_a_good_configuration_reaches_the_trainer(
 
     received: list[DictConfig] = []
 
-    def train(config: DictConfig) -> Path:
+    def train(config: DictConfig, *_: object) -> Path:
         received.append(config)
         return Path(config.trainer.default_local_dir)
 

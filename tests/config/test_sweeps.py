@@ -24,7 +24,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
     """Configurations of the jobs that ran, of `main`; nothing is trained."""
     ran: list[DictConfig] = []
 
-    def run(config: DictConfig, files: object) -> int:
+    def run(config: DictConfig, *_: object) -> int:
         ran.append(validate(config).config)
         return 0
 
