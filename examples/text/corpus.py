@@ -70,9 +70,9 @@ def load_corpus(directory: Path, vocabulary: int, length: int, held_out: int) ->
     else:
         tokenizer = load_tokenizer(f"bpe:{vocabulary}", iterate_split_texts(settings, "train"), saved)
     known = DocumentDataset(prepare(settings, "train", tokenizer).path)
-    files = sorted({known.origin(row)[0] for row in range(len(known))})
-    validation_files = set(files[::VALIDATION_EVERY])
-    inside = torch.tensor([known.origin(row)[0] in validation_files for row in range(len(known))])
+    sources = list(known.table["source"])
+    validation_files = set(sorted(set(sources))[::VALIDATION_EVERY])
+    inside = torch.tensor([source in validation_files for source in sources])
     windows = _windows(known)
     test = _windows(DocumentDataset(prepare(settings, "validation", tokenizer).path))
     parts = (windows[~inside], _spread(windows[inside], held_out), _spread(test, held_out))
@@ -86,7 +86,8 @@ def documents(windows: Tensor) -> Documents:
 
 
 def _windows(dataset: DocumentDataset) -> Tensor:
-    return torch.stack([dataset[row]["input_ids"] for row in range(len(dataset))])
+    rows = dataset.table.select_columns(["input_ids"]).with_format("numpy")
+    return torch.cat([torch.from_numpy(part["input_ids"]).long() for part in rows.iter(batch_size=256)])
 
 
 def _spread(windows: Tensor, count: int) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from examples.miniature.figures import Row, Series, curves, forest
+from examples.miniature.results import table
 from examples.miniature.statistics import Estimate, estimate, paired
 from examples.text.arms import METHODS
 
@@ -20,6 +24,7 @@ SCORES = (
 )
 DIGITS = 4
 LABELS = {method.name: method.label for method in METHODS}
+READING = Path(__file__).with_name("reading.md")
 BASE_FIGURE, DIFFERENCE_FIGURE = "text_base.svg", "text_differences.svg"
 
 Values = dict[str, float]
@@ -28,7 +33,12 @@ Results = Mapping[str, Any]
 
 def section(results: Results, figures_in: str = ".") -> str:
     """Markdown; figures are linked in the directory ``figures_in``."""
-    parts = ["## Real text", _about(results), f"![Validation loss of the base models]({figures_in}/{BASE_FIGURE})"]
+    parts = [
+        "## Real text",
+        _about(results),
+        *_reading(results),
+        f"![Validation loss of the base models]({figures_in}/{BASE_FIGURE})",
+    ]
     for lr in results["plan"]["lrs"]:
         if _complete(results, lr):
             parts += [f"### Learning rate {lr:g}", _means(results, lr), _differences(results, lr)]
@@ -113,6 +123,19 @@ def _about(results: Results) -> str:
     )
 
 
+def runs_digest(results: Results) -> str:
+    """Of all mid-training runs: what ``reading.md`` says which figures it is about with."""
+    return hashlib.sha256(json.dumps(results["runs"], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _reading(results: Results) -> list[str]:
+    """What somebody read from the figures of one set of runs; not shown with others."""
+    if not READING.is_file():
+        return []
+    head, _, text = READING.read_text().partition("\n\n")
+    return [text.strip()] if head == f"<!-- runs {runs_digest(results)} -->" else []
+
+
 def _means(results: Results, lr: float) -> str:
     steps = results["plan"]["training"]["steps"]
     rows = [
@@ -125,7 +148,7 @@ def _means(results: Results, lr: float) -> str:
         values = [list(_values(results, lr, method, name, count).values()) for name, _, _ in SCORES]
         if values[0]:
             rows.append([label, str(count), *map(_mean, values)])
-    return _table(["test text", "steps", *_headings(results)], rows)
+    return table(["test text", "steps", *_headings(results)], rows)
 
 
 def _differences(results: Results, lr: float) -> str:
@@ -141,7 +164,7 @@ def _differences(results: Results, lr: float) -> str:
             found = [_signed(difference(results, lr, method.name, name, equal), less) for name, _, less in SCORES]
             rows.append([f"{method.name} minus SFT, {words}", *found])
     note = "Paired differences; **bold** where the interval leaves out 0 in favour of the first, *italic* against it."
-    return f"{_table(['difference', *_headings(results)], rows)}\n\n{note}"
+    return f"{table(['difference', *_headings(results)], rows)}\n\n{note}"
 
 
 def _sweeps(results: Results) -> str:
@@ -159,7 +182,7 @@ def _sweeps(results: Results) -> str:
         ]
         rows.append([method, f"{rl_coef:g}" if rl_coef else "", f"{lr:g}", *cells])
     note = f"Change from the base on the validation text, mean over {len(bases)} bases, one seed each; no intervals."
-    return f"{note}\n\n{_table(['method', 'λ', 'learning rate', *_headings(results)], rows)}"
+    return f"{note}\n\n{table(['method', 'λ', 'learning rate', *_headings(results)], rows)}"
 
 
 def _signal(results: Results) -> str:
@@ -175,7 +198,7 @@ def _signal(results: Results) -> str:
         "of the next-token loss): squared length of the mean gradient over the variance of one, mean length of one, "
         "cosine between the mean and SFT's mean on the same windows, share of groups whose rewards differ."
     )
-    return f"{note}\n\n{_table(['method', 'signal / noise', 'norm', 'cosine with SFT', 'groups with signal'], rows)}"
+    return f"{note}\n\n{table(['method', 'signal / noise', 'norm', 'cosine with SFT', 'groups with signal'], rows)}"
 
 
 def _headings(results: Results) -> list[str]:
@@ -193,8 +216,3 @@ def _mean(values: Sequence[float]) -> str:
 def _signed(one: Estimate, less: bool) -> str:
     mark = {1: "**", -1: "*", 0: ""}[-one.sign if less else one.sign]
     return f"{mark}{one.text(DIGITS, signed=True)}{mark}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

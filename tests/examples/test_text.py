@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from examples.text.base import BaseSettings, train_base
 from examples.text.corpus import Corpus, load_corpus
 from examples.text.plan import Plan, collect
 from examples.text.scores import next_token_scores, rollout_scores
-from examples.text.section import difference, figures, section
+from examples.text.section import difference, figures, runs_digest, section
 
 TINY = BaseSettings(
     hidden=16, layers=1, heads=1, vocabulary=16, steps=30, warmup=2, batch=4, validate_every=10, validate_on=4
@@ -47,6 +48,21 @@ def corpus() -> Corpus:
     return Corpus(windows[:16], windows[16:20], windows[20:], "counting")
 
 
+@pytest.fixture(scope="module")
+def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a plan that has run."""
+    directory = tmp_path_factory.mktemp("finished")
+    collect(PLAN, directory, corpus)
+    return directory
+
+
+@pytest.fixture
+def results(finished: Path) -> dict[str, Any]:
+    """What it left."""
+    found: dict[str, Any] = json.loads((finished / "results.json").read_text())
+    return found
+
+
 def test_corpus_is_split_by_files_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in ("train", "held"):
         (tmp_path / split).mkdir()
@@ -55,9 +71,9 @@ def test_corpus_is_split_by_files_and_made_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("examples.text.corpus.TRAIN_FILES", (str(tmp_path / "train"),))
     monkeypatch.setattr("examples.text.corpus.TEST_FILES", (str(tmp_path / "held"),))
     out = tmp_path / "out"
-    corpus = load_corpus(out, vocabulary=300, length=32, held_out=5)
-    assert corpus.length == 32 and len(corpus.validation) == 5 and len(corpus.test) == 5
-    again = load_corpus(out, vocabulary=300, length=32, held_out=5)
+    corpus = load_corpus(out, vocabulary=300, length=32, held_out=3)
+    assert corpus.length == 32 and len(corpus.validation) == 3 and len(corpus.test) == 3
+    again = load_corpus(out, vocabulary=300, length=32, held_out=3)
     assert again.fingerprint == corpus.fingerprint and torch.equal(again.train, corpus.train)
     everything = load_corpus(out, vocabulary=300, length=32, held_out=10_000)
     train, validation = ({tuple(row) for row in part.tolist()} for part in (everything.train, everything.validation))
@@ -132,11 +148,7 @@ def test_cost_of_a_step_is_counted(corpus: Corpus) -> None:
         assert passes[method.name] == pytest.approx(((1 + c * n * k / length) + 3 * (1 + c * n * (k - 1) / length)) / 3)
 
 
-def test_a_plan_runs_to_tables_and_goes_on_where_it_was_cut(
-    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = collect(PLAN, tmp_path, corpus)
-    assert json.loads((tmp_path / "results.json").read_text())["runs"] == results["runs"]
+def test_a_plan_runs_to_tables(results: dict[str, Any]) -> None:
     assert len(results["runs"]) == 2 * len(METHODS) and len(results["sweep"]) == 3
     assert results["bases"][0]["curve"][0][1] > results["bases"][0]["scores"]["validation"]["ntp_loss"] - 1e-3
     steps = sorted(int(step) for run_ in results["runs"] if run_["method"] == "sft" for step in run_["scores"])
@@ -147,21 +159,26 @@ def test_a_plan_runs_to_tables_and_goes_on_where_it_was_cut(
     assert all(drawing.startswith("<svg") for drawing in figures(results).values())
     assert difference(results, 1e-3, "paper", "ntp_loss").count == 2
 
+
+def test_a_run_goes_on_where_it_was_cut(
+    finished: Path, results: dict[str, Any], tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "pieces" / "test-sft-lambda0-lr0.001-base0-seed1.json").unlink()
     ran = []
     real = plan_module.run
     monkeypatch.setattr(plan_module, "run", lambda *args: (ran.append(args[0]), real(*args))[1])
-    assert json.dumps({**collect(PLAN, tmp_path, corpus), "runs": 0, "bases": 0}) == json.dumps(
-        {**results, "runs": 0, "bases": 0}
-    )
+    again = collect(PLAN, tmp_path, corpus)
     assert ran == [SFT]
-    collect(replace(PLAN, training=replace(TRAINING, chunks=3)), tmp_path, corpus)
+    assert [run_["scores"] for run_ in again["runs"]] == [run_["scores"] for run_ in results["runs"]]
+    assert again["signal"] == results["signal"]
+    monkeypatch.setattr(plan_module, "gradient_signal", lambda *args: {})
+    collect(replace(PLAN, training=replace(TRAINING, chunks=3), seeds=1, sweep=()), tmp_path, corpus)
     assert len(ran) > 3  # records of other settings are not taken
 
 
-def test_bold_stands_for_intervals_on_one_side(tmp_path: Path, corpus: Corpus) -> None:
+def test_bold_stands_for_intervals_on_one_side(results: dict[str, Any]) -> None:
     """Made-up figures: the table must say what is better, worse, and undecided."""
-    results = collect(PLAN, tmp_path, corpus)
     for run_ in results["runs"]:
         for scores in run_["scores"].values():
             shift = {"sft": 0.0, "paper": 1.0, "grouped": -1.0}[run_["method"]]
@@ -170,3 +187,14 @@ def test_bold_stands_for_intervals_on_one_side(tmp_path: Path, corpus: Corpus) -
     paper, grouped = ([cell.strip() for cell in line.split("|")] for line in rows)
     assert paper[2] == "*+1.0000 ± 0.0000*" and grouped[2] == "**-1.0000 ± 0.0000**"
     assert paper[3].startswith("**+1") and grouped[3].startswith("*-1") and not paper[7].startswith("*")
+
+
+def test_what_was_read_from_other_runs_is_not_shown(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = tmp_path / "reading.md"
+    monkeypatch.setattr("examples.text.section.READING", reading)
+    reading.write_text(f"<!-- runs {runs_digest(results)} -->\n\nREFINE does so and so.\n")
+    assert "REFINE does so and so." in section(results)
+    results["runs"][0]["scores"][str(TRAINING.steps)]["ntp_loss"] += 1e-3
+    assert "REFINE does so and so." not in section(results)
