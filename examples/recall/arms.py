@@ -9,7 +9,7 @@ from typing import Any
 from examples.miniature.training import LoopSettings
 from refine_verl.config import LossSettings, NSPSettings
 
-BATCH = 16
+BATCH = 8
 LEARNING_RATES = {"under": 5e-4, "plateau": 2e-4}
 
 

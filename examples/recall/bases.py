@@ -100,49 +100,79 @@ MODELS: dict[str, BaseSpec] = {
 
 @dataclass
 class Trained:
-    """Weights by state, the step at which the under-trained were kept, and (step, entries, share right) on the way."""
+    """Weights by state, the step at which the under-trained were kept, and (step, entries, share right) on the way.
+
+    ``attempts`` counts the initialisations that were needed.
+    """
 
     weights: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     steps: int = 0
+    attempts: int = 1
     kept_at: int = 0
     curve: list[tuple[int, int, float]] = field(default_factory=list)
     parameters: int = 0
+
+
+ATTEMPTS = 3
 
 
 def train_base(spec: BaseSpec, seed: int) -> Trained:
     """Train from random weights.
 
     The under-trained weights are those of the first step whose last 10 batches had ``enough`` values right (and of
-    the last step before the learning rate falls, where there is none).
+    the last step before the learning rate falls, where there is none). Now and then training never gets beyond the
+    uniform distribution; weights that have not learned the easy sequences at the end of their steps are given up for
+    new ones, twice at most.
     """
-    actor = make_actor(spec.model(seed)).train()
-    optimizer = torch.optim.AdamW(actor.parameters(), lr=spec.lr, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(seed)
-    trained = Trained(parameters=sum(p.numel() for p in actor.parameters()))
-    recent: list[float] = []
-
-    def step(lr_scale: float, entries: int) -> float:
-        """Returns the share of values right in the last 10 batches (0 before there are 10)."""
-        trained.steps += 1
-        for group in optimizer.param_groups:
-            group["lr"] = spec.lr * min(1.0, trained.steps / 50, lr_scale)
-        tokens = spec.task.sample(generator, spec.batch, entries)
-        recent.append(_step(actor, optimizer, spec.task, tokens, entries))
-        share = sum(recent[-10:]) / 10 if len(recent) >= 10 else 0.0
-        if trained.steps % 50 == 0:
-            trained.curve.append((trained.steps, entries, share))
-        return share
-
-    for _ in range(spec.easy_steps):
-        if step(1.0, spec.easy_entries) >= spec.easy_enough:
+    for attempt in range(ATTEMPTS):
+        training = _Training(spec, seed + 1000 * attempt)
+        begun = training.easy()
+        if begun or attempt == ATTEMPTS - 1:
             break
-    recent.clear()
+    trained = training.trained
+    trained.attempts = attempt + 1
     for index in range(1, spec.steps + spec.decay_steps + 1):
-        share = step((spec.steps + spec.decay_steps + 1 - index) / max(spec.decay_steps, 1), spec.task.entries)
+        left = (spec.steps + spec.decay_steps + 1 - index) / max(spec.decay_steps, 1)
+        share = training.step(left, spec.task.entries)
         if "under" not in trained.weights and (share >= spec.enough or index == spec.steps):
-            trained.kept_at, trained.weights["under"] = trained.steps, _copy(actor)
-    trained.weights["plateau"] = _copy(actor)
+            trained.kept_at, trained.weights["under"] = trained.steps, _copy(training.actor)
+    trained.weights["plateau"] = _copy(training.actor)
     return trained
+
+
+class _Training:
+    """One attempt at a base."""
+
+    def __init__(self, spec: BaseSpec, seed: int) -> None:
+        self.spec = spec
+        self.actor = make_actor(spec.model(seed)).train()
+        self.optimizer = torch.optim.AdamW(self.actor.parameters(), lr=spec.lr, weight_decay=0.01)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.trained = Trained(parameters=sum(p.numel() for p in self.actor.parameters()))
+        self.recent: list[float] = []
+
+    def easy(self) -> bool:
+        """Learn sequences of few entries; returns whether that worked."""
+        for _ in range(self.spec.easy_steps):
+            if self.step(1.0, self.spec.easy_entries) >= self.spec.easy_enough:
+                break
+        else:
+            if self.spec.easy_steps:
+                return False
+        self.recent.clear()
+        return True
+
+    def step(self, lr_scale: float, entries: int) -> float:
+        """Returns the share of values right in the last 10 batches (0 before there are 10)."""
+        self.trained.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.spec.lr * min(1.0, self.trained.steps / 50, lr_scale)
+        tokens = self.spec.task.sample(self.generator, self.spec.batch, entries)
+        self.recent.append(_step(self.actor, self.optimizer, self.spec.task, tokens, entries))
+        share = sum(self.recent[-10:]) / 10 if len(self.recent) >= 10 else 0.0
+        if self.trained.steps % 50 == 0:
+            self.trained.curve.append((self.trained.steps, entries, share))
+        return share
 
 
 def _step(

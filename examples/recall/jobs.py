@@ -188,6 +188,7 @@ def _base(spec: BaseSpec, seed: int, amount: Amount) -> dict[str, Any]:
         "weights": trained.weights,
         "parameters": trained.parameters,
         "steps": trained.steps,
+        "attempts": trained.attempts,
         "kept_at": trained.kept_at,
         "curve": trained.curve,
     }

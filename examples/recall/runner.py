@@ -16,19 +16,21 @@ from typing import Any
 
 import torch
 
-from examples.recall.arms import BATCH, LEARNING_RATES
+from examples.recall.arms import BATCH, HEADLINE, LEARNING_RATES
 from examples.recall.bases import MODELS
 from examples.recall.jobs import ARMS, Amount, Job, run_job
 
 
 def fingerprint(job: Job, amount: Amount) -> str:
     """Of all that decides about a job's numbers; a file with another one is not reused."""
-    parts: list[Any] = [dataclasses.asdict(job), dataclasses.asdict(amount), dataclasses.asdict(MODELS[job.model])]
-    parts += [BATCH, LEARNING_RATES, {name: repr(arm) for name, arm in ARMS.items() if name == job.what}]
+    parts: list[Any] = [dataclasses.asdict(job), dataclasses.asdict(MODELS[job.model])]
+    if job.kind == "base":
+        parts.append(amount.shrink)  # what follows does not change it
+    else:
+        # more seeds leave those that are there as they are
+        parts += [{**dataclasses.asdict(amount), "seeds": 0}, BATCH, LEARNING_RATES, repr(ARMS.get(job.what))]
     if job.kind == "headline":
-        parts.append([repr(ARMS[name]) for name in ("sft", "paper", "grouped")])
-    # more seeds leave those that are there as they are, and a base does not depend on what follows
-    parts[1] = {"shrink": amount.shrink} if job.kind == "base" else {**dataclasses.asdict(amount), "seeds": 0}
+        parts.append([repr(arm) for arm in HEADLINE])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -39,25 +39,26 @@ def score(actor: FastWeightActor, task: Task, tokens: Tensor, judged: int = 128)
     """
     counted = actor.forward_tokens
     actor.eval()
-    with torch.no_grad():
-        predictions = torch.cat([_predictions(actor, part) for part in tokens.split(128)])
+    parts = [_predictions(actor, part) for part in tokens.split(128)]
+    predictions = torch.cat([part for part, _ in parts])
     right = task.values_right(predictions, tokens)
-    loss = sum(actor(mode="score", documents=task.documents(part))[0].sum().item() for part in tokens.split(128))
     rewards = _rewards(actor, task, tokens[:judged])
     actor.forward_tokens = counted
     return {
         "exact": right.all(dim=-1).float().mean().item(),
         "tokens": right.float().mean().item(),
         "accuracy": (predictions == tokens[:, 1:]).float().mean().item(),
-        "ntp_loss": loss / (tokens.numel() - len(tokens)),
+        "ntp_loss": sum(loss for _, loss in parts) / (tokens.numel() - len(tokens)),
         **rewards,
     }
 
 
-def _predictions(actor: FastWeightActor, tokens: Tensor) -> Tensor:
-    """Argmax of the logits of tokens 1 ... T-1, int64 [N, T-1]."""
-    predictions: Tensor = actor(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(dim=-1)
-    return predictions
+@torch.no_grad()
+def _predictions(actor: FastWeightActor, tokens: Tensor) -> tuple[Tensor, float]:
+    """Argmax of the logits of tokens 1 ... T-1, int64 [N, T-1], and the sum of their cross-entropies."""
+    logits: Tensor = actor(input_ids=tokens, use_cache=False).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    return logits.argmax(dim=-1), loss.item()
 
 
 def _rewards(actor: FastWeightActor, task: Task, tokens: Tensor) -> dict[str, float]:

@@ -119,14 +119,24 @@ def _bases(records: Records) -> str:
         steps = {seed: float(run["steps"]) for seed, run in base.items()}
         kept = {seed: float(run["kept_at"]) for seed, run in base.items()}
         parameters = next(iter(base.values()))["parameters"]
+        attempts = sum(run["attempts"] - 1 for run in base.values() if "attempts" in run)
         exact = [records.scores(model, state, "sft", 0, "exact") for state in STATES]
         tokens = [records.scores(model, state, "sft", 0, "tokens") for state in STATES]
         rows.append(
-            [NAMES[model], f"{parameters:,}", mean(kept, 0), mean(steps, 0)]
+            [NAMES[model], f"{parameters:,}", f"{attempts}", mean(kept, 0), mean(steps, 0)]
             + [mean(values) for pair in zip(exact, tokens, strict=True) for values in pair]
         )
-    header = ["model", "parameters", "under-trained at step", "steps in all", "exact, under-trained", "tokens"]
-    return "### Base models\n\n" + table([*header, "exact, plateau", "tokens"], rows)
+    header = [
+        "model",
+        "parameters",
+        "given up",
+        "under-trained at step",
+        "steps in all",
+        "exact, under-trained",
+        "tokens",
+    ]
+    note = "*Given up*: initialisations, of all seeds together, that never left the uniform distribution."
+    return f"### Base models\n\n{note}\n\n" + table([*header, "exact, plateau", "tokens"], rows)
 
 
 def _headline(records: Records, figures_in: str) -> str:

@@ -27,7 +27,7 @@ def compose_with(recipe: str, preset: str, *more: str) -> DictConfig:
 
 def test_the_names_users_type() -> None:
     phases = {"posttrain", "posttrain_nested_sft", "posttrain_sft", "ttt", "ttt_sft"}
-    assert set(RECIPES) == {"midtrain", "sft", "pretrain", "quickstart"} | phases
+    assert set(RECIPES) == {"midtrain", "midtrain_grouped", "sft", "pretrain", "quickstart"} | phases
     assert set(PRESETS) == {"auto", "deltanet_1b3", "gated_deltanet", "lact_760m", "tiny_deltanet", "tiny_lact"}
 
 
@@ -106,6 +106,19 @@ def test_sft_differs_from_midtrain_in_the_loss_alone(midtrain: DictConfig) -> No
     assert different - names - echoes == {"refine.loss.rl_coef"}
     assert given["refine.loss.rl_coef"] == 0.0
     assert given.keys() == base.keys()
+
+
+def test_grouped_differs_from_midtrain_in_the_estimator_alone(midtrain: DictConfig) -> None:
+    grouped = validate(compose_with("midtrain_grouped", "deltanet_1b3")).config
+    given, base = dict(leaves(grouped)), dict(leaves(midtrain))
+    own = ("refine.", "algorithm.", "data.", "model.")  # verl's sections follow
+    different = {key: given.get(key) for key in base if key.startswith(own) and base[key] != given.get(key)}
+    assert different == {
+        "refine.nsp.rollouts_per_position": 8,
+        "refine.nsp.group": "position",
+        "refine.loss.rl_coef": 1.0,
+        "algorithm.norm_adv_by_std_in_grpo": False,
+    }
 
 
 def test_cpu_safe_settings_and_verl_follows_the_short_keys(midtrain: DictConfig) -> None:
