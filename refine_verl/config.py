@@ -279,7 +279,8 @@ class RefineSettings(Settings):
             raise ConfigError("refine.loss.sft_coef", "0 leaves refine.inner=sft nothing to learn from. Raise it.")
         if self.phase != "ttt" and self.ttt != TTTSettings():
             raise ConfigError("refine.ttt", f"has no effect with refine.phase={self.phase}: leave it out.")
-        if self.outer != "grpo" and (self.answers.samples, self.answers.temperature) != (8, 1.0):
+        unused = AnswerSettings(convention=self.answers.convention)
+        if self.outer != "grpo" and self.answers != unused:
             raise ConfigError(
                 "refine.answers",
                 f"samples and temperature have no effect with refine.outer={self.outer}: leave them out.",

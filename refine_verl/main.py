@@ -196,9 +196,12 @@ def run(config: DictConfig, files: Sequence[ConfigFile] = (), signals: StopSigna
 
     try:
         prepared = prepare_run(valid, starts_here=True)
-        launch_config = prepared.launch_config()
     except (ConfigError, DataError, ModelError) as error:
         return _refuse(error)
+    except OSError as error:
+        return _fail(f"while files were read and tokenised (data.cache_dir): {error}", BAD_INPUT)
+    try:
+        launch_config = prepared.launch_config()
     except OSError as error:
         return _fail(f"trainer.default_local_dir={valid.config.trainer.default_local_dir}: {error}", BAD_INPUT)
     try:

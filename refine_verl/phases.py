@@ -81,6 +81,12 @@ def check_phase(config: DictConfig, refine: RefineSettings, schema: DictConfig) 
                 f"{config.data[name]} has no effect with refine.phase={refine.phase}: it is about "
                 f"{'prompts with answers' if documents else 'documents'}. Leave it out.",
             )
+    if documents and config.data.max_prompt_length != config.data.max_length:
+        raise ConfigError(
+            "data.max_prompt_length",
+            f"{config.data.max_prompt_length} has no effect with refine.phase=documents: it is about prompts with "
+            "answers. Set data.max_length.",
+        )
     if refine.phase == "ttt":
         _check_ttt(config, refine)
 
@@ -102,6 +108,15 @@ def _check_ttt(config: DictConfig, refine: RefineSettings) -> None:
     ):
         if given:
             raise ConfigError(key, f"{given} has no effect with refine.phase=ttt: {why}. Leave it out.")
+    optim = config.actor_rollout_ref.actor.optim
+    moves = optim.lr_scheduler_type != "constant" or optim.lr_warmup_steps_ratio > 0 or optim.lr_warmup_steps > 0
+    if moves and (refine.ttt.reset != "none" or refine.ttt.steps > 1):
+        raise ConfigError(
+            "actor_rollout_ref.actor.optim",
+            "a warm-up or a schedule needs steps that follow each other, and with refine.ttt.reset="
+            f"{refine.ttt.reset} refine.ttt.steps={refine.ttt.steps} they start over, or pass several times within a "
+            "batch. Leave lr_scheduler_type at constant, without warm-up.",
+        )
     if trainer.save_freq > 0 and refine.ttt.reset != "none":
         raise ConfigError(
             "trainer.save_freq",

@@ -95,6 +95,7 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
     if starts_here:
         check_cluster(valid.config)
     _say_where_weights_come_from(valid, info)
+    _say_if_all_is_warm_up(valid)
     tokenizer = _load_tokenizer(valid, info)
     train: PreparedData | PreparedPrompts
     validation: PreparedData | PreparedPrompts | None
@@ -196,6 +197,16 @@ def _check_reward(name: str) -> None:
         validate_reward_name(name)
     except ValueError as error:
         raise ConfigError("refine.nsp.reward", str(error)) from error
+
+
+def _say_if_all_is_warm_up(valid: ValidConfig) -> None:
+    steps, warmup = valid.config.trainer.total_training_steps, valid.refine.warmup_steps
+    if steps is not None and valid.refine.uses_rollouts and steps <= warmup:
+        logger.warning(
+            "refine.warmup_steps=%d of trainer.total_training_steps=%d: all of it is warm-up, REFINE never runs",
+            warmup,
+            steps,
+        )
 
 
 def _say_where_weights_come_from(valid: ValidConfig, info: ModelInfo) -> None:

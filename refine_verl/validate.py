@@ -24,57 +24,10 @@ from refine_verl.data import DataSettings
 from refine_verl.data.prompts_settings import PromptSettings
 from refine_verl.phases import check_phase, data_settings
 from refine_verl.schema import check_keys, leaves, missing_values
-from refine_verl.verl_keys import check_optimizer, check_verl_keys
+from refine_verl.verl_keys import UNSUPPORTED_LOSSES, check_fixed, check_optimizer, check_verl_keys
 
-STRATEGIES = ("fsdp2", "fsdp")
+STRATEGIES = ("fsdp2",)
 DEVICES = ("cuda", "cpu")
-
-FOLLOWERS = {
-    "actor_rollout_ref.model.path": "model.path",
-    "actor_rollout_ref.actor.ppo_mini_batch_size": "refine.ppo_mini_batch_size",
-    "actor_rollout_ref.rollout.n": "refine.nsp.rollouts_per_position",
-    "actor_rollout_ref.actor.grad_clip": "actor_rollout_ref.actor.optim.clip_grad",
-    "actor_rollout_ref.rollout.temperature": "refine.nsp.temperature",
-}
-"""verl's keys that take their value from a short key; setting them apart would be a contradiction."""
-
-_ONE_PATH = "rollouts come from the training workers, in one way only"
-_NO_REFERENCE = "REFINE has no reference model"
-FIXED: dict[str, tuple[Any, str]] = {
-    "trainer.use_v1": (True, "REFINE's trainer is a v1 trainer"),
-    "trainer.v1.trainer_mode": ("sync", _ONE_PATH),
-    "transfer_queue.enable": (False, _ONE_PATH),
-    "distillation.enabled": (False, "there is no teacher"),
-    "data.gen_batch_size": (None, "a step reads data.train_batch_size documents"),
-    "critic.enable": (False, "advantages are relative to the group, without a critic"),
-    "algorithm.use_kl_in_reward": (False, _NO_REFERENCE),
-    "actor_rollout_ref.actor.use_kl_loss": (False, _NO_REFERENCE),
-    "actor_rollout_ref.actor.entropy_coeff": (0, "REFINE's loss has no entropy term"),
-    "actor_rollout_ref.actor.use_dynamic_bsz": (
-        False,
-        "micro-batches are counted in documents: set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
-    ),
-    "actor_rollout_ref.actor.ppo_micro_batch_size": (
-        None,
-        "set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu instead",
-    ),
-    "actor_rollout_ref.actor.checkpoint.async_save": (False, "verl's FSDP engine saves while training waits"),
-    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": (1, "a document stays on one worker"),
-    "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": (
-        1,
-        "a document stays on one worker",
-    ),
-    "actor_rollout_ref.model.enable_gradient_checkpointing": (
-        False,
-        "it drops the carried state; set model.activation_checkpointing=segment instead",
-    ),
-    "actor_rollout_ref.model.use_remove_padding": (False, "REFINE packs documents itself"),
-    "actor_rollout_ref.model.lora_rank": (0, "all weights are trained"),
-    "actor_rollout_ref.model.lora.rank": (0, "all weights are trained"),
-    "actor_rollout_ref.rollout.top_k": (-1, "rollouts are drawn from the whole distribution"),
-    "actor_rollout_ref.rollout.top_p": (1, "rollouts are drawn from the whole distribution"),
-}
-"""verl's options that REFINE cannot honour: the only value each may have, and why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +71,7 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
     data = data_settings(config, refine)
     workers = _check_trainer(config)
     _check_batches(config, refine, workers)
-    _check_fixed(config)
+    check_fixed(config)
     check_verl_keys(config)
     _make_paths_absolute(config)
     model = dataclasses.replace(model, path=config.model.path, tokenizer=config.model.tokenizer)
@@ -137,11 +90,11 @@ def check_against_verl(config: DictConfig) -> None:
     from verl.utils.config import validate_config
     from verl.utils.tracking import Tracking
 
-    for name in [config.trainer.logger] if isinstance(config.trainer.logger, str) else config.trainer.logger or []:
+    for name in [config.trainer.logger] if isinstance(config.trainer.logger, str) else config.trainer.logger:
         require_choice("trainer.logger", name, sorted(Tracking.supported_backend), kind="logger")
     estimators = sorted(str(name) for name in ADV_ESTIMATOR_REGISTRY if name != "gae")
     require_choice("algorithm.adv_estimator", config.algorithm.adv_estimator, estimators, kind="estimator")
-    losses = sorted(str(name) for name in POLICY_LOSS_REGISTRY)
+    losses = sorted(str(name) for name in POLICY_LOSS_REGISTRY if name not in UNSUPPORTED_LOSSES)
     mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
     require_choice("actor_rollout_ref.actor.policy_loss.loss_mode", mode, losses, kind="policy loss")
     check_optimizer(config.actor_rollout_ref.actor.optim)
@@ -244,6 +197,10 @@ def _check_trainer(config: DictConfig) -> int:
             raise ConfigError(f"trainer.{name}", f"must be a name, got {trainer[name]!r}. Leave it out instead.")
     if not config.data.train_files and config.refine.phase != "ttt":
         raise ConfigError("data.train_files", "no documents given. Set data.train_files=FILE, a directory or a list.")
+    if trainer.val_only and not config.data.val_files:
+        raise ConfigError("trainer.val_only", "true needs something to validate on: set data.val_files.")
+    if trainer.logger is None:
+        raise ConfigError("trainer.logger", "null is no list of loggers. Write [] for none.")
     for name in ("n_gpus_per_node", "nnodes", "total_epochs"):
         _require_integer(f"trainer.{name}", trainer[name], at_least=1)
     if trainer.total_training_steps is not None:
@@ -297,6 +254,15 @@ def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> 
             f"{config.trainer.n_gpus_per_node} x trainer.nnodes={config.trainer.nnodes}). Make it, and "
             f"data.train_batch_size={batch}, a multiple of {workers}, or change the number of workers.",
         )
+    for name in ("train_max_samples", "val_max_samples"):
+        _require_integer(f"data.{name}", config.data[name], at_least=-1)
+    _require_integer("data.val_batch_size", config.data.val_batch_size, at_least=1)
+    at_most = config.data.train_max_samples
+    if refine.phase != "ttt" and 0 < at_most < batch:
+        raise ConfigError(
+            "data.train_max_samples",
+            f"{at_most} sequences do not fill a batch of data.train_batch_size={batch}. Raise it or lower the batch.",
+        )
     share = -(-mini // workers)
     key = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
     micro = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
@@ -318,22 +284,6 @@ def _near_divisors(number: int, wanted: int) -> str:
     upper = min((value for value in divisors if value > wanted), default=None)
     near = " or ".join(str(value) for value in (lower, upper) if value is not None)
     return f" {near} would." if near else ""
-
-
-def _check_fixed(config: DictConfig) -> None:
-    for follower, leader in FOLLOWERS.items():
-        if OmegaConf.select(config, follower) != OmegaConf.select(config, leader):
-            raise ConfigError(
-                follower,
-                f"{OmegaConf.select(config, follower)} contradicts "
-                f"{leader}={OmegaConf.select(config, leader)}, "
-                f"which it follows. Set {leader} instead.",
-            )
-    for key, (allowed, reason) in FIXED.items():
-        value = OmegaConf.select(config, key)
-        if value != allowed:
-            shown = str(allowed).lower() if isinstance(allowed, bool) else "null" if allowed is None else allowed
-            raise ConfigError(key, f"{value} is not supported: {reason}. The only value is {shown}.")
 
 
 def _make_paths_absolute(config: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""verl's keys whose wrong values only a worker would notice: optimiser, schedule, checkpoints, dtypes."""
+"""verl's keys: those that have one value here, and those whose wrong values only a worker would notice."""
 
 from __future__ import annotations
 
@@ -20,6 +20,68 @@ _PRECISIONS = (*_FLOAT32, *_BFLOAT16, "fp16", "float16", "16")
 _ACTOR = "actor_rollout_ref.actor"
 _OPTIM = f"{_ACTOR}.optim"
 _FSDP = f"{_ACTOR}.fsdp_config"
+_OVERRIDES = "actor_rollout_ref.model.override_config"
+
+
+FOLLOWERS = {
+    "actor_rollout_ref.model.path": "model.path",
+    "actor_rollout_ref.actor.ppo_mini_batch_size": "refine.ppo_mini_batch_size",
+    "actor_rollout_ref.rollout.n": "refine.nsp.rollouts_per_position",
+    "actor_rollout_ref.actor.grad_clip": "actor_rollout_ref.actor.optim.clip_grad",
+    "actor_rollout_ref.rollout.temperature": "refine.nsp.temperature",
+}
+"""verl's keys that take their value from a short key; setting them apart would be a contradiction."""
+
+_ONE_PATH = "rollouts come from the training workers, in one way only"
+_NO_REFERENCE = "REFINE has no reference model"
+FIXED: dict[str, tuple[Any, str]] = {
+    "trainer.use_v1": (True, "REFINE's trainer is a v1 trainer"),
+    "trainer.v1.trainer_mode": ("sync", _ONE_PATH),
+    "transfer_queue.enable": (False, _ONE_PATH),
+    "distillation.enabled": (False, "there is no teacher"),
+    "data.gen_batch_size": (None, "a step reads data.train_batch_size documents"),
+    "algorithm.filter_groups.enable": (False, "no group is drawn again"),
+    "trainer.v1.sampler.sync_refill_failed_groups": (False, "no group is drawn again"),
+    "algorithm.rollout_correction.bypass_mode": (False, "rollouts and updates have the same weights and kernels"),
+    "trainer.default_hdfs_dir": (None, "checkpoints stay where they are written"),
+    "trainer.rollout_data_dir": (None, "rollouts are not written to files; python -m refine_verl.inspect shows them"),
+    "trainer.validation_data_dir": (None, "answers are in predictions.jsonl of the run directory"),
+    "trainer.log_val_generations": (0, "answers are in predictions.jsonl of the run directory"),
+    "critic.enable": (False, "advantages are relative to the group, without a critic"),
+    "algorithm.use_kl_in_reward": (False, _NO_REFERENCE),
+    "actor_rollout_ref.actor.use_kl_loss": (False, _NO_REFERENCE),
+    "actor_rollout_ref.actor.entropy_coeff": (0, "REFINE's loss has no entropy term"),
+    "actor_rollout_ref.actor.use_dynamic_bsz": (
+        False,
+        "micro-batches are counted in documents: set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    ),
+    "actor_rollout_ref.actor.ppo_micro_batch_size": (
+        None,
+        "set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu instead",
+    ),
+    "actor_rollout_ref.actor.shuffle": (False, "mini-batches keep the order of data.shuffle"),
+    "actor_rollout_ref.model.use_liger": (False, "its kernels are for other models"),
+    "actor_rollout_ref.actor.checkpoint.async_save": (False, "verl's FSDP engine saves while training waits"),
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": (1, "a document stays on one worker"),
+    "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": (
+        1,
+        "a document stays on one worker",
+    ),
+    "actor_rollout_ref.model.enable_gradient_checkpointing": (
+        False,
+        "it drops the carried state; set model.activation_checkpointing=segment instead",
+    ),
+    "actor_rollout_ref.model.use_remove_padding": (False, "REFINE packs documents itself"),
+    "actor_rollout_ref.model.lora_rank": (0, "all weights are trained"),
+    "actor_rollout_ref.model.lora.rank": (0, "all weights are trained"),
+    "actor_rollout_ref.rollout.top_k": (-1, "rollouts are drawn from the whole distribution"),
+    "actor_rollout_ref.rollout.top_p": (1, "rollouts are drawn from the whole distribution"),
+}
+"""verl's options that REFINE cannot honour: the only value each may have, and why."""
+
+UNSUPPORTED_LOSSES = ("bypass_mode", "geo_mean")
+"""Policy losses of verl that cannot be used: ``geo_mean`` is a mean over the micro-batch, so it would weigh the more
+the smaller micro-batches are; ``bypass_mode`` needs what a rollout server sends."""
 
 
 def check_verl_keys(config: DictConfig) -> None:
@@ -46,6 +108,34 @@ def check_verl_keys(config: DictConfig) -> None:
         raise ConfigError(
             f"{_FSDP}.fsdp_size", f"must be -1 (all workers) or divide the {workers} workers, got {size}."
         )
+
+
+def check_fixed(config: DictConfig) -> None:
+    """Refuse contradictions between keys, and values that would have no effect or the wrong one.
+
+    Raises:
+        ConfigError: see `FOLLOWERS` and `FIXED`.
+    """
+    for follower, leader in FOLLOWERS.items():
+        if OmegaConf.select(config, follower) != OmegaConf.select(config, leader):
+            raise ConfigError(
+                follower,
+                f"{OmegaConf.select(config, follower)} contradicts "
+                f"{leader}={OmegaConf.select(config, leader)}, "
+                f"which it follows. Set {leader} instead.",
+            )
+    for name in OmegaConf.select(config, _OVERRIDES) or {}:
+        if name != "attn_implementation":
+            raise ConfigError(
+                f"{_OVERRIDES}.{name}",
+                "would change the model in the workers behind the back of all checks. Change config.json of the model, "
+                "or set model.config for random weights.",
+            )
+    for key, (allowed, reason) in FIXED.items():
+        value = OmegaConf.select(config, key)
+        if value != allowed:
+            shown = str(allowed).lower() if isinstance(allowed, bool) else "null" if allowed is None else allowed
+            raise ConfigError(key, f"{value} is not supported: {reason}. The only value is {shown}.")
 
 
 def _check_schedule(optim: DictConfig) -> None:

@@ -38,7 +38,7 @@ def load_tokenizer(
     """
     if spec == "bytes":
         return _finish(_byte_tokenizer(), out_dir)
-    if spec == "bpe" or spec.startswith("bpe:"):
+    if is_made_of_documents(spec):
         return _finish(_train_bpe(_bpe_size(spec), corpus_texts), out_dir)
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=False, local_files_only=local_files_only(spec))
@@ -56,6 +56,11 @@ def load_tokenizer(
             f"tokenizer {spec!r} is neither a directory nor a hub id that can be loaded: {reason}."
             f"{nearest_paths(path)} Without network access give a local directory, or use bytes or bpe:SIZE."
         ) from error
+
+
+def is_made_of_documents(spec: str) -> bool:
+    """Whether ``spec`` asks for a tokenizer that has to be trained first."""
+    return spec == "bpe" or spec.startswith("bpe:")
 
 
 def _bpe_size(spec: str) -> int:

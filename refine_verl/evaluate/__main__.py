@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; give the same command again to go on\n")
         return INTERRUPTED
+    except OSError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return BAD_INPUT
     except ValueError as error:  # ConfigError and its siblings; others are ours to repair
         if not isinstance(error, _refusals()):
             raise

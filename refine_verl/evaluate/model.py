@@ -18,7 +18,7 @@ from refine_verl.adaptation import AdaptSettings, PromptError, adapt
 from refine_verl.adaptation.settings import METHODS, read_settings
 from refine_verl.config import ConfigError, require_choice
 from refine_verl.data.errors import DataError
-from refine_verl.data.tokenizers import load_tokenizer
+from refine_verl.data.tokenizers import is_made_of_documents, load_tokenizer
 from refine_verl.models import Documents, FastWeightActor, ModelError, Packed, inspect_model, load_model, make_actor
 from refine_verl.nsp import sample_from_logits
 
@@ -216,7 +216,7 @@ def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         DataError: there is none, or it would have to be trained first.
     """
-    if name.startswith("bpe:"):
+    if is_made_of_documents(name):
         raise DataError(f"tokenizer={name} would have to be trained first. Give the directory it is saved in.")
     return load_tokenizer(name)
 

@@ -145,14 +145,19 @@ def _generator(settings: EvaluateSettings) -> Iterator[Any]:
         import wonderwords  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError("tasks", f"ruler_niah needs {error.name}, which is not installed: {INSTALL}") from error
-    local = str(Path(settings.data_dir).expanduser() / "nltk_data")
-    if settings.data_dir and local not in nltk.data.path:
+    local = str(_nltk_folder(settings))
+    if local not in nltk.data.path:
         nltk.data.path.insert(0, local)
     with mock.patch.object(nltk, "download", lambda *_: False):
         import lm_eval.tasks.ruler.prepare_niah as ruler
 
         with mock.patch.object(ruler, "tqdm", lambda rows, **_: rows):
             yield ruler
+
+
+def _nltk_folder(settings: EvaluateSettings) -> Path:
+    """Beside the needles: in ``data_dir``, or in the cache where it is not set."""
+    return needle_folder(settings).parent / "nltk_data"
 
 
 def _template() -> str:
@@ -204,7 +209,7 @@ def _sentence_splitter(settings: EvaluateSettings) -> None:
         try:
             nltk.data.find("tokenizers/punkt_tab")
         except LookupError:
-            folder = Path(settings.data_dir or ".").expanduser() / "nltk_data"
+            folder = _nltk_folder(settings)
             raise DataError(
                 f"ruler_niah: NLTK's sentence splitter is missing: there is no {folder}/tokenizers/punkt_tab. Where "
                 'the network can be reached, get it with: python -c "import nltk; '

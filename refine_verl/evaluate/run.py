@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from refine_verl.adaptation import AdaptSettings
+from refine_verl.data import DataError
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.evaluate import needles, short_context
 from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, named_tokenizer, ttt_settings
@@ -55,17 +57,44 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     }
     results = Results(settings.out, identity)
     units = [*plan.needles(), *units]
+    finished = _finished(units, settings, results, ttt)
     rows = results.earlier(unit.name for unit in units)
     tables: list[Table] = []
     for unit in units:
-        done = results.finished(unit.name, {sample.id: sample.digest for sample in unit.samples})
         if unit.group == "short_context":
             rows += short_context.run(unit, settings, model, results)
         else:
-            rows += _run(unit, settings, model, results, done)
+            rows += _run(unit, settings, model, results, finished[unit.name])
         tables = build_tables(rows, _label(settings))
         results.write(rows, "\n".join(table.markdown() for table in tables), dataclasses.asdict(settings))
     return tables
+
+
+def _finished(
+    units: Sequence[Unit], settings: EvaluateSettings, results: Results, ttt: AdaptSettings
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The answered samples of each unit by id; what could only be refused later is refused here.
+
+    Raises:
+        ConfigError: an answer to what is no longer asked.
+        DataError: a prompt too short to adapt to.
+    """
+    shortest = ttt.shortest_prompt if settings.ttt != "none" else 1
+    for unit in units:
+        if unit.group == "short_context":
+            short_context.check_results(unit, settings, results)
+        for sample in unit.samples:
+            if len(sample.ids) < shortest:
+                raise DataError(
+                    f"{unit.name}: the prompt of sample {sample.id} has {len(sample.ids)} tokens, and "
+                    f"ttt={settings.ttt} needs at least {shortest} (adapt.nsp.chunks, adapt.nsp.rollout_length). Lower "
+                    "these, or leave the task out."
+                )
+    return {
+        unit.name: results.finished(unit.name, {sample.id: sample.digest for sample in unit.samples})
+        for unit in units
+        if unit.group != "short_context"
+    }
 
 
 class _Plan:

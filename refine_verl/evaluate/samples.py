@@ -91,16 +91,20 @@ def find_longbench(settings: EvaluateSettings, tasks: Sequence[str]) -> dict[str
     folders = _folders(settings, "longbench")
     names = {task: [f"{task}{end}" for end in _SUFFIXES] for task in tasks}
     found: dict[str, Path] = {}
+    missing = []
     for task in tasks:
         stem = re.compile(rf"{re.escape(task)}(_\d+)?\.(parquet|jsonl|jsonl\.zst)")
         files = [path for folder in folders for path in sorted(folder.glob(f"{task}*")) if stem.fullmatch(path.name)]
-        if not files:
-            raise DataError(
-                f"longbench: no file for {task}: {_where(folders, names[task])}. Make it from LongBench's data with: "
-                f"python -m refine_verl.prepare longbench --input Xnhyacinth/LongBench --tasks {task} "
-                f"--out {folders[-1]}"
-            )
-        found[task] = _only(files, task)
+        if files:
+            found[task] = _only(files, task)
+        else:
+            missing.append(task)
+    if missing:
+        raise DataError(
+            f"longbench: no file for {', '.join(missing)}: {_where(folders, names[missing[0]])}. Make "
+            f"{'it' if len(missing) == 1 else 'them'} from LongBench's data with: python -m refine_verl.prepare "
+            f"longbench --input Xnhyacinth/LongBench --tasks {','.join(missing)} --out {folders[-1]}"
+        )
     return found
 
 

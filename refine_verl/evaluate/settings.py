@@ -76,7 +76,7 @@ class EvaluateSettings(Settings):
         (4096, 8192, 16384), "context lengths of RULER and ntp, in tokens; the last limits LongBench"
     )
     ttt: str = option("none", "adapt to each prompt before it is answered", choices=INNER)
-    adapt: dict | None = option(None, "settings of test-time training; null: the paper's")
+    adapt: dict | str | None = option(None, "settings of test-time training or a YAML file of them; null: the paper's")
     convention: str = option("paper", "how answers of RULER QA and LongBench are scored", choices=CONVENTIONS)
     limit: int | None = option(None, "samples per task and length, the first ones; null: all", at_least=1)
     batch_size: int = option(
@@ -146,8 +146,8 @@ def read_arguments(arguments: Sequence[str]) -> EvaluateSettings:
         raise ConfigError("", f"the arguments cannot be read: {' '.join(str(error).split())}") from error
     for key in ("tasks", "lengths"):
         if key in values and not isinstance(values[key], list):
-            text = str(values[key])
-            values[key] = [_number(part) if key == "lengths" else part for part in text.split(",") if part]
+            parts = [part.strip() for part in str(values[key]).split(",")]
+            values[key] = [_number(part) if key == "lengths" else part for part in parts if part]
     for key in ("model", "out", "data_dir", "tokenizer"):
         if isinstance(values.get(key), (int, float)):
             values[key] = str(values[key])  # a directory may be called 7

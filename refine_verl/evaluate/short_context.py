@@ -76,6 +76,15 @@ def check(settings: EvaluateSettings, tasks: Sequence[str]) -> None:
         require_lm_eval()
 
 
+def check_results(unit: Unit, settings: EvaluateSettings, results: Results) -> None:
+    """Refuse a directory in which the task was asked something else.
+
+    Raises:
+        ConfigError: it was, with another limit or other files.
+    """
+    results.whole(unit.name, _asked(settings, unit.task))
+
+
 def run(unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: Results) -> list[Row]:
     """Ask one task; a task whose samples are all there already is not asked again."""
     import lm_eval
@@ -159,6 +168,10 @@ def _files(settings: EvaluateSettings, task: str) -> list[Path]:
         raise DataError(
             f"short_context: no file for {task}: {where}. Where the hub can be reached, make it with: python -c "
             f"\"from datasets import load_dataset; load_dataset({name}, split='{known.split}').to_parquet('{path}')\""
+        )
+    if len({path.suffix for path in files}) > 1:
+        raise DataError(
+            f"short_context: parquet and jsonl files for {task}: {', '.join(map(str, files))}. Leave one kind there."
         )
     return files
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import yaml
 
 from refine_verl.config import ConfigError, NSPSettings, RefineSettings, Settings, did_you_mean, option
+from refine_verl.data.tokenizers import is_made_of_documents
 
 NSP_PREFIX = NSPSettings.SECTION + "."
 STDIN = "-"
@@ -37,7 +38,7 @@ class InspectSettings(Settings):
                 raise ConfigError("", f"{name} is missing: give {example}.")
         if self.seed >= 2**63:
             raise ConfigError("seed", f"must be below 2**63, got {self.seed}.")
-        if self.tokenizer is not None and self.tokenizer.startswith("bpe"):
+        if self.tokenizer is not None and is_made_of_documents(self.tokenizer):
             raise ConfigError(
                 "tokenizer",
                 f"{self.tokenizer} would be trained on a run's own documents. Give the directory of the model it was "

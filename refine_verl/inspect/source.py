@@ -74,7 +74,7 @@ def read_text(text: str) -> str:
     if not data:
         raise ConfigError("text", f"{where} is empty.")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ConfigError(

@@ -1,4 +1,7 @@
-"""The LM head, evaluated in chunks: logits of all tokens of a batch never exist at the same time."""
+"""The LM head, evaluated in chunks: logits of all tokens of a document never exist at the same time.
+
+Those of tokens that were sampled do, where their log-probabilities are trained: k for each rollout, all of an answer.
+"""
 
 from __future__ import annotations
 

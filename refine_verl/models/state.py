@@ -117,7 +117,7 @@ class FastWeightState:
         that reaches them does. The gradient ends here and is dropped.
         """
         needs_grad = torch.is_grad_enabled()
-        return self.map(lambda tensor: tensor.detach().requires_grad_(needs_grad))
+        return self.map(lambda tensor: tensor.detach().requires_grad_(needs_grad and tensor.is_floating_point()))
 
     def zeros_like(self) -> FastWeightState:
         """The state before the first token, in the shape of this one."""

@@ -82,7 +82,7 @@ def _ask_the_configuration(path: str | Path, config: PretrainedConfig, files: li
     except ValueError as error:
         raise ModelError(
             f"model.path={path}: configuration and weights contradict each other: {error}. Check that config.json "
-            "belongs to these weights, and what model.config overrides."
+            "belongs to these weights."
         ) from error
 
 

@@ -77,7 +77,7 @@ def _plan(arguments: Sequence[str]) -> int:
     files = find_configs() + [file for item in directories for file in read_config_dir(Path(item))]
     valid = validate(composed, files)
     if measured:
-        rollouts = valid.refine.loss.rl_coef > 0
+        rollouts = valid.refine.uses_rollouts
         speed, source = measured_throughput(measured, valid.workers, rollouts=rollouts)
         options = dataclasses.replace(options, throughput=speed, throughput_from=source)
     # Only a sound configuration is worth the seconds that torch and transformers take to load.
@@ -131,6 +131,8 @@ def make_plan(
         train = Reading.of_statistics(prepared.train.statistics)
         validation = None if prepared.validation is None else Reading.of_statistics(prepared.validation.statistics)
     assert train is not None  # validate has refused a run without documents
+    split = "val" if valid.refine.phase == "ttt" else "train"  # test-time training reads nothing else
+    train = train.at_most(int(valid.config.data[f"{split}_max_samples"]))
     shape = shape_of(valid, train.longest)
     memory = estimate_memory(info.config, shape)
     work = work_of(valid, train, shape, traced=reads_uncut(info.model_type, shape.cuda))

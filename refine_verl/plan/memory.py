@@ -43,7 +43,7 @@ class Shape:
         rollouts_of: of how many documents rollouts are written together.
         workers: processes the parameters are sharded over.
         nsp: c, n, k and how rollouts are made.
-        with_rollouts: whether there are rollouts at all (``refine.loss.rl_coef`` > 0).
+        with_rollouts: whether there are rollouts at all (``RefineSettings.uses_rollouts``).
         checkpoint_segments: ``model.activation_checkpointing=segment``.
         cuda: fla's kernels and bf16 matrix products instead of the CPU's.
         reshard: FSDP2 frees gathered layers after their forward pass.

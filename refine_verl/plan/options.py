@@ -73,8 +73,8 @@ def _positive(name: str, value: str) -> float:
         number = float(value)
     except ValueError:
         number = 0.0
-    if not 0 < number < float("inf") or (name == "sample" and number < 1):
-        unit = {"throughput": "tokens per second", "memory": "GiB", "sample": "a number of documents"}[name]
+    if not 0 < number < float("inf") or (name == "sample" and not number.is_integer()):
+        unit = {"throughput": "tokens per second", "memory": "GiB", "sample": "a whole number of documents"}[name]
         raise ConfigError(name, f"must be a number greater than 0 ({unit}), got {value!r}.")
     return number
 

@@ -64,6 +64,12 @@ class Reading:
             longest=statistics.longest_prompt + statistics.longest_answer,
         )
 
+    def at_most(self, sequences: int) -> Reading:
+        """The account of so many sequences, of the same mean length; of all for a number below 1."""
+        if not 0 < sequences < self.sequences:
+            return self
+        return dataclasses.replace(self, sequences=sequences, tokens=round(sequences * self.mean_length))
+
 
 def sample_split(data: DataSettings, split: str, tokenizer: Any, minimum: int, count: int) -> Reading | None:
     """Tokenise the first ``count`` documents of each file and reckon the rest from the files' sizes.

@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from refine_verl.data.errors import DataError
-from refine_verl.data.tokenizers import load_tokenizer
+from refine_verl.data.tokenizers import is_made_of_documents, load_tokenizer
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def command_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     Raises:
         DataError: nothing loadable there, or `bpe:SIZE`, which would have to be trained first.
     """
-    if spec.startswith("bpe:"):
+    if is_made_of_documents(spec):
         raise DataError(
             f"--tokenizer {spec} would be trained on a run's own documents. Give the tokenizer's directory (a run "
             "saves it with its model), a hub id, or bytes."

@@ -158,14 +158,19 @@ def run(settings: LongBenchSettings) -> None:
     arguments = {
         "length": settings.length,
         "templates": make_key([dataclasses.astuple(task) for task in TASKS.values()]),
-        "sources": {task: source.fingerprint() for task, source in sources.items()},
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else None,
     }
     rows = []
     with Output(Path(settings.out).expanduser(), "prepare longbench", arguments) as output:
         for task, source in sources.items():
             name = f"{task}.parquet"
-            if (entry := output.finished(name)) is None:
+            entry = output.finished(name)
+            if entry is not None and entry["source"] != make_key(source.fingerprint()):
+                raise DataError(
+                    f"--out {settings.out} holds {name} made from another input than {source.name}. Give another "
+                    f"directory, or delete this one."
+                )
+            if entry is None:
                 entry = _write_task(output, name, task, source, tokenizer, settings)
             rows.append((task, entry["rows"], len(entry["lengths"]), *spread(list(filter(None, entry["lengths"])))))
     notes = [
@@ -253,7 +258,11 @@ def _write_task(
             limit = settings.length
             kept += [row for row in batch if limit is None or row["total_length"] <= limit]
             step(len(batch))
-    entry = {"rows": len(rows), "lengths": [row.get("total_length") for row in kept]}
+    entry = {
+        "rows": len(rows),
+        "lengths": [row.get("total_length") for row in kept],
+        "source": make_key(source.fingerprint()),
+    }
     write_table(output, name, pa.Table.from_pylist(kept, SCHEMA), entry)
     return entry
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import tempfile
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from refine_verl.data.cache import make_key
 from refine_verl.data.errors import DataError
+from refine_verl.files import locked
 
 MANIFEST = ".prepare.json"
 _PARTIAL = ".partial-"
@@ -81,18 +81,13 @@ class Output:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        path = self.directory / _LOCK
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise DataError(
-                    f"--out {self.directory} is being filled by another process. Wait for it, or give another one."
-                ) from error
-            try:
+        try:
+            with locked(self.directory / _LOCK):
                 yield
-            finally:
-                path.unlink(missing_ok=True)
+        except BlockingIOError as error:
+            raise DataError(
+                f"--out {self.directory} is being filled by another process. Wait for it, or give another one."
+            ) from error
 
     def _remove_unused_manifest(self) -> None:
         if not self.done:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refine_verl.files import write_atomically
 from refine_verl.report.charts import SECTIONS, SPECS, ChartSpec, task_keys
 from refine_verl.report.format import format_duration, format_number
 from refine_verl.report.html import chart_section
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.metrics import METRICS_FILE, write_atomically
+from refine_verl.report.metrics import METRICS_FILE
 from refine_verl.report.page import flatten, render_page, sample, setting_text
 from refine_verl.report.run import ReportError, Run, read_run
 from refine_verl.report.series import Point, column, finite, head_and_tail
@@ -259,9 +260,14 @@ def _final(records: Sequence[dict[str, Any]], key: str) -> float | None:
 def _best(key: str, values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
-    if key.startswith(HIGHER_IS_BETTER) and "zero_std" not in key:
+    if (key.startswith(HIGHER_IS_BETTER) and "zero_std" not in key) or _is_task_score(key):
         return max(values)
     return min(values) if key in LOWER_IS_BETTER else None
+
+
+def _is_task_score(key: str) -> bool:
+    """A score of answers, `val/<task>/<metric>`: all of them are better when higher."""
+    return bool(task_keys([{key: 0.0}]))
 
 
 def _differences(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from refine_verl.report.charts import task_keys
 from refine_verl.report.format import format_change, format_duration, format_number
 from refine_verl.report.series import column, finite, head_and_tail
 
@@ -25,18 +26,46 @@ class Headline:
     detail: str = ""
 
 
+MOST_TASKS = 3
+
+
 def headlines(records: Sequence[dict[str, Any]]) -> list[Headline]:
     """The tiles of a run, those that its metrics allow."""
     validated = bool(finite(column(records, "val/ntp_loss")))
     found = (
         _first_to_last(records, "val/ntp_loss", "Validation loss", better=-1),
         _first_to_last(records, "val/ntp_accuracy", "Validation accuracy", better=1, percent=True),
+        *_task_scores(records),
         _start_to_end(records, "nsp/reward/mean", "Reward", better=1),
         _start_to_end(records, "actor/ntp_loss", "Training loss", better=-1) if not validated else None,
         _throughput(records),
         _cost(records),
     )
     return [headline for headline in found if headline]
+
+
+def _task_scores(records: Sequence[dict[str, Any]]) -> list[Headline | None]:
+    """The first few tasks. At test time there is one score, of all answers so far, and that without adaptation."""
+    scores = [key for key in task_keys(records) if "/before/" not in key and finite(column(records, key))]
+    found: list[Headline | None] = []
+    for key in scores[:MOST_TASKS]:
+        task, _, metric = key.removeprefix("val/").rpartition("/")
+        name = ", ".join(filter(None, (task, metric.replace("_", " "))))
+        before = finite(column(records, f"val/{task}/before/{metric}"))
+        if not before:
+            found.append(_first_to_last(records, key, name, better=1, percent=True))
+            continue
+        without, (_, value) = before[-1][1], finite(column(records, key))[-1]
+        found.append(
+            Headline(
+                name=name,
+                value=format_number(value, percent=True),
+                change=format_change(without, value, percent=True),
+                verdict=_verdict(value - without, 1),
+                detail=f"from {format_number(without, percent=True)} without adaptation",
+            )
+        )
+    return found
 
 
 def _first_to_last(

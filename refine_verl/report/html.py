@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refine_verl.files import write_atomically
 from refine_verl.report.charts import build_charts
 from refine_verl.report.format import format_number
 from refine_verl.report.headline import headlines
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.metrics import METRICS_FILE, write_atomically
+from refine_verl.report.metrics import METRICS_FILE
 from refine_verl.report.page import flatten, key_table, lookup, render_page, sample, tile
 from refine_verl.report.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
 from refine_verl.report.series import column, finite

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from refine_verl.files import write_atomically
+
 __all__ = ["METRICS_FILE", "MetricsError", "MetricsWriter", "merge_steps", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
@@ -154,17 +156,3 @@ def _repair(path: Path, resume_step: int | None) -> None:
     if len(kept) < len(parsed):
         logger.info("%s: dropped %d lines after step %s", path, len(parsed) - len(kept), resume_step)
     write_atomically(path, content)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a reader, or a kill, finds the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

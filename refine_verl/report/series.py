@@ -83,7 +83,7 @@ def head_and_tail(points: Sequence[Point]) -> tuple[float, float, int] | None:
 def warmup_spans(records: Sequence[Record]) -> list[tuple[float, float]]:
     """Spans (first, last step) in which a run that also refines was warming up.
 
-    A step says so by `phase: "warmup"` or by `refine/active: 0`. A run that never refines has no warm-up.
+    A step says so by `refine/active: 0`. A run that never refines has no warm-up.
     """
     states = [(record["step"], state) for record in records if (state := _warming_up(record)) is not None]
     if all(state for _, state in states):
@@ -100,7 +100,5 @@ def warmup_spans(records: Sequence[Record]) -> list[tuple[float, float]]:
 
 
 def _warming_up(record: Record) -> bool | None:
-    if isinstance(phase := record.get("phase"), str):
-        return phase.lower() in {"warmup", "warm-up", "warm_up"}
     active = record.get("refine/active")
     return None if active is None else not active

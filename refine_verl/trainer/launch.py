@@ -22,10 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from ray._private import ray_constants
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
+from refine_verl.config import ConfigError
+from refine_verl.files import locked, write_atomically
 from refine_verl.plugin import check_plugin
 from refine_verl.redaction import redacted
 from refine_verl.report import ReportError, write_report
-from refine_verl.report.metrics import write_atomically
 from refine_verl.schema import leaves
 from refine_verl.trainer.attempts import run_attempts
 from refine_verl.trainer.checkpoints import checkpoint_to_resume
@@ -37,6 +38,8 @@ from refine_verl.trainer.ttt import TTTTrainer
 from refine_verl.workers.checkpoint_files import tidy
 
 logger = logging.getLogger(__name__)
+
+LOCK = ".running"
 
 TRAINERS: dict[str, type[RefineTrainer]] = {
     "documents": RefineTrainer,
@@ -62,15 +65,34 @@ def train(config: DictConfig, signals: StopSignals | None = None) -> Path:
 
     Raises:
         Stopped: a signal, after the step in progress and a checkpoint; KeyboardInterrupt: at once.
-        ConfigError: no checkpoint that is there can be loaded; nothing was written then.
+        ConfigError: no checkpoint that is there can be loaded, or another run is at work in the directory.
         WorkerLost, CheckpointError, TrainingDiverged, ResourceError, PluginError: see there.
     """
     check_plugin()
     signals = signals or StopSignals()
     run_dir = Path(config.trainer.default_local_dir)
-    tidy(run_dir)
     checkpoint_to_resume(config, warn=False)
     run_dir.mkdir(parents=True, exist_ok=True)
+    with _alone_in(run_dir):
+        _train_in(run_dir, config, signals)
+    return run_dir
+
+
+@contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """A second run would delete as left over what the first one is saving, and mix its metrics with it."""
+    try:
+        with locked(run_dir / LOCK):
+            yield
+    except BlockingIOError as error:
+        raise ConfigError(
+            "trainer.default_local_dir",
+            f"{run_dir}: another run is at work there. Wait for its end, or name another place.",
+        ) from error
+
+
+def _train_in(run_dir: Path, config: DictConfig, signals: StopSignals) -> None:
+    tidy(run_dir)
     _say_what_changed(run_dir / "config.yaml", config)
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(shareable(config)).encode())
     write_atomically(run_dir / "environment.json", (json.dumps(environment(config), indent=2) + "\n").encode())
@@ -85,7 +107,6 @@ def train(config: DictConfig, signals: StopSignals | None = None) -> Path:
             run_attempts(config, attempt, after=lambda: tidy(run_dir))
         finally:
             _report(run_dir)
-    return run_dir
 
 
 def _report(run_dir: Path) -> None:
@@ -111,6 +132,8 @@ def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
     )
     options = {name: value for name, value in options.items() if value is not None}
     if local:
+        # else Ray would join a cluster that was started on this machine, without any of the checks of one
+        options["address"] = "local"
         options.setdefault("include_dashboard", False)
         if config.trainer.device == "cpu":
             # one Ray CPU per worker, also where workers outnumber cores

@@ -36,6 +36,8 @@ class PosttrainTrainer(PromptTrainer):
     def _recorder(self, resume_step: int | None, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
         def still_holds(row: Mapping[str, Any]) -> bool:
             # validation alone makes the answers of its step again and leaves all others
+            if "step" not in row:  # of a test-time run, with resume_mode=disable
+                return False
             if resume_step is None:
                 return bool(row["step"] != self.global_steps)
             # nor does a validation stay that is made again because its line in metrics.jsonl was lost

@@ -255,8 +255,9 @@ class RefineTrainer(CheckpointingTrainer):
             # 1-3: choose positions, write rollouts, reward them, all next to the model
             with marked_timer("rollout", timing_raw):
                 rollouts = self.actor_rollout_wg.rollout_and_reward(batch).get()
-            timing_raw["reward"] = float(rollouts.pop("reward_seconds").max())
-            timing_raw["rollout"] -= timing_raw["reward"]
+            judged = float(rollouts.pop("reward_seconds").max())
+            timing_raw["reward"] = timing_raw.get("reward", 0.0) + judged
+            timing_raw["rollout"] -= judged
             rewards = rollouts["rewards"]
             rollouts["advantages"] = compute_advantages(
                 rewards, self.settings.nsp.rollout_length, self.settings.nsp.group, self.config.algorithm
@@ -267,7 +268,9 @@ class RefineTrainer(CheckpointingTrainer):
         # 4: one optimiser step per mini-batch
         with marked_timer("update", timing_raw):
             updated = tu.get(self.actor_rollout_wg.update(self._in_mini_batches(batch, **how)).get(), "metrics")
+        skipped = metrics.get("actor/skipped_updates", 0.0)  # of an earlier pass of this step
         metrics.update(self._update_metrics(updated))
+        metrics["actor/skipped_updates"] += skipped
         return Learned(forward_tokens + updated["forward_tokens"][0], rewards)
 
     def _uses_rollouts(self) -> bool:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refine_verl.report.metrics import write_atomically
+from refine_verl.files import write_atomically
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -192,3 +192,16 @@ def test_answers_of_other_settings_are_not_gone_on_from(tmp_path: Path) -> None:
         prepare(tmp_path, "ttt", [*rows, row(prompt="c" * 40)])
     with pytest.raises(ConfigError, match=r"holds a run of refine\.phase=ttt"):
         prepare(tmp_path, "posttrain", [row() for _ in range(4)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [("lr_warmup_steps_ratio=0.1",), ("lr_warmup_steps=2",), ("lr_scheduler_type=cosine",)],
+)
+def test_a_learning_rate_that_starts_over_with_every_batch_does_not_move(changes: tuple[str, ...]) -> None:
+    """verl's warm-up begins at 0: every batch would be adapted to with nothing."""
+    overrides = [f"actor_rollout_ref.actor.optim.{change}" for change in changes]
+    for others in ((), ("refine.ttt.reset=none", "refine.ttt.steps=2")):
+        with pytest.raises(ConfigError, match="Leave lr_scheduler_type at constant, without warm-up"):
+            composed(*TTT, *overrides, *others)
+    composed(*TTT, *overrides, "refine.ttt.reset=none")

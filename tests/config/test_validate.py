@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from refine_verl.compose import compose_config, find_configs
 from refine_verl.config import ConfigError
 from refine_verl.data import DataError
-from refine_verl.validate import FIXED, FOLLOWERS, check_against_verl, validate
+from refine_verl.validate import check_against_verl, validate
+from refine_verl.verl_keys import FIXED, FOLLOWERS, UNSUPPORTED_LOSSES
 
 RecipeFile = Callable[..., Path]
 
@@ -85,7 +86,6 @@ def test_sections_with_keys_of_the_users_own_stay_open(quickstart: DictConfig) -
         quickstart,
         ray_kwargs__ray_init__include_dashboard=False,
         ray_kwargs__ray_init__runtime_env__env_vars={"A": "1"},
-        actor_rollout_ref__model__override_config__new_option=1,
         actor_rollout_ref__actor__optim__override_optimizer_config={"eps": 1e-6},
         model__config__allow_neg_eigval=True,
     )
@@ -117,6 +117,17 @@ def test_values_of_the_wrong_kind(quickstart: DictConfig, key: str, value: objec
             {"refine__ppo_mini_batch_size": 7},
             "refine.ppo_mini_batch_size",
             "7 does not divide .*=16. 4 or 8 would",
+        ),
+        ({"data__train_max_samples": 15}, "data.train_max_samples", "15 sequences do not fill a batch of .*=16"),
+        ({"data__train_max_samples": None}, "data.train_max_samples", "must be an integer"),
+        ({"data__val_batch_size": 0}, "data.val_batch_size", "at least 1"),
+        ({"data__max_prompt_length": 7}, "data.max_prompt_length", "7 has no effect .* Set data.max_length"),
+        ({"trainer__val_only": True, "data__val_files": None}, "trainer.val_only", "set data.val_files"),
+        ({"trainer__logger": None}, "trainer.logger", r"Write \[\]"),
+        (
+            {"actor_rollout_ref__model__override_config__hidden_size": 64},
+            "actor_rollout_ref.model.override_config.hidden_size",
+            "behind the back of all checks",
         ),
         ({"refine__ppo_mini_batch_size": 32}, "refine.ppo_mini_batch_size", "32 is more than .*=16"),
         (
@@ -234,3 +245,10 @@ def test_what_verl_refuses_is_said_with_its_key(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_against_verl(validate(changed(quickstart, **changes)).config)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED_LOSSES)
+def test_policy_losses_that_cannot_be_used(quickstart: DictConfig, name: str) -> None:
+    config = validate(changed(quickstart, actor_rollout_ref__actor__policy_loss__loss_mode=name)).config
+    with pytest.raises(ConfigError, match=f"unknown policy loss '{name}'. Allowed: "):
+        check_against_verl(config)

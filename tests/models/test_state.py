@@ -111,3 +111,11 @@ def test_detach_ends_the_gradient_but_asks_for_one() -> None:
     assert state.tree[0]["recurrent"].grad is None
     with torch.no_grad():
         assert not any(tensor.requires_grad for tensor in state.detach().tensors)
+
+
+def test_counters_in_a_state_are_detached_as_they_are() -> None:
+    state = FastWeightState({"weights": torch.ones(2, 3, requires_grad=True), "position": torch.tensor([4, 7])})
+    detached = state.detach()
+    assert [tensor.requires_grad for tensor in detached.tensors] == [
+        tensor.is_floating_point() for tensor in detached.tensors
+    ]

@@ -177,6 +177,38 @@ def test_the_last_recipe_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found["refine.nsp.rollout_length"].source == "recipe midtrain"
 
 
+# Other phases
+
+PROMPTS = ("model=tiny_deltanet", "model.tokenizer=bytes", "model.config.vocab_size=257", *RUN[4:6], *RUN[-2:])
+
+
+def plan_of_prompts(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    rows = [json.dumps({"prompt": "p" * 60, "answer": "a" * 4}) for _ in range(8)]
+    Path("prompts.jsonl").write_text("\n".join(rows) + "\n")
+    capsys.readouterr()
+    assert main([*PROMPTS, "--json", "data.task=qasper", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_prompts_without_rollouts_have_none_in_the_plan(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    sft = plan_of_prompts(capsys, "recipe=ttt_sft", "data.val_files=prompts.jsonl")
+    assert set(sft["work"]["passes"]) == {"update"} and sft["shape"]["with_rollouts"] is False
+    files = ("data.train_files=prompts.jsonl", "data.train_batch_size=4", "refine.ppo_mini_batch_size=4")
+    none = plan_of_prompts(capsys, "recipe=posttrain_sft", *files)["work"]
+    assert none["optimiser_steps_per_step"] == 0 and none["passes"] == {"update": 0}
+
+
+def test_passes_at_test_time(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("recipe=ttt", "data.val_files=prompts.jsonl")
+    once = plan_of_prompts(capsys, *files)["work"]
+    assert (once["steps"], once["optimiser_steps_per_step"]) == (1, 2)
+    assert plan_of_prompts(capsys, *files, "refine.ttt.steps=3")["work"]["optimiser_steps_per_step"] == 6
+    alone = plan_of_prompts(capsys, *files, "refine.ttt.reset=sample")["work"]
+    assert (alone["steps"], alone["optimiser_steps_per_step"]) == (8, 1)
+    few = plan_of_prompts(capsys, *files, "refine.ttt.reset=sample", "data.val_max_samples=3")["work"]
+    assert few["steps"] == 3
+
+
 # Numbers
 
 
@@ -217,3 +249,5 @@ def test_options() -> None:
     assert rest == ["a=1", "+b.c=2"] and measured == ""
     with pytest.raises(ConfigError, match="memory"):
         read_options(["memory=-1"])
+    with pytest.raises(ConfigError, match="a whole number of documents"):
+        read_options(["sample=1.4"])

@@ -132,3 +132,16 @@ def test_written_files_go_into_validation(official, tmp_path, bytes_tokenizer):
     assert {row["id"].split(":")[0] for row in rows} == set(DEFAULT_TASKS)
     assert {row["task"]: row["max_new_tokens"] for row in rows}["multi_news"] == 512
     assert [row["classes"] for row in rows if row["task"] == "trec"] == [["one", "two"]] * 2
+
+
+def test_tasks_may_come_one_after_another(official, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["longbench", "--input", str(official), "--out", str(out)]
+    assert main([*arguments, "--tasks", "lcc"]) == 0
+    before = (out / "lcc.parquet").read_bytes()
+    assert main([*arguments, "--tasks", "trec,lcc"]) == 0
+    assert (out / "lcc.parquet").read_bytes() == before and (out / "trec.parquet").exists()
+    (official / "lcc.jsonl").write_text(json.dumps(RECORDS[0]) + "\n")
+    capsys.readouterr()
+    assert main([*arguments, "--tasks", "lcc"]) == 2
+    assert "holds lcc.parquet made from another input" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def refine_step(step: int) -> dict[str, Any]:
         "timing_s/rollout": 1.0,
         "timing_s/reward": 0.1,
         "timing_s/step": 4.75,
-        "phase": "refine",
+        "refine/active": 1.0,
     }
 
 
@@ -91,7 +91,7 @@ def run_of(directory: Path, lines: Iterable[tuple[int, dict[str, Any]]], config:
 def refine_run(directory: Path, steps: int = 20) -> Path:
     task = {"val/niah/accuracy": 0.3, "val/tracking/accuracy": 0.2}
     lines = [(0, validation(0) | task), *((step, refine_step(step)) for step in range(1, steps + 1))]
-    lines.append((steps, validation(steps) | task))
+    lines.append((steps, validation(steps) | task | {"val/niah/accuracy": 0.42}))
     config = {
         "refine": {"nsp": {"chunks": 8}},
         "trainer": {"experiment_name": "midtrain", "total_training_steps": steps},
@@ -134,12 +134,25 @@ def test_refine_run_has_every_chart_and_key_figure(tmp_path: Path) -> None:
     assert tiles(page) == {
         "Validation loss": "2.700 −0.200 | from 2.900 at step 0",
         "Validation accuracy": "45.00% +4.00 pts | from 41.00% at step 0",
+        "niah, accuracy": "42.00% +12.00 pts | from 30.00% at step 0",
+        "tracking, accuracy": "20.00% 0.00 pts | from 20.00% at step 0",
         # a tenth of 20 steps is 2: mean of 0.41, 0.42 and of 0.59, 0.60
         "Reward": "0.5950 +0.180 | from 0.4150; means of the first and last 2 steps",
         "Throughput": "1510 tokens/s | median; 20 steps in 1 min 35 s",
         "Cost": "2.00 | forward tokens per document token",
     }
     assert {element.get("class") for element in with_class(page, "tile")[0].iter("small")} == {"good"}
+
+
+def test_scores_at_test_time_stand_beside_those_without_adaptation(tmp_path: Path) -> None:
+    """They are means over all answers so far: the first one is that of a few prompts and says little."""
+    lines = [
+        (1, {"val/niah/accuracy": 0.9, "val/niah/before/accuracy": 0.8}),
+        (2, {"val/niah/accuracy": 0.5, "val/niah/before/accuracy": 0.4}),
+    ]
+    page = parse(write_report(run_of(tmp_path, lines)))
+    assert tiles(page)["niah, accuracy"] == "50.00% +10.00 pts | from 40.00% without adaptation"
+    assert not [name for name in tiles(page) if "before" in name]
 
 
 def test_getting_worse_is_not_shown_as_good(tmp_path: Path) -> None:

@@ -68,14 +68,14 @@ def test_head_and_tail() -> None:
 @pytest.mark.parametrize(
     ("records", "spans"),
     [
-        ([{"phase": "warmup"}, {"phase": "warmup"}, {"phase": "refine"}], [(0, 1)]),
+        ([{"refine/active": 0.0}, {"refine/active": 0.0}, {"refine/active": 1.0}], [(0, 1)]),
         ([{"refine/active": 0.0}, {}, {"refine/active": 0.0}, {"refine/active": 1.0}], [(0, 2)]),
         (
-            [{"phase": "refine"}, {"phase": "warmup"}, {"phase": "refine"}, {"phase": "warmup"}],
+            [{"refine/active": 1.0}, {"refine/active": 0.0}, {"refine/active": 1.0}, {"refine/active": 0.0}],
             [(1, 1), (3, 3)],
         ),
         ([{"refine/active": 0.0}, {"refine/active": 0.0}], []),  # a run without REFINE has no warm-up
-        ([{"phase": "refine"}], []),
+        ([{"refine/active": 1.0}], []),
         ([{}], []),
     ],
 )

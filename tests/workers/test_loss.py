@@ -10,11 +10,13 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils import tensordict_utils as tu
-from verl.workers.config import ActorConfig
+from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from refine_verl.config import LossSettings
 from refine_verl.nsp import ppo_clip_loss, refine_objective
+from refine_verl.verl_keys import UNSUPPORTED_LOSSES
 from refine_verl.workers.loss import RefineLoss
 
 
@@ -105,6 +107,29 @@ def test_micro_batches_and_ranks_add_up() -> None:
     for name, metric in metrics.items():
         summed = sum(part[name].aggregate() for _, part in parts) / 2
         assert summed == pytest.approx(metric.aggregate(), rel=1e-6, abs=1e-12), name
+
+
+# clip_cov and kl_cov choose tokens by their rank in what they are given: in a micro-batch
+NOT_ADDITIVE = {"clip_cov", "kl_cov"}
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICY_LOSS_REGISTRY) - set(UNSUPPORTED_LOSSES) - NOT_ADDITIVE))
+def test_every_loss_of_verl_that_is_allowed_adds_up(name: str) -> None:
+    output, old, advantages = random_case(rows=4)
+    totals, settings = (40, 32), LossSettings(rl_coef=1.0, sft_coef=1.0)
+    loss = RefineLoss(settings, actor(policy_loss=PolicyLossConfig(loss_mode=name, dro_beta=1.0)))
+    whole, _ = loss(output, micro_batch(old, advantages, 40, totals))
+    total = 0.0
+    for b in range(4):
+        share = {"ntp_loss_sum": output["ntp_loss_sum"] / 4, "log_probs": output["log_probs"][8 * b : 8 * b + 8]}
+        total += loss(share, micro_batch(old[b : b + 1], advantages[b : b + 1], 10, totals))[0].item()
+    assert total == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_the_loss_that_is_not_allowed_does_not_add_up() -> None:
+    """The control: a mean over each micro-batch."""
+    with pytest.raises(AssertionError):
+        test_every_loss_of_verl_that_is_allowed_adds_up("geo_mean")
 
 
 def test_without_rollouts_only_the_next_token_loss_is_left() -> None:
