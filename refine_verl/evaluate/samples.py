@@ -103,7 +103,7 @@ def find_longbench(settings: EvaluateSettings, tasks: Sequence[str]) -> dict[str
         raise DataError(
             f"longbench: no file for {', '.join(missing)}: {_where(folders, names[missing[0]])}. Make "
             f"{'it' if len(missing) == 1 else 'them'} from LongBench's data with: python -m refine_verl.prepare "
-            f"longbench --input Xnhyacinth/LongBench --tasks {','.join(missing)} --out {folders[-1]}"
+            f"longbench --input Xnhyacinth/LongBench --tasks {' '.join(missing)} --out {folders[-1]}"
         )
     return found
 

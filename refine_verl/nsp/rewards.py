@@ -1,7 +1,7 @@
 """How much a rollout resembles the real continuation (paper, Eq. 9, 11, 12), and a registry for more rewards.
 
-A reward is a function `RewardInputs -> float tensor [R]`. Give it a name with `@register_reward("name")`,
-or leave it unregistered and refer to it by its import path, `my_package.my_module.my_reward`.
+A reward is a function `RewardInputs -> float tensor [R]`. Runs name one of their users' by its import path,
+`my_package.my_module.my_reward`, which every worker can find; `@register_reward("name")` gives it a name for Python.
 """
 
 from __future__ import annotations

@@ -14,23 +14,24 @@ from refine_verl.prepare.questions import SOURCES
 
 _RULER_EXAMPLES = """examples:
   python -m refine_verl.prepare ruler_qa --source squad --input dev-v2.0.json \\
-      --tokenizer fla-hub/delta_net-1.3B-100B --length 4096 --out data/squadqa_4096
+      --tokenizer fla-hub/delta_net-1.3B-100B --length 4096 --out data/ruler/squadqa_4096
   python -m refine_verl.prepare ruler_qa --source hotpotqa --input hotpotqa/hotpot_qa:distractor:validation \\
-      --tokenizer models/mine --length 16384 --train 1600 --test 200 --seed 0 --out data/hotpotqa_16384
+      --tokenizer models/mine --length 16384 --train 1600 --test 200 --seed 0 --out data/ruler/hotpotqa_16384
 
 Writes ruler_squadqa_4096_1600_train.parquet and ..._200_test.parquet. The two share no question and no paragraph
 that holds an answer, and no test paragraph that holds an answer is a distractor in training. The same seed, source
 and tokenizer give the same bytes. Interrupted? Give the same command again."""
 _LONGBENCH_EXAMPLES = """examples:
-  python -m refine_verl.prepare longbench --input LongBench/data --tokenizer models/mine --length 16384 --out data/lb
-  python -m refine_verl.prepare longbench --input Xnhyacinth/LongBench --tasks qasper trec --out data/lb
+  python -m refine_verl.prepare longbench --input LongBench/data --tokenizer models/mine \\
+      --length 16384 --out data/longbench
+  python -m refine_verl.prepare longbench --input Xnhyacinth/LongBench --tasks qasper trec --out data/longbench
 
 Writes one TASK.parquet per task. Finished tasks are not made again: give the same command to go on."""
 _DOCUMENTS_EXAMPLES = """examples:
   python -m refine_verl.prepare documents --input 'corpus/*.jsonl.zst' --tokenizer models/mine --min-tokens 16384 \\
-      --limit 12800 --out data/long
+      --limit 12800 --out data/ntp
   python -m refine_verl.prepare documents --input DKYoon/SlimPajama-6B:train --tokenizer models/mine \\
-      --min-tokens 16384 --sample 0.5 --out data/long
+      --min-tokens 16384 --sample 0.5 --out data/ntp
 
 Writes documents-00000.parquet and so on (text, tokens, source, row). Interrupted? Give the same command again: it goes
 on behind the last finished file."""

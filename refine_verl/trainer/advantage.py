@@ -45,11 +45,22 @@ def compute_advantages(rewards: Tensor, rollout_length: int, group: str, algorit
 
     Returns:
         float32 [B, c, n].
+
+    Raises:
+        ConfigError: the estimator gives the tokens of a rollout different advantages (``algorithm.gamma`` < 1, for
+            one), where REFINE's loss has one for all of them.
     """
     batch, chunks, rollouts = rewards.shape
     lengths = torch.full((rewards.numel(),), rollout_length)
     groups = group_ids(batch, chunks, rollouts, group)
-    return _estimate(rewards.flatten(), lengths, rollout_length, groups, algorithm)[:, 0].view(rewards.shape).float()
+    advantages = _estimate(rewards.flatten(), lengths, rollout_length, groups, algorithm)
+    if not torch.allclose(advantages, advantages[:, :1].expand_as(advantages), rtol=1e-5, atol=1e-7):
+        raise ConfigError(
+            "algorithm.adv_estimator",
+            f"{algorithm.adv_estimator} (algorithm.gamma={algorithm.get('gamma')}) gives each token of a rollout an "
+            "advantage of its own; REFINE has one per rollout. Use grpo, or gamma=1.",
+        )
+    return advantages[:, 0].view(rewards.shape).float()
 
 
 def answer_advantages(rewards: Tensor, lengths: Tensor, width: int, algorithm: DictConfig) -> Tensor:

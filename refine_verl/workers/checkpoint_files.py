@@ -7,6 +7,7 @@ torch, ray or verl.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -173,6 +174,9 @@ def _flush_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush files only
+            raise
     finally:
         os.close(descriptor)
 

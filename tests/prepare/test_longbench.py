@@ -139,7 +139,7 @@ def test_tasks_may_come_one_after_another(official, tmp_path, capsys):
     arguments = ["longbench", "--input", str(official), "--out", str(out)]
     assert main([*arguments, "--tasks", "lcc"]) == 0
     before = (out / "lcc.parquet").read_bytes()
-    assert main([*arguments, "--tasks", "trec,lcc"]) == 0
+    assert main([*arguments, "--tasks", "trec", "lcc"]) == 0
     assert (out / "lcc.parquet").read_bytes() == before and (out / "trec.parquet").exists()
     (official / "lcc.jsonl").write_text(json.dumps(RECORDS[0]) + "\n")
     capsys.readouterr()

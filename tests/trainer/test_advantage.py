@@ -53,6 +53,14 @@ def test_an_answer_is_paid_at_its_last_token() -> None:
     assert got[1, :2].tolist() == pytest.approx(wanted[3:].tolist(), rel=1e-3)
 
 
+def test_one_advantage_per_rollout() -> None:
+    """An estimator that discounts has one per token: not the first one is taken silently."""
+    with pytest.raises(ConfigError, match=r"reinforce_plus_plus \(algorithm.gamma=0.5\) gives each token"):
+        compute_advantages(REWARDS, 5, "sequence", algorithm(adv_estimator="reinforce_plus_plus", gamma=0.5))
+    same = compute_advantages(REWARDS, 5, "sequence", algorithm(adv_estimator="reinforce_plus_plus", gamma=1.0))
+    assert same.shape == REWARDS.shape and same.std() > 0
+
+
 def test_position_groups_by_hand() -> None:
     got = compute_advantages(REWARDS, 5, "position", algorithm())
     half = 1 / 2**0.5
