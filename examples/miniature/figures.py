@@ -65,7 +65,7 @@ def forest(title: str, unit: str, rows: Sequence[Row]) -> str:
         return left + (value - low) / (high - low) * (WIDTH - left - 20)
 
     bottom = height - FOOT
-    parts = [_vertical(x(tick), bottom, _label(tick, high - low)) for tick in nice_ticks(low, high, count=6)]
+    parts = [_vertical(x(tick), bottom, label) for tick, label in _ticks(low, high)]
     parts.append(el("path", class_="zero", d=f"M{number(x(0.0))} {TOP - 6}V{bottom}"))
     for index, row in enumerate(rows):
         parts.append(_row(row, TOP + ROW * index + ROW / 2, x))
@@ -105,13 +105,11 @@ def curves(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> 
         return left + (x - first) / (last - first) * (right - left), bottom - (y - low) / (high - low) * (bottom - TOP)
 
     parts: list[Markup] = []
-    for tick in nice_ticks(low, high, count=6):
+    for tick, label in _ticks(low, high):
         y = number(place(first, tick)[1])
         parts.append(el("path", class_="grid", d=f"M{left} {y}H{number(right)}"))
-        label = _label(tick, high - low)
         parts.append(el("text", label, class_="tick", x=left - 8, y=y, dy="0.32em", text_anchor="end"))
-    for tick in nice_ticks(first, last, count=6):
-        parts.append(_vertical(place(tick, low)[0], bottom, _label(tick, last - first)))
+    parts += [_vertical(place(tick, low)[0], bottom, label) for tick, label in _ticks(first, last)]
     parts.append(el("text", y_label, class_="axis-label", x=8, y=TOP - 12))
     middle = number((left + right) / 2)
     parts.append(el("text", x_label, class_="axis-label", x=middle, y=height - 10, text_anchor="middle"))
@@ -158,11 +156,14 @@ def _vertical(x: float, bottom: float, label: str) -> Markup:
     )
 
 
-def _label(tick: float, span: float) -> str:
-    if span >= 20_000:
-        return f"{tick / 1000:g}k"
-    decimals = max(0, 1 - math.floor(math.log10(span))) if span > 0 else 2
-    return f"{tick + 0.0:.{decimals}f}".replace("-", "\u2212") if span < 20 else f"{tick:g}"
+def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Round numbers and their labels, with as many decimals as tell them apart."""
+    ticks = nice_ticks(low, high, count=6)
+    spacing = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
+    if spacing >= 1000:
+        return [(tick, f"{tick / 1000:g}k") for tick in ticks]
+    decimals = next((n for n in range(12) if abs(round(spacing, n) - spacing) < 1e-6 * spacing), 12)
+    return [(tick, f"{tick + 0.0:.{decimals}f}".replace("-", "\u2212")) for tick in ticks]
 
 
 def _figure(title: str, height: float, parts: Sequence[Markup]) -> str:

@@ -152,14 +152,14 @@ def all_jobs(models: Sequence[str], amount: Amount) -> list[Job]:
 
 TABLE_STATES = {
     "n": ("under",),
-    "lambda": ("under",),
-    "reward": ("under",),
+    "lambda": STATES,
+    "reward": STATES,
     "selection": ("under",),
     "k": ("under",),
     "c": ("under",),
     "lr": STATES,
 }
-NOISE = (("under", "cosine"), ("plateau", "cosine"))
+NOISE = (("under", "cosine"), ("plateau", "cosine"), ("under", "binary"))
 ARMS = {arm.name: arm for arm in [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table)]}
 
 

@@ -17,8 +17,11 @@ from examples.recall.records import Records, difference, mean, shown
 NAMES = {"deltanet": "DeltaNet", "lact": "LaCT"}
 STATE_NAMES = {"under": "under-trained", "plateau": "at its plateau"}
 READING = Path(__file__).with_name("reading.md")
-HEADLINE_FIGURE, ABLATIONS_FIGURE, NOISE_FIGURE = "recall_headline.svg", "recall_ablations.svg", "recall_noise.svg"
+STATE_PHRASES = {"under": "that is under-trained", "plateau": "at its plateau"}
+HEADLINE_FIGURE, COMPUTE_FIGURE, NOISE_FIGURE = "recall_headline.svg", "recall_compute.svg", "recall_noise.svg"
+ABLATION_FIGURES = {state: f"recall_ablations_{state}.svg" for state in STATES}
 SCORES = ("exact", "tokens", "reward_cosine", "reward_binary")
+GAINS = ("exact", "reward_cosine", "ntp_loss")
 SHOWN_REWARDS, SHOWN_TRAINING = ("cosine", "binary"), ("nsp/reward/mean", "nsp/group_zero_std")
 ABLATION_COLUMNS = [
     "",
@@ -54,13 +57,21 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
         HEADLINE_FIGURE: (
             f"Exact match after {amount['steps']} steps: REFINE minus SFT",
             "difference of exact match, mean over seeds",
-            [row for model in MODELS for state in STATES for row in _difference_rows(records, model, state)],
+            [row for model in MODELS for state in STATES for row in _difference_rows(records, model, state, False)],
         ),
-        ABLATIONS_FIGURE: (
-            f"Exact match after {amount['ablation_steps']} steps: REFINE minus SFT (DeltaNet, under-trained)",
-            "difference of exact match, mean over seeds (blue: the paper's settings, orange: grouped by position)",
-            [row for name, (title, _) in TABLES.items() for row in _ablation_figure(records, name, title)],
+        COMPUTE_FIGURE: (
+            "Exact match: REFINE minus the longer SFT that costs as much",
+            "difference of exact match, mean over seeds",
+            [row for model in MODELS for state in STATES for row in _difference_rows(records, model, state, True)],
         ),
+        **{
+            ABLATION_FIGURES[state]: (
+                f"Exact match after {amount['ablation_steps']} steps, minus SFT (DeltaNet, {STATE_NAMES[state]})",
+                "difference (blue: the paper's settings, orange: grouped by position)",
+                [row for name, (title, _) in TABLES.items() for row in _ablation_figure(records, state, name, title)],
+            )
+            for state in STATES
+        },
         NOISE_FIGURE: (
             "One draw of the policy gradient and the gradient of the expected reward",
             "cosine between them, mean over seeds",
@@ -156,6 +167,7 @@ def _headline(records: Records, figures_in: str) -> str:
             "run after as many steps as put as many tokens through the model as that arm did (a backward pass counting "
             f"as two forward ones; {cost}).",
             f"![Exact match, REFINE minus SFT]({figures_in}/{HEADLINE_FIGURE})",
+            f"![Exact match, REFINE minus longer SFT]({figures_in}/{COMPUTE_FIGURE})",
             *parts,
         ]
     )
@@ -178,12 +190,12 @@ def _cost(records: Records) -> str:
 
 def _comparison(records: Records, model: str, state: str) -> str:
     steps = records.results["amount"]["steps"]
-    rows = [["base", *(mean(records.scores(model, state, "sft", 0, score)) for score in SCORES), "", ""]]
-    baseline = {score: records.scores(model, state, "sft", steps, score) for score in SCORES}
-    rows.append(["SFT", *(mean(baseline[score]) for score in SCORES), "", ""])
+    rows = [["base", *(mean(records.scores(model, state, "sft", 0, score)) for score in SCORES), "", "", ""]]
+    baseline = {score: records.scores(model, state, "sft", steps, score) for score in (*SCORES, "ntp_loss")}
+    rows.append(["SFT", *(mean(baseline[score]) for score in SCORES), "", "", ""])
     for arm in HEADLINE[1:]:
-        found = {score: records.scores(model, state, arm.name, steps, score) for score in SCORES}
-        gains = [shown(difference(found[score], baseline[score]), 4) for score in ("exact", "reward_cosine")]
+        found = {score: records.scores(model, state, arm.name, steps, score) for score in (*SCORES, "ntp_loss")}
+        gains = [shown(difference(found[score], baseline[score]), 4) for score in GAINS]
         rows.append([arm.label, *(mean(found[score]) for score in SCORES), *gains])
     for arm in HEADLINE[1:]:
         longer = {score: records.equal_compute(model, state, arm.name, score) for score in SCORES}
@@ -192,28 +204,29 @@ def _comparison(records: Records, model: str, state: str) -> str:
         mine = records.scores(model, state, arm.name, steps, "exact")
         gain = shown(difference(mine, longer["exact"]), 4)
         rows.append(
-            [f"SFT, cost of *{arm.name}* ({count} steps)", *(mean(longer[score]) for score in SCORES), f"{gain}†", ""]
+            [
+                f"SFT, cost of *{arm.name}* ({count} steps)",
+                *(mean(longer[score]) for score in SCORES),
+                f"{gain}†",
+                "",
+                "",
+            ]
         )
-    header = ["", *SCORE_NAMES, "exact, minus SFT", "cosine reward, minus SFT"]
+    header = ["", *SCORE_NAMES, "exact, minus SFT", "cosine reward, minus SFT", "next-token loss, minus SFT"]
     return table(header, rows) + "\n\n† that arm of REFINE minus this longer SFT."
 
 
-def _difference_rows(records: Records, model: str, state: str) -> list[Row]:
+def _difference_rows(records: Records, model: str, state: str, equal_compute: bool) -> list[Row]:
     steps = records.results["amount"]["steps"]
     if not records.of("headline", model, state):
         return []
     rows = [Row(f"{NAMES[model]}, {STATE_NAMES[state]}")]
-    baseline = records.scores(model, state, "sft", steps, "exact")
     for arm in HEADLINE[1:]:
         found = records.scores(model, state, arm.name, steps, "exact")
-        rows.append(Row(f"  {arm.label}", difference(found, baseline), COLORS[arm.name]))
-        rows.append(
-            Row(
-                "    … and SFT at equal compute",
-                difference(found, records.equal_compute(model, state, arm.name, "exact")),
-                COLORS[arm.name],
-            )
-        )
+        baseline = records.scores(model, state, "sft", steps, "exact")
+        if equal_compute:
+            baseline = records.equal_compute(model, state, arm.name, "exact")
+        rows.append(Row(arm.label, difference(found, baseline), COLORS[arm.name]))
     return rows
 
 
@@ -229,53 +242,36 @@ TABLES: dict[str, tuple[str, str]] = {
         "c = 4 and λ = 1 in all of them. What is not divided is smaller, so that equal λ do not weigh equally.",
     ),
     "lambda": ("Weight of the policy loss", "0.2 is the paper's; the policy loss alone has no next-token loss."),
+    "lr": ("Learning rate", "Differences are to SFT at the common rate."),
 }
 PAPERS = {"reward": "cosine", "selection": "entropy", "k": "5", "c": "8", "lambda": "λ=0.2"}
 
 
 def _ablations(records: Records, figures_in: str) -> str:
-    parts = []
-    for name, (title, note) in TABLES.items():
-        arms = _with_headline(name)
-        rows = _ablation_rows(records, "under", arms)
-        if rows:
-            header = [
-                "",
-                "exact",
-                "exact, minus SFT",
-                "cosine",
-                "binary",
-                "training reward",
-                "groups without a difference",
-            ]
-            parts.append(f"#### {title}\n\n{note}\n\n{table(ABLATION_COLUMNS, rows)}")
-    for state in STATES:
-        rows = _ablation_rows(records, state, [("SFT", HEADLINE[0]), ("the paper's", HEADLINE[1]), *_named("lr")])
-        if len(rows) > 2:
-            header = [
-                "",
-                "exact",
-                "exact, minus SFT",
-                "cosine",
-                "binary",
-                "training reward",
-                "groups without a difference",
-            ]
-            parts.append(
-                f"#### Learning rates, {STATE_NAMES[state]}\n\nDifferences are to SFT at the common rate.\n\n"
-                f"{table(header, rows)}"
-            )
-    if not parts:
+    parts = [_ablations_from(records, state, figures_in) for state in STATES]
+    if not any(parts):
         return ""
     steps = records.results["amount"]["ablation_steps"]
-    return "\n\n".join(
-        [
-            f"### Ablations (DeltaNet, under-trained, {steps} steps)",
-            "One setting is changed at a time; everything else is the paper's unless a table says otherwise.",
-            f"![Exact match of all arms, REFINE minus SFT]({figures_in}/{ABLATIONS_FIGURE})",
-            *parts,
-        ]
+    introduction = (
+        f"DeltaNet, {steps} steps, differences to SFT after as many. One setting is changed at a time; everything else "
+        "is the paper's unless a table says otherwise. *Training reward* is the mean over the rollouts of the training "
+        "(of the arm's own kind, at places of its own choice), *groups without a difference* the share of groups in "
+        "which all rewards are equal and nothing is learned."
     )
+    return "\n\n".join(["### Ablations", introduction, *(part for part in parts if part)])
+
+
+def _ablations_from(records: Records, state: str, figures_in: str) -> str:
+    """Tables of one state, those that have more than what the headline shows."""
+    tables = []
+    for name, (title, note) in TABLES.items():
+        arms = _with_headline(name)
+        if any(records.of("ablation", next(iter(MODELS)), state, arm.name) for _, arm in arms):
+            tables.append(f"##### {title}\n\n{note}\n\n{table(ABLATION_COLUMNS, _ablation_rows(records, state, arms))}")
+    if not tables:
+        return ""
+    figure = f"![Exact match of all arms, REFINE minus SFT]({figures_in}/{ABLATION_FIGURES[state]})"
+    return "\n\n".join([f"#### From the base {STATE_PHRASES[state]}", figure, *tables])
 
 
 def _named(name: str) -> list[tuple[str, Arm]]:
@@ -295,6 +291,8 @@ def _with_headline(name: str) -> list[tuple[str, Arm]]:
             estimator = "grouped" if arm.name.startswith("grouped") else "the paper's"
             arms.append((f"{estimator}, {arm.label}", arm))
         return sorted(arms, key=lambda pair: (pair[0].startswith("grouped"), "alone" in pair[0], pair[0]))
+    if name == "lr":
+        return [("SFT", HEADLINE[0]), (HEADLINE[1].label, HEADLINE[1]), *_named(name)]
     arms = [(PAPERS[name], HEADLINE[1]), *_named(name)]
     return sorted(arms, key=lambda pair: int(pair[0])) if name in ("k", "c") else arms
 
@@ -318,13 +316,13 @@ def _gain(records: Records, state: str, arm: Arm) -> Estimate | None:
     return None if arm.name == "sft" else difference(mine, baseline)
 
 
-def _ablation_figure(records: Records, name: str, title: str) -> list[Row]:
-    rows = [
-        Row(f"  {label}", gain, COLORS.get(arm.name, 5))
-        for label, arm in _with_headline(name)
-        if (gain := _gain(records, "under", arm)) is not None
-    ]
-    return [Row(title), *rows] if rows else []
+def _ablation_figure(records: Records, state: str, name: str, title: str) -> list[Row]:
+    """Without learning rates and without arms that have no next-token loss: their scale is another one."""
+    arms = [] if name == "lr" else _with_headline(name)
+    if not any(records.of("ablation", next(iter(MODELS)), state, arm.name) for _, arm in arms):
+        return []
+    gains = [(label, arm, _gain(records, state, arm)) for label, arm in arms if arm.loss.get("sft_coef") != 0.0]
+    return [Row(title), *(Row(label, gain, COLORS.get(arm.name, 5)) for label, arm, gain in gains if gain)]
 
 
 def _noise(records: Records, figures_in: str) -> str:
@@ -339,11 +337,16 @@ def _noise(records: Records, figures_in: str) -> str:
             for name in ESTIMATORS:
                 values = {
                     key: {seed: run["estimators"][name][key] for seed, run in runs.items()}
-                    for key in ("signal_to_noise", "alignment", "zero_std")
+                    for key in ("signal_to_noise", "alignment", "norm", "zero_std")
                 }
-                rows.append([_estimator(name), *(mean(values[key]) for key in values)])
+                first = {seed: run["estimators"][ESTIMATORS[0]]["alignment"] for seed, run in runs.items()}
+                cells = {key: mean(values[key]) for key in values}
+                cells["alignment"] += (
+                    f" ({shown(difference(values['alignment'], first))})" if name != ESTIMATORS[0] else ""
+                )
+                rows.append([_estimator(name), *cells.values()])
             sft = mean({seed: run["next_token_alignment"] for seed, run in runs.items()})
-            header = ["estimator", "signal to noise", "alignment of one draw", "groups without a difference"]
+            header = ["estimator", "signal to noise", "alignment of one draw", "length", "groups without a difference"]
             parts.append(
                 f"#### {title[0].upper()}{title[1:]}\n\n{table(header, rows)}\n\n"
                 f"The next-token gradient of the same batch has alignment {sft}."
@@ -357,7 +360,9 @@ def _noise(records: Records, figures_in: str) -> str:
             f"DeltaNet; one batch per seed, positions and rollouts drawn {draws} times, the gradient of the policy "
             "loss alone, c = 8. *Signal to noise* is |E g|² / tr Cov g, corrected for the number of draws. *Alignment* "
             "is the cosine with the gradient of the expected reward, estimated from independent draws of 16 rollouts "
-            "per position compared with each other and not divided.",
+            "per position compared with each other and not divided; that estimate has noise of its own, which makes "
+            "all alignments smaller, by the same factor; in brackets, the difference to the first estimator on the "
+            "same seed. *Length* is the mean of |g|.",
             f"![Alignment of single draws]({figures_in}/{NOISE_FIGURE})",
             *parts,
         ]
@@ -368,7 +373,7 @@ def _noise_rows(records: Records, state: str) -> list[Row]:
     runs = records.of("noise", next(iter(MODELS)), state, "cosine")
     rows = [
         Row(
-            f"  {_estimator(name)}",
+            _estimator(name),
             estimate([run["estimators"][name]["alignment"] for run in runs.values()]),
             2 if "position" in name else 1,
         )

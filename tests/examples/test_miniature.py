@@ -176,6 +176,12 @@ def test_forest() -> None:
         forest("nothing", "unit", [Row("only a heading")])
 
 
+def test_ticks_are_what_their_labels_say() -> None:
+    """A spacing of 0.0025 needs four decimals; rounded to three, labels would be wrong."""
+    svg = forest("t", "unit", [Row("a", Estimate(-0.0026, 0.0056, 5)), Row("b", Estimate(0.001, 0.002, 5))])
+    assert "\u22120.0050" in svg and "\u22120.0025" in svg and "0.0025" in svg
+
+
 def test_curves() -> None:
     points = [(0.0, Estimate(1.0, 0.1, 3)), (10.0, Estimate(0.5, math.nan, 1))]
     first, second = circles(curves("loss", "steps", "nats", [Series("a", points, 1)]))
@@ -189,7 +195,7 @@ def recall_results(change: float = 0.1) -> dict[str, Any]:
     """Two seeds of one headline, by hand: REFINE is better by ``change`` on both."""
 
     def run(exact: float) -> dict[str, Any]:
-        scores = {"exact": exact, "tokens": 0.5, "reward_cosine": 0.5, "reward_binary": 0.1}
+        scores = {"exact": exact, "tokens": 0.5, "reward_cosine": 0.5, "reward_binary": 0.1, "ntp_loss": 1.0}
         return {
             "scores": {"0": scores, "2": scores, "4": scores},
             "costs": {"2": {"token_passes": 2.0, "processor_seconds": 1.0}},
@@ -232,7 +238,10 @@ def test_the_page_is_made_from_files(tmp_path: Path) -> None:
     assert "| SFT | 0.300 ± " in text
     assert "**+0.1000 ± 0.0000**" in text and "**+0.2000 ± 0.0000**" in text
     assert "2.0 ×" not in text and "recall_headline.svg" in text
-    assert {path.name for path in (tmp_path / "docs/figures").iterdir()} == {"recall_headline.svg"}
+    assert {path.name for path in (tmp_path / "docs/figures").iterdir()} == {
+        "recall_headline.svg",
+        "recall_compute.svg",
+    }
     for name in ("Ablations", "How noisy", "Test-time"):
         assert f"### {name}" not in text  # no data, no heading
 

@@ -177,17 +177,18 @@ def test_every_kind_of_job_ends_on_the_page(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(command, "all_jobs", lambda models, amount: KINDS)
     command.main(["--fast", "--out", str(tmp_path), "--processes", "1"])
     text = (tmp_path / "results.md").read_text()
-    for heading in ("Base models", "REFINE against SFT", "Ablations", "How noisy", "Test-time training"):
-        assert f"### {heading}" in text, heading
+    for heading in ("Base models", "REFINE against SFT", "Ablations", "Places", "How noisy", "Test-time training"):
+        assert f"## {heading}" in text, heading
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "recall_headline.svg",
-        "recall_ablations.svg",
+        "recall_compute.svg",
+        "recall_ablations_under.svg",
         "recall_noise.svg",
     }
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()}
     (tmp_path / "jobs/ablation-deltanet-under-chunks_2-seed0.json").write_text("{")  # as if cut while writing
     command.main(["--fast", "--out", str(tmp_path), "--report"])
-    assert "| 2 |" not in (tmp_path / "results.md").read_text()
+    assert "Places per sequence" not in (tmp_path / "results.md").read_text()
     command.main(["--fast", "--out", str(tmp_path), "--processes", "1"])
     assert (tmp_path / "results.md").read_text() == text
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
