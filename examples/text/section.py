@@ -110,6 +110,7 @@ def _about(results: Results) -> str:
     seconds = sum(one["processor_seconds"] for one in bases) + sum(
         run["processor_seconds"] for kind in ("runs", "sweep") for run in results[kind]
     )
+    scope = ", over orders of the windows and random draws, not over base models" if len(bases) == 1 else ""
     pairs = len({(run["base"], run["seed"]) for run in results["runs"] if run["method"] == "sft"})
     return (
         f"The Python standard library as text: {corpus['train']:,} training windows of {plan['length']} tokens (a BPE "
@@ -118,13 +119,13 @@ def _about(results: Results) -> str:
         f"{base['steps']:,} steps of {base['batch']} windows with a learning rate that falls to zero. From them: "
         f"{training['steps']} optimiser steps of {training['mini_batch']} windows with a constant learning rate, "
         f"c={training['chunks']}, k={training['rollout_length']}. A method and SFT that share a base and a seed see "
-        f"the same windows. {pairs} pairs of base and seed; ± is half the 95% interval of the mean. Written by "
-        f"`python -m examples.text`, {seconds / 60:.0f} minutes of one core's time in training steps."
+        f"the same windows. {pairs} pairs of base and seed; ± is half the 95% interval of the mean{scope}. "
+        f"Written by `python -m examples.text`, {seconds / 60:.0f} minutes of one core's time in training steps."
     )
 
 
 def runs_digest(results: Results) -> str:
-    """Of all mid-training runs: what ``reading.md`` says which figures it is about with."""
+    """Of all mid-training runs: ``reading.md`` names its runs by it."""
     return hashlib.sha256(json.dumps(results["runs"], sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -181,7 +182,7 @@ def _sweeps(results: Results) -> str:
             for name, _, _ in SCORES
         ]
         rows.append([method, f"{rl_coef:g}" if rl_coef else "", f"{lr:g}", *cells])
-    note = f"Change from the base on the validation text, mean over {len(bases)} bases, one seed each; no intervals."
+    note = f"Change from the base on the validation text, one seed for each base ({len(bases)}); no intervals."
     return f"{note}\n\n{table(['method', 'λ', 'learning rate', *_headings(results)], rows)}"
 
 
