@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,8 +111,14 @@ held-out sequences per seed.
 advantages divided by the group's standard deviation, λ = 0.2. *Grouped by position*: n = 8, one group per position, no
 division, λ = {GROUPED_LAMBDA:g}.
 
-Run of {results["date"]} with torch {results["environment"]["torch"]} on {results["environment"]["machine"]},
-{results["processor_minutes"]:.0f} processor minutes. Bold differences are those whose interval leaves zero out."""
+Run {run_id(results)} of {results["date"]}, {results["processor_minutes"]:.0f} processor minutes on
+{results["environment"]["machine"]} with torch {results["environment"]["torch"]}. Bold differences are those whose
+interval leaves zero out."""
+
+
+def run_id(results: Mapping[str, Any]) -> str:
+    """Tells one run's numbers from another's."""
+    return hashlib.sha256(json.dumps(results["jobs"], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _reading(results: Mapping[str, Any]) -> str:
@@ -118,7 +126,7 @@ def _reading(results: Mapping[str, Any]) -> str:
     if not READING.is_file():
         return ""
     head, _, text = READING.read_text().partition("\n\n")
-    return text.strip() if head == f"<!-- run of {results['date']} -->" else ""
+    return text.strip() if head == f"<!-- run {run_id(results)} -->" else ""
 
 
 def _bases(records: Records) -> str:
