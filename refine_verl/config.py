@@ -287,6 +287,11 @@ class RefineSettings(Settings):
             )
 
 
+def is_made_of_documents(tokenizer: str) -> bool:
+    """Whether the tokenizer of this name, ``bpe:SIZE``, has to be trained first."""
+    return tokenizer == "bpe" or tokenizer.startswith("bpe:")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
     """The `model:` section: where the model comes from."""

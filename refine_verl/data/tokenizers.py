@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from refine_verl.config import is_made_of_documents
 from refine_verl.data.errors import DataError
 from refine_verl.data.sources import nearest_paths
 from refine_verl.hub import local_files_only, why_not
@@ -56,11 +57,6 @@ def load_tokenizer(
             f"tokenizer {spec!r} is neither a directory nor a hub id that can be loaded: {reason}."
             f"{nearest_paths(path)} Without network access give a local directory, or use bytes or bpe:SIZE."
         ) from error
-
-
-def is_made_of_documents(spec: str) -> bool:
-    """Whether ``spec`` asks for a tokenizer that has to be trained first."""
-    return spec == "bpe" or spec.startswith("bpe:")
 
 
 def _bpe_size(spec: str) -> int:

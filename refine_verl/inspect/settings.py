@@ -8,8 +8,15 @@ from typing import Any, ClassVar
 
 import yaml
 
-from refine_verl.config import ConfigError, NSPSettings, RefineSettings, Settings, did_you_mean, option
-from refine_verl.data.tokenizers import is_made_of_documents
+from refine_verl.config import (
+    ConfigError,
+    NSPSettings,
+    RefineSettings,
+    Settings,
+    did_you_mean,
+    is_made_of_documents,
+    option,
+)
 
 NSP_PREFIX = NSPSettings.SECTION + "."
 STDIN = "-"

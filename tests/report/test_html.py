@@ -213,7 +213,7 @@ def test_settings_refine_first_rest_folded_secrets_hidden(tmp_path: Path) -> Non
 
 
 def test_warmup_is_shaded_in_every_chart(tmp_path: Path) -> None:
-    lines = [(step, sft_step(step) | {"phase": "warmup"}) for step in range(1, 5)]
+    lines = [(step, sft_step(step) | {"refine/active": 0.0}) for step in range(1, 5)]
     lines += [(step, refine_step(step)) for step in range(5, 10)]
     page = parse(write_report(run_of(tmp_path, lines)))
     for title, figure in figures(page).items():
