@@ -146,7 +146,7 @@ def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
                 stack.enter_context(group_of_its_own())
                 stack.enter_context(on_loopback_only())
             stack.enter_context(_sigterm_of_ray())
-            ray.init(
+            _start_ray(
                 runtime_env=OmegaConf.to_container(runtime_env),
                 **{"log_to_driver": False, "configure_logging": False, **options},
             )
@@ -154,6 +154,18 @@ def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(**options: Any) -> None:
+    """``ray.init``, once more where a busy machine took longer than the 30 seconds that Ray waits for itself."""
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray has no type of its own for this
+        if "timed out during startup" not in str(error):
+            raise
+        logger.warning("Ray was not up within 30 seconds (is the machine busy?); it is started once more")
+        ray.shutdown()
+        ray.init(**options)
 
 
 @contextmanager
