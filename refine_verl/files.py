@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,17 +30,53 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+class AlreadyLockedError(Exception):
+    """Another process holds a lock file."""
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file ``path`` inside a ``with`` block; a process that dies lets go of it.
 
+    Where the file system knows no locks (Lustre mounted without ``flock``), a warning takes the lock's place.
+
     Raises:
-        BlockingIOError: another process holds it.
+        AlreadyLockedError: another process holds it.
         OSError: it cannot be made.
     """
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _open_locked(path):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _open_locked(path: Path) -> TextIO:
+    while True:
+        file = path.open("w")
+        try:
+            _lock(file, path)
+        except BaseException:
+            file.close()
+            raise
+        if _is_still_at(path, file):
+            return file
+        file.close()  # who held it removed it between our opening and our locking
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise AlreadyLockedError(path) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s: this file system has no locks; let no second process work there", path.parent)
+
+
+def _is_still_at(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

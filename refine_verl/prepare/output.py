@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from refine_verl.data.cache import make_key
 from refine_verl.data.errors import DataError
-from refine_verl.files import locked
+from refine_verl.files import AlreadyLockedError, locked
 
 MANIFEST = ".prepare.json"
 _PARTIAL = ".partial-"
@@ -84,7 +84,7 @@ class Output:
         try:
             with locked(self.directory / _LOCK):
                 yield
-        except BlockingIOError as error:
+        except AlreadyLockedError as error:
             raise DataError(
                 f"--out {self.directory} is being filled by another process. Wait for it, or give another one."
             ) from error

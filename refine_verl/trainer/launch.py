@@ -23,7 +23,7 @@ from ray._private import ray_constants
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from refine_verl.config import ConfigError
-from refine_verl.files import locked, write_atomically
+from refine_verl.files import AlreadyLockedError, locked, write_atomically
 from refine_verl.plugin import check_plugin
 from refine_verl.redaction import redacted
 from refine_verl.report import ReportError, write_report
@@ -84,7 +84,7 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
     try:
         with locked(run_dir / LOCK):
             yield
-    except BlockingIOError as error:
+    except AlreadyLockedError as error:
         raise ConfigError(
             "trainer.default_local_dir",
             f"{run_dir}: another run is at work there. Wait for its end, or name another place.",

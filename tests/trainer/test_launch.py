@@ -1,13 +1,15 @@
-"""Starting Ray."""
+"""Starting Ray; one run per directory."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from refine_verl.trainer.launch import _start_ray
+from refine_verl.settings import ConfigError
+from refine_verl.trainer.launch import _alone_in, _start_ray
 
 
 @pytest.fixture
@@ -46,3 +48,10 @@ def test_other_errors_are_not_tried_again(calls: list[str], monkeypatch: pytest.
     with pytest.raises(Exception, match="no such cluster"):
         _start_ray(num_cpus=1)
     assert calls == ["init"]
+
+
+def test_one_run_per_directory(tmp_path: Path) -> None:
+    with _alone_in(tmp_path), pytest.raises(ConfigError, match="another run is at work there"), _alone_in(tmp_path):
+        pytest.fail("a second run began")
+    with pytest.raises(BlockingIOError, match="the run's own"), _alone_in(tmp_path):
+        raise BlockingIOError("the run's own")
