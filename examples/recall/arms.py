@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from examples.miniature.training import LoopSettings
+from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.config import LossSettings, NSPSettings
 
 BATCH = 8
@@ -15,7 +15,7 @@ LEARNING_RATES = {"under": 5e-4, "plateau": 2e-4}
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train; what is not named here is the paper's (`NSPSettings`, `LossSettings`, `LoopSettings`).
+    """A way to train; what is not named here is the paper's (`NSPSettings`, `LossSettings`).
 
     Attributes:
         name: unique, a part of file names.
@@ -34,13 +34,15 @@ class Arm:
     divide_by_std: bool = True
     lr_scale: float = 1.0
 
-    def settings(self, state: str, seed: int) -> LoopSettings:
+    def settings(self, state: str, seed: int) -> AdaptSettings:
         """For the loop, from a base in this state."""
-        return LoopSettings(
+        return AdaptSettings(
             method=self.method,
             nsp=NSPSettings(**self.nsp),
             loss=LossSettings(**self.loss),
-            divide_by_std=self.divide_by_std,
+            norm_adv_by_std_in_grpo=self.divide_by_std,
+            mini_batch_size=BATCH,
+            micro_batch_size=BATCH,
             lr=LEARNING_RATES[state] * self.lr_scale,
             seed=seed,
         )

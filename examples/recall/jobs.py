@@ -55,7 +55,7 @@ def train(
     for step, batch in enumerate([None, *batches(spec.task, seed, BATCH, max(marks))]):
         if batch is not None:
             ids = range(step * BATCH, (step + 1) * BATCH)
-            for name, value in loop.step(step, spec.task.documents(batch), ids).items():
+            for name, value in loop.train(step, spec.task.documents(batch), ids).items():
                 totals[name] = totals.get(name, 0.0) + value
         if step in marks:
             result["scores"][str(step)] = score(actor, spec.task, tokens)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.miniature.training import Loop, LoopSettings, Written
+from examples.miniature.training import Loop
 from examples.recall.arms import BATCH
 from examples.recall.bases import BaseSpec
 from examples.recall.scores import batches
+from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.config import LossSettings, NSPSettings
 from refine_verl.models import Documents
 from refine_verl.nsp import group_standardise, group_zero_std_share
@@ -79,7 +80,11 @@ def measure(spec: BaseSpec, weights: dict[str, Tensor], reward: str, seed: int, 
 
 def _loop(actor: Any, reward: str, n: int, seed: int) -> Loop:
     nsp = NSPSettings(rollouts_per_position=n, reward=reward)
-    return Loop(actor, LoopSettings(nsp=nsp, loss=LossSettings(rl_coef=1.0, sft_coef=0.0), seed=seed))
+    return Loop(actor, _settings(nsp=nsp, loss=LossSettings(rl_coef=1.0, sft_coef=0.0), seed=seed))
+
+
+def _settings(**given: Any) -> AdaptSettings:
+    return AdaptSettings(mini_batch_size=BATCH, micro_batch_size=BATCH, **given)
 
 
 def _draws(
@@ -93,15 +98,11 @@ def _draws(
         for name, group, divide in kinds:
             rewards = written.rewards["rewards"]
             advantages = group_standardise(rewards, group, divide_by_std=divide)
-            gradients[name].append(_gradient(loop, documents, dataclasses.replace(written, advantages=advantages)))
+            scored = dataclasses.replace(written, advantages=advantages)
+            gradients[name].append(loop.flat_gradient(documents, scored)[0])
             zero[name] += group_zero_std_share(rewards, group) / count
     return {name: (torch.stack(parts), zero[name]) for name, parts in gradients.items()}
 
 
-def _gradient(loop: Loop, documents: Documents, written: Written) -> Tensor:
-    return torch.cat([gradient.flatten() for gradient in loop.gradients(documents, written)[0]])
-
-
 def _next_token_gradient(loop: Loop, documents: Documents) -> Tensor:
-    settings = LoopSettings(method="sft", nsp=loop.settings.nsp)
-    return torch.cat([gradient.flatten() for gradient in Loop(loop.actor, settings).gradients(documents, None)[0]])
+    return Loop(loop.actor, _settings(method="sft", nsp=loop.settings.nsp)).flat_gradient(documents, None)[0]

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from examples.miniature.training import Compute, Loop, LoopSettings
+from examples.miniature.training import Compute, Loop
 from examples.text.base import BaseSettings
 from examples.text.corpus import Corpus, documents
 from examples.text.scores import all_scores
+from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.config import LossSettings, NSPSettings
 
 # `Compute.token_passes` of a token that is trained on.
@@ -36,14 +37,15 @@ class Method:
     rl_coef: float = 0.0
     divide_by_std: bool = True
 
-    def loop_settings(self, training: Training, lr: float, seed: int) -> LoopSettings:
+    def loop_settings(self, training: Training, lr: float, seed: int) -> AdaptSettings:
         """Those of the shared loop. SFT has no rollouts of a whole batch, so its batch is the mini-batch."""
-        return LoopSettings(
+        return AdaptSettings(
             method="refine" if self.rl_coef else "sft",
             nsp=NSPSettings(chunks=training.chunks, rollout_length=training.rollout_length, **self.nsp),
             loss=LossSettings(rl_coef=self.rl_coef),
-            divide_by_std=self.divide_by_std,
+            norm_adv_by_std_in_grpo=self.divide_by_std,
             mini_batch_size=training.mini_batch,
+            micro_batch_size=training.mini_batch,
             lr=lr,
             seed=seed,
         )
@@ -106,7 +108,7 @@ def run(
     scores: dict[str, dict[str, float]] = {}
     while loop.compute.steps < wanted[-1]:
         rows = [next(order) for _ in range(size)]
-        history.append(loop.step(len(history) + 1, documents(corpus.train[rows]), rows))
+        history.append(loop.train(len(history) + 1, documents(corpus.train[rows]), rows))
         if loop.compute.steps in wanted:
             scores[str(loop.compute.steps)] = all_scores(loop.actor, held_out, training.rollout_length)
     return {

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from examples.miniature.training import Loop, LoopSettings
+from examples.miniature.training import Loop
 from examples.text.corpus import Corpus, documents
 from examples.text.scores import next_token_scores
-from refine_verl.config import LossSettings
+from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.models import FastWeightActor, load_model, make_actor
 
 
@@ -91,13 +91,19 @@ def train_base(settings: BaseSettings, corpus: Corpus, seed: int) -> Base:
     actor = make_actor(settings.model(seed))
     loop = Loop(
         actor,
-        LoopSettings(method="sft", loss=LossSettings(rl_coef=0.0), lr=settings.lr, betas=(0.9, 0.95)),
+        AdaptSettings(
+            method="sft",
+            mini_batch_size=settings.batch,
+            micro_batch_size=settings.batch,
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+        ),
     )
     order = corpus.epochs(seed)
     base = Base({}, parameters=sum(parameter.numel() for parameter in actor.parameters()))
     for step in range(1, settings.steps + 1):
         rows = [next(order) for _ in range(settings.batch)]
-        loop.step(step, documents(corpus.train[rows]), rows, settings.lr_scale(step))
+        loop.train(step, documents(corpus.train[rows]), rows, settings.lr_scale(step))
         if step % settings.validate_every and step != settings.steps:
             continue
         loss = next_token_scores(actor, corpus.validation[: settings.validate_on], 1)["ntp_loss"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from examples.text.corpus import documents
 from refine_verl.config import NSPSettings
 from refine_verl.models import FastWeightActor, RolloutDraws, snapshot_count
-from refine_verl.workers.reward_manager import HiddenStateRewardManager
+from refine_verl.models.reward_manager import HiddenStateRewardManager
 
 BATCH = 16
 # Draws of the scores, which no training run uses.

@@ -16,6 +16,8 @@ from refine_verl.config import LossSettings
 
 # Of the order of windows; no training run uses it.
 ORDER = 31_337
+# Learning rate: no step is taken.
+UNUSED = 1.0
 
 
 def gradient_signal(
@@ -30,17 +32,17 @@ def gradient_signal(
     """
     actor = base.actor(weights)
     policy = LossSettings(rl_coef=1.0, sft_coef=0.0) if method.rl_coef else LossSettings(rl_coef=0.0)
-    loop = Loop(actor, replace(method.loop_settings(training, lr=0.0, seed=0), loss=policy))
-    plain = Loop(actor, SFT.loop_settings(training, lr=0.0, seed=0))
+    loop = Loop(actor, replace(method.loop_settings(training, lr=UNUSED, seed=0), loss=policy))
+    plain = Loop(actor, SFT.loop_settings(training, lr=UNUSED, seed=0))
     order = corpus.epochs(ORDER)
     policy_draws, plain_draws, silent = [], [], 0.0
     for index in range(batches):
         rows = [next(order) for _ in range(training.mini_batch)]
         batch = documents(corpus.train[rows])
         written = loop.write(index + 1, batch, rows) if method.rl_coef else None
-        gradients, metrics = loop.gradients(batch, written)
-        policy_draws.append(_flat(gradients))
-        plain_draws.append(_flat(plain.gradients(batch, None)[0]))
+        gradient, metrics = loop.flat_gradient(batch, written)
+        policy_draws.append(gradient.double())
+        plain_draws.append(plain.flat_gradient(batch, None)[0].double())
         silent += metrics.get("nsp/group_zero_std", 0.0) / batches
     draws = torch.stack(policy_draws)
     return {
@@ -49,7 +51,3 @@ def gradient_signal(
         "along_sft": alignment(draws.mean(dim=0)[None], torch.stack(plain_draws).mean(dim=0)),
         "with_signal": 1.0 - silent,
     }
-
-
-def _flat(gradients: list[Tensor]) -> Tensor:
-    return torch.cat([gradient.flatten() for gradient in gradients]).double()

@@ -64,10 +64,6 @@ class Prompts:
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return Documents.from_tensors(padded.to(device), [len(row) for row in rows])
 
-    def count(self, indices: Sequence[int]) -> int:
-        """Tokens that the rows at ``indices`` predict: T - 1 each."""
-        return sum(len(self.rows[index]) - 1 for index in indices)
-
 
 def _split(input_ids: Any) -> list[Any]:
     """One entry per prompt."""

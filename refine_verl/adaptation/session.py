@@ -14,7 +14,7 @@ from refine_verl.adaptation.checks import check_model
 from refine_verl.adaptation.guard import Guise, SavedModel, set_training
 from refine_verl.adaptation.prompts import PromptError, Prompts
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
-from refine_verl.adaptation.training import Adaptation
+from refine_verl.adaptation.training import Loop
 from refine_verl.config import ConfigError
 from refine_verl.models import FastWeightActor
 from refine_verl.models.answers import Answers
@@ -92,7 +92,8 @@ class Adapted:
         if self.settings.method == "none":
             return
         with self._guise.worn(self.settings.seed) as actor:
-            self.history = Adaptation(actor, self._prompts, self.settings).run()
+            documents = self._prompts.documents(range(len(self._prompts)), self._guise.device)
+            self.history = Loop(actor, self.settings).run(documents, self._prompts.ids)
         torch.clear_autocast_cache()  # an autocast block of the caller may have cached the original weights
 
     def generate(

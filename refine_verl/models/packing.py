@@ -72,16 +72,24 @@ class Documents:
         """Number of tokens of all documents."""
         return sum(self.lengths)
 
+    def select(self, rows: Sequence[int]) -> Documents:
+        """Some of the documents, in the order of ``rows``."""
+        return Documents(
+            self.tokens[torch.as_tensor(list(rows), device=self.tokens.device)],
+            tuple(self.lengths[row] for row in rows),
+            None if self.learn_from is None else tuple(self.learn_from[row] for row in rows),
+        )
+
     def split(self, size: int) -> list[Documents]:
         """Micro-batches of ``size`` documents, the last of what is left."""
-        return [
-            Documents(
-                self.tokens[start : start + size],
-                self.lengths[start : start + size],
-                None if self.learn_from is None else self.learn_from[start : start + size],
-            )
-            for start in range(0, len(self), size)
-        ]
+        rows = range(len(self))
+        return [self.select(rows[start : start + size]) for start in range(0, len(self), size)]
+
+    @property
+    def predicted(self) -> int:
+        """Number of tokens that have a next-token loss."""
+        first = self.learn_from or (1,) * len(self)
+        return sum(length - start for length, start in zip(self.lengths, first, strict=True))
 
     def cut(self, starts: Sequence[int], stops: Sequence[int]) -> Packed:
         """Pack tokens starts[b]..stops[b]-1 of every document; past its end a document yields its first token."""

@@ -24,13 +24,13 @@ from verl.workers.engine_workers import TrainingWorker
 from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.models import RolloutBatch, RolloutDraws, documents_together, snapshot_count
 from refine_verl.models.answers import Answers
+from refine_verl.models.reward_manager import HiddenStateRewardManager
 from refine_verl.nsp import generation_uniforms
 from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.workers.checkpoint_files import CheckpointError, FileRecord, flushed, free_space
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.failures import lost_connection
 from refine_verl.workers.rendezvous import join_process_group
-from refine_verl.workers.reward_manager import HiddenStateRewardManager
 from refine_verl.workers.snapshot import Snapshot
 
 

@@ -16,7 +16,8 @@ import refine_verl
 from refine_verl.adaptation import AdaptSettings, Prompts
 from refine_verl.adaptation.guard import Guise
 from refine_verl.adaptation.settings import read_settings
-from refine_verl.adaptation.training import Adaptation
+from refine_verl.adaptation.training import Loop, Written
+from refine_verl.models import Documents
 
 from .conftest import CONFIG, build, prompts
 
@@ -77,14 +78,19 @@ def _padded() -> tuple[Tensor, Tensor, bool]:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]), True
 
 
+def read(rows: list[Tensor]) -> tuple[Documents, tuple[int, ...]]:
+    found = Prompts.read(rows, vocabulary=61, shortest=1, needs="")
+    return found.documents(range(len(rows)), torch.device("cpu")), found.ids
+
+
 def test_rollouts_do_not_depend_on_company_or_order() -> None:
     rows, model = prompts(), build()
 
-    def write(chosen: list[Tensor], micro_batch_size: int) -> list[Any]:
+    def write(chosen: list[Tensor], micro_batch_size: int) -> list[Written]:
         settings = settings_of(micro_batch_size=micro_batch_size)
-        read = Prompts.read(chosen, vocabulary=61, shortest=1, needs="")
         with Guise(model, checkpoint_segments=False).worn(0) as actor:
-            return Adaptation(actor, read, settings).write(1)
+            written = Loop(actor, settings).write(1, *read(chosen))
+        return [written.select([row]) for row in range(len(chosen))]
 
     together, backwards, alone = write(rows, 5), write(rows[::-1], 2)[::-1], [write([row], 1)[0] for row in rows]
     for one, *others in zip(together, backwards, alone, strict=True):
@@ -104,14 +110,13 @@ def test_advantages_are_the_trainers(group: str, divide: bool) -> None:
     from refine_verl.trainer.advantage import compute_advantages
 
     settings = settings_of(nsp={**CONFIG["nsp"], "group": group}, norm_adv_by_std_in_grpo=divide)
-    read = Prompts.read(prompts(), vocabulary=61, shortest=1, needs="")
     with Guise(build(), checkpoint_segments=False).worn(0) as actor:
-        written = Adaptation(actor, read, settings).write(1)
-    rewards = torch.cat([one.rewards["rewards"] for one in written])
+        written = Loop(actor, settings).write(1, *read(prompts()))
+    rewards = written.rewards["rewards"]
     algorithm = OmegaConf.create({"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": divide})
     wanted = compute_advantages(rewards, settings.nsp.rollout_length, group, algorithm)
     assert wanted.abs().max() > 0.1 * rewards.std()
-    torch.testing.assert_close(torch.cat([one.advantages for one in written]), wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(written.advantages, wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_the_gradient_is_that_of_verls_policy_loss() -> None:
@@ -139,14 +144,15 @@ def test_the_gradient_is_that_of_verls_policy_loss() -> None:
             config=actor,
         )
 
-    read = Prompts.read(prompts(), vocabulary=61, shortest=1, needs="")
+    documents, ids = read(prompts())
     with Guise(build(dtype=torch.float64), checkpoint_segments=False).worn(0) as actor:
-        ours = Adaptation(actor, read, settings_of(loss={"sft_coef": 0.0}))
-        written = ours.write(1)
-        ours.step(range(2), written)  # off the policy that wrote, or the ratio would be 1 everywhere
-        mine, metrics = ours._gradients(range(5), written)
+        ours = Loop(actor, settings_of(loss={"sft_coef": 0.0}))
+        written = ours.write(1, documents, ids)
+        # off the policy that wrote, or the ratio would be 1 everywhere
+        ours.step(documents.select(range(2)), written.select(range(2)))
+        mine, metrics = ours.gradients(documents, written)
         ours.policy_loss = verls
-        theirs, their_metrics = ours._gradients(range(5), written)
+        theirs, their_metrics = ours.gradients(documents, written)
     assert metrics["actor/ppo_kl"] != 0
     assert metrics["actor/pg_loss"] == pytest.approx(their_metrics["actor/pg_loss"], rel=1e-6)
     for got, wanted in zip(mine, theirs, strict=True):
@@ -217,15 +223,15 @@ def test_adapting_learns_the_prompt() -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Adaptation._gradients
+    original = Loop.gradients
     calls: list[int] = []
 
-    def spoiled(self: Adaptation, *arguments: Any) -> Any:
+    def spoiled(self: Loop, *arguments: Any) -> Any:
         gradients, metrics = original(self, *arguments)
         calls.append(1)
         return ([grad * float("nan") for grad in gradients] if len(calls) == 1 else gradients), metrics
 
-    monkeypatch.setattr(Adaptation, "_gradients", spoiled)
+    monkeypatch.setattr(Loop, "gradients", spoiled)
     got, history = adapted_weights(build(), prompts(), CONFIG)
     assert [record["actor/skipped_updates"] for record in history] == [1, 0, 0]
     assert got.isfinite().all()

@@ -115,7 +115,7 @@ def test_the_papers_settings_are_those_of_the_recipe() -> None:
     for name in ("chunks", "rollout_length", "rollouts_per_position", "reward", "group", "selection", "temperature"):
         assert getattr(settings.nsp, name) == recipe.refine.nsp[name], name
     assert settings.loss.rl_coef == recipe.refine.loss.rl_coef
-    assert settings.divide_by_std == recipe.algorithm.norm_adv_by_std_in_grpo
+    assert settings.norm_adv_by_std_in_grpo == recipe.algorithm.norm_adv_by_std_in_grpo
     assert settings.clip_ratio == recipe.actor_rollout_ref.actor.clip_ratio
     assert settings.weight_decay == recipe.actor_rollout_ref.actor.optim.weight_decay
 
@@ -129,7 +129,7 @@ def test_ablations_cover_what_they_should() -> None:
     assert {s.nsp.selection for s in settings.values()} == {"entropy", "uniform", "max_entropy", "min_entropy"}
     assert {s.nsp.rollout_length for s in settings.values()} == {1, 3, 5, 7}
     assert {s.nsp.chunks for s in settings.values()} == {2, 4, 8}
-    found = {(s.nsp.rollouts_per_position, s.nsp.group, s.divide_by_std) for s in settings.values()}
+    found = {(s.nsp.rollouts_per_position, s.nsp.group, s.norm_adv_by_std_in_grpo) for s in settings.values()}
     wanted = {(n, group, std) for n in (4, 8, 16) for group in ("sequence", "position") for std in (True, False)}
     assert found >= wanted | {(1, "sequence", True), (1, "sequence", False)}
 

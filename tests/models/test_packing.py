@@ -253,3 +253,15 @@ def test_even_cuts_cover_every_document() -> None:
     assert borders[0] == [0, 0] and borders[-1] == [10, 3]
     steps = [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(borders, borders[1:], strict=False)]
     assert {step[0] for step in steps} == {2, 3} and [step[1] for step in steps] == [1, 1, 1, 0]
+
+
+def test_rows_of_documents() -> None:
+    tokens = torch.arange(20).view(4, 5)
+    whole = Documents(tokens, (5, 4, 3, 2), (1, 2, 3, 2))
+    part = whole.select([2, 0])
+    assert part.lengths == (3, 5) and part.learn_from == (3, 1)
+    assert torch.equal(part.tokens, tokens[[2, 0]])
+    assert [one.lengths for one in whole.split(3)] == [(5, 4, 3), (2,)]
+    assert whole.predicted == 4 + 2 + 0 + 0 and Documents(tokens, (5, 4, 3, 2)).predicted == 4 + 3 + 2 + 1
+    with pytest.raises(IndexError):
+        whole.select([4])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from refine_verl.models import RolloutBatch
+from refine_verl.models.rollouts import RolloutBatch
 from refine_verl.nsp import get_reward
 
 

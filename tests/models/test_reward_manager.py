@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refine_verl.models import RolloutBatch
+from refine_verl.models.reward_manager import HiddenStateRewardManager
 from refine_verl.nsp import RewardInputs
-from refine_verl.workers.reward_manager import HiddenStateRewardManager
 
 N, C, COPIES, K, D = 2, 3, 2, 4, 5
 
