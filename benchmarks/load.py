@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +39,6 @@ SKIPPED_SHARE = 0.2
 ALLOWED_GROWTH = {"driver": 0.03, "worker": 0.03, "ray": 0.05, "step": 0.10, "processor": 0.10}
 """Growth over the steps looked at that counts as none, as a share of the level."""
 LEAST_STEPS = 24
-YARDSTICK = np.random.default_rng(0).random((192, 192), dtype=np.float32)
 OBJECT_STORE_ALLOWED = 1.0
 """MB over the steps looked at, since the level is near zero."""
 RUN = (
@@ -114,7 +112,7 @@ class Watch(threading.Thread):
                     if name == "worker":
                         found["processor"] += processor_seconds(process)
                     found[f"worker/{process.pid}" if name == "worker" else name] = private_mb(process)
-        return {**found, **self._object_store(), "yardstick": yardstick()}
+        return {**found, **self._object_store()}
 
     def _object_store(self) -> dict[str, float]:
         """What Ray itself counts; the shared memory it has mapped says nothing of what is in use."""
@@ -136,13 +134,6 @@ class Watch(threading.Thread):
             "references": float(sum(worker.num_object_refs_in_scope for worker in stats.core_workers_stats)),
             "created": stats.store_stats.cumulative_created_bytes / MB,
         }
-
-
-def yardstick() -> float:
-    """Processor seconds of a fixed piece of work, now: what else runs on the machine slows caches and cores for all."""
-    started = time.thread_time()
-    _ = (YARDSTICK @ YARDSTICK @ YARDSTICK).sum()
-    return time.thread_time() - started
 
 
 def role_of(command: Sequence[str]) -> str | None:
@@ -171,7 +162,7 @@ def tidy(samples: Sequence[dict[str, float]], metrics: Sequence[dict[str, Any]])
     """Series by name, (steps, values): workers in the order of their process ids, ``step`` and ``processor`` in s.
 
     The processor time of a step is that of driver and workers together; steps with validation or a checkpoint are left
-    out. Calibrated: over that of a fixed piece of work at the same time.
+    out.
     """
     workers = sorted({name for sample in samples for name in sample if name.startswith("worker/")})
     names = {"driver": "driver", **{name: f"worker {rank}" for rank, name in enumerate(workers)}}
@@ -192,12 +183,6 @@ def tidy(samples: Sequence[dict[str, float]], metrics: Sequence[dict[str, Any]])
         if after["step"] == before["step"] + 1 and after["step"] not in more
     ]
     series["processor"] = ([step for step, _ in pairs], [seconds for _, seconds in pairs])
-    slowness = {sample["step"]: sample["yardstick"] for sample in samples}
-    usual = float(np.median(list(slowness.values())))
-    series["processor, calibrated"] = (
-        [step for step, _ in pairs],
-        [seconds * usual / slowness[step] for step, seconds in pairs],
-    )
     return series
 
 
@@ -224,7 +209,7 @@ def _slope(trend: Trend) -> str:
     return f"{slope:+.3g} ({low:+.3g} to {high:+.3g})"
 
 
-UNITS = {"step": "s", "processor": "s", "processor, calibrated": "s", "objects": "", "references": ""}
+UNITS = {"step": "s", "processor": "s", "objects": "", "references": ""}
 
 
 def show(trends: dict[str, Trend], late: dict[str, Trend], console: Console) -> None:

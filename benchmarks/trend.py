@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FLAT, GROWS, FALLS, UNDECIDED = "flat", "grows", "falls", "undecided"
+FLAT, GROWS, FALLS, NOT_UP, UNDECIDED = "flat", "grows", "falls", "does not grow", "undecided"
 LEAST = 8
 """Fewer values than that say nothing of a slope."""
 
@@ -34,12 +34,14 @@ class Trend:
 
     @property
     def verdict(self) -> str:
-        """`flat` and `grows` are claims: the whole interval is on that side of what is allowed."""
+        """Claims are for the whole interval; `undecided` if it reaches from none to growth."""
         if self.low > self.allowed:
             return GROWS
+        if self.high > self.allowed:
+            return UNDECIDED
         if self.high < -self.allowed:
             return FALLS
-        return FLAT if -self.allowed <= self.low and self.high <= self.allowed else UNDECIDED
+        return FLAT if self.low >= -self.allowed else NOT_UP
 
     def to_json(self) -> dict[str, float | int | str]:
         """All of it, with the verdict."""

@@ -44,6 +44,12 @@ def test_too_much_noise_to_tell(trend: ModuleType) -> None:
     assert trend.find_trend(STEPS, 600 + 60 * wandering(2), allowed=0.05).verdict == "undecided"
 
 
+def test_noise_around_a_fall_is_no_growth(trend: ModuleType) -> None:
+    """The interval lies below growth, but reaches from a fall to nothing."""
+    found = trend.find_trend(STEPS, 600 - 0.05 * STEPS + 3 * wandering(0), allowed=0.05)
+    assert found.low < -0.05 < found.high < 0.05 and found.verdict == "does not grow"
+
+
 def test_the_interval_holds_what_it_says(trend: ModuleType) -> None:
     """With neighbours alike, the textbook interval misses the true slope much more often than once in twenty."""
     hits = textbook = 0
