@@ -55,11 +55,6 @@ class DocumentDataset(Dataset[dict[str, Any]]):
         """int64 [N], tokens of each sequence."""
         return document_lengths(self.table)
 
-    def origin(self, index: int) -> tuple[str, int, int]:
-        """Where a sequence came from: file, 0-based row in it, 0-based window within the document."""
-        row = self.table[int(index)]
-        return row["source"], row["row"], row["window"]
-
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Right-pad sequences to the longest one of the batch.

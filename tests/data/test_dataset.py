@@ -23,8 +23,8 @@ def test_items(prepared):
     assert torch.equal(dataset[2]["input_ids"], torch.tensor([ord("c")] * 5))
     assert dataset[2]["input_ids"].dtype == torch.int64
     assert (dataset[2]["document_id"], dataset[2]["length"]) == (2, 5)
-    source, row, window = dataset.origin(2)
-    assert (Path(source).name, row, window) == ("02.txt", 0, 0)
+    row = dataset.table[2]
+    assert (Path(row["source"]).name, row["row"], row["window"]) == ("02.txt", 0, 0)
     assert dataset.lengths.tolist() == list(range(3, 14))
 
 
