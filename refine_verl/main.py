@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +45,7 @@ from refine_verl.compose import (
 from refine_verl.config import ConfigError, list_settings
 from refine_verl.data import DataError
 from refine_verl.messages import readable
+from refine_verl.quiet import quieten_third_parties
 from refine_verl.trainer.signals import Stopped, StopSignals
 from refine_verl.validate import validate
 
@@ -132,7 +132,7 @@ def _prepare_sweep(command: CommandLine) -> list[str]:
     files = find_configs() + [file for item in directories for file in read_config_dir(Path(item))]
     runs = [validate(compose_config([*job, apart, "hydra.mode=MULTIRUN"], directories), files) for job in jobs]
     refuse_shared_directory(jobs, [run.config.trainer.default_local_dir for run in runs])
-    _quieten_third_parties()
+    quieten_third_parties()
     from refine_verl.models.errors import ModelError
     from refine_verl.preflight import check_run
 
@@ -183,7 +183,7 @@ def run(config: DictConfig, files: Sequence[ConfigFile] = (), signals: StopSigna
         valid = validate(config, files)
     except (ConfigError, DataError) as error:
         return _refuse(error)
-    _quieten_third_parties()
+    quieten_third_parties()
     # Only a sound configuration is worth the seconds that torch, transformers and verl take to load.
     from refine_verl.models.loading import ModelError
     from refine_verl.plugin import PluginError
@@ -279,13 +279,6 @@ def _print_help() -> None:
     show("Keys (verl's own keys work under verl's names, e.g. actor_rollout_ref.actor.optim.lr=1e-6):")
     for setting in list_settings():
         show(f"  {setting.key}={'null' if setting.default is None else setting.default}\n      {setting.help}")
-
-
-def _quieten_third_parties() -> None:
-    """Leave out what verl, fla and torchdata say about parts of theirs that are not in use here."""
-    os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
-    for message in (".*engine is not available", "Triton is not supported", "'set_vital' is deprecated"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _configure_logging() -> None:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from refine_verl.doctor.machine import (
     check_open_files,
     check_shared_memory,
 )
+from refine_verl.quiet import quieten_third_parties
 
 Check = Callable[[], Iterator[Finding]]
 CHECKS: tuple[Check, ...] = (
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="findings as JSON instead of a table")
     arguments = parser.parse_args(argv)
     logging.getLogger("refine_verl").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="Triton is not supported")  # said better below
+    quieten_third_parties()
     findings = diagnose()
     failed = sum(finding.status == FAIL for finding in findings)
     if arguments.json:

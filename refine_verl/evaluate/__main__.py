@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 
 from refine_verl.config import ConfigError
 from refine_verl.evaluate.settings import GROUPS, EvaluateSettings, read_arguments
+from refine_verl.quiet import quieten_third_parties
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_text(usage())
         return 0 if given else BAD_INPUT
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    quieten_third_parties()
     # Prompts are as long as they are: the tokenizer's warning about its model's context means nothing here.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     try:

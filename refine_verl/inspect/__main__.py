@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 
 from rich.console import Console
 
 from refine_verl.config import ConfigError, list_settings
 from refine_verl.inspect.settings import NSP_PREFIX, InspectSettings, read_arguments
+from refine_verl.quiet import quieten_third_parties
 
 BAD_INPUT, INTERRUPTED = 2, 130
 PIPE_WIDTH = 160  # a pipe has no width of its own
@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: InspectSettings) -> None:
-    # fla says on import that Triton has no device; the stand-ins of refine_verl.kernels are there for that
-    warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
+    quieten_third_parties()
     # imported here: --help and a mistyped key should not wait for torch
     from refine_verl.inspect.command import run
 

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +35,7 @@ from refine_verl.data import DataError, DataSettings
 from refine_verl.messages import readable
 from refine_verl.plan.options import PlanOptions, measured_throughput, read_options
 from refine_verl.plan.origins import files_chosen, find_origins
+from refine_verl.quiet import quieten_third_parties
 from refine_verl.validate import ValidConfig, validate
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(__doc__ or "")
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for message in (".*engine is not available", "Triton is not supported", "'set_vital' is deprecated"):
-        warnings.filterwarnings("ignore", message=message)
+    quieten_third_parties()
     try:
         return _plan(arguments)
     except (ConfigError, DataError, HydraException, OmegaConfBaseException, YAMLError) as error:
