@@ -33,6 +33,11 @@ page from the runs' files.
 """
 
 
+def project_sources() -> dict[str, Path]:
+    """The committed results, from which the project's own page is made."""
+    return {name: ROOT / f"examples/{name}/results.json" for name in EXAMPLES}
+
+
 class ResultsError(Exception):
     """Results that cannot be shown: which file, and what is wrong with it."""
 
@@ -100,7 +105,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="directory of the page (default: docs)")
     arguments = parser.parse_args()
     try:
-        print(assemble({name: ROOT / f"examples/{name}/results.json" for name in EXAMPLES}, arguments.docs))
+        print(assemble(project_sources(), arguments.docs))
     except ResultsError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -3,7 +3,7 @@
     python -m examples.recall              # five seeds: docs/results.md and its figures, under an hour on two cores
     python -m examples.recall --fast       # two seeds, fewer steps, DeltaNet only: below outputs/recall/fast
 
-A run that was cut goes on where it was; ``--report`` writes the page from what there is.
+A run that was cut goes on where it was; ``--report`` writes a page from what there is, beside the jobs unless all are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from examples.miniature.results import EXAMPLES, ROOT, assemble
+from examples.miniature.results import ROOT, assemble, project_sources
 from examples.recall.arms import BATCH, LEARNING_RATES
 from examples.recall.bases import MODELS
 from examples.recall.jobs import Amount, Job, all_jobs
@@ -60,7 +60,7 @@ def collect(records: Sequence[dict[str, Any]], amount: Amount) -> dict[str, Any]
 def write(results: dict[str, Any], file: Path, docs: Path) -> Path:
     """``results.json`` and the page; other examples' sections come along where the page is the project's."""
     file.write_text(json.dumps(results, separators=(",", ":")).replace('{"kind"', '\n{"kind"') + "\n")
-    sources = {name: ROOT / f"examples/{name}/results.json" for name in EXAMPLES} if docs == ROOT / "docs" else {}
+    sources = project_sources() if docs == ROOT / "docs" else {}
     return assemble({**sources, "recall": file}, docs)
 
 
@@ -70,7 +70,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m examples.recall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--fast", action="store_true", help="in about five minutes: fewer seeds and steps, one model")
-    parser.add_argument("--report", action="store_true", help="write the page from finished jobs; run nothing")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write the page from finished jobs, into --out unless all are; run nothing",
+    )
     parser.add_argument("--processes", type=int, default=2, help="jobs at a time, one thread each (default: 2)")
     parser.add_argument("--out", type=Path, help="where finished jobs are kept (default: outputs/recall/full or fast)")
     return parser.parse_args(argv)
@@ -85,10 +89,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.report:
         records = [record for job in jobs if (record := read_record(job, amount, out)) is not None]
         print(f"{len(records)} of {len(jobs)} jobs are there")
+        if not records:
+            raise SystemExit(f"error: no finished jobs below {out}. Leave out --report to run them, or name --out DIR.")
     else:
         records = run_all(jobs, amount, out, options.processes)
-    file, docs = (out / "results.json", out) if options.fast else (ROOT / "examples/recall/results.json", ROOT / "docs")
+    file, docs = destination(out, whole=not options.fast and len(records) == len(jobs))
     print(f"{write(collect(records, amount), file, docs)} after {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def destination(out: Path, whole: bool) -> tuple[Path, Path]:
+    """Where ``results.json`` and the page go: the project's own are for a whole full run only."""
+    return (ROOT / "examples/recall/results.json", ROOT / "docs") if whole else (out / "results.json", out)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,11 @@ class Amount:
 def train(
     spec: BaseSpec, weights: Weights, state: str, arm: Arm, seed: int, marks: Sequence[int], count: int
 ) -> dict[str, Any]:
-    """Train from a base: scores and costs at ``marks`` (steps; 0 is the base itself) and means over the training."""
+    """Train from a base: scores, costs and means of the training's metrics so far at ``marks`` (steps; 0: the base)."""
     actor = spec.actor(weights)
     loop = Loop(actor, arm.settings(state, seed))
     tokens = held_out(spec.task, seed, count)
-    result: dict[str, Any] = {"scores": {}, "costs": {}}
+    result: dict[str, Any] = {"scores": {}, "costs": {}, "training": {}}
     totals: dict[str, float] = {}
     for step, batch in enumerate([None, *batches(spec.task, seed, BATCH, max(marks))]):
         if batch is not None:
@@ -63,7 +63,7 @@ def train(
                 "token_passes": loop.compute.token_passes,
                 "processor_seconds": loop.compute.processor_seconds,
             }
-    result["training"] = {name: value / max(marks) for name, value in totals.items()}
+            result["training"][str(step)] = {name: value / step for name, value in totals.items()}
     return result
 
 

@@ -36,10 +36,11 @@ class Records:
         runs = self.arm(model, state, arm)
         return {seed: run["scores"][str(step)][metric] for seed, run in runs.items() if str(step) in run["scores"]}
 
-    def training(self, model: str, state: str, arm: str, metric: str) -> Scores:
-        """A mean over an arm's training steps."""
+    def training(self, model: str, state: str, arm: str, step: int, metric: str) -> Scores:
+        """The mean over an arm's first ``step`` steps of training."""
         runs = self.arm(model, state, arm)
-        return {seed: run["training"][metric] for seed, run in runs.items() if metric in run["training"]}
+        means = {seed: run["training"].get(str(step), {}) for seed, run in runs.items()}
+        return {seed: found[metric] for seed, found in means.items() if metric in found}
 
     def equal_compute(self, model: str, state: str, arm: str, metric: str) -> Scores:
         """A score of SFT after as many steps as cost what the arm's headline run did."""

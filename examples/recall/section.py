@@ -312,7 +312,7 @@ def _ablation_rows(records: Records, state: str, arms: Sequence[tuple[str, Arm]]
         exact = records.scores(model, state, arm.name, steps, "exact")
         if exact:
             scores = [mean(records.scores(model, state, arm.name, steps, f"reward_{kind}")) for kind in SHOWN_REWARDS]
-            trained = [mean(records.training(model, state, arm.name, metric)) for metric in SHOWN_TRAINING]
+            trained = [mean(records.training(model, state, arm.name, steps, metric)) for metric in SHOWN_TRAINING]
             rows.append([label, mean(exact), shown(_gain(records, state, arm), 4), *scores, *trained])
     return rows
 

@@ -46,7 +46,7 @@ class Plan:
     held_out: int = 96
     bases: int = 1
     seeds: int = 5
-    lrs: tuple[float, ...] = (2e-4, 2e-5)
+    lrs: tuple[float, ...] = (2e-4,)
     sweep_lr: float = 2e-4
     sweep: tuple[float, ...] = (0.2, 1.0, 5.0)
     lr_sweep: tuple[float, ...] = (1e-3,)
@@ -138,10 +138,10 @@ class _Work:
 
     def compare(self, index: int, seed: int, lr: float) -> None:
         """All methods from one base with one seed; SFT goes on until it has cost what each of the others did."""
-        marks = []
+        marks: set[int] = set()
         for method in (*(one for one in METHODS if one.rl_coef), SFT):
-            record = self.run(method, index, seed, lr, "test", () if method.rl_coef else marks)
-            marks.append(round(record["passes"] * self.plan.training.steps))
+            record = self.run(method, index, seed, lr, "test", () if method.rl_coef else sorted(marks))
+            marks.add(round(record["passes"] * self.plan.training.steps))
             self.add("runs", record)
 
     def sweeps(self) -> None:
@@ -155,9 +155,9 @@ class _Work:
                 self.add("sweep", self.run(method, index, 0, lr, "validation"))
 
     def signals(self) -> None:
-        """The gradients of all methods at every base."""
+        """The gradients of all estimators at every base."""
         for index, base in enumerate(self.bases):
-            for method in METHODS:
+            for method in (SFT, PAPER, POSITION):
                 settings = (self._key(index), repr(method), self.plan.training, self.plan.signal_batches)
 
                 def measure(method: Method = method, base: Base = base) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ SCORES = (
     ("reward_cosine", "cosine reward", False),
     ("reward_binary", "binary reward", False),
 )
-DIGITS = 4
+DIGITS = {"sampled_match": 5}
+"""Behind the point; 4 for all others."""
 LABELS = {method.name: method.label for method in METHODS}
 READING = Path(__file__).with_name("reading.md")
+SIGNAL = ("signal", "norm", "along_sft", "with_signal")
 BASE_FIGURE, DIFFERENCE_FIGURE = "text_base.svg", "text_differences.svg"
 
 Values = dict[str, float]
@@ -40,8 +43,9 @@ def section(results: Results, figures_in: str = ".") -> str:
         f"![Validation loss of the base models]({figures_in}/{BASE_FIGURE})",
     ]
     for lr in results["plan"]["lrs"]:
-        if _complete(results, lr):
-            parts += [f"### Learning rate {lr:g}", _means(results, lr), _differences(results, lr)]
+        if pairs := _pairs(results, lr):
+            heading = f"### Learning rate {lr:g}, {len(pairs)} pairs of base and seed"
+            parts += [heading, _means(results, lr), _differences(results, lr)]
     if results["runs"]:
         parts.append(f"![Differences from SFT]({figures_in}/{DIFFERENCE_FIGURE})")
     if results["sweep"]:
@@ -63,7 +67,7 @@ def figures(results: Results) -> dict[str, str]:
         rows.append(Row(_named(heading, results)))
         for lr in results["plan"]["lrs"]:
             for index, method in enumerate(METHODS[1:]):
-                one = difference(results, lr, method.name, name) if _complete(results, lr) else None
+                one = difference(results, lr, method.name, name) if _pairs(results, lr) else None
                 if one is not None:
                     scaled = Estimate(100 * one.mean, 100 * one.half_width, one.count)
                     rows.append(Row(f"{method.name}, lr {lr:g}", scaled, 1 + index))
@@ -85,23 +89,31 @@ def difference(results: Results, lr: float, method: str, score: str, equal_compu
 
 
 def _values(results: Results, lr: float, method: str, score: str, steps: int) -> Values:
-    """By base and seed."""
+    """By base and seed, of the pairs that all methods have."""
+    pairs = _pairs(results, lr)
     return {
         f"{run['base']}.{run['seed']}": run["scores"][str(steps)][score]
         for run in results["runs"]
-        if (run["method"], run["lr"]) == (method, lr) and str(steps) in run["scores"]
+        if (run["method"], run["lr"]) == (method, lr)
+        and (run["base"], run["seed"]) in pairs
+        and str(steps) in run["scores"]
     }
 
 
 def _steps(results: Results, lr: float, method: str) -> int:
     """Optimiser steps of SFT at the cost of a method's run."""
     steps: int = results["plan"]["training"]["steps"]
-    passes = [run["passes"] for run in results["runs"] if (run["method"], run["lr"]) == (method, lr)]
-    return round(passes[0] * steps)
+    return round(_runs(results, lr, method)[0]["passes"] * steps)
 
 
-def _complete(results: Results, lr: float) -> bool:
-    return any((run["method"], run["lr"]) == ("sft", lr) for run in results["runs"])
+def _pairs(results: Results, lr: float) -> set[tuple[int, int]]:
+    """Base and seed of what all methods have finished: a run that was cut has more of some."""
+    done = [{(run["base"], run["seed"]) for run in _runs(results, lr, method.name)} for method in METHODS]
+    return set.intersection(*done)
+
+
+def _runs(results: Results, lr: float, method: str) -> list[dict[str, Any]]:
+    return [run for run in results["runs"] if (run["method"], run["lr"]) == (method, lr)]
 
 
 def _about(results: Results) -> str:
@@ -111,7 +123,6 @@ def _about(results: Results) -> str:
         run["processor_seconds"] for kind in ("runs", "sweep") for run in results[kind]
     )
     scope = ", over orders of the windows and random draws, not over base models" if len(bases) == 1 else ""
-    pairs = len({(run["base"], run["seed"]) for run in results["runs"] if run["method"] == "sft"})
     return (
         f"The Python standard library as text: {corpus['train']:,} training windows of {plan['length']} tokens (a BPE "
         f"of {base['vocabulary']:,} pieces), {corpus['validation']} and {corpus['test']} windows of other files for "
@@ -119,7 +130,7 @@ def _about(results: Results) -> str:
         f"{base['steps']:,} steps of {base['batch']} windows with a learning rate that falls to zero. From them: "
         f"{training['steps']} optimiser steps of {training['mini_batch']} windows with a constant learning rate, "
         f"c={training['chunks']}, k={training['rollout_length']}. A method and SFT that share a base and a seed see "
-        f"the same windows. {pairs} pairs of base and seed; ± is half the 95% interval of the mean{scope}. "
+        f"the same windows. ± is half the 95% interval of the mean over pairs of base and seed{scope}. "
         f"Written by `python -m examples.text`, {seconds / 60:.0f} minutes of one core's time in training steps."
     )
 
@@ -140,15 +151,21 @@ def _reading(results: Results) -> list[str]:
 def _means(results: Results, lr: float) -> str:
     steps = results["plan"]["training"]["steps"]
     rows = [
-        ["base", "", *(_mean([base["scores"]["test"][name] for base in results["bases"]]) for name, _, _ in SCORES)]
+        [
+            "base",
+            "",
+            *(_mean([base["scores"]["test"][name] for base in results["bases"]], name) for name, _, _ in SCORES),
+        ]
     ]
     marks = [("sft", "SFT", steps)]
     marks += [(method.name, method.label, steps) for method in METHODS[1:]]
-    marks += [("sft", f"SFT, at the cost of {method.name}", _steps(results, lr, method.name)) for method in METHODS[1:]]
-    for method, label, count in marks:
-        values = [list(_values(results, lr, method, name, count).values()) for name, _, _ in SCORES]
-        if values[0]:
-            rows.append([label, str(count), *map(_mean, values)])
+    cost: dict[int, list[str]] = {}
+    for method in METHODS[1:]:
+        cost.setdefault(_steps(results, lr, method.name), []).append(method.name)
+    marks += [("sft", f"SFT, at the cost of {' and '.join(names)}", count) for count, names in cost.items()]
+    for arm, label, count in marks:
+        values = {name: list(_values(results, lr, arm, name, count).values()) for name, _, _ in SCORES}
+        rows.append([label, str(count), *(_mean(found, name) for name, found in values.items())])
     return table(["test text", "steps", *_headings(results)], rows)
 
 
@@ -158,11 +175,12 @@ def _differences(results: Results, lr: float) -> str:
     cells = []
     for name, _, less in SCORES:
         values = _values(results, lr, "sft", name, steps)
-        cells.append(_signed(estimate([value - base[key.split(".")[0]][name] for key, value in values.items()]), less))
+        gains = estimate([value - base[key.split(".")[0]][name] for key, value in values.items()])
+        cells.append(_signed(gains, name, less))
     rows.append(["SFT minus base", *cells])
     for method in METHODS[1:]:
         for equal, words in ((False, "same steps"), (True, "same compute")):
-            found = [_signed(difference(results, lr, method.name, name, equal), less) for name, _, less in SCORES]
+            found = [_signed(difference(results, lr, method.name, name, equal), name, less) for name, _, less in SCORES]
             rows.append([f"{method.name} minus SFT, {words}", *found])
     note = "Paired differences; **bold** where the interval leaves out 0 in favour of the first, *italic* against it."
     return f"{table(['difference', *_headings(results)], rows)}\n\n{note}"
@@ -177,29 +195,45 @@ def _sweeps(results: Results) -> str:
         grouped.setdefault((run["method"], run["rl_coef"], run["lr"]), []).append(run)
     rows = []
     for (method, rl_coef, lr), runs in sorted(grouped.items(), key=lambda item: (item[0][2], item[0])):
-        cells = [
-            f"{estimate([run['scores'][steps][name] - bases[run['base']][name] for run in runs]).mean:+.{DIGITS}f}"
-            for name, _, _ in SCORES
-        ]
+        cells = []
+        for name, _, _ in SCORES:
+            gains = [run["scores"][steps][name] - bases[run["base"]][name] for run in runs]
+            cells.append(f"{estimate(gains).mean:+.{_digits(name)}f}")
         rows.append([method, f"{rl_coef:g}" if rl_coef else "", f"{lr:g}", *cells])
     note = f"Change from the base on the validation text, one seed for each base ({len(bases)}); no intervals."
     return f"{note}\n\n{table(['method', 'λ', 'learning rate', *_headings(results)], rows)}"
 
 
 def _signal(results: Results) -> str:
-    rows = []
+    batches, rows = results["plan"]["signal_batches"], []
+    means = {
+        method.name: {key: sum(one[key] for one in found) / len(found) for key in SIGNAL}
+        for method in METHODS
+        if (found := [one for one in results["signal"] if one["method"] == method.name])
+    }
     for method in METHODS:
-        found = [one for one in results["signal"] if one["method"] == method.name]
-        if found:
-            cells = [f"{sum(one[key] for one in found) / len(found):.3g}" for key in ("signal", "norm", "along_sft")]
-            share = sum(one["with_signal"] for one in found) / len(found)
-            rows.append([method.name, *cells, f"{share:.0%}" if method.rl_coef else ""])
+        if method.name in means:
+            one, plain = means[method.name], means.get("sft", {}).get("signal", 0.0)
+            most = "" if method.name == "sft" else f"{attenuation(one['signal'], plain, batches):.2g}"
+            share = f"{one['with_signal']:.0%}" if method.rl_coef else ""
+            rows.append([method.name, *(f"{one[key]:.3g}" for key in SIGNAL[:3]), most, share])
     note = (
-        f"At the base models, over {results['plan']['signal_batches']} mini-batches, of the policy loss alone (for SFT "
-        "of the next-token loss): squared length of the mean gradient over the variance of one, mean length of one, "
-        "cosine between the mean and SFT's mean on the same windows, share of groups whose rewards differ."
+        f"At the base models, over {batches} mini-batches, of the policy loss alone (for SFT of the next-token loss): "
+        "squared length of the mean gradient over the variance of one, mean length of one, cosine between the mean and "
+        "SFT's mean on the same windows, about what that cosine would be if the expected gradients pointed the same "
+        "way (both means are noisy), share of groups whose rewards differ."
     )
-    return f"{note}\n\n{table(['method', 'signal / noise', 'norm', 'cosine with SFT', 'groups with signal'], rows)}"
+    headings = ["method", "signal / noise", "norm", "cosine with SFT", "at most about", "groups with signal"]
+    return f"{note}\n\n{table(headings, rows)}"
+
+
+def attenuation(first: float, second: float, draws: int) -> float:
+    """Cosine that means of ``draws`` gradients show where their expectations are parallel, from their signal-to-noise.
+
+    A mean's share of signal in its squared length is R s / (1 + R s); no signal, no cosine.
+    """
+    shares = [draws * max(one, 0.0) / (1.0 + draws * max(one, 0.0)) for one in (first, second)]
+    return math.sqrt(shares[0] * shares[1])
 
 
 def _headings(results: Results) -> list[str]:
@@ -210,10 +244,14 @@ def _named(heading: str, results: Results) -> str:
     return heading.format(k=results["plan"]["training"]["rollout_length"])
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.{DIGITS}f}"
+def _digits(score: str) -> int:
+    return DIGITS.get(score, 4)
 
 
-def _signed(one: Estimate, less: bool) -> str:
+def _mean(values: Sequence[float], score: str) -> str:
+    return f"{sum(values) / len(values):.{_digits(score)}f}"
+
+
+def _signed(one: Estimate, score: str, less: bool) -> str:
     mark = {1: "**", -1: "*", 0: ""}[-one.sign if less else one.sign]
-    return f"{mark}{one.text(DIGITS, signed=True)}{mark}"
+    return f"{mark}{one.text(_digits(score), signed=True)}{mark}"

@@ -193,7 +193,7 @@ def recall_results(change: float = 0.1) -> dict[str, Any]:
         return {
             "scores": {"0": scores, "2": scores, "4": scores},
             "costs": {"2": {"token_passes": 2.0, "processor_seconds": 1.0}},
-            "training": {"nsp/reward/mean": 0.5},
+            "training": {"2": {"nsp/reward/mean": 0.5}},
         }
 
     jobs = [

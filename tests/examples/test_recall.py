@@ -17,6 +17,7 @@ from examples.recall.arms import ABLATIONS, HEADLINE, PAPER
 from examples.recall.bases import MODELS, BaseSpec, train_base
 from examples.recall.jobs import ARMS, Amount, Job, all_jobs, run_job
 from examples.recall.noise import alignment, estimators, signal_to_noise
+from examples.recall.records import Records
 from examples.recall.scores import batches, held_out, score
 from examples.recall.section import figures, section
 from examples.recall.task import Task
@@ -195,12 +196,32 @@ def test_every_kind_of_job_ends_on_the_page(tmp_path: Path, monkeypatch: pytest.
     }
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()}
     (tmp_path / "jobs/ablation-deltanet-under-chunks_2-seed0.json").write_text("{")  # as if cut while writing
-    command.main(["--fast", "--out", str(tmp_path), "--report"])
-    assert "Places per sequence" not in (tmp_path / "results.md").read_text()
+    monkeypatch.setattr(command, "FULL", TINY)
+    theirs = (command.ROOT / "docs/results.md").read_bytes()
+    for kind in ([], ["--fast"]):  # the project's page is for whole runs only
+        (tmp_path / "results.md").unlink()
+        command.main([*kind, "--out", str(tmp_path), "--report"])
+        assert "Places per sequence" not in (tmp_path / "results.md").read_text()
+    assert (command.ROOT / "docs/results.md").read_bytes() == theirs
+    assert command.destination(tmp_path, whole=True)[1] == command.ROOT / "docs"
     command.main(["--fast", "--out", str(tmp_path), "--processes", "1"])
     assert without_run(tmp_path / "results.md") == re.sub(RUN, "", text)
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"ablation-deltanet-under-chunks_2-seed0.json"}
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no finished jobs below"):
+        command.main(["--report", "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
+def test_means_of_the_training_are_of_as_many_steps_as_are_shown() -> None:
+    arm = {"scores": {}, "training": {"30": {"nsp/reward/mean": 0.25}, "60": {"nsp/reward/mean": 0.5}}}
+    job = {"kind": "headline", "model": "deltanet", "state": "under", "what": "", "seed": 0}
+    records = Records({"jobs": [{**job, "result": {"arms": {"paper": arm}}}]})
+    assert records.training("deltanet", "under", "paper", 30, "nsp/reward/mean") == {"0": 0.25}
+    assert records.training("deltanet", "under", "paper", 10, "nsp/reward/mean") == {}
 
 
 def test_records_of_other_settings_are_not_reused(tmp_path: Path) -> None:

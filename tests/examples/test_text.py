@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from examples.text import __main__ as command
 from examples.text import plan as plan_module
 from examples.text.arms import METHODS, PAPER, POSITION, SFT, Training, run
 from examples.text.base import BaseSettings, train_base
 from examples.text.corpus import Corpus, load_corpus
 from examples.text.plan import Plan, collect
 from examples.text.scores import next_token_scores, rollout_scores
-from examples.text.section import difference, figures, runs_digest, section
+from examples.text.section import attenuation, difference, figures, runs_digest, section
 
 TINY = BaseSettings(
     hidden=16, layers=1, heads=1, vocabulary=16, steps=30, warmup=2, batch=4, validate_every=10, validate_on=4
@@ -181,10 +182,10 @@ def test_bold_stands_for_intervals_on_one_side(results: dict[str, Any]) -> None:
     """Made-up figures: the table must say what is better, worse, and undecided."""
     for run_ in results["runs"]:
         for scores in run_["scores"].values():
-            shift = {"sft": 0.0, "paper": 1.0, "grouped": -1.0}[run_["method"]]
+            shift = {"sft": 0.0, "paper": 1.0, "grouped": -1.0, "grouped5": 0.0}[run_["method"]]
             scores.update(ntp_loss=2.0 + shift, ntp_accuracy=0.5 + shift, reward_binary=0.1 * run_["seed"] * shift)
     rows = [line for line in section(results).splitlines() if "minus SFT, same steps" in line]
-    paper, grouped = ([cell.strip() for cell in line.split("|")] for line in rows)
+    paper, grouped, _ = ([cell.strip() for cell in line.split("|")] for line in rows)
     assert paper[2] == "*+1.0000 ± 0.0000*" and grouped[2] == "**-1.0000 ± 0.0000**"
     assert paper[3].startswith("**+1") and grouped[3].startswith("*-1") and not paper[7].startswith("*")
 
@@ -198,3 +199,51 @@ def test_what_was_read_from_other_runs_is_not_shown(
     assert "REFINE does so and so." in section(results)
     results["runs"][0]["scores"][str(TRAINING.steps)]["ntp_loss"] += 1e-3
     assert "REFINE does so and so." not in section(results)
+
+
+def test_the_command(results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast run makes a page of its own; the project's is for full runs."""
+
+    def collected(plan: Plan, out: Path) -> None:
+        out.mkdir()
+        (out / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr(command, "collect", collected)
+    theirs = (command.ROOT / "docs/results.md").read_bytes()
+    assert command.main(["--fast", "--out", str(tmp_path / "out")]) == 0
+    assert "## Real text" in (tmp_path / "out/results.md").read_text()
+    assert {path.name for path in (tmp_path / "out/figures").iterdir()} == set(figures(results))
+    assert (command.ROOT / "docs/results.md").read_bytes() == theirs
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "text.json").write_text("{}")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "project_sources", lambda: {"text": tmp_path / "text.json"})
+    assert command.publish(tmp_path / "out", whole=True) == tmp_path / "docs/results.md"
+    assert json.loads((tmp_path / "text.json").read_text()) == results
+
+
+def test_a_run_that_was_cut_is_shown_for_the_pairs_that_all_have(results: dict[str, Any]) -> None:
+    """One seed of one method too few: what the others have of it does not enter their means either."""
+    lr, last = PLAN.lrs[0], max(run_["seed"] for run_ in results["runs"])
+    whole = len({(run_["base"], run_["seed"]) for run_ in results["runs"]})
+    assert f"### Learning rate {lr:g}, {whole} pairs" in section(results)
+    cut = [run_ for run_ in results["runs"] if (run_["method"], run_["seed"]) != ("grouped", last)]
+    for run_ in cut:
+        if run_["seed"] == last:
+            for scores in run_["scores"].values():
+                scores.update(ntp_loss=1e9)
+    text = section({**results, "runs": cut})
+    assert f"### Learning rate {lr:g}, {whole - len({run_['base'] for run_ in cut})} pairs" in text
+    assert "1000000000" not in text
+
+
+def test_how_large_a_cosine_of_noisy_means_can_be() -> None:
+    """Two parallel expectations under independent noise: the cosine of means of R draws is what the formula says."""
+    generator = torch.Generator().manual_seed(0)
+    size, draws, scale = 4000, 16, 0.1
+    direction = torch.randn(size, generator=generator)
+    means = [scale * direction + torch.randn(400, size, generator=generator) / draws**0.5 for _ in range(2)]
+    found = torch.nn.functional.cosine_similarity(*means, dim=1).mean().item()
+    signal = scale**2
+    assert attenuation(signal, signal, draws) == pytest.approx(found, rel=0.05)
+    assert attenuation(0.01, -0.1, 16) == 0.0
