@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from reference.toy import documents_of, draws_for, tiny_config
 
 from refine_verl.compose import compose_config, find_configs
 from refine_verl.config import ConfigError, NSPSettings
+from refine_verl.data import DataError
 from refine_verl.models import Branches, load_model, make_actor, snapshot_count
-from refine_verl.plan import estimate
+from refine_verl.plan import estimate, reading
 from refine_verl.plan.__main__ import main
 from refine_verl.plan.estimate import GIB, Shape, forward_tokens
 from refine_verl.plan.memory import MemoryEstimate
@@ -37,6 +41,9 @@ RUN = (
     "trainer.n_gpus_per_node=1",
     "trainer.device=cpu",
 )
+
+READ_AHEAD = 0.15
+"""Arrow is ahead by a chunk of 64 KiB, in a test that looks at 1 MiB instead of 8."""
 
 
 def write_documents(lengths: list[int]) -> None:
@@ -83,14 +90,52 @@ def test_tables(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
         assert text in shown
 
 
-def test_a_sample_is_reckoned_up(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
-    write_documents([64] * 200)
-    whole, part = plan_of(capsys), plan_of(capsys, "sample=20")
+def write_lines(path: Path, lines: list[str]) -> None:
+    with pa.output_stream(str(path), compression="zstd" if path.suffix == ".zst" else None) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def write_rows(path: Path, text: str, rows: int) -> None:
+    """Equal documents with a column of metadata; json escapes what is not ASCII."""
+    table = [{"meta": {"id": f"{row:06}"}, "text": text} for row in range(rows)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(table), path)
+    else:
+        write_lines(path, [json.dumps(row) for row in table])
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.zst", "docs.parquet"])
+def test_a_sample_is_reckoned_up(name: str, no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\u5b66\u4e60" * 10
+    write_rows(Path(name), text, 200)
+    file = f"data.train_files={name}"
+    whole, part = plan_of(capsys, file), plan_of(capsys, file, "sample=20")
     assert part["train"]["estimated"] and not whole["train"]["estimated"]
-    for name in ("documents", "tokens", "sequences"):
-        # json's quotes and key are in the file's size and not in the text's
-        assert part["train"][name] == pytest.approx(whole["train"][name], rel=0.25)
-    assert part["train"]["longest"] == 64
+    assert whole["train"]["documents"] == 200 and whole["train"]["longest"] == len(text.encode())
+    for count in ("documents", "tokens", "sequences", "longest"):
+        assert part["train"][count] == whole["train"][count], count  # all documents are equal: nothing is left to err
+
+
+def test_a_sample_of_three(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents([64] * 64)
+    assert plan_of(capsys, "sample=3")["train"]["documents"] == 64
+
+
+def test_a_text_file_is_one_document(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    # longer than its text by the mark of the byte order
+    Path("book.txt").write_bytes(b"\xef\xbb\xbf" + b"a" * 40)
+    assert plan_of(capsys, "data.train_files=book.txt", "sample=1")["train"]["tokens"] == 40
+
+
+def test_a_large_compressed_file_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, draws = tmp_path / "docs.jsonl.zst", random.Random(0)
+    write_lines(path, [json.dumps({"text": draws.randbytes(1000).hex()}) for _ in range(1000)])
+    path.write_bytes(path.read_bytes() * 4 + b"no zstd")
+    monkeypatch.setattr(reading, "_RATIO_FROM", 1 << 20)
+    assert reading._lines_more(path, 10, zstd=True) == pytest.approx(400, rel=READ_AHEAD)
+    monkeypatch.setattr(reading, "_RATIO_FROM", 1 << 30)
+    with pytest.raises(DataError, match="docs.jsonl.zst is not a readable zstd-compressed file"):
+        reading._lines_more(path, 10, zstd=True)
 
 
 def test_warnings_of_resources(
