@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from refine_verl.data import DataSettings
 from refine_verl.kernels.patch import accelerator_available
-from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK
+from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK, snapshot_count
 from refine_verl.models.rollouts import documents_together
 from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
 from refine_verl.plan.options import PlanOptions
@@ -135,7 +137,7 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
         cuts = nsp.chunks + 1
     readings = rounds * -(-(batch // valid.workers or 1) // shape.rollout_rows)
     writings = rounds * -(-(batch // valid.workers or 1) // shape.rollouts_of)
-    snapshots = 1 if traced else SNAPSHOTS_PER_CHUNK * nsp.chunks + 1
+    snapshots = 1 if traced else snapshot_count(nsp.chunks, _longest(valid)) + 1  # and the replay
     passes = {"update": updates * micro * (cuts + (1 if shape.with_rollouts else 0))}
     if shape.with_rollouts:
         passes = {"read": readings * snapshots, "write": writings * nsp.rollout_length, **passes}
@@ -147,6 +149,13 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
         forward_tokens_per_token=forward_tokens(shape, train.mean_length, traced) if rounds else 0.0,
         passes=passes,
     )
+
+
+def _longest(valid: ValidConfig) -> int:
+    """Tokens that a document or prompt may have, whatever those at hand have: it decides the passes of all workers."""
+    data = valid.data
+    longest = data.max_length if isinstance(data, DataSettings) else data.max_prompt_length
+    return longest or sys.maxsize  # null: documents are not cut
 
 
 def trains_on_what_it_reads(valid: ValidConfig) -> bool:

@@ -254,6 +254,15 @@ def test_passes_at_test_time(no_memory: None, capsys: pytest.CaptureFixture[str]
     assert few["steps"] == 3
 
 
+@pytest.mark.parametrize(("longest", "segments"), [(16, 16), (64, 24)])
+def test_reading_passes_are_no_more_than_tokens(
+    longest: int, segments: int, no_memory: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_documents([16] * 8)
+    device = ("trainer.device=cuda", "refine.nsp.chunks=3", "data.min_length=8", f"data.max_length={longest}")
+    assert plan_of(capsys, *device, "memory=80")["work"]["passes"]["read"] == 4 * (segments + 1)
+
+
 # Numbers
 
 
