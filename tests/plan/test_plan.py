@@ -199,7 +199,8 @@ def origins_of(*overrides: str) -> dict[str, Any]:
 
 
 def test_origins() -> None:
-    found = origins_of(*RUN, "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_API_KEY=abc123")
+    variables = "+ray_kwargs.ray_init.runtime_env.env_vars"
+    found = origins_of(*RUN, f"{variables}.WANDB_API_KEY=abc123", f"{variables}.openai_key=abc123")
     wanted = {
         "data.max_length": (64, "command line"),
         "refine.nsp.chunks": (8, "recipe midtrain"),
