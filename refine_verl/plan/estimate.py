@@ -20,9 +20,8 @@ from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
 from refine_verl.plan.options import PlanOptions
 from refine_verl.plan.origins import Origin
 from refine_verl.plan.reading import Reading
+from refine_verl.plan.sizes import size_text
 from refine_verl.validate import ValidConfig
-
-GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,14 +260,14 @@ def _resource_warnings(plan: Plan, valid: ValidConfig) -> Iterator[str]:
             cures.append("lower actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu")
         cures += ["use more workers", "lower data.max_length"]
         yield (
-            f"{memory.peak / GIB:.1f} GiB are needed at the peak ({memory.peak_phase}), and a worker has "
-            f"{available / GIB:.1f} GiB: {', or '.join(cures)}."
+            f"{size_text(memory.peak)} are needed at the peak ({memory.peak_phase}), and a worker has "
+            f"{size_text(available)}: {', or '.join(cures)}."
         )
     disk = plan.disk
     if disk.needed > disk.free:
         yield (
-            f"{disk.checkpoints_kept} checkpoints of {disk.checkpoint / GIB:.2f} GiB, one more while it is written, "
-            f"and the final model need {disk.needed / GIB:.1f} GiB, and {disk.place} has {disk.free / GIB:.1f} GiB: "
+            f"{disk.checkpoints_kept} checkpoints of {size_text(disk.checkpoint, 2)}, one more while it is written, "
+            f"and the final model need {size_text(disk.needed)}, and {disk.place} has {size_text(disk.free)}: "
             "raise trainer.save_freq, set trainer.max_actor_ckpt_to_keep, or set trainer.default_local_dir to "
             "another disk."
         )

@@ -21,11 +21,14 @@ from refine_verl.data import DataError
 from refine_verl.models import Branches, load_model, make_actor, snapshot_count
 from refine_verl.plan import estimate, reading
 from refine_verl.plan.__main__ import main
-from refine_verl.plan.estimate import GIB, Shape, forward_tokens
+from refine_verl.plan.estimate import Shape, forward_tokens
 from refine_verl.plan.memory import MemoryEstimate
 from refine_verl.plan.options import measured_throughput, read_options
 from refine_verl.plan.origins import files_chosen, find_origins
+from refine_verl.plan.sizes import size_text
 from refine_verl.validate import validate
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 RUN = (
     "recipe=midtrain",
@@ -150,10 +153,44 @@ def test_warnings_of_resources(
     assert "trainer.max_actor_ckpt_to_keep" in text and "max_position_embeddings" in text
     # 1 Gi parameters, 12 bytes each, at steps 25, 50, 75, 100; and the model
     assert plan["disk"]["needed"] == (4 * 12 + 4) * GIB
+    assert "4 checkpoints of 12.00 GiB, one more while it is written, and the final model need 52.0 GiB, and " in text
     kept = plan_of(capsys, "trainer.max_actor_ckpt_to_keep=1", "memory=80")
     # the new one is there before the old one goes
     assert kept["disk"]["checkpoints_kept"] == 1 and kept["disk"]["needed"] == 2 * 12 * GIB
     assert "are needed at the peak" not in "\n".join(kept["warnings"])
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from refine_verl.plan import memory
+
+    found = MemoryEstimate(parameters=KIB, state_bytes=2 * KIB, phases={"update": {"states": KIB, "rest": 3 * MIB}})
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_: found)
+    monkeypatch.setattr(estimate, "memory_here", lambda *_: 2 * MIB)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 40 * KIB}))
+
+
+def test_little_is_not_said_in_gigabytes(little_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents([64] * 8)
+    assert main(list(RUN)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "Peak memory per process, MiB: 1,024 parameters",
+        "a state of 2.0 KiB",
+        "states 0.001",
+        "sum 3.001",
+        "3.0 MiB are needed at the peak (update), and a worker has 2.0 MiB",
+        "checkpoints kept 4 of 12.000 KiB",
+        "free 40.000 KiB at",
+        "4 checkpoints of 12.00 KiB, one more while it is written, and the final model need 52.0 KiB",
+    ):
+        assert text in shown
+    assert "GiB" not in shown
+
+
+def test_sizes() -> None:
+    sizes = {0: "0 bytes", 1023: "1,023 bytes", KIB: "1.0 KiB", 3 * MIB // 2: "1.5 MiB", 2000 * 1024 * GIB: "2.0 PiB"}
+    assert {size: size_text(size) for size in sizes} == sizes
 
 
 @pytest.mark.parametrize(
