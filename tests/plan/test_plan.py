@@ -202,12 +202,22 @@ def test_sizes() -> None:
         (["measured=nothing.json"], "nothing.json"),
         (["refine.ppo_mini_batch_size=3"], "does not divide"),
         (["-m"], "one run"),
+        (["--jsno"], "unknown option --jsno. Did you mean '--json'? See --help."),
+        (["--al"], "unknown option --al. Did you mean '--all'? See --help."),
+        (["--cfg", "jobb"], "'all'). See --help."),
+        (["thrughput=100"], "thrughput: unknown key. Did you mean 'throughput'?"),
+        (["memry=8"], "memry: unknown key. Did you mean 'memory'?"),
+        (["mesured=x.json"], "mesured: unknown key. Did you mean 'measured'?"),
+        (["datta=x"], "datta: unknown key. Did you mean 'data'?"),
+        (["refine.nsp.chunks=2,4"], "refine.nsp.chunks: a plan takes one value at a time, got 2,4. Write refine"),
+        (["refine.nsp.chunks=range(1,4)"], "refine.nsp.chunks: a plan takes one value at a time, got range(1,4)."),
     ],
 )
 def test_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_documents([64] * 8)
     assert main([*RUN, *arguments]) == 2
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert says in said and "add -m" not in said and "--hydra-help" not in said
 
 
 def test_neither_ray_nor_a_gpu_is_touched() -> None:
