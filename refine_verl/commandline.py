@@ -36,8 +36,15 @@ class CommandLine:
     config_dir: str | None
 
 
-def read_command_line(arguments: Sequence[str]) -> CommandLine:
+def read_command_line(
+    arguments: Sequence[str], *, suggest: Sequence[str] | None = None, help_option: str = "--hydra-help"
+) -> CommandLine:
     """Parse with Hydra's own parser, and refuse what Hydra would answer with a traceback or not at all.
+
+    Args:
+        arguments: as typed.
+        suggest: options to suggest for an unknown one; None: Hydra's.
+        help_option: what lists them.
 
     Raises:
         ConfigError: an unknown option, or options that do not go together.
@@ -47,11 +54,11 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     try:
         given, rest = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise ConfigError("", f"{error}. See --hydra-help.") from error
+        raise ConfigError("", f"{error}. See {help_option}.") from error
     options = [item for item in rest if item.startswith("-")]
     if options:
-        known = list(parser._option_string_actions)
-        raise ConfigError("", f"unknown option {options[0]}.{did_you_mean(options[0], known)} See --hydra-help.")
+        known = list(parser._option_string_actions) if suggest is None else suggest
+        raise ConfigError("", f"unknown option {options[0]}.{did_you_mean(options[0], known)} See {help_option}.")
     overrides = [*given.overrides, *rest]  # argparse gives up on overrides that follow an option
     _check_options(given, overrides)
     flags = list(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
@@ -16,12 +17,14 @@ FOREIGN_PRESETS = ("hf_model",)
 """What verl happens to keep in a group of the same name as ours."""
 
 
-def readable(error: Exception, schema: DictConfig) -> str:
+def readable(error: Exception, schema: DictConfig, *, own_words: Sequence[str] = (), one_run: str | None = None) -> str:
     """One message for an error of configuration; ours pass through as they are.
 
     Args:
         error: whatever composition or validation raised.
         schema: `compose.base_schema()`, to find the nearest key.
+        own_words: what the command takes as ``WORD=`` besides keys.
+        one_run: what a command that has no ``-m`` makes, `a plan`; None where there is one.
     """
     if isinstance(error, MissingConfigException):
         return _unknown_file(error)
@@ -30,12 +33,16 @@ def readable(error: Exception, schema: DictConfig) -> str:
         return f"{mark.name}: {yaml_problem(error)}" if mark else yaml_problem(error)
     text = str(error).strip()
     if found := re.match(r"Could not override '([^']+)'", text):
-        return _unknown_key(found[1], schema)
+        return _unknown_key(found[1], schema, own_words)
     if text.startswith("You must specify 'recipe'"):
         return f"recipe: choose one with recipe=NAME. {_listing('recipe')}"
     if found := re.match(r"Ambiguous value for argument '(.+?)'", text):
         key, _, value = found[1].partition("=")
+        if one_run:
+            return f"{key}: {one_run} takes one value at a time, got {value}. Write {key}=[{value}] for a list."
         return f"{key}: write {key}=[{value}] for a list, or add -m for one run per value."
+    if one_run and (found := re.match(r"Sweep parameters '(.+?)=(.+)' requires --multirun", text)):
+        return f"{found[1]}: {one_run} takes one value at a time, got {found[2]}."
     if found := re.match(r"Error parsing override '(.*)'\s+(.*)", text):
         return f"{found[1]!r} is not of the form key=value ({found[2].strip()})."
     if "See https://hydra.cc" in text:
@@ -58,8 +65,8 @@ def _unknown_file(error: MissingConfigException) -> str:
     return f"{group}: unknown {kind} {name!r}{where}. {_listing(group, names)}{hint}"
 
 
-def _unknown_key(key: str, schema: DictConfig) -> str:
-    hint = nearest_key(key, schema)
+def _unknown_key(key: str, schema: DictConfig, own_words: Sequence[str]) -> str:
+    hint = did_you_mean(key, own_words, cutoff=0.7) or nearest_key(key, schema)
     end = hint or f" Where a section takes keys of your own, add them with a plus: +{key}=..."
     return f"{key}: unknown key.{end}"
 

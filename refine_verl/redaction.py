@@ -18,12 +18,21 @@ SECRET_KEY = re.compile(
 )
 """Keys of settings and names of environment variables whose values are secrets."""
 
+_ENVIRONMENT_KEY = re.compile(r"[A-Z0-9_]+_KEY")
+"""`OPENAI_KEY`. Settings that name a column, such as `data.prompt_key`, are in small letters."""
+
+_KEY_IN_ENVIRONMENT = re.compile(r"keys?(_?(id|\d+))?$", re.IGNORECASE)
+"""Among environment variables there are no columns: `openai_key`, `MYKEY`, `OPENAI_KEY_2`."""
+
 _IN_URL = re.compile(r"(\w://[^/:@\s]*:)[^/@\s]+@")
 
 
 def is_secret(key: str) -> bool:
     """Whether the last part of a dotted key names a secret: `...env_vars.WANDB_API_KEY`, `logger.password`."""
-    return SECRET_KEY.search(key.rpartition(".")[2]) is not None
+    section, _, name = key.rpartition(".")
+    if SECRET_KEY.search(name) or _ENVIRONMENT_KEY.fullmatch(name):
+        return True
+    return section.rpartition(".")[2] == "env_vars" and _KEY_IN_ENVIRONMENT.search(name) is not None
 
 
 def redacted(value: Any, key: str = "") -> Any:
@@ -31,10 +40,10 @@ def redacted(value: Any, key: str = "") -> Any:
 
     Args:
         value: plain containers, as `OmegaConf.to_container` makes them.
-        key: the key under which ``value`` stands.
+        key: the dotted key under which ``value`` stands.
     """
     if isinstance(value, Mapping):
-        return {name: redacted(item, str(name)) for name, item in value.items()}
+        return {name: redacted(item, f"{key}.{name}") for name, item in value.items()}
     if is_secret(key) and value not in (None, ""):
         return HIDDEN
     if isinstance(value, (list, tuple)):

@@ -33,7 +33,7 @@ from refine_verl.compose import ConfigFile, base_schema, compose_config, find_co
 from refine_verl.config import ConfigError
 from refine_verl.data import DataError, DataSettings
 from refine_verl.messages import readable
-from refine_verl.plan.options import PlanOptions, measured_throughput, read_options
+from refine_verl.plan.options import FLAGS, WORDS, PlanOptions, measured_throughput, read_options
 from refine_verl.plan.origins import files_chosen, find_origins
 from refine_verl.quiet import quieten_third_parties
 from refine_verl.validate import ValidConfig, validate
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _plan(arguments)
     except (ConfigError, DataError, HydraException, OmegaConfBaseException, YAMLError) as error:
         ours = isinstance(error, (ConfigError, DataError))
-        return _refuse(str(error) if ours else readable(error, base_schema()))
+        return _refuse(str(error) if ours else readable(error, base_schema(), own_words=WORDS, one_run="a plan"))
 
 
 def _refuse(message: str) -> int:
@@ -68,7 +68,7 @@ def _refuse(message: str) -> int:
 
 def _plan(arguments: Sequence[str]) -> int:
     options, rest, measured = read_options(arguments)
-    command = read_command_line(rest)
+    command = read_command_line(rest, suggest=(*FLAGS, "--help", "--config-dir"), help_option="--help")
     if command.multirun or command.shows:
         raise ConfigError("", "a plan is of one run: leave out -m, --cfg and --info.")
     directories = [command.config_dir] if command.config_dir else []

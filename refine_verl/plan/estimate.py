@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from refine_verl.data import DataSettings
 from refine_verl.kernels.patch import accelerator_available
-from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK
+from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK, snapshot_count
 from refine_verl.models.rollouts import documents_together
 from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
 from refine_verl.plan.options import PlanOptions
 from refine_verl.plan.origins import Origin
 from refine_verl.plan.reading import Reading
+from refine_verl.plan.sizes import size_text
 from refine_verl.validate import ValidConfig
-
-GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
         cuts = nsp.chunks + 1
     readings = rounds * -(-(batch // valid.workers or 1) // shape.rollout_rows)
     writings = rounds * -(-(batch // valid.workers or 1) // shape.rollouts_of)
-    snapshots = 1 if traced else SNAPSHOTS_PER_CHUNK * nsp.chunks + 1
+    snapshots = 1 if traced else snapshot_count(nsp.chunks, _longest(valid)) + 1  # and the replay
     passes = {"update": updates * micro * (cuts + (1 if shape.with_rollouts else 0))}
     if shape.with_rollouts:
         passes = {"read": readings * snapshots, "write": writings * nsp.rollout_length, **passes}
@@ -147,6 +148,13 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
         forward_tokens_per_token=forward_tokens(shape, train.mean_length, traced) if rounds else 0.0,
         passes=passes,
     )
+
+
+def _longest(valid: ValidConfig) -> int:
+    """Tokens that a document or prompt may have, whatever those at hand have: it decides the passes of all workers."""
+    data = valid.data
+    longest = data.max_length if isinstance(data, DataSettings) else data.max_prompt_length
+    return longest or sys.maxsize  # null: documents are not cut
 
 
 def trains_on_what_it_reads(valid: ValidConfig) -> bool:
@@ -252,14 +260,14 @@ def _resource_warnings(plan: Plan, valid: ValidConfig) -> Iterator[str]:
             cures.append("lower actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu")
         cures += ["use more workers", "lower data.max_length"]
         yield (
-            f"{memory.peak / GIB:.1f} GiB are needed at the peak ({memory.peak_phase}), and a worker has "
-            f"{available / GIB:.1f} GiB: {', or '.join(cures)}."
+            f"{size_text(memory.peak)} are needed at the peak ({memory.peak_phase}), and a worker has "
+            f"{size_text(available)}: {', or '.join(cures)}."
         )
     disk = plan.disk
     if disk.needed > disk.free:
         yield (
-            f"{disk.checkpoints_kept} checkpoints of {disk.checkpoint / GIB:.2f} GiB, one more while it is written, "
-            f"and the final model need {disk.needed / GIB:.1f} GiB, and {disk.place} has {disk.free / GIB:.1f} GiB: "
+            f"{disk.checkpoints_kept} checkpoints of {size_text(disk.checkpoint, 2)}, one more while it is written, "
+            f"and the final model need {size_text(disk.needed)}, and {disk.place} has {size_text(disk.free)}: "
             "raise trainer.save_freq, set trainer.max_actor_ckpt_to_keep, or set trainer.default_local_dir to "
             "another disk."
         )

@@ -12,6 +12,7 @@ from refine_verl.config import ConfigError
 from refine_verl.report.metrics import merge_steps, read_metrics
 
 NUMBERS = ("throughput", "memory", "sample")
+WORDS = (*NUMBERS, "measured")
 FLAGS = ("--json", "--all")
 
 
@@ -49,7 +50,7 @@ def read_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str], str]
     rest = []
     for word in arguments:
         name, separator, value = word.partition("=")
-        if separator and name in (*NUMBERS, "measured"):
+        if separator and name in WORDS:
             values[name] = value
         elif word not in FLAGS:
             rest.append(word)

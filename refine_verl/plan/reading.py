@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
-from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from refine_verl.config import ConfigError
 from refine_verl.data import DataSettings
+from refine_verl.data.readers import file_format, reading
 from refine_verl.data.settings import split_key
-from refine_verl.data.sources import DocumentSource, HubSource, StandardLibrarySource, resolve_sources
+from refine_verl.data.sources import DocumentSource, FileSource, HubSource, StandardLibrarySource, resolve_sources
 from refine_verl.data.windows import plan_windows
 
-_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_CHUNK = 1 << 16
+_RATIO_FROM = 8 << 20
+"""Compressed bytes that show how far a file is compressed; a smaller file is decompressed whole. Arrow reads ahead of
+what it hands out by one chunk, so that fewer would show less."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ class Reading:
 
 
 def sample_split(data: DataSettings, split: str, tokenizer: Any, minimum: int, count: int) -> Reading | None:
-    """Tokenise the first ``count`` documents of each file and reckon the rest from the files' sizes.
+    """Tokenise the first ``count`` documents of each file and reckon up the rest by rows, or by bytes of lines.
 
     Args:
         data: what to read and how to cut it.
@@ -89,22 +95,19 @@ def sample_split(data: DataSettings, split: str, tokenizer: Any, minimum: int, c
         return None
     sources = resolve_sources(data.files(split), key=split_key(split), default_split=split)
     totals = np.zeros(4)
-    longest, compressed = 0, False
+    longest = 0
     for source in sources:
         texts = _first_texts(source, data.text_key, count)
         lengths = np.array([len(ids) + data.append_eos for ids in tokenizer(texts)["input_ids"]])
         plan = plan_windows(lengths, max_length=data.max_length, min_length=minimum, policy=data.long_documents)
         seen = plan.statistics
-        factor = _times_more(source, texts, count)
-        compressed |= source.name.endswith(_COMPRESSED) and factor > 1
+        factor = _times_more(source, len(texts), count)
         totals += factor * np.array([seen.documents, seen.too_short, seen.tokens_kept, seen.windows])
         longest = max(longest, seen.max_length)
     documents, too_short, tokens, sequences = (round(float(total)) for total in totals)
     if not sequences:
         raise ConfigError("sample", f"none of the sampled documents has {minimum} tokens. Sample more, or read all.")
-    note = f"the first {count} documents of each of {len(sources)} files, the rest by size"
-    if compressed:
-        note += "; compressed text is taken for three times as large as its file"
+    note = f"the first {count} documents of each of {len(sources)} files, the rest by rows, or by bytes of lines"
     return Reading(
         documents=documents,
         too_short=too_short,
@@ -122,15 +125,41 @@ def _first_texts(source: DocumentSource, text_key: str, count: int) -> list[str]
     return list(itertools.islice(texts, count))
 
 
-def _times_more(source: DocumentSource, texts: Sequence[str], count: int) -> float:
-    """How many times the sample the whole source is: by rows where they are known, else by bytes."""
-    if len(texts) < count:
+def _times_more(source: DocumentSource, sampled: int, count: int) -> float:
+    """How many times the ``sampled`` documents the whole source is: by rows where they are known, else by bytes."""
+    if sampled < count:
         return 1.0
     if isinstance(source, HubSource):
-        return len(source.dataset) / len(texts)
+        return len(source.dataset) / sampled
     if isinstance(source, StandardLibrarySource):
-        return len(source.files) / len(texts)
-    if source.name.endswith(".parquet"):
-        return float(pq.ParquetFile(Path(source.name)).metadata.num_rows / len(texts))
-    size = source.size() * (3 if source.name.endswith(_COMPRESSED) else 1)
-    return max(1.0, size / max(1, sum(len(text.encode()) for text in texts)))
+        return len(source.files) / sampled
+    assert isinstance(source, FileSource)
+    suffix = file_format(source.path)
+    if suffix == ".parquet":
+        return float(pq.ParquetFile(source.path).metadata.num_rows / sampled)
+    if suffix == ".txt":
+        return 1.0  # one document
+    return _lines_more(source.path, sampled, zstd=suffix.endswith(".zst"))
+
+
+def _lines_more(path: Path, sampled: int, *, zstd: bool) -> float:
+    """A json lines file in bytes by the bytes of its first ``sampled`` lines: with all columns and escapes."""
+    size = path.stat().st_size
+    with ExitStack() as stack:
+        stack.enter_context(reading(str(path), "zstd-compressed file" if zstd else "file"))
+        file = stack.enter_context(pa.OSFile(str(path)))
+        stream = stack.enter_context(pa.CompressedInputStream(file, "zstd")) if zstd else file
+        lines = stack.enter_context(io.BufferedReader(stream, _CHUNK))
+        documents = (line for line in lines if line.strip())
+        sampled_bytes = sum(map(len, itertools.islice(documents, sampled)))
+        return (_text_bytes(lines, sampled_bytes, file, size) if zstd else size) / sampled_bytes
+
+
+def _text_bytes(lines: io.BufferedReader, seen: int, file: pa.OSFile, size: int) -> float:
+    """Bytes of text in a compressed ``file`` of ``size``, of which ``seen`` were read from ``lines``."""
+    while file.tell() < _RATIO_FROM:
+        piece = lines.read(_CHUNK)
+        if not piece:
+            return seen
+        seen += len(piece)
+    return seen * size / file.tell()

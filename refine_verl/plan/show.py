@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from refine_verl.plan.estimate import GIB, Plan
+from refine_verl.plan.estimate import Plan
 from refine_verl.plan.origins import DEFAULT, Origin
 from refine_verl.plan.reading import Reading
+from refine_verl.plan.sizes import size_text, unit_of
 
 
 def show(plan: Plan, console: Console, *, every_key: bool = False) -> None:
@@ -90,16 +91,22 @@ def _work(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    phases = plan.memory.phases
+    memory = plan.memory
+    phases = memory.phases
+    unit, name = unit_of(memory.peak)
+
+    def cell(size: int) -> str:
+        return f"{size / unit:,.3f}" if unit > 1 else f"{size:,}"
+
     parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
     rows: list[tuple[Any, ...]] = [
-        (part, *(_gib(phase[part]) if part in phase else "" for phase in phases.values())) for part in parts
+        (part, *(cell(phase[part]) if part in phase else "" for phase in phases.values())) for part in parts
     ]
-    rows.append(("sum", *(_gib(sum(phase.values())) for phase in phases.values())))
+    rows.append(("sum", *(cell(sum(phase.values())) for phase in phases.values())))
     kind = "GPU" if plan.shape.cuda else "process"
     title = (
-        f"Peak memory per {kind}, GiB: {plan.memory.parameters:,} parameters over {plan.shape.workers} workers, "
-        f"documents of {plan.shape.length:,} tokens, a state of {plan.memory.state_bytes / 2**20:.1f} MiB"
+        f"Peak memory per {kind}, {name}: {memory.parameters:,} parameters over {plan.shape.workers} workers, "
+        f"documents of {plan.shape.length:,} tokens, a state of {size_text(memory.state_bytes)}"
     )
     return _table(title, ("part", *phases), rows)
 
@@ -107,13 +114,9 @@ def _memory(plan: Plan) -> Table:
 def _disk(plan: Plan) -> Table:
     disk = plan.disk
     rows = [
-        ("checkpoints kept", f"{disk.checkpoints_kept} of {_gib(disk.checkpoint)} GiB"),
-        ("final model", f"{_gib(disk.final_model)} GiB"),
-        ("needed", f"{_gib(disk.needed)} GiB"),
-        ("free", f"{_gib(disk.free)} GiB at {disk.place}"),
+        ("checkpoints kept", f"{disk.checkpoints_kept} of {size_text(disk.checkpoint, 3)}"),
+        ("final model", size_text(disk.final_model, 3)),
+        ("needed", size_text(disk.needed, 3)),
+        ("free", f"{size_text(disk.free, 3)} at {disk.place}"),
     ]
     return _table("Disk", ("what", "how much"), rows)
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:,.3f}"

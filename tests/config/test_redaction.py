@@ -40,7 +40,44 @@ def test_secrets(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["eos_token", "model.config.pad_token_id", "tokens_per_step", "data.prompt_key", "keys"]
+    "key",
+    [
+        "ray_kwargs.ray_init.runtime_env.env_vars.OPENAI_KEY",
+        "OPENAI_KEY",
+        "GEMINI_2_KEY",
+        "env_vars.openai_key",
+        "env_vars.MYKEY",
+        "env_vars.KEY",
+        "env_vars.OPENAI_KEYS",
+        "env_vars.AZURE_KEY_2",
+        "env_vars.SERVICE_KEY_ID",
+    ],
+)
+def test_keys_of_services(key: str) -> None:
+    assert is_secret(key)
+    section, _, name = key.rpartition(".")
+    tree: dict[str, Any] = {name: TOKEN}
+    for part in reversed(section.split(".") if section else []):
+        tree = {part: tree}
+    assert TOKEN not in str(redacted(tree))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "eos_token",
+        "model.config.pad_token_id",
+        "tokens_per_step",
+        "keys",
+        "data.prompt_key",
+        "data.text_key",
+        "data.reward_fn_key",
+        "distillation.teacher_models.teacher_model.key",
+        "reward.custom_reward_function.reward_kwargs.label_key",
+        "env_vars.TOKENIZERS_PARALLELISM",
+        "env_vars.KEYBOARD",
+        "env_vars.KEY_FILE",
+    ],
 )
 def test_no_secrets(key: str) -> None:
     assert not is_secret(key)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from reference.toy import documents_of, draws_for, tiny_config
 
 from refine_verl.compose import compose_config, find_configs
 from refine_verl.config import ConfigError, NSPSettings
+from refine_verl.data import DataError
 from refine_verl.models import Branches, load_model, make_actor, snapshot_count
-from refine_verl.plan import estimate
+from refine_verl.plan import estimate, reading
 from refine_verl.plan.__main__ import main
-from refine_verl.plan.estimate import GIB, Shape, forward_tokens
+from refine_verl.plan.estimate import Shape, forward_tokens
 from refine_verl.plan.memory import MemoryEstimate
 from refine_verl.plan.options import measured_throughput, read_options
 from refine_verl.plan.origins import files_chosen, find_origins
+from refine_verl.plan.sizes import size_text
 from refine_verl.validate import validate
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 RUN = (
     "recipe=midtrain",
@@ -37,6 +44,9 @@ RUN = (
     "trainer.n_gpus_per_node=1",
     "trainer.device=cpu",
 )
+
+READ_AHEAD = 0.15
+"""Arrow is ahead by a chunk of 64 KiB, in a test that looks at 1 MiB instead of 8."""
 
 
 def write_documents(lengths: list[int]) -> None:
@@ -83,14 +93,52 @@ def test_tables(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
         assert text in shown
 
 
-def test_a_sample_is_reckoned_up(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
-    write_documents([64] * 200)
-    whole, part = plan_of(capsys), plan_of(capsys, "sample=20")
+def write_lines(path: Path, lines: list[str]) -> None:
+    with pa.output_stream(str(path), compression="zstd" if path.suffix == ".zst" else None) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def write_rows(path: Path, text: str, rows: int) -> None:
+    """Equal documents with a column of metadata; json escapes what is not ASCII."""
+    table = [{"meta": {"id": f"{row:06}"}, "text": text} for row in range(rows)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(table), path)
+    else:
+        write_lines(path, [json.dumps(row) for row in table])
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.zst", "docs.parquet"])
+def test_a_sample_is_reckoned_up(name: str, no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\u5b66\u4e60" * 10
+    write_rows(Path(name), text, 200)
+    file = f"data.train_files={name}"
+    whole, part = plan_of(capsys, file), plan_of(capsys, file, "sample=20")
     assert part["train"]["estimated"] and not whole["train"]["estimated"]
-    for name in ("documents", "tokens", "sequences"):
-        # json's quotes and key are in the file's size and not in the text's
-        assert part["train"][name] == pytest.approx(whole["train"][name], rel=0.25)
-    assert part["train"]["longest"] == 64
+    assert whole["train"]["documents"] == 200 and whole["train"]["longest"] == len(text.encode())
+    for count in ("documents", "tokens", "sequences", "longest"):
+        assert part["train"][count] == whole["train"][count], count  # all documents are equal: nothing is left to err
+
+
+def test_a_sample_of_three(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents([64] * 64)
+    assert plan_of(capsys, "sample=3")["train"]["documents"] == 64
+
+
+def test_a_text_file_is_one_document(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    # longer than its text by the mark of the byte order
+    Path("book.txt").write_bytes(b"\xef\xbb\xbf" + b"a" * 40)
+    assert plan_of(capsys, "data.train_files=book.txt", "sample=1")["train"]["tokens"] == 40
+
+
+def test_a_large_compressed_file_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, draws = tmp_path / "docs.jsonl.zst", random.Random(0)
+    write_lines(path, [json.dumps({"text": draws.randbytes(1000).hex()}) for _ in range(1000)])
+    path.write_bytes(path.read_bytes() * 4 + b"no zstd")
+    monkeypatch.setattr(reading, "_RATIO_FROM", 1 << 20)
+    assert reading._lines_more(path, 10, zstd=True) == pytest.approx(400, rel=READ_AHEAD)
+    monkeypatch.setattr(reading, "_RATIO_FROM", 1 << 30)
+    with pytest.raises(DataError, match="docs.jsonl.zst is not a readable zstd-compressed file"):
+        reading._lines_more(path, 10, zstd=True)
 
 
 def test_warnings_of_resources(
@@ -105,10 +153,44 @@ def test_warnings_of_resources(
     assert "trainer.max_actor_ckpt_to_keep" in text and "max_position_embeddings" in text
     # 1 Gi parameters, 12 bytes each, at steps 25, 50, 75, 100; and the model
     assert plan["disk"]["needed"] == (4 * 12 + 4) * GIB
+    assert "4 checkpoints of 12.00 GiB, one more while it is written, and the final model need 52.0 GiB, and " in text
     kept = plan_of(capsys, "trainer.max_actor_ckpt_to_keep=1", "memory=80")
     # the new one is there before the old one goes
     assert kept["disk"]["checkpoints_kept"] == 1 and kept["disk"]["needed"] == 2 * 12 * GIB
     assert "are needed at the peak" not in "\n".join(kept["warnings"])
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from refine_verl.plan import memory
+
+    found = MemoryEstimate(parameters=KIB, state_bytes=2 * KIB, phases={"update": {"states": KIB, "rest": 3 * MIB}})
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_: found)
+    monkeypatch.setattr(estimate, "memory_here", lambda *_: 2 * MIB)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 40 * KIB}))
+
+
+def test_little_is_not_said_in_gigabytes(little_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents([64] * 8)
+    assert main(list(RUN)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "Peak memory per process, MiB: 1,024 parameters",
+        "a state of 2.0 KiB",
+        "states 0.001",
+        "sum 3.001",
+        "3.0 MiB are needed at the peak (update), and a worker has 2.0 MiB",
+        "checkpoints kept 4 of 12.000 KiB",
+        "free 40.000 KiB at",
+        "4 checkpoints of 12.00 KiB, one more while it is written, and the final model need 52.0 KiB",
+    ):
+        assert text in shown
+    assert "GiB" not in shown
+
+
+def test_sizes() -> None:
+    sizes = {0: "0 bytes", 1023: "1,023 bytes", KIB: "1.0 KiB", 3 * MIB // 2: "1.5 MiB", 2000 * 1024 * GIB: "2.0 PiB"}
+    assert {size: size_text(size) for size in sizes} == sizes
 
 
 @pytest.mark.parametrize(
@@ -120,12 +202,22 @@ def test_warnings_of_resources(
         (["measured=nothing.json"], "nothing.json"),
         (["refine.ppo_mini_batch_size=3"], "does not divide"),
         (["-m"], "one run"),
+        (["--jsno"], "unknown option --jsno. Did you mean '--json'? See --help."),
+        (["--al"], "unknown option --al. Did you mean '--all'? See --help."),
+        (["--cfg", "jobb"], "'all'). See --help."),
+        (["thrughput=100"], "thrughput: unknown key. Did you mean 'throughput'?"),
+        (["memry=8"], "memry: unknown key. Did you mean 'memory'?"),
+        (["mesured=x.json"], "mesured: unknown key. Did you mean 'measured'?"),
+        (["datta=x"], "datta: unknown key. Did you mean 'data'?"),
+        (["refine.nsp.chunks=2,4"], "refine.nsp.chunks: a plan takes one value at a time, got 2,4. Write refine"),
+        (["refine.nsp.chunks=range(1,4)"], "refine.nsp.chunks: a plan takes one value at a time, got range(1,4)."),
     ],
 )
 def test_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_documents([64] * 8)
     assert main([*RUN, *arguments]) == 2
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert says in said and "add -m" not in said and "--hydra-help" not in said
 
 
 def test_neither_ray_nor_a_gpu_is_touched() -> None:
@@ -154,7 +246,8 @@ def origins_of(*overrides: str) -> dict[str, Any]:
 
 
 def test_origins() -> None:
-    found = origins_of(*RUN, "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_API_KEY=abc123")
+    variables = "+ray_kwargs.ray_init.runtime_env.env_vars"
+    found = origins_of(*RUN, f"{variables}.WANDB_API_KEY=abc123", f"{variables}.openai_key=abc123")
     wanted = {
         "data.max_length": (64, "command line"),
         "refine.nsp.chunks": (8, "recipe midtrain"),
@@ -207,6 +300,15 @@ def test_passes_at_test_time(no_memory: None, capsys: pytest.CaptureFixture[str]
     assert (alone["steps"], alone["optimiser_steps_per_step"]) == (8, 1)
     few = plan_of_prompts(capsys, *files, "refine.ttt.reset=sample", "data.val_max_samples=3")["work"]
     assert few["steps"] == 3
+
+
+@pytest.mark.parametrize(("longest", "segments"), [(16, 16), (64, 24)])
+def test_reading_passes_are_no_more_than_tokens(
+    longest: int, segments: int, no_memory: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_documents([16] * 8)
+    device = ("trainer.device=cuda", "refine.nsp.chunks=3", "data.min_length=8", f"data.max_length={longest}")
+    assert plan_of(capsys, *device, "memory=80")["work"]["passes"]["read"] == 4 * (segments + 1)
 
 
 # Numbers
