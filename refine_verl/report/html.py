@@ -17,9 +17,10 @@ from refine_verl.report.format import format_number
 from refine_verl.report.headline import headlines
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.metrics import METRICS_FILE
-from refine_verl.report.page import flatten, key_table, lookup, render_page, sample, tile
+from refine_verl.report.page import key_table, lookup, render_page, sample, tile
 from refine_verl.report.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
 from refine_verl.report.series import column, finite
+from refine_verl.report.settings import settings_section
 from refine_verl.report.svg import Chart, line_marker, line_style, render_chart, smoothing_window
 
 __all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "REPORT_FILE", "ReportError", "write_report"]
@@ -60,7 +61,7 @@ def render_report(directory: Path) -> str:
         el("section", *map(tile, headlines(run.records)), class_="tiles", aria_label="Key figures"),
         *(chart_section(section, charts) for section, charts in build_charts(run.records).items()),
         _numbers(run.records),
-        _settings(run.config),
+        settings_section(run.config),
         _environment(run.environment),
         el("footer", f"Drawn from {METRICS_FILE} by python -m refine_verl.report"),
     )
@@ -134,20 +135,6 @@ def _number_row(key: str, records: Sequence[dict[str, Any]]) -> Markup | None:
     cells = [format_number(figure) for figure in figures]
     count = f"{len(values)}" + (f" ({lost} not finite)" if lost else "")
     return el("tr", el("th", el("code", key)), *(el("td", cell, class_="number") for cell in [*cells, count]))
-
-
-def _settings(config: Mapping[str, Any]) -> Markup | None:
-    if not config:
-        return None
-    own = config.get("refine")
-    rest = {key: value for key, value in config.items() if key != "refine"}
-    parts = [el("h2", "Settings")]
-    if own:
-        parts.append(el("div", el("div", key_table({"refine": own}), class_="panel"), class_="card"))
-    if rest:
-        summary = el("summary", f"All other settings ({len(list(flatten(rest)))})")
-        parts.append(el("details", summary, el("div", key_table(rest), class_="panel"), class_="card"))
-    return el("section", *parts)
 
 
 def _environment(environment: Mapping[str, Any]) -> Markup | None:

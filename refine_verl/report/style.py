@@ -109,10 +109,13 @@ footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
   .panel { overflow: visible; }
   table { font-size: 10px; }
   code, .key { font-size: 9.5px; }
+  th, td { padding-top: 3px; padding-bottom: 3px; }
   th.number, td.number { padding: 3px 0 3px 10px; }
   .tiles { grid-template-columns: repeat(3, 1fr); }
   .charts { grid-template-columns: 1fr 1fr; }
-  .tile, .card:not(.panel):not(details) { break-inside: avoid; }
+  .tile, .card:not(.panel):not(details):not(:has(> .panel)) { break-inside: avoid; }
   tr { break-inside: avoid; }
+  details:not(.screen)::details-content { content-visibility: visible; display: block; } /* nobody can unfold paper */
+  details:not(.screen) summary { list-style: none; break-after: avoid; }
 }
 """

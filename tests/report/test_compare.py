@@ -15,6 +15,7 @@ import yaml
 from refine_verl.report import MetricsWriter, ReportError, write_comparison
 from refine_verl.report.__main__ import main
 from refine_verl.report.compare import MAX_RUNS
+from refine_verl.report.differences import FOLD_FROM
 
 
 def run_of(
@@ -129,6 +130,26 @@ def test_settings_that_differ(two: list[Path], tmp_path: Path) -> None:
     }
     assert rows(page, "Environments that differ") == {"key": ["refine", "sft"], "torch": ["2.12", "2.13"]}
     assert "s3cret" not in path.read_text()
+
+
+def test_keys_that_a_run_lacks_do_not_bury_those_that_differ(tmp_path: Path) -> None:
+    """A run of another version, or one whose configuration was written by hand."""
+    full = {"verl": {f"key{n}": n for n in range(FOLD_FROM + 1)}, "refine": {"rl_coef": 0.2}, "same": 1}
+    few = {"refine": {"rl_coef": 0.0}, "same": 1}
+    runs = [run_of(tmp_path / name, 2, sft, config) for name, config in (("a", full), ("b", few))]
+    page = page_of(write_comparison(runs, tmp_path / "p.html"))
+    (folded,) = page.iter("details")
+    assert folded.get("class") == "screen"
+    assert folded.findtext("summary") == f"{FOLD_FROM + 1} keys that only some of the runs have, also in config.yaml"
+    assert "verl.key60 60 –" in text_of(folded) and "rl_coef" not in text_of(folded)
+    section = next(s for s in page.iter("section") if s.findtext("h2") == "Settings that differ")
+    table = section.find("div")
+    assert table is not None and text_of(table) == "key a b refine.rl_coef 0.2 0.0"
+    assert f"1 of {FOLD_FROM + 3}; 1 are the same." in text_of(section)
+    del full["verl"]["key0"]  # type: ignore[attr-defined]
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(full))
+    page = page_of(write_comparison(runs, tmp_path / "p.html"))
+    assert rows(page, "Settings that differ")["verl.key60"] == ["60", "–"]  # so many are one table with the others
 
 
 def test_equal_settings_are_said_to_be_equal(tmp_path: Path) -> None:
