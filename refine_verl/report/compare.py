@@ -17,7 +17,7 @@ from refine_verl.report.markup import Markup, el
 from refine_verl.report.metrics import METRICS_FILE
 from refine_verl.report.page import render_page, sample
 from refine_verl.report.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
-from refine_verl.report.series import Point, column, finite, head_and_tail
+from refine_verl.report.series import Point, column, final_value, finite
 from refine_verl.report.svg import Axis, Chart, Line, line_marker, line_style
 
 __all__ = ["AXES", "COMPARISON_FILE", "write_comparison"]
@@ -161,7 +161,7 @@ def _charts(entries: Sequence[Entry], axis: Axis) -> dict[str, list[Chart]]:
     charts: dict[str, list[Chart]] = {section: [] for section in SECTIONS}
     for spec, key, title in _metrics(entries):
         lines = [
-            entry.line(points, spec.noisy and not key.startswith("val/"))
+            entry.line(points, spec.noisy and _is_averaged(key))
             for entry in entries
             if (points := column(entry.records, key))
         ]
@@ -176,6 +176,7 @@ def _charts(entries: Sequence[Entry], axis: Axis) -> dict[str, list[Chart]]:
                 from_zero=spec.from_zero,
                 steps=(min(places), max(places)),
                 axis=axis,
+                tail=_is_averaged(key),
             )
         )
     return {section: found for section, found in charts.items() if found}
@@ -225,31 +226,42 @@ def _final_values(entries: Sequence[Entry]) -> Markup:
     """The last value of what is validated, and the mean of the last tenth of what is noisy; the best is bold."""
     rows = []
     for spec, key, title in _metrics(entries):
-        values = [_final(entry.run.records, key) for entry in entries]
-        if all(value is None for value in values):
-            continue
-        best = _best(key, [value for value in values if value is not None])
-        cells = []
-        for value in values:
-            text = format_number(value, percent=spec.percent)
-            cells.append(el("td", el("b", text) if value == best and value is not None else text, class_="number"))
-        rows.append(el("tr", el("th", title, " ", el("code", key)), *cells))
+        finals = [_final(column(entry.run.records, key), key) for entry in entries]
+        if any(finals):
+            cells = _final_cells(key, finals, spec.percent)
+            rows.append(el("tr", el("th", title, " ", el("code", key)), *cells))
     note = el(
         "p",
-        "Validation: the last value. Everything else: the mean of the last tenth of the steps. Runs of unequal length "
-        "end at different places. Bold: the best, where that is not a matter of taste.",
+        "Validation: the last value. Everything else: the mean of the last tenth of the steps. Where runs end at "
+        "different steps, each value has the step it ends at. Bold: the best of those that came furthest, where that "
+        "is not a matter of taste.",
         class_="note",
     )
     head = ("metric", *(entry.label for entry in entries))
     return el("section", el("h2", "Final values"), comparison_table(head, rows, numbers=True), note)
 
 
-def _final(records: Sequence[dict[str, Any]], key: str) -> float | None:
-    points = column(records, key)
-    if key.startswith("val/"):
-        return next((value for _, value in reversed(finite(points))), None)
-    found = head_and_tail(points)
-    return found[1] if found else None
+def _final_cells(key: str, finals: Sequence[tuple[float, float] | None], percent: bool) -> Iterator[Markup]:
+    """A cell per run; a run that stopped earlier is not ranked with those that trained longer."""
+    furthest = max(end for end, _ in filter(None, finals))
+    apart = any(end < furthest for end, _ in filter(None, finals))
+    best = _best(key, [value for end, value in filter(None, finals) if end == furthest])
+    for final in finals:
+        text = format_number(final[1] if final else None, percent=percent)
+        shown = el("b", text) if final is not None and final == (furthest, best) else text
+        step = el("small", f" at {final[0]:g}") if final and apart else None
+        yield el("td", shown, step, class_="number")
+
+
+def _is_averaged(key: str) -> bool:
+    """Whether the final value is a mean of the last tenth; validation is measured rarely, and on more text."""
+    return not key.startswith("val/")
+
+
+def _final(points: Sequence[Point], key: str) -> tuple[float, float] | None:
+    """(last step with a value, final value)"""
+    value = final_value(points, tail=_is_averaged(key))
+    return None if value is None else (finite(points)[-1][0], value)
 
 
 def _best(key: str, values: Sequence[float]) -> float | None:

@@ -53,7 +53,7 @@ def differences(
     else:
         partly, rest = [], None
     same = len(keys) - len(differ) - len(partly)
-    note = el("p", f"{len(differ)} of {len(keys)}; {same} are the same.", class_="note")
+    note = el("p", f"{len(differ)} of {len(keys)} keys; the same in all runs: {same}.", class_="note")
     if len(differ) > FOLD_FROM:
         table: Markup | None = _folded(f"{len(differ)} keys", None, _rows(differ, flat), names)
     else:

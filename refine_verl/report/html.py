@@ -19,7 +19,7 @@ from refine_verl.report.markup import Markup, el
 from refine_verl.report.metrics import METRICS_FILE
 from refine_verl.report.page import key_table, lookup, render_page, sample, tile
 from refine_verl.report.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
-from refine_verl.report.series import column, finite
+from refine_verl.report.series import column, final_value, finite
 from refine_verl.report.settings import settings_section
 from refine_verl.report.svg import Chart, line_marker, line_style, render_chart, smoothing_window
 
@@ -91,21 +91,22 @@ def _figure(chart: Chart) -> Markup:
 
 
 def _legend(chart: Chart) -> Markup:
-    """Line samples with the last value of each, or the share of a stacked part."""
+    """Line samples with the final value of each, or the share of a stacked part."""
     totals = [sum(value for _, value in finite(line.points)) for line in chart.lines]
     items = []
     for line, total in zip(chart.lines, totals, strict=True):
         if chart.stacked:
             drawn, text = sample("M4 0H16V10H4Z", f"fill c{line.color}"), f"{total / (sum(totals) or 1):.0%}"
         else:
-            last = next((value for _, value in reversed(finite(line.points))), None)
             drawn = sample("M0 5H20", line_style(line), line_marker(line, 10, 5))
-            text = format_number(last, percent=chart.percent)
+            text = format_number(final_value(line.points, tail=bool(chart.tail)), percent=chart.percent)
         items.append(el("li", drawn, line.label, " ", el("b", text)))
     if chart.band:
         items.append(el("li", sample("M0 0H20V10H0Z", f"band c{chart.band.color}"), chart.band.label))
     if window := max(smoothing_window(line) for line in chart.lines):
         items.append(el("li", f"bold: {window}-step mean"))
+    if chart.tail is not None:
+        items.append(el("li", "figures: mean of the last tenth" if chart.tail else "figures: last value"))
     return el("ul", *items, class_="legend")
 
 

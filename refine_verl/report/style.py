@@ -83,6 +83,7 @@ thead th { color: var(--muted); font-weight: 500; }
 tbody th { font-weight: 450; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number, td.number { padding: 5px 0 5px 18px; }
+td.number small { color: var(--muted); }
 code, .key { font: 12.5px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .swatch svg { width: 34px; height: 17px; vertical-align: -4px; margin-right: 10px; }
 .setting-value { overflow-wrap: anywhere; min-width: 90px; }
