@@ -10,6 +10,7 @@ from statistics import fmean, pstdev
 from refine_verl.inspect.analysis import Inspection, Position, Rollout
 from refine_verl.inspect.drawing import averaged_tokens, render_curve
 from refine_verl.inspect.glyphs import Glyph, Kind
+from refine_verl.inspect.scale import Scale
 from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.style import LEVELS, STYLE
 from refine_verl.inspect.view import View
@@ -112,16 +113,22 @@ def _curve(inspection: Inspection) -> Markup:
 
 
 def _scale(view: View) -> Markup:
-    low, high = view.heat_range
-    values = [(level, low + (high - low) * level / (LEVELS - 1)) for level in range(0, LEVELS, 2)]
-    steps = [el("b", format_number(value, digits=2), class_=f"h{level}") for level, value in values]
     return el(
         "div",
-        el("span", "Smoothed entropy, nats: ", *_spaced(steps)),
+        _heat_scale(view.heat),
         el("span", el("a", "1", class_="at", href="#t1"), "chosen position: the prefix ends before it"),
         el("span", el("span", el("span", "text", class_="gt"), class_="tokens"), " its true continuation"),
         class_="scale",
     )
+
+
+def _heat_scale(heat: Scale) -> Markup:
+    """What the colours stand for; two pages can only be told apart by its figures."""
+    if heat.flat:
+        return el("span", "Smoothed entropy, nats: ", el("b", heat.text(heat.low)), " everywhere")
+    values = [(level, heat.low + (heat.high - heat.low) * level / (LEVELS - 1)) for level in range(0, LEVELS, 2)]
+    steps = [el("b", heat.text(value), class_=f"h{level}") for level, value in values]
+    return el("span", "Smoothed entropy, nats: ", *_spaced(steps), "(the range of this text)")
 
 
 def _spaced(items: Sequence[Markup]) -> list[Markup]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from refine_verl.inspect.analysis import Position, Rollout
 from refine_verl.inspect.glyphs import Glyph, Kind, plain
+from refine_verl.inspect.scale import Scale
 from refine_verl.inspect.style import LEVELS
 from refine_verl.inspect.view import View
 from refine_verl.report.format import format_number
@@ -47,7 +48,7 @@ def _parts(view: View, console: Console) -> Iterator[Text | Table]:
         f"groups without signal {format_number(inspection.group_zero_std, percent=True)}"
     )
     yield Text()
-    yield _profile(view, console.width)
+    yield from _profile(view, console.width)
     yield Text()
     yield from _text(view)
     for order, position in enumerate(inspection.positions, start=1):
@@ -56,24 +57,41 @@ def _parts(view: View, console: Console) -> Iterator[Text | Table]:
         yield _table(view, position)
 
 
-def _profile(view: View, width: int) -> Table:
-    """Mean smoothed entropy along each chunk in block characters, a cross under the chosen position."""
+def _profile(view: View, width: int) -> Iterator[Text | Table]:
+    """Mean smoothed entropy along each chunk in block characters, blue at the chosen position."""
     table = Table.grid(padding=(0, 2))
     columns = max(min(width - 40, 60), 10)
-    for index, ((start, stop), position) in enumerate(
-        zip(view.inspection.chunks, view.inspection.positions, strict=True), start=1
-    ):
+    chunks = [_columns(view, start, stop, columns) for start, stop in view.inspection.chunks]
+    scale = Scale.of(mean for chunk in chunks for _, _, mean in chunk)  # means differ less than tokens do
+    for index, (chunk, position) in enumerate(zip(chunks, view.inspection.positions, strict=True), start=1):
         blocks = Text()
-        count = min(columns, stop - start)
-        for column in range(count):
-            first, last = start + column * (stop - start) // count, start + (column + 1) * (stop - start) // count
-            values = [value for value in view.inspection.smoothed[first:last] if math.isfinite(value)]
-            share = view.heat(fmean(values)) if values else 0.0
+        for first, last, mean in chunk:
+            share = scale.share(mean) if math.isfinite(mean) else 0.0
             chosen = first <= position.index < last
             blocks.append(_BLOCKS[round(share * (len(_BLOCKS) - 1))], "bold blue" if chosen else "yellow")
-        tokens = Text(f"tokens {start}–{stop - 1}", style="dim")
+        tokens = Text(f"tokens {chunk[0][0]}–{chunk[-1][1] - 1}", style="dim")
         table.add_row(Text(f"chunk {index}"), tokens, blocks, Text(f"position {index} after {position.index}", "blue"))
-    return table
+    yield table
+    yield Text(f"smoothed entropy, nats: bars {_ends(scale, _BLOCKS)} · colours {_ends(view.heat)}", "dim")
+
+
+def _columns(view: View, start: int, stop: int, columns: int) -> list[tuple[int, int, float]]:
+    """(first token, token behind the last, mean smoothed entropy) of each bar of a chunk."""
+    count = min(columns, stop - start)
+    bounds = [start + column * (stop - start) // count for column in range(count + 1)]
+    found = []
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        values = [value for value in view.inspection.smoothed[first:last] if math.isfinite(value)]
+        found.append((first, last, fmean(values) if values else math.nan))
+    return found
+
+
+def _ends(scale: Scale, blocks: str = "") -> str:
+    """`▁ 4.81 to █ 4.90`"""
+    if scale.flat:
+        return f"{scale.text(scale.low)} everywhere"
+    low, high = scale.text(scale.low), scale.text(scale.high)
+    return f"{blocks[0]} {low} to {blocks[-1]} {high}" if blocks else f"{low} to {high}"
 
 
 def _text(view: View) -> Iterator[Text]:

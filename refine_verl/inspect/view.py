@@ -9,13 +9,13 @@ from functools import cached_property
 
 from refine_verl.inspect.analysis import SHOWN_REWARDS, Inspection, Position
 from refine_verl.inspect.glyphs import Glyph, TokenBytes, glyphs
+from refine_verl.inspect.scale import Scale
 from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.style import LEVELS
 from refine_verl.report.format import MINUS, format_number
 
 __all__ = ["View"]
 
-_WITHIN = 0.98  # a few outliers at either end of the scale do not make the rest pale
 _CONTEXT = 4  # tokens before a position that may hold the beginning of a character
 
 
@@ -71,26 +71,14 @@ class View:
         )
 
     @cached_property
-    def heat_range(self) -> tuple[float, float]:
-        """Smoothed entropy at the cold and at the hot end of the scale, nats.
-
-        From 0 where entropies hardly differ: their noise is not blown up to the whole scale.
-        """
-        values = sorted(value for value in self.inspection.smoothed if math.isfinite(value))
-        if not values:
-            return 0.0, 1.0
-        low, high = (values[round(share * (len(values) - 1))] for share in (1 - _WITHIN, _WITHIN))
-        return (low, high) if high - low > 0.2 * high else (0.0, high or 1.0)
+    def heat(self) -> Scale:
+        """Of the colours: the text's own range, so that there is contrast however sure or unsure the model is."""
+        return Scale.of(self.inspection.smoothed)
 
     def level(self, index: int) -> int:
         """Step of the heat scale of a token, 0 (none) to LEVELS - 1."""
         value = self.inspection.smoothed[index]
-        return round(self.heat(value) * (LEVELS - 1)) if math.isfinite(value) else 0
-
-    def heat(self, value: float) -> float:
-        """Place on the heat scale, 0 to 1."""
-        low, high = self.heat_range
-        return min(max((value - low) / (high - low), 0.0), 1.0)
+        return round(self.heat.share(value) * (LEVELS - 1)) if math.isfinite(value) else 0
 
     def is_special(self, token: int) -> bool:
         """Whether a token stands for no text of its own."""
@@ -101,7 +89,7 @@ class View:
         seen = self.inspection
         if index == 0:
             return "0 · nothing predicts the first token"
-        entropy = f"H {seen.entropy[index]:.2f}, smoothed {seen.smoothed[index]:.2f}"
+        entropy = f"H {seen.entropy[index]:.2f}, smoothed {self.heat.text(seen.smoothed[index], 2)}"
         text = f"{index} · {entropy} · {MINUS}log p {seen.surprise[index]:.2f}"
         chance = seen.chance[index]
         return text + (f" · chosen with {100 * chance:.2g}%" if chance else "")

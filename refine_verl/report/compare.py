@@ -10,13 +10,14 @@ from typing import Any
 
 from refine_verl.files import write_atomically
 from refine_verl.report.charts import SECTIONS, SPECS, ChartSpec, task_keys
+from refine_verl.report.differences import comparison_table, differences
 from refine_verl.report.format import format_duration, format_number
 from refine_verl.report.html import chart_section
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.metrics import METRICS_FILE
-from refine_verl.report.page import flatten, render_page, sample, setting_text
-from refine_verl.report.run import ReportError, Run, read_run
-from refine_verl.report.series import Point, column, finite, head_and_tail
+from refine_verl.report.page import render_page, sample
+from refine_verl.report.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
+from refine_verl.report.series import Point, column, final_value, finite
 from refine_verl.report.svg import Axis, Chart, Line, line_marker, line_style
 
 __all__ = ["AXES", "COMPARISON_FILE", "write_comparison"]
@@ -24,7 +25,6 @@ __all__ = ["AXES", "COMPARISON_FILE", "write_comparison"]
 COMPARISON_FILE = "comparison.html"
 COLORS = PATTERNS = 6
 MAX_RUNS = COLORS * PATTERNS
-FOLD_FROM = 60  # differences: more of them are unfolded by who wants to read them
 ALWAYS_DIFFERENT = ("trainer.default_local_dir", "trainer.experiment_name")
 REWARDS = (("nsp/reward/mean", "Reward", "reward that trains, mean over rollouts"),)
 HIGHER_IS_BETTER = ("nsp/reward", "val/ntp_accuracy", "answer/reward")
@@ -94,7 +94,7 @@ def render_comparison(runs: Sequence[Run], axis: str) -> str:
         Entry(run, label, index % COLORS + 1, (index + index // COLORS) % PATTERNS + 1, _on_axis(run, axis))
         for index, (run, label) in enumerate(zip(runs, _labels(runs), strict=True))
     ]
-    charts = _charts(entries, AXES[axis])
+    charts, names = _charts(entries, AXES[axis]), [entry.label for entry in entries]
     return render_page(
         f"{', '.join(entry.label for entry in entries)} · REFINE runs",
         el(
@@ -106,8 +106,10 @@ def render_comparison(runs: Sequence[Run], axis: str) -> str:
         _runs(entries),
         *(chart_section(section, found) for section, found in charts.items()),
         _final_values(entries),
-        _differences("Settings that differ", entries, [run.config for run in runs], ALWAYS_DIFFERENT),
-        _differences("Environments that differ", entries, [run.environment for run in runs], ("started",)),
+        differences("Settings that differ", CONFIG_FILE, names, [run.config for run in runs], ALWAYS_DIFFERENT),
+        differences(
+            "Environments that differ", ENVIRONMENT_FILE, names, [run.environment for run in runs], ("started",)
+        ),
         el("footer", f"Drawn from {METRICS_FILE} by python -m refine_verl.report"),
     )
 
@@ -159,7 +161,7 @@ def _charts(entries: Sequence[Entry], axis: Axis) -> dict[str, list[Chart]]:
     charts: dict[str, list[Chart]] = {section: [] for section in SECTIONS}
     for spec, key, title in _metrics(entries):
         lines = [
-            entry.line(points, spec.noisy and not key.startswith("val/"))
+            entry.line(points, spec.noisy and _is_averaged(key))
             for entry in entries
             if (points := column(entry.records, key))
         ]
@@ -174,6 +176,7 @@ def _charts(entries: Sequence[Entry], axis: Axis) -> dict[str, list[Chart]]:
                 from_zero=spec.from_zero,
                 steps=(min(places), max(places)),
                 axis=axis,
+                tail=_is_averaged(key),
             )
         )
     return {section: found for section, found in charts.items() if found}
@@ -199,13 +202,6 @@ def _metrics(entries: Sequence[Entry]) -> Iterator[tuple[ChartSpec, str, str]]:
 # Tables
 
 
-def _table(head: Sequence[object], rows: Sequence[Markup], *, numbers: bool) -> Markup:
-    style = "number" if numbers else None
-    cells = [el("th", head[0]), *(el("th", name, class_=style) for name in head[1:])]
-    table = el("table", el("thead", el("tr", *cells)), el("tbody", *rows))
-    return el("div", el("div", table, class_="panel"), class_="card")
-
-
 def _runs(entries: Sequence[Entry]) -> Markup:
     """The legend of the page: each run's line, how far it came, and what it took."""
     rows = []
@@ -223,38 +219,49 @@ def _runs(entries: Sequence[Entry]) -> Markup:
         numbers = (el("td", cell, class_="number") for cell in cells)
         rows.append(el("tr", el("th", drawn, entry.label), *numbers))
     head = ("run", "done", "document tokens", "training steps took", "last measured")
-    return el("section", _table(head, rows, numbers=True), aria_label="Runs")
+    return el("section", comparison_table(head, rows, numbers=True), aria_label="Runs")
 
 
 def _final_values(entries: Sequence[Entry]) -> Markup:
     """The last value of what is validated, and the mean of the last tenth of what is noisy; the best is bold."""
     rows = []
     for spec, key, title in _metrics(entries):
-        values = [_final(entry.run.records, key) for entry in entries]
-        if all(value is None for value in values):
-            continue
-        best = _best(key, [value for value in values if value is not None])
-        cells = []
-        for value in values:
-            text = format_number(value, percent=spec.percent)
-            cells.append(el("td", el("b", text) if value == best and value is not None else text, class_="number"))
-        rows.append(el("tr", el("th", title, " ", el("code", key)), *cells))
+        finals = [_final(column(entry.run.records, key), key) for entry in entries]
+        if any(finals):
+            cells = _final_cells(key, finals, spec.percent)
+            rows.append(el("tr", el("th", title, " ", el("code", key)), *cells))
     note = el(
         "p",
-        "Validation: the last value. Everything else: the mean of the last tenth of the steps. Runs of unequal length "
-        "end at different places. Bold: the best, where that is not a matter of taste.",
+        "Validation: the last value. Everything else: the mean of the last tenth of the steps. Where runs end at "
+        "different steps, each value has the step it ends at. Bold: the best of those that came furthest, where that "
+        "is not a matter of taste.",
         class_="note",
     )
     head = ("metric", *(entry.label for entry in entries))
-    return el("section", el("h2", "Final values"), _table(head, rows, numbers=True), note)
+    return el("section", el("h2", "Final values"), comparison_table(head, rows, numbers=True), note)
 
 
-def _final(records: Sequence[dict[str, Any]], key: str) -> float | None:
-    points = column(records, key)
-    if key.startswith("val/"):
-        return next((value for _, value in reversed(finite(points))), None)
-    found = head_and_tail(points)
-    return found[1] if found else None
+def _final_cells(key: str, finals: Sequence[tuple[float, float] | None], percent: bool) -> Iterator[Markup]:
+    """A cell per run; a run that stopped earlier is not ranked with those that trained longer."""
+    furthest = max(end for end, _ in filter(None, finals))
+    apart = any(end < furthest for end, _ in filter(None, finals))
+    best = _best(key, [value for end, value in filter(None, finals) if end == furthest])
+    for final in finals:
+        text = format_number(final[1] if final else None, percent=percent)
+        shown = el("b", text) if final is not None and final == (furthest, best) else text
+        step = el("small", f" at {final[0]:g}") if final and apart else None
+        yield el("td", shown, step, class_="number")
+
+
+def _is_averaged(key: str) -> bool:
+    """Whether the final value is a mean of the last tenth; validation is measured rarely, and on more text."""
+    return not key.startswith("val/")
+
+
+def _final(points: Sequence[Point], key: str) -> tuple[float, float] | None:
+    """(last step with a value, final value)"""
+    value = final_value(points, tail=_is_averaged(key))
+    return None if value is None else (finite(points)[-1][0], value)
 
 
 def _best(key: str, values: Sequence[float]) -> float | None:
@@ -268,28 +275,3 @@ def _best(key: str, values: Sequence[float]) -> float | None:
 def _is_task_score(key: str) -> bool:
     """A score of answers, `val/<task>/<metric>`: all of them are better when higher."""
     return bool(task_keys([{key: 0.0}]))
-
-
-def _differences(
-    title: str, entries: Sequence[Entry], trees: Sequence[Mapping[str, Any]], left_out: Sequence[str]
-) -> Markup | None:
-    """Keys whose values are not the same everywhere; a run without the file has dashes."""
-    known = [dict(flatten(tree)) for tree in trees if tree]
-    if len(known) < 2:
-        return None
-    keys = dict.fromkeys(key for tree in known for key in tree if key not in left_out)
-    flat = [dict(flatten(tree)) for tree in trees]
-    rows = []
-    for key in keys:
-        texts = [setting_text(key, tree[key]) if key in tree else "–" for tree in flat]
-        if len({repr(tree.get(key, flat)) for tree, full in zip(flat, trees, strict=True) if full}) > 1:
-            cells = (el("td", el("code", text), class_="setting-value") for text in texts)
-            rows.append(el("tr", el("th", key, class_="key"), *cells))
-    heading = el("h2", title)
-    if not rows:
-        return el("section", heading, el("p", f"None of {len(keys)}.", class_="note"))
-    table = _table(("key", *(entry.label for entry in entries)), rows, numbers=False)
-    note = el("p", f"{len(rows)} of {len(keys)}; the others are the same.", class_="note")
-    if len(rows) > FOLD_FROM:
-        table = el("details", el("summary", f"{len(rows)} keys"), table)
-    return el("section", heading, table, note)

@@ -17,9 +17,10 @@ from refine_verl.report.format import format_number
 from refine_verl.report.headline import headlines
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.metrics import METRICS_FILE
-from refine_verl.report.page import flatten, key_table, lookup, render_page, sample, tile
+from refine_verl.report.page import key_table, lookup, render_page, sample, tile
 from refine_verl.report.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
-from refine_verl.report.series import column, finite
+from refine_verl.report.series import column, final_value, finite
+from refine_verl.report.settings import settings_section
 from refine_verl.report.svg import Chart, line_marker, line_style, render_chart, smoothing_window
 
 __all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "REPORT_FILE", "ReportError", "write_report"]
@@ -60,7 +61,7 @@ def render_report(directory: Path) -> str:
         el("section", *map(tile, headlines(run.records)), class_="tiles", aria_label="Key figures"),
         *(chart_section(section, charts) for section, charts in build_charts(run.records).items()),
         _numbers(run.records),
-        _settings(run.config),
+        settings_section(run.config),
         _environment(run.environment),
         el("footer", f"Drawn from {METRICS_FILE} by python -m refine_verl.report"),
     )
@@ -90,21 +91,22 @@ def _figure(chart: Chart) -> Markup:
 
 
 def _legend(chart: Chart) -> Markup:
-    """Line samples with the last value of each, or the share of a stacked part."""
+    """Line samples with the final value of each, or the share of a stacked part."""
     totals = [sum(value for _, value in finite(line.points)) for line in chart.lines]
     items = []
     for line, total in zip(chart.lines, totals, strict=True):
         if chart.stacked:
             drawn, text = sample("M4 0H16V10H4Z", f"fill c{line.color}"), f"{total / (sum(totals) or 1):.0%}"
         else:
-            last = next((value for _, value in reversed(finite(line.points))), None)
             drawn = sample("M0 5H20", line_style(line), line_marker(line, 10, 5))
-            text = format_number(last, percent=chart.percent)
+            text = format_number(final_value(line.points, tail=bool(chart.tail)), percent=chart.percent)
         items.append(el("li", drawn, line.label, " ", el("b", text)))
     if chart.band:
         items.append(el("li", sample("M0 0H20V10H0Z", f"band c{chart.band.color}"), chart.band.label))
     if window := max(smoothing_window(line) for line in chart.lines):
         items.append(el("li", f"bold: {window}-step mean"))
+    if chart.tail is not None:
+        items.append(el("li", "figures: mean of the last tenth" if chart.tail else "figures: last value"))
     return el("ul", *items, class_="legend")
 
 
@@ -134,20 +136,6 @@ def _number_row(key: str, records: Sequence[dict[str, Any]]) -> Markup | None:
     cells = [format_number(figure) for figure in figures]
     count = f"{len(values)}" + (f" ({lost} not finite)" if lost else "")
     return el("tr", el("th", el("code", key)), *(el("td", cell, class_="number") for cell in [*cells, count]))
-
-
-def _settings(config: Mapping[str, Any]) -> Markup | None:
-    if not config:
-        return None
-    own = config.get("refine")
-    rest = {key: value for key, value in config.items() if key != "refine"}
-    parts = [el("h2", "Settings")]
-    if own:
-        parts.append(el("div", el("div", key_table({"refine": own}), class_="panel"), class_="card"))
-    if rest:
-        summary = el("summary", f"All other settings ({len(list(flatten(rest)))})")
-        parts.append(el("details", summary, el("div", key_table(rest), class_="panel"), class_="card"))
-    return el("section", *parts)
 
 
 def _environment(environment: Mapping[str, Any]) -> Markup | None:

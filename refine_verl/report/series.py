@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Point", "column", "finite", "head_and_tail", "moving_average", "segments", "thin", "warmup_spans"]
+__all__ = [
+    "Point",
+    "column",
+    "final_value",
+    "finite",
+    "head_and_tail",
+    "moving_average",
+    "segments",
+    "thin",
+    "warmup_spans",
+]
 
 Point = tuple[float, "float | None"]
 Record = Mapping[str, Any]
@@ -78,6 +88,12 @@ def head_and_tail(points: Sequence[Point]) -> tuple[float, float, int] | None:
         return None
     count = max(len(values) // 10, 1)
     return sum(values[:count]) / count, sum(values[-count:]) / count, count
+
+
+def final_value(points: Sequence[Point], *, tail: bool) -> float | None:
+    """The mean of the last tenth (`tail`) or the last value, of those that are finite."""
+    found = head_and_tail(points) if tail else None
+    return found[1] if found else next((value for _, value in reversed(finite(points))), None)
 
 
 def warmup_spans(records: Sequence[Record]) -> list[tuple[float, float]]:

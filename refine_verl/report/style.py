@@ -83,6 +83,7 @@ thead th { color: var(--muted); font-weight: 500; }
 tbody th { font-weight: 450; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number, td.number { padding: 5px 0 5px 18px; }
+td.number small { color: var(--muted); }
 code, .key { font: 12.5px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .swatch svg { width: 34px; height: 17px; vertical-align: -4px; margin-right: 10px; }
 .setting-value { overflow-wrap: anywhere; min-width: 90px; }
@@ -109,10 +110,13 @@ footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
   .panel { overflow: visible; }
   table { font-size: 10px; }
   code, .key { font-size: 9.5px; }
+  th, td { padding-top: 3px; padding-bottom: 3px; }
   th.number, td.number { padding: 3px 0 3px 10px; }
   .tiles { grid-template-columns: repeat(3, 1fr); }
   .charts { grid-template-columns: 1fr 1fr; }
-  .tile, .card:not(.panel):not(details) { break-inside: avoid; }
+  .tile, .card:not(.panel):not(details):not(:has(> .panel)) { break-inside: avoid; }
   tr { break-inside: avoid; }
+  details:not(.screen)::details-content { content-visibility: visible; display: block; } /* nobody can unfold paper */
+  details:not(.screen) summary { list-style: none; break-after: avoid; }
 }
 """

@@ -67,7 +67,11 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What is drawn in one frame; `steps` is the range of the run, the same for all its charts."""
+    """What is drawn in one frame; `steps` is the range of the run, the same for all its charts.
+
+    `tail` says what the legend's figures are, and makes it say so: means of the last tenth, or last values. Without
+    it they are last values, as everywhere on the page of one run.
+    """
 
     title: str
     unit: str
@@ -79,6 +83,7 @@ class Chart:
     steps: tuple[float, float] = (0, 1)
     axis: Axis = STEPS
     warmup: Sequence[tuple[float, float]] = ()
+    tail: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

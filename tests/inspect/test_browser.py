@@ -107,6 +107,7 @@ def test_dark_mode_and_paper(chromium: Browser, page: Path) -> None:
         seen[media, scheme] = chromium.run(BACKGROUND)
     assert seen["screen", "dark"] == "rgb(16, 20, 27)" and seen["print", "dark"] == "rgb(255, 255, 255)"
     assert chromium.run("getComputedStyle(document.querySelector('.text')).maxHeight") == "none"
+    assert chromium.run("document.querySelector('details table').checkVisibility()")  # the settings, unfolded
     chromium.emulate()
     assert chromium.pdf().startswith(b"%PDF")
 

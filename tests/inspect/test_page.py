@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import StringIO
 
@@ -134,11 +135,48 @@ def test_the_scale_spans_what_is_there() -> None:
     assert levels == sorted(levels) and set(levels) == set(range(LEVELS))
 
 
-def test_entropies_that_hardly_differ_are_not_blown_up() -> None:
-    flat = made_up(100)
-    values = [float("nan"), *(5 + 0.001 * (index % 3) for index in range(99))]
-    flat = replace(flat, inspection=replace(flat.inspection, smoothed=values))
-    assert {flat.level(index) for index in range(1, 100)} == {LEVELS - 1}
+def with_smoothed(view: View, values: Sequence[float]) -> View:
+    return replace(view, inspection=replace(view.inspection, smoothed=[float("nan"), *values]))
+
+
+def scale_text(view: View) -> str:
+    (scale,) = with_class(ET.fromstring(render(view).removeprefix("<!DOCTYPE html>\n")), "scale")
+    return " ".join("".join(scale[0].itertext()).split())
+
+
+def test_a_model_that_is_unsure_everywhere_still_has_contrast() -> None:
+    """Random weights: 4.80 to 4.90 nats would all be the hottest colour on a scale from 0."""
+    view = with_smoothed(made_up(101), [4.8 + 0.001 * index for index in range(100)])
+    levels = [view.level(index) for index in range(1, 101)]
+    assert levels == sorted(levels) and set(levels) == set(range(LEVELS))
+    # without the outermost 2%; the figures tell this page from one on which the model is sure of itself
+    assert scale_text(view) == "Smoothed entropy, nats: 4.80 4.83 4.85 4.87 4.90 (the range of this text)"
+    assert "smoothed 4.85 " in view.facts(51)
+    sure = with_smoothed(made_up(101), [0.02 * index for index in range(100)])
+    assert scale_text(sure) == "Smoothed entropy, nats: 0.0 0.5 1.0 1.5 1.9 (the range of this text)"
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([5.0] * 100, "5.00"),
+        ([5.0 + 1e-6 * (index % 3) for index in range(100)], "5.00"),  # rounding is not blown up
+        ([math.nan] * 100, "–"),
+        ([2.5] + [math.nan] * 99, "2.50"),
+    ],
+    ids=["equal", "rounding", "not finite", "one"],
+)
+def test_nothing_to_tell_apart(values: list[float], shown: str) -> None:
+    view = with_smoothed(made_up(101), values)
+    assert {view.level(index) for index in range(101)} == {0}
+    assert scale_text(view) == f"Smoothed entropy, nats: {shown} everywhere"
+    text = printed(view)
+    assert f"bars {shown} everywhere · colours {shown} everywhere" in text and not set("▂▃▄▅▆▇█") & set(text)
+
+
+def test_a_few_that_differ_from_all_others_are_seen() -> None:
+    view = with_smoothed(made_up(201), [5.0] * 199 + [1.0])
+    assert [view.level(index) for index in (1, 199, 200)] == [LEVELS - 1, LEVELS - 1, 0]
 
 
 def test_a_long_document_stays_usable() -> None:
@@ -181,3 +219,11 @@ def test_terminal_shows_surroundings_of_a_long_text() -> None:
     assert "shown around the positions only" in text and text.count("▶8◀") == 1
     assert len(text) < 40_000
     assert "shown around" not in printed(made_up(WHOLE_TEXT_TOKENS))
+
+
+def test_bars_span_the_range_they_name() -> None:
+    """Bars are means over tokens and differ less than tokens do: they have a range of their own."""
+    waves = [4.85 + 0.04 * math.sin(index / 50) + 0.05 * (-1) ** index for index in range(1199)]
+    text = printed(with_smoothed(made_up(1200, chunks=2), waves))
+    assert set("▁▂▃▄▅▆▇█") <= set(text)
+    assert "bars ▁ 4.81 to █ 4.89 · colours 4.76 to 4.94" in text

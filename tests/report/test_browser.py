@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from reference.browser import Browser, browser, find_browser
 
 from refine_verl.report import MetricsWriter, write_comparison, write_report
@@ -53,3 +54,25 @@ def test_page(chromium: Browser, tmp_path: Path, several: bool) -> None:
     assert chromium.run("getComputedStyle(document.body).backgroundColor") != light
     chromium.emulate("print", "dark")
     assert chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+FOLDED = "[...document.querySelectorAll('details')].map(d => [d.className, d.querySelector('table').checkVisibility()])"
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_paper_unfolds_what_was_set_and_what_differs(chromium: Browser, tmp_path: Path, several: bool) -> None:
+    runs = []
+    for n, name in enumerate("ab"):
+        runs.append(run_of(tmp_path / name, 3))
+        values = {f"key{key}": n for key in range(80)}
+        config = {"data": {"train_files": "x"}, "trainer": values, name: values, "refine": {"nsp": {"chunks": 4}}}
+        (runs[-1] / "config.yaml").write_text(yaml.safe_dump(config))
+    page = write_comparison(runs, tmp_path / "page.html") if several else write_report(runs[0])
+    chromium.emulate()
+    chromium.open(page)
+    style = "" if several else "card"
+    assert chromium.run(FOLDED) == [[style, False], [f"{style} screen".strip(), False]]
+    chromium.emulate("print")
+    assert chromium.run(FOLDED) == [[style, True], [f"{style} screen".strip(), False]]
+    unfolded = chromium.run("document.querySelector('details table').getBoundingClientRect().height")
+    assert unfolded > (1000 if several else 10)

@@ -15,6 +15,7 @@ import yaml
 from refine_verl.report import MetricsWriter, ReportError, write_comparison
 from refine_verl.report.__main__ import main
 from refine_verl.report.compare import MAX_RUNS
+from refine_verl.report.differences import FOLD_FROM
 
 
 def run_of(
@@ -78,8 +79,10 @@ def test_two_runs(two: list[Path], tmp_path: Path) -> None:
     page = page_of(path)
     found = figures(page)
     assert list(found) == ["Reward", "Next-token loss: training", "Next-token loss: validation"]
-    assert legend(found["Reward"]) == ["refine 0.5000"]  # the other run has none
-    assert legend(found["Next-token loss: training"]) == ["refine 2.800", "sft 2.780"]
+    averaged, last = "figures: mean of the last tenth", "figures: last value"
+    assert legend(found["Reward"]) == ["refine 0.4950", averaged]  # the other run has none
+    assert legend(found["Next-token loss: training"]) == ["refine 2.805", "sft 2.780", averaged]
+    assert legend(found["Next-token loss: validation"]) == ["refine 2.300", "sft 2.280", last]
     lines = [e.get("class") for e in found["Next-token loss: validation"].find("svg").iter("path")]  # type: ignore[union-attr]
     assert "line c1" in lines and "line c2 d2" in lines and "mark c2" in lines
     assert "a run" not in text_of(page)
@@ -98,16 +101,44 @@ def test_lines_end_where_their_runs_end(two: list[Path], tmp_path: Path) -> None
     assert ends == {"line c1": pytest.approx(place[20], abs=0.1), "line c2 d2": pytest.approx(place[12], abs=0.1)}
 
 
+def bold(page: ET.Element) -> list[str | None]:
+    section = next(s for s in page.iter("section") if s.findtext("h2") == "Final values")
+    return [b.text for b in section.iter("b")]
+
+
 def test_final_values_and_the_best(two: list[Path], tmp_path: Path) -> None:
+    two[1] = run_of(tmp_path / "sft", 20, sft)
     page = page_of(write_comparison(two, tmp_path / "p.html"))
     table = rows(page, "Final values")
     assert table["metric"] == ["refine", "sft"]
-    assert table["Next-token loss: validation val/ntp_loss"] == ["2.300", "2.280"]
-    # means of the last tenth: steps 19 and 20 of 20, step 12 of 12
-    assert table["Next-token loss: training actor/ntp_loss"] == ["2.805", "2.780"]
+    assert table["Next-token loss: validation val/ntp_loss"] == ["2.300", "2.200"]
+    # means of the last tenth: steps 19 and 20
+    assert table["Next-token loss: training actor/ntp_loss"] == ["2.805", "2.705"]
     assert table["Reward nsp/reward/mean"] == ["0.4950", "–"]
-    section = next(s for s in page.iter("section") if s.findtext("h2") == "Final values")
-    assert [b.text for b in section.iter("b")] == ["2.780", "2.280"]  # no best of a single value
+    assert bold(page) == ["2.705", "2.200"]  # no best of a single value
+
+
+def test_runs_of_unequal_length_are_not_ranked_together(two: list[Path], tmp_path: Path) -> None:
+    """The shorter run has the lower loss here, and would have had the higher one at the same step."""
+    page = page_of(write_comparison(two, tmp_path / "p.html"))
+    table = rows(page, "Final values")
+    assert table["Next-token loss: training actor/ntp_loss"] == ["2.805 at 20", "2.780 at 12"]
+    assert table["Next-token loss: validation val/ntp_loss"] == ["2.300 at 20", "2.280 at 12"]
+    assert table["Reward nsp/reward/mean"] == ["0.4950", "–"]
+    assert bold(page) == []
+    worse = run_of(tmp_path / "worse", 20, lambda step: {"val/ntp_loss": 2.4})
+    page = page_of(write_comparison([*two, worse], tmp_path / "p.html", "step"))
+    cells = rows(page, "Final values")["Next-token loss: validation val/ntp_loss"]
+    assert cells == ["2.300 at 20", "2.280 at 12", "2.400 at 20"]
+    assert bold(page) == ["2.300"]  # the better of the two that came as far
+
+
+def test_a_diverged_run_ends_where_its_last_value_is(tmp_path: Path) -> None:
+    lost = run_of(tmp_path / "a", 9, lambda step: {"val/ntp_loss": math.nan if step > 4 else 1.0})
+    whole = run_of(tmp_path / "b", 9, lambda step: {"val/ntp_loss": 2.0})
+    page = page_of(write_comparison([lost, whole], tmp_path / "p.html"))
+    assert rows(page, "Final values")["Next-token loss: validation val/ntp_loss"] == ["1 at 4", "2 at 9"]
+    assert bold(page) == []
 
 
 def test_settings_that_differ(two: list[Path], tmp_path: Path) -> None:
@@ -131,6 +162,26 @@ def test_settings_that_differ(two: list[Path], tmp_path: Path) -> None:
     assert "s3cret" not in path.read_text()
 
 
+def test_keys_that_a_run_lacks_do_not_bury_those_that_differ(tmp_path: Path) -> None:
+    """A run of another version, or one whose configuration was written by hand."""
+    full = {"verl": {f"key{n}": n for n in range(FOLD_FROM + 1)}, "refine": {"rl_coef": 0.2}, "same": 1}
+    few = {"refine": {"rl_coef": 0.0}, "same": 1}
+    runs = [run_of(tmp_path / name, 2, sft, config) for name, config in (("a", full), ("b", few))]
+    page = page_of(write_comparison(runs, tmp_path / "p.html"))
+    (folded,) = page.iter("details")
+    assert folded.get("class") == "screen"
+    assert folded.findtext("summary") == f"{FOLD_FROM + 1} keys that only some of the runs have, also in config.yaml"
+    assert "verl.key60 60 –" in text_of(folded) and "rl_coef" not in text_of(folded)
+    section = next(s for s in page.iter("section") if s.findtext("h2") == "Settings that differ")
+    table = section.find("div")
+    assert table is not None and text_of(table) == "key a b refine.rl_coef 0.2 0.0"
+    assert f"1 of {FOLD_FROM + 3} keys; the same in all runs: 1." in text_of(section)
+    del full["verl"]["key0"]  # type: ignore[attr-defined]
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(full))
+    page = page_of(write_comparison(runs, tmp_path / "p.html"))
+    assert rows(page, "Settings that differ")["verl.key60"] == ["60", "–"]  # so many are one table with the others
+
+
 def test_equal_settings_are_said_to_be_equal(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / name, 3, sft, {"refine": {"inner": "none"}}) for name in "ab"]
     page = page_of(write_comparison([*runs, run_of(tmp_path / "c", 3, sft)], tmp_path / "p.html"))
@@ -143,7 +194,7 @@ def test_not_a_number_breaks_the_line_and_is_marked(tmp_path: Path) -> None:
     figure = figures(page_of(write_comparison([bad, lost], tmp_path / "p.html")))["Gradient norm"]
     marks = [e.findtext("title") for e in figure.iter("path") if e.get("class") == "bad"]
     assert marks[0] == "step 3: a not finite" and len(marks) == 7
-    assert legend(figure) == ["a 1", "b –"]
+    assert legend(figure)[:2] == ["a 1", "b –"]
 
 
 def test_by_tokens_and_by_time(tmp_path: Path) -> None:
@@ -165,7 +216,7 @@ def test_names_are_told_apart(tmp_path: Path) -> None:
     config = {"trainer": {"experiment_name": "midtrain"}}
     runs = [run_of(tmp_path / name / "run", 2, sft, config) for name in ("one", "two")]
     figure = figures(page_of(write_comparison(runs, tmp_path / "p.html")))["Next-token loss: training"]
-    assert legend(figure) == ["midtrain (one/run) 2.880", "midtrain (two/run) 2.880"]
+    assert legend(figure)[:2] == ["midtrain (one/run) 2.880", "midtrain (two/run) 2.880"]
 
 
 def test_many_runs_have_styles_of_their_own(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ import pytest
 import yaml
 
 from refine_verl.report import MetricsWriter, ReportError, write_report
+from refine_verl.report.settings import settings_section
+
+ROOT = Path(__file__).parents[2]
 
 REFINE_CHARTS = [
     "Reward",
@@ -201,15 +204,28 @@ def test_settings_refine_first_rest_folded_secrets_hidden(tmp_path: Path) -> Non
         "data": {"train_files": ["a.parquet"], "tokenizer": "bytes"},
         "trainer": {"wandb": {"api_key": "s3cret"}, "hf_token": "t0ken", "password": None},
         "refine": {"nsp": {"chunks": 8, "reward": "cosine"}, "inner": {}},
+        "model": {"path": "m", "config": {"hidden_size": 8}},
     }
     page = parse(write_report(run_of(tmp_path, [(1, sft_step(1))], config)))
-    (details,) = page.iter("details")
-    assert "open" not in details.attrib
-    folded, whole = text_of(details), text_of(page)
-    assert 'data.train_files ["a.parquet"] data.tokenizer bytes' in folded
+    named, rest = page.iter("details")
+    assert "open" not in named.attrib and "open" not in rest.attrib
+    assert "screen" in (rest.get("class") or "") and "screen" not in (named.get("class") or "")
+    folded, whole = text_of(rest), text_of(page)
+    assert folded.startswith("verl's other settings (4), also in config.yaml data.tokenizer bytes")
     assert "api_key (hidden)" in folded and "hf_token (hidden)" in folded and "password null" in folded
+    assert text_of(named).startswith("Model, data and training (3) data.train_files")
+    assert 'data.train_files ["a.parquet"] model.path m model.config.hidden_size 8' in text_of(named)
     assert "s3cret" not in whole and "t0ken" not in whole
     assert "refine.nsp.chunks 8 refine.nsp.reward cosine" in whole and "refine.nsp" not in folded
+
+
+def test_what_any_recipe_sets_is_not_among_the_rest() -> None:
+    """Paper leaves the rest folded."""
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        recipe = yaml.safe_load(path.read_text())
+        recipe.pop("defaults", None)
+        section = settings_section(recipe)
+        assert section is not None and "verl's other settings" not in section, path
 
 
 def test_warmup_is_shaded_in_every_chart(tmp_path: Path) -> None:
@@ -316,7 +332,7 @@ def test_nothing_to_report_on(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "refine_verl.report", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
 
     missing = call(str(tmp_path / "nowhere"))
     assert (missing.returncode, missing.stdout) == (2, "")

@@ -1,0 +1,74 @@
+"""Tables of a comparison, and the keys in which runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from refine_verl.report.markup import Markup, el
+from refine_verl.report.page import flatten, setting_text
+
+__all__ = ["comparison_table", "differences"]
+
+FOLD_FROM = 60  # more rows are unfolded by who wants to read them
+
+Flat = Mapping[str, Any]
+
+
+def comparison_table(head: Sequence[object], rows: Sequence[Markup], *, numbers: bool) -> Markup:
+    """A card with a table; all columns but the first are numbers or texts."""
+    style = "number" if numbers else None
+    cells = [el("th", head[0]), *(el("th", name, class_=style) for name in head[1:])]
+    table = el("table", el("thead", el("tr", *cells)), el("tbody", *rows))
+    return el("div", el("div", table, class_="panel"), class_="card")
+
+
+def differences(
+    title: str, file: str, names: Sequence[str], trees: Sequence[Mapping[str, Any]], left_out: Sequence[str]
+) -> Markup | None:
+    """Keys whose values are not the same everywhere; a run without the file has dashes.
+
+    Args:
+        title: of the section.
+        file: what was read of each run.
+        names: of the runs.
+        trees: what each run's file holds, empty where it has none.
+        left_out: keys that are always different.
+    """
+    flat = [dict(flatten(tree)) for tree in trees]
+    known = [tree for tree, full in zip(flat, trees, strict=True) if full]
+    if len(known) < 2:
+        return None
+    keys = dict.fromkeys(key for tree in known for key in tree if key not in left_out)
+    heading = el("h2", title)
+    differ = [key for key in keys if len({repr(tree[key]) if key in tree else "" for tree in known}) > 1]
+    if not differ:
+        return el("section", heading, el("p", f"None of {len(keys)}.", class_="note"))
+    partly = [key for key in differ if not all(key in tree for tree in known)]
+    if len(partly) > FOLD_FROM:
+        # hundreds of keys that a run says nothing about would bury the few whose values differ, and fill reams of paper
+        differ = [key for key in differ if key not in set(partly)]
+        words = f"{len(partly)} keys that only some of the runs have, also in {file}"
+        rest: Markup | None = _folded(words, "screen", _rows(partly, flat), names)
+    else:
+        partly, rest = [], None
+    same = len(keys) - len(differ) - len(partly)
+    note = el("p", f"{len(differ)} of {len(keys)} keys; the same in all runs: {same}.", class_="note")
+    if len(differ) > FOLD_FROM:
+        table: Markup | None = _folded(f"{len(differ)} keys", None, _rows(differ, flat), names)
+    else:
+        table = comparison_table(("key", *names), _rows(differ, flat), numbers=False) if differ else None
+    return el("section", heading, table, note, rest)
+
+
+def _rows(keys: Iterable[str], flat: Sequence[Flat]) -> list[Markup]:
+    rows = []
+    for key in keys:
+        texts = [setting_text(key, tree[key]) if key in tree else "–" for tree in flat]
+        cells = (el("td", el("code", text), class_="setting-value") for text in texts)
+        rows.append(el("tr", el("th", key, class_="key"), *cells))
+    return rows
+
+
+def _folded(title: str, style: str | None, rows: Sequence[Markup], names: Sequence[str]) -> Markup:
+    return el("details", el("summary", title), comparison_table(("key", *names), rows, numbers=False), class_=style)
