@@ -8,10 +8,11 @@ import io
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import ray
 from omegaconf import DictConfig
+from ray._private import worker as ray_worker
 from ray.exceptions import (
     ActorUnavailableError,
     NodeDiedError,
@@ -36,6 +37,7 @@ NOTICE_SECONDS = 60.0
 CAPACITY_SECONDS = 300.0
 """How long a restart waits for nodes and GPUs that are missing."""
 
+_DEATH = re.compile(r"The (actor|worker) died unexpectedly|The actor( \w+)? is (dead|unavailable)|raylet died")
 _LOSSES = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
 
 
@@ -89,6 +91,30 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
             after()
         config = of_the_next_attempt(config, trainer)
         wait_for_capacity(config.trainer.n_gpus_per_node * config.trainer.nnodes)
+
+
+@contextlib.contextmanager
+def losses_said_once() -> Iterator[None]:
+    """What the other workers raise because one was lost is not printed; use it for as long as Ray is up.
+
+    A call goes to all workers and the driver raises the first error, which ends the attempt. Ray prints those of the
+    others, tracebacks and all, once nobody can ask for them any more, and nobody can where verl made the call. Errors
+    of any other kind still appear.
+    """
+    source = logging.getLogger(ray_worker.__name__)
+    source.addFilter(_is_no_loss)
+    try:
+        yield
+    finally:
+        source.removeFilter(_is_no_loss)
+
+
+def _is_no_loss(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    loss = text.startswith("Unhandled error") and (_DEATH.search(text) or lost_connection(RuntimeError(text)))
+    if loss:
+        logger.debug("%s", text)
+    return not loss
 
 
 class _Debug(io.TextIOBase):

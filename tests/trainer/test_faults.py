@@ -152,6 +152,7 @@ def test_a_lost_worker_ends_an_attempt_and_too_many_end_the_run(runs: Runs) -> N
     assert run.output.count("worker 1 (process ") == 2
     assert "The run ends after 1 restart(s) (trainer.max_restarts=1)" in run.output
     assert "checkpoint of step" not in run.output  # not mistaken for a full disk
+    assert "Unhandled error" not in run.output  # what worker 0 raised is no news
     stopped = runs.stopped.result().last_step
     assert run.checkpoints == ([6, 4] if stopped < 5 else [6, stopped]) and tracked_step(run.directory) == 6
 
