@@ -27,6 +27,7 @@ from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.device import get_resource_name
 
 from refine_verl.trainer.refine_trainer import RefineTrainer
+from refine_verl.trainer.resources import ResourceError
 from refine_verl.trainer.signals import Stopped
 from refine_verl.workers.failures import lost_connection
 
@@ -58,6 +59,7 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
 
     Raises:
         WorkerLost: once more than allowed.
+        ResourceError: a lost node did not come back in time for a restart.
         Stopped: the run was asked to stop, and a worker ended before the step did.
     """
     restarts = 0
@@ -192,11 +194,21 @@ def end_processes(trainer: RefineTrainer) -> None:
 
 
 def wait_for_capacity(workers: int) -> None:
-    """Wait for nodes that are missing; `WorkerPoolManager` says so if they do not come back."""
+    """Wait for what a lost node took with it.
+
+    Raises:
+        ResourceError: it did not come back.
+    """
     resource = get_resource_name()
     deadline = time.monotonic() + CAPACITY_SECONDS
     said = False
-    while ray.cluster_resources().get(resource, 0) < workers and time.monotonic() < deadline:
+    while (there := ray.cluster_resources().get(resource, 0)) < workers:
+        if time.monotonic() >= deadline:
+            raise ResourceError(
+                f"a node left the Ray cluster and did not come back within {CAPACITY_SECONDS:.0f} s: {there:g} "
+                f"{resource}s are left, the run needs {workers} (trainer.n_gpus_per_node * trainer.nnodes). Bring it "
+                "or another one back (`ray status`); the same command then goes on from the last checkpoint."
+            )
         if not said:
             logger.warning("waiting up to %.0f s for %d %ss", CAPACITY_SECONDS, workers, resource)
             said = True

@@ -17,8 +17,10 @@ from refine_verl.trainer.attempts import (
     WorkerLost,
     losses_said_once,
     run_attempts,
+    wait_for_capacity,
     worker_lost,
 )
+from refine_verl.trainer.resources import ResourceError
 from refine_verl.trainer.signals import Stopped, StopSignals
 from refine_verl.workers.failures import lost_connection
 
@@ -176,3 +178,17 @@ def test_a_run_told_to_start_over_does_so_once(play: Play, left: bool, mode: str
     """Its second attempt goes on from the first one's checkpoint, never from what was there before."""
     seen, _ = play([LOST, None], left=left, resume_mode="disable")
     assert [config.trainer.resume_mode for config in seen] == ["disable", mode]
+
+
+def test_a_node_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    there = iter([{"CPU": 2.0}, {"CPU": 3.0}])
+    monkeypatch.setattr(attempts, "get_resource_name", lambda: "CPU")
+    monkeypatch.setattr(attempts.ray, "cluster_resources", lambda: next(there, {"CPU": 2.0}))
+    monkeypatch.setattr(attempts.time, "sleep", lambda _: None)
+    wait_for_capacity(3)
+    assert "waiting up to 300 s for 3 CPUs" in caplog.text
+    monkeypatch.setattr(attempts, "CAPACITY_SECONDS", 0.0)
+    with pytest.raises(ResourceError) as error:
+        wait_for_capacity(3)
+    assert str(error.value).startswith("a node left the Ray cluster and did not come back within 0 s: 2 CPUs are left")
+    assert "the run needs 3 " in str(error.value) and "goes on from the last checkpoint" in str(error.value)
