@@ -127,6 +127,18 @@ class CheckpointingTrainer(PPOTrainer):
             trainer.resume_mode, trainer.resume_from_path = asked
         self.lost_metrics = None if folder is None else self._metrics_without_a_line(folder)
 
+    def _say_if_past(self, last: int) -> None:
+        """Say why a run that was asked for fewer steps than its checkpoint has ends at once."""
+        if self.global_steps > last:
+            logger.warning(
+                "the checkpoint of step %d is past the %d steps asked for (trainer.total_training_steps): nothing is "
+                "trained, and %s is the model of step %d",
+                self.global_steps,
+                last,
+                self.run_dir / "model",
+                self.global_steps,
+            )
+
     def _metrics_without_a_line(self, folder: Path) -> dict[str, float] | None:
         """The line of a step is written last, after its checkpoint and its validation."""
         file, written = folder / STEP_METRICS, self.run_dir / METRICS_FILE
