@@ -99,8 +99,8 @@ def _warn_without_manifest(folder: Path) -> None:
     """verl writes none, nor did early versions of this package: what has none stays usable."""
     if not (folder / MANIFEST).is_file():
         logger.warning(
-            "the checkpoint %s has no %s: its files are there and not cut short, but whether their content is what was "
-            "written cannot be checked",
+            "the checkpoint %s has no %s: its shards are there and not cut short, but whether their content is what "
+            "was written cannot be checked",
             folder,
             MANIFEST,
         )
