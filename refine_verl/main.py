@@ -192,7 +192,8 @@ def run(config: DictConfig, files: Sequence[ConfigFile] = (), signals: StopSigna
     from refine_verl.trainer.launch import train
     from refine_verl.trainer.refine_trainer import TrainingDiverged
     from refine_verl.trainer.resources import ResourceError
-    from refine_verl.workers.checkpoint_files import CheckpointError, free_space
+    from refine_verl.workers.checkpoint_files import CheckpointError
+    from refine_verl.workers.disk_space import free_space
 
     try:
         prepared = prepare_run(valid, starts_here=True)

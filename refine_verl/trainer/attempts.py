@@ -8,10 +8,11 @@ import io
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import ray
 from omegaconf import DictConfig
+from ray._private import worker as ray_worker
 from ray.exceptions import (
     ActorUnavailableError,
     NodeDiedError,
@@ -26,6 +27,7 @@ from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.device import get_resource_name
 
 from refine_verl.trainer.refine_trainer import RefineTrainer
+from refine_verl.trainer.resources import ResourceError
 from refine_verl.trainer.signals import Stopped
 from refine_verl.workers.failures import lost_connection
 
@@ -36,6 +38,7 @@ NOTICE_SECONDS = 60.0
 CAPACITY_SECONDS = 300.0
 """How long a restart waits for nodes and GPUs that are missing."""
 
+_DEATH = re.compile(r"The (actor|worker) died unexpectedly|The actor( \w+)? is (dead|unavailable)|raylet died")
 _LOSSES = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
 
 
@@ -56,6 +59,7 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
 
     Raises:
         WorkerLost: once more than allowed.
+        ResourceError: a lost node did not come back in time for a restart.
         Stopped: the run was asked to stop, and a worker ended before the step did.
     """
     restarts = 0
@@ -89,6 +93,30 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
             after()
         config = of_the_next_attempt(config, trainer)
         wait_for_capacity(config.trainer.n_gpus_per_node * config.trainer.nnodes)
+
+
+@contextlib.contextmanager
+def losses_said_once() -> Iterator[None]:
+    """What the other workers raise because one was lost is not printed; use it for as long as Ray is up.
+
+    A call goes to all workers and the driver raises the first error, which ends the attempt. Ray prints those of the
+    others, tracebacks and all, once nobody can ask for them any more, and nobody can where verl made the call. Errors
+    of any other kind still appear.
+    """
+    source = logging.getLogger(ray_worker.__name__)
+    source.addFilter(_is_no_loss)
+    try:
+        yield
+    finally:
+        source.removeFilter(_is_no_loss)
+
+
+def _is_no_loss(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    loss = text.startswith("Unhandled error") and (_DEATH.search(text) or lost_connection(RuntimeError(text)))
+    if loss:
+        logger.debug("%s", text)
+    return not loss
 
 
 class _Debug(io.TextIOBase):
@@ -166,11 +194,21 @@ def end_processes(trainer: RefineTrainer) -> None:
 
 
 def wait_for_capacity(workers: int) -> None:
-    """Wait for nodes that are missing; `WorkerPoolManager` says so if they do not come back."""
+    """Wait for what a lost node took with it.
+
+    Raises:
+        ResourceError: it did not come back.
+    """
     resource = get_resource_name()
     deadline = time.monotonic() + CAPACITY_SECONDS
     said = False
-    while ray.cluster_resources().get(resource, 0) < workers and time.monotonic() < deadline:
+    while (there := ray.cluster_resources().get(resource, 0)) < workers:
+        if time.monotonic() >= deadline:
+            raise ResourceError(
+                f"a node left the Ray cluster and did not come back within {CAPACITY_SECONDS:.0f} s: {there:g} "
+                f"{resource}s are left, the run needs {workers} (trainer.n_gpus_per_node * trainer.nnodes). Bring it "
+                "or another one back (`ray status`); the same command then goes on from the last checkpoint."
+            )
         if not said:
             logger.warning("waiting up to %.0f s for %d %ss", CAPACITY_SECONDS, workers, resource)
             said = True

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
 from refine_verl.config import ConfigError, require_choice
-from refine_verl.workers.checkpoint_files import STEP, TRACKER, candidates, damage
+from refine_verl.workers.checkpoint_files import MANIFEST, STEP, TRACKER, candidates, damage
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def checkpoint_to_resume(config: DictConfig, *, warn: bool = True) -> Path | Non
 
     Args:
         config: the resolved configuration.
-        warn: name the damaged checkpoints that are passed over.
+        warn: name the damaged checkpoints that are passed over, and say what cannot be checked.
 
     Raises:
         ConfigError: an unknown ``trainer.resume_mode``; or the checkpoint it names does not exist or is damaged; or
@@ -69,6 +69,8 @@ def checkpoint_to_resume(config: DictConfig, *, warn: bool = True) -> Path | Non
         raise ConfigError(
             "trainer.resume_from_path", f"the checkpoint {given} is damaged: {problem}. Name another one."
         )
+    if warn:
+        _warn_without_manifest(Path(given))
     return Path(given)
 
 
@@ -80,6 +82,8 @@ def _last_good(run_dir: Path, warn: bool) -> Path | None:
         if problem is None:
             if tried and warn:
                 logger.warning("%s. The run goes on from %s instead", "; ".join(tried), folder)
+            if warn:
+                _warn_without_manifest(folder)
             return folder
         tried.append(f"the checkpoint {folder} is damaged: {problem}")
     if not found and not (run_dir / TRACKER).exists():
@@ -89,6 +93,17 @@ def _last_good(run_dir: Path, warn: bool) -> Path | None:
         f"no checkpoint of {run_dir} can be loaded ({'; '.join(tried) or f'{TRACKER} is there, but no {STEP}N'}). "
         f"Put a copy of one back, name one elsewhere with {_ANOTHER}, or {_START_OVER}.",
     )
+
+
+def _warn_without_manifest(folder: Path) -> None:
+    """verl writes none, nor did early versions of this package: what has none stays usable."""
+    if not (folder / MANIFEST).is_file():
+        logger.warning(
+            "the checkpoint %s has no %s: its shards are there and not cut short, but whether their content is what "
+            "was written cannot be checked",
+            folder,
+            MANIFEST,
+        )
 
 
 def check_checkpoint(config: DictConfig, model: PretrainedConfig) -> Path | None:

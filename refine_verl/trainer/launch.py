@@ -28,7 +28,7 @@ from refine_verl.plugin import check_plugin
 from refine_verl.redaction import redacted
 from refine_verl.report import ReportError, write_report
 from refine_verl.schema import leaves
-from refine_verl.trainer.attempts import run_attempts
+from refine_verl.trainer.attempts import losses_said_once, run_attempts
 from refine_verl.trainer.checkpoints import checkpoint_to_resume
 from refine_verl.trainer.cluster import joins_cluster
 from refine_verl.trainer.posttrain import PosttrainTrainer
@@ -139,21 +139,21 @@ def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
             # one Ray CPU per worker, also where workers outnumber cores
             workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
             options.setdefault("num_cpus", max(workers, os.cpu_count() or 1))
-    # the driver draws its own display; what workers print about themselves would tear it
-    try:
+    with contextlib.ExitStack() as until_the_end:
+        until_the_end.enter_context(losses_said_once())
+        until_the_end.callback(ray.shutdown)
         with contextlib.ExitStack() as stack:
             if local:
                 stack.enter_context(group_of_its_own())
                 stack.enter_context(on_loopback_only())
             stack.enter_context(_sigterm_of_ray())
+            # the driver draws its own display; what workers print about themselves would tear it
             _start_ray(
                 runtime_env=OmegaConf.to_container(runtime_env),
                 **{"log_to_driver": False, "configure_logging": False, **options},
             )
         signals.install()
         yield
-    finally:
-        ray.shutdown()
 
 
 def _start_ray(**options: Any) -> None:

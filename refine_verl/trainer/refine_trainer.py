@@ -150,6 +150,8 @@ class RefineTrainer(CheckpointingTrainer):
         """
         trainer = self.config.trainer
         resumed = self.global_steps > 0
+        if not trainer.val_only:
+            self._say_if_past(self.total_training_steps)
         # a fresh run measures step 0 again too; validation alone takes nothing away
         resume_step = None if trainer.val_only else self.global_steps if resumed else -1
         with self._recorder(resume_step, self.total_training_steps) as record:

@@ -10,7 +10,7 @@ from verl.utils.device import get_device_name, get_resource_name
 
 
 class ResourceError(RuntimeError):
-    """The cluster is too small for the run."""
+    """The cluster is too small for the run, or has become so."""
 
 
 class WorkerPoolManager(ResourcePoolManager):

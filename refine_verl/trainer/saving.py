@@ -22,15 +22,17 @@ from refine_verl.workers.checkpoint_files import (
     commit_checkpoint,
     damage,
     flushed,
-    free_space,
     retain,
 )
+from refine_verl.workers.disk_space import DiskFullError, could_not_write
 from refine_verl.workers.failures import lost_connection
 
 logger = logging.getLogger(__name__)
 
 STEP_METRICS = "metrics.json"
 """In a checkpoint: what its step had measured until it was written."""
+_OF_THE_DRIVER = 1 << 20
+"""Bytes that hold what the driver itself writes into a checkpoint: the place in the data and a few numbers."""
 
 
 class CheckpointingTrainer(PPOTrainer):
@@ -84,19 +86,19 @@ class CheckpointingTrainer(PPOTrainer):
         return files
 
     def _could_not_save(self, cause: BaseException) -> str:
-        reason = str(cause)
-        if not isinstance(cause, CheckpointError):
-            reason = f"{type(cause).__name__}: {cause}; {free_space(self.run_dir)}"
+        known = isinstance(cause, CheckpointError)
+        reason = cause if known else could_not_write(cause, self.run_dir, _OF_THE_DRIVER, "the driver: ")
         good = next((folder for folder in candidates(self.run_dir) if damage(folder, checksums=False) is None), None)
         left = (
-            "There is no earlier checkpoint"
+            "there is no earlier checkpoint"
             if good is None
             else f"{good} is whole, and the same command goes on from it"
         )
-        return (
-            f"the checkpoint of step {self.global_steps} could not be written to {self.run_dir} ({reason}). {left}. "
-            "Free some space, or keep fewer checkpoints with trainer.max_actor_ckpt_to_keep."
-        )
+        what = f"the checkpoint of step {self.global_steps} could not be written"
+        cure = "Free some space, or keep fewer checkpoints with trainer.max_actor_ckpt_to_keep"
+        if isinstance(reason, DiskFullError):
+            return f"the file system of {self.run_dir} is full: {what}. {cure}; {left} ({reason})"
+        return f"{what} to {self.run_dir} ({reason}); {left}. {cure}."
 
     def _export(self) -> None:
         """Write the trained model to ``model/``.
@@ -108,9 +110,11 @@ class CheckpointingTrainer(PPOTrainer):
         try:
             self.actor_rollout_wg.export(str(final))
         except CheckpointError as error:
+            reason = getattr(error, "cause", error)
+            full = f"the file system of {self.run_dir} is full: " if isinstance(reason, DiskFullError) else ""
             raise CheckpointError(
-                f"the trained model could not be written to {final} ({getattr(error, 'cause', error)}). Free some "
-                "space; the same command goes on from the last checkpoint and writes it."
+                f"{full}the trained model could not be written to {final}. Free some space; the same command goes on "
+                f"from the last checkpoint and writes it ({reason})"
             ) from error
 
     def _load_checkpoint(self) -> None:
@@ -126,6 +130,18 @@ class CheckpointingTrainer(PPOTrainer):
         finally:
             trainer.resume_mode, trainer.resume_from_path = asked
         self.lost_metrics = None if folder is None else self._metrics_without_a_line(folder)
+
+    def _say_if_past(self, last: int) -> None:
+        """Say why a run that was asked for fewer steps than its checkpoint has ends at once."""
+        if self.global_steps > last:
+            logger.warning(
+                "the checkpoint of step %d is past the %d steps asked for (trainer.total_training_steps): nothing is "
+                "trained, and %s is the model of step %d",
+                self.global_steps,
+                last,
+                self.run_dir / "model",
+                self.global_steps,
+            )
 
     def _metrics_without_a_line(self, folder: Path) -> dict[str, float] | None:
         """The line of a step is written last, after its checkpoint and its validation."""

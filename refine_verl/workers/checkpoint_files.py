@@ -29,7 +29,6 @@ STEP = "global_step_"
 
 _SAVING, _REPLACED, _REMOVED = ".saving_", ".replaced_", ".removed_"
 _CHUNK = 1 << 22
-_GIB = 1 << 30
 
 
 class CheckpointError(RuntimeError):
@@ -55,13 +54,6 @@ def flushed(file: Path) -> FileRecord:
         while chunk := stream.read(_CHUNK):
             checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
     return FileRecord(size, checksum)
-
-
-def free_space(place: Path) -> str:
-    """``0.12 GiB are free in PLACE``, or in the nearest directory above it that exists."""
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return f"{shutil.disk_usage(place).free / _GIB:.2f} GiB are free in {place}"
 
 
 # Writing

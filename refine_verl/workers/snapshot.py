@@ -61,6 +61,13 @@ class Snapshot:
         BaseCheckpointManager.load_rng_state(self._random)
 
 
+def shard_bytes(engine: RefineEngine) -> int:
+    """Bytes of this rank's parameters, buffers and optimiser: what its part of a checkpoint takes, at least."""
+    states = (value for state in engine.optimizer.state.values() for value in state.values())
+    tensors = [*_tensors(engine), *(value for value in states if isinstance(value, Tensor))]
+    return sum(_local(tensor).nbytes for tensor in tensors)
+
+
 def _tensors(engine: RefineEngine) -> list[Tensor]:
     return [*engine.module.parameters(), *engine.module.buffers()]
 

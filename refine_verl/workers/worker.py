@@ -27,11 +27,12 @@ from refine_verl.models.answers import Answers
 from refine_verl.models.reward_manager import HiddenStateRewardManager
 from refine_verl.nsp import generation_uniforms
 from refine_verl.plugin import PluginError, check_plugin
-from refine_verl.workers.checkpoint_files import CheckpointError, FileRecord, flushed, free_space
+from refine_verl.workers.checkpoint_files import FileRecord, flushed
+from refine_verl.workers.disk_space import could_not_write
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.failures import lost_connection
 from refine_verl.workers.rendezvous import join_process_group
-from refine_verl.workers.snapshot import Snapshot
+from refine_verl.workers.snapshot import Snapshot, shard_bytes
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class NSPRolloutWorker(TrainingWorker):
             Every file this rank wrote, by its path in ``local_path``.
 
         Raises:
-            CheckpointError: the disk is full, or refuses for another reason.
+            CheckpointError: the disk refuses; a DiskFullError if it is full.
         """
         with self._writing(local_path):
             self.engine.save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
@@ -254,7 +255,7 @@ class NSPRolloutWorker(TrainingWorker):
         """Write a Hugging Face model directory that ``AutoModelForCausalLM`` loads, tokenizer included.
 
         Raises:
-            CheckpointError: the disk is full, or refuses for another reason.
+            CheckpointError: the disk refuses; a DiskFullError if it is full.
         """
         with self._writing(directory):
             self.engine.export(directory, self.model_config.get_processor())
@@ -267,10 +268,8 @@ class NSPRolloutWorker(TrainingWorker):
         except Exception as error:
             if lost_connection(error):
                 raise
-            raise CheckpointError(
-                f"rank {self.engine.rank} on {socket.gethostname()}: {type(error).__name__}: {error}; "
-                f"{free_space(Path(directory))}"
-            ) from error
+            writer = f"rank {self.engine.rank} on {socket.gethostname()}: "
+            raise could_not_write(error, Path(directory), shard_bytes(self.engine), writer) from error
 
 
 def _tokens_to_learn(data: TensorDict) -> Tensor:

@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from ray._private.worker import _unhandled_error_handler
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, WorkerCrashedError
 
 from refine_verl.trainer import attempts
-from refine_verl.trainer.attempts import WorkerLost, run_attempts, worker_lost
+from refine_verl.trainer.attempts import (
+    WorkerLost,
+    losses_said_once,
+    run_attempts,
+    wait_for_capacity,
+    worker_lost,
+)
+from refine_verl.trainer.resources import ResourceError
 from refine_verl.trainer.signals import Stopped, StopSignals
 from refine_verl.workers.failures import lost_connection
 
@@ -66,6 +74,29 @@ def test_messages_of_lost_connections() -> None:
     assert lost_connection(RuntimeError("NCCL error: remote process exited or there was a network error"))
     assert not lost_connection(RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"))
     assert not lost_connection(OSError(28, "No space left on device"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RayTaskError("update", f"ray::update()\nRuntimeError: {PEER}", RuntimeError(PEER), pid=1, ip="::1"), False),
+        (RayActorError("0a1b", DEATH), False),
+        (WorkerCrashedError(), False),
+        (RayTaskError("update", "ray::update()\nValueError: a bug", ValueError("a bug"), pid=1, ip="::1"), True),
+        (ActorDiedError(RayTaskError("__init__", "Traceback", ValueError("no"), pid=1, ip="10.0.0.7")), True),
+    ],
+    ids=["connection", "death", "crash", "reward", "constructor"],
+)
+def test_what_a_loss_does_to_other_workers_is_not_printed(
+    error: Exception, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Ray does with results that nobody asked for; what has another reason is."""
+    with losses_said_once():
+        _unhandled_error_handler(error)
+    assert ("Unhandled error" in caplog.text) == said
+    caplog.clear()
+    _unhandled_error_handler(error)
+    assert "Unhandled error" in caplog.text
 
 
 class Trainer:
@@ -147,3 +178,17 @@ def test_a_run_told_to_start_over_does_so_once(play: Play, left: bool, mode: str
     """Its second attempt goes on from the first one's checkpoint, never from what was there before."""
     seen, _ = play([LOST, None], left=left, resume_mode="disable")
     assert [config.trainer.resume_mode for config in seen] == ["disable", mode]
+
+
+def test_a_node_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    there = iter([{"CPU": 2.0}, {"CPU": 3.0}])
+    monkeypatch.setattr(attempts, "get_resource_name", lambda: "CPU")
+    monkeypatch.setattr(attempts.ray, "cluster_resources", lambda: next(there, {"CPU": 2.0}))
+    monkeypatch.setattr(attempts.time, "sleep", lambda _: None)
+    wait_for_capacity(3)
+    assert "waiting up to 300 s for 3 CPUs" in caplog.text
+    monkeypatch.setattr(attempts, "CAPACITY_SECONDS", 0.0)
+    with pytest.raises(ResourceError) as error:
+        wait_for_capacity(3)
+    assert str(error.value).startswith("a node left the Ray cluster and did not come back within 0 s: 2 CPUs are left")
+    assert "the run needs 3 " in str(error.value) and "goes on from the last checkpoint" in str(error.value)

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from reference.saving import save
 from reference.toy import tiny_config
 
 from refine_verl.config import ConfigError
 from refine_verl.trainer.checkpoints import check_checkpoint, checkpoint_to_resume
+from refine_verl.workers.checkpoint_files import MANIFEST
 
 
 def a_run(directory: Path, **trainer: Any) -> DictConfig:
@@ -59,6 +61,22 @@ def test_a_fitting_checkpoint_is_resumed(saved: Path) -> None:
     older = str(saved / "global_step_2")
     named = a_run(saved, resume_mode="resume_path", resume_from_path=older)
     assert check_checkpoint(named, model) == saved / "global_step_2"
+
+
+@pytest.mark.parametrize("mode", ["auto", "resume_path"])
+def test_a_checkpoint_that_cannot_be_checked_is_used_with_a_warning(
+    saved: Path, tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """verl's own have no manifest, ours may have lost it."""
+    folder = saved / "global_step_4"
+    config = a_run(saved, resume_mode=mode, resume_from_path=str(folder))
+    assert checkpoint_to_resume(config, warn=False) == folder and caplog.text == ""
+    assert checkpoint_to_resume(config) == folder
+    assert f"the checkpoint {folder} has no {MANIFEST}: " in caplog.text and "cannot be checked" in caplog.text
+    caplog.clear()
+    folder = save(tmp_path / "ours", 4)
+    assert checkpoint_to_resume(a_run(folder.parent, resume_mode=mode, resume_from_path=str(folder))) == folder
+    assert caplog.text == ""
 
 
 def test_a_fresh_run_has_no_checkpoint(tmp_path: Path, saved: Path) -> None:

@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import ray
+from omegaconf import OmegaConf
+from ray._private.worker import _unhandled_error_handler
+from ray.exceptions import WorkerCrashedError
 
 from refine_verl.settings import ConfigError
+from refine_verl.trainer import launch
 from refine_verl.trainer.launch import _alone_in, _start_ray
+from refine_verl.trainer.signals import StopSignals
 
 
 @pytest.fixture
@@ -55,3 +60,18 @@ def test_one_run_per_directory(tmp_path: Path) -> None:
         pytest.fail("a second run began")
     with pytest.raises(BlockingIOError, match="the run's own"), _alone_in(tmp_path):
         raise BlockingIOError("the run's own")
+
+
+def test_rays_echo_of_a_lost_worker_is_left_out_as_long_as_it_is_up(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = OmegaConf.create({"trainer": {"device": "cuda"}, "ray_kwargs": {"ray_init": {}}})
+    monkeypatch.setattr(launch, "joins_cluster", lambda _: True)
+    monkeypatch.setattr(launch, "get_ppo_ray_runtime_env", lambda _: {})
+    monkeypatch.setattr(launch, "_start_ray", lambda **_: calls.append("start"))
+    monkeypatch.setattr(ray, "shutdown", lambda: _unhandled_error_handler(WorkerCrashedError()))
+    with launch.ray_session(config, StopSignals()):
+        _unhandled_error_handler(WorkerCrashedError())
+    assert calls == ["start"] and caplog.text == ""
+    _unhandled_error_handler(WorkerCrashedError())
+    assert "The worker died unexpectedly" in caplog.text

@@ -333,6 +333,20 @@ def test_a_line_lost_between_checkpoint_and_validation_is_written_on_resume(
     assert trainer._metrics_without_a_line(tmp_path) is None
 
 
+@pytest.mark.parametrize("start", [3, 4], ids=["done", "past it"])
+def test_fewer_steps_than_the_checkpoint_has(
+    loop: Make, tmp_path: Path, start: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is trained; that the model is one of a later step than asked for is said."""
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {start}}}\n')
+    trainer = loop(start=start)
+    trainer.fit()
+    assert trainer.actor_rollout_wg.calls == [] and trainer.actor_rollout_wg.exported == [str(tmp_path / "model")]
+    past = "the checkpoint of step 4 is past the 3 steps asked for (trainer.total_training_steps): nothing is trained"
+    said = f"{past}, and {tmp_path / 'model'} is the model of step 4"
+    assert (said in caplog.text) == (start > 3)
+
+
 @pytest.mark.parametrize("start", [0, 2], ids=["fresh", "from a checkpoint"])
 def test_validation_alone_trains_and_exports_nothing(loop: Make, tmp_path: Path, start: int) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
