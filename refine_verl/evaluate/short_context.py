@@ -16,7 +16,6 @@ import datasets
 import numpy as np
 
 from refine_verl.data.errors import DataError
-from refine_verl.evaluate.console import require_lm_eval
 from refine_verl.evaluate.results import Row, aggregate, standard_error
 from refine_verl.evaluate.settings import EvaluateSettings
 
@@ -63,17 +62,13 @@ TASKS = {
 }
 
 
-def check(settings: EvaluateSettings, tasks: Sequence[str]) -> None:
-    """Refuse missing files before anything else happens.
+def missing_files(settings: EvaluateSettings, tasks: Sequence[str]) -> list[str]:
+    """For each task without files where they should be and how to get them.
 
     Raises:
-        DataError: a file is missing (and how to get it).
-        ConfigError: lm-evaluation-harness is not installed.
+        DataError: a task has files of two kinds.
     """
-    for task in tasks:
-        _files(settings, task)
-    if tasks:
-        require_lm_eval()
+    return [_no_file(settings, task) for task in tasks if not _files(settings, task)]
 
 
 def check_results(unit: Unit, settings: EvaluateSettings, results: Results) -> None:
@@ -153,27 +148,29 @@ def _asked(settings: EvaluateSettings, task: str) -> str:
 
 
 def _files(settings: EvaluateSettings, task: str) -> list[Path]:
-    """Files of the split that is scored."""
-    known = TASKS[task]
-    folder = Path(settings.data_dir or "DATA_DIR").expanduser() / FOLDER / task
-    files = [
-        path
-        for path in sorted(folder.glob(f"**/{known.split}*"))
-        if settings.data_dir and path.name.endswith((".parquet", ".jsonl"))
-    ]
-    if not files:
-        name = f"'{known.dataset}'" + (f", '{known.config}'" if known.config else "")
-        path = folder / f"{known.split}.parquet"
-        where = "data_dir is not set" if not settings.data_dir else f"there is no {path} (or {known.split}*.jsonl)"
-        raise DataError(
-            f"short_context: no file for {task}: {where}. Where the hub can be reached, make it with: python -c "
-            f"\"from datasets import load_dataset; load_dataset({name}, split='{known.split}').to_parquet('{path}')\""
-        )
+    """Files of the split that is scored; none where there are none."""
+    found = _folder(settings, task).glob(f"**/{TASKS[task].split}*")
+    files = sorted(path for path in found if path.name.endswith((".parquet", ".jsonl")))
     if len({path.suffix for path in files}) > 1:
         raise DataError(
             f"short_context: parquet and jsonl files for {task}: {', '.join(map(str, files))}. Leave one kind there."
         )
     return files
+
+
+def _no_file(settings: EvaluateSettings, task: str) -> str:
+    known = TASKS[task]
+    name = f"'{known.dataset}'" + (f", '{known.config}'" if known.config else "")
+    path = _folder(settings, task) / f"{known.split}.parquet"
+    return (
+        f"short_context: no file for {task}: there is no {path} (or {known.split}*.jsonl). Where the hub can be "
+        'reached, make it with: python -c "from datasets import load_dataset; '
+        f"load_dataset({name}, split='{known.split}').to_parquet('{path}')\""
+    )
+
+
+def _folder(settings: EvaluateSettings, task: str) -> Path:
+    return Path(settings.data_dir).expanduser() / FOLDER / task
 
 
 @contextmanager

@@ -183,6 +183,33 @@ def test_refused(
     assert not out.exists()
 
 
+def test_all_missing_files_at_once(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = "ruler_qa,qasper,trec,piqa,fda,ntp"
+    arguments = [f"model={model_dir}", f"tasks={tasks}", f"data_dir={tmp_path}", f"out={tmp_path}/o"]
+    assert main([*arguments, "lengths=4096,8192"]) == 2
+    first, *items, last = capsys.readouterr().err.splitlines()
+    assert first == "error: files are missing:" and "tasks=" in last
+    wanted = [
+        *(f"ruler_{name} at {n} tokens.*--length {n}" for name in ("squadqa", "hotpotqa") for n in (4096, 8192)),
+        "longbench: no file for qasper, trec.*--tasks qasper trec",
+        "no file for fda.*to_parquet",
+        "no file for piqa.*to_parquet",
+        "ntp: no directory .*prepare documents",
+    ]
+    assert len(items) == len(wanted)
+    for item, pattern in zip(items, wanted, strict=True):
+        assert item.startswith("- ") and re.search(pattern, item), item
+
+
+def test_groups_that_need_a_data_directory(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for tasks, said in (
+        ("ntp", "data_dir is not set, and ntp needs files"),
+        ("piqa,niah_single_1,ruler_qa", "data_dir is not set, and ruler_qa, short_context need files"),
+    ):
+        assert main([f"model={model_dir}", f"tasks={tasks}", f"out={tmp_path}/o"]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_two_files_for_one_task(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("trec.jsonl", "trec_512.jsonl"):
         write_jsonl(tmp_path / name, [{"prompt": "a", "answers": ["City"]}])
