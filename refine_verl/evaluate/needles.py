@@ -7,10 +7,11 @@ them. Here each file depends on its own name only, and on the harness's version;
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -151,7 +152,8 @@ def _generator(settings: EvaluateSettings) -> Iterator[Any]:
     if local not in nltk.data.path:
         nltk.data.path.insert(0, local)
     with mock.patch.object(nltk, "download", lambda *_: False):
-        import lm_eval.tasks.ruler.prepare_niah as ruler
+        with redirect_stdout(io.StringIO()):  # "Downloaded punkt_tab", which it now says without having done so
+            import lm_eval.tasks.ruler.prepare_niah as ruler
 
         with mock.patch.object(ruler, "tqdm", lambda rows, **_: rows):
             yield ruler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,14 @@ def test_what_essays_need_is_named(tmp_path: Path) -> None:
 
 
 def test_without_a_data_directory_needles_lie_in_the_cache(
-    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(needles, "default_cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.ruler.prepare_niah", raising=False)  # it prints when imported
     command = [f"model={model_dir}", "tasks=niah_single_1", f"lengths=[{LENGTH}]", "niah_samples=2"]
     assert main([*command, f"out={tmp_path}/out"]) == 0
     assert len(list((tmp_path / "cache/ruler_niah").glob("niah_single_1_*.parquet"))) == 1
+    assert "Downloaded" not in capsys.readouterr().out  # nothing was
 
 
 @pytest.mark.slow
