@@ -13,7 +13,8 @@ import numpy as np
 
 from refine_verl.config import ConfigError
 from refine_verl.evaluate.console import INSTALL
-from refine_verl.evaluate.results import RESULTS_FILE, aggregate, read_samples
+from refine_verl.evaluate.results import RESULTS_FILE, read_samples
+from refine_verl.evaluate.rows import aggregate
 from refine_verl.evaluate.tables import LABELS, Table, length_label
 
 RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
@@ -69,7 +70,7 @@ def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tu
     """Percentile interval of `aggregate(after) - aggregate(before)`, samples resampled in pairs; None for one sample.
 
     Args:
-        kind: see `results.aggregate`.
+        kind: see `rows.aggregate`.
         before, after: [N], or [N, 2], scores of the same samples in the same order.
     """
     if len(before) < 2:

@@ -18,7 +18,8 @@ from refine_verl.evaluate import needles, short_context
 from refine_verl.evaluate.console import require_lm_eval
 from refine_verl.evaluate.files import check_data_dir, find_documents, find_longbench, find_ruler_qa, refuse_missing
 from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, named_tokenizer, ttt_settings
-from refine_verl.evaluate.results import Results, Row, aggregate, model_fingerprint, standard_error
+from refine_verl.evaluate.results import Results, model_fingerprint
+from refine_verl.evaluate.rows import Row, make_row
 from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_documents
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.evaluate.tables import Table, build_tables
@@ -42,6 +43,7 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     identity = {
         "model": settings.model,
         "model_sha256": model_fingerprint(model.actor),
+        "tokenizer": settings.tokenizer or settings.model,
         "tokenizer_sha256": _digest(tokenizer_fingerprint(model.tokenizer)),
         "dtype": str(next(model.actor.parameters()).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
@@ -60,7 +62,7 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
         else:
             rows += _run(unit, settings, model, results, finished[unit.name])
         tables = build_tables(rows, _label(settings))
-        results.write(rows, "\n".join(table.markdown() for table in tables), dataclasses.asdict(settings))
+        results.write(rows, "\n".join(table.markdown() for table in tables))
     return tables
 
 
@@ -158,26 +160,8 @@ def _run(
     records = [done[sample.id] for sample in unit.samples]
     results.order(unit.name, [sample.id for sample in unit.samples])
     return [
-        make_row(unit, metric, "mean", np.array([record[metric] for record in records]), unit.fingerprint)
-        for metric in metrics
+        make_row(unit, metric, "mean", np.array([record[metric] for record in records]), settings) for metric in metrics
     ]
-
-
-def make_row(unit: Unit, metric: str, kind: str, values: np.ndarray, fingerprint: str) -> Row:
-    """The scores of a unit's samples ([N], or [N, 2], see `results.aggregate`) as a row of results."""
-    return Row(
-        group=unit.group,
-        task=unit.task,
-        length=unit.length,
-        metric=metric,
-        value=aggregate(kind, values),
-        stderr=standard_error(kind, values),
-        samples=len(values),
-        left_out=unit.left_out,
-        fingerprint=fingerprint,
-        aggregate=kind,
-        source=unit.source,
-    )
 
 
 def _ask(

@@ -127,6 +127,14 @@ class EvaluateSettings(Settings):
                 found[group] = chosen
         return found
 
+    def selection(self, group: str) -> dict[str, Any]:
+        """What decides which samples of a group are asked, of all that its files hold."""
+        own: dict[str, dict[str, Any]] = {
+            "ruler_niah": {"niah_samples": self.niah_samples, "seed": self.seed},
+            "longbench": {"max_tokens": self.lengths[-1]},
+        }
+        return {"limit": self.limit, **own.get(group, {})}
+
 
 _EXAMPLES = {"model": "DIR", "tasks": "ruler_qa,longbench", "out": "DIR"}
 

@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 
 from refine_verl.data.errors import DataError
-from refine_verl.evaluate.results import Row, aggregate, standard_error
+from refine_verl.evaluate.rows import Row, make_row
 from refine_verl.evaluate.settings import EvaluateSettings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Task:
         dataset: hub id.
         config: configuration of it; None for the only one.
         split: the split that is scored.
-        metrics: name and how it is aggregated (`results.aggregate`).
+        metrics: name and how it is aggregated (`rows.aggregate`).
     """
 
     dataset: str
@@ -100,26 +100,11 @@ def run(unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: 
             )
         records = [_record(sample, task, asked) for sample in found["samples"][unit.task]]
         results.save(unit.name, records, replace=True)
-    source = str(_files(settings, unit.task)[0].parent)
-    rows = []
-    for metric, kind in task.metrics.items():
-        values = np.array([record[metric] for record in records])
-        rows.append(
-            Row(
-                group=unit.group,
-                task=unit.task,
-                length=None,
-                metric=metric,
-                value=aggregate(kind, values),
-                stderr=standard_error(kind, values),
-                samples=len(values),
-                left_out=0,
-                fingerprint=asked,
-                aggregate=kind,
-                source=source,
-            )
-        )
-    return rows
+    unit = dataclasses.replace(unit, source=str(_files(settings, unit.task)[0].parent))
+    return [
+        make_row(unit, metric, kind, np.array([record[metric] for record in records]), settings, asked)
+        for metric, kind in task.metrics.items()
+    ]
 
 
 @functools.cache

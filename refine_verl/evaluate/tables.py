@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from refine_verl.evaluate.results import Row
+from refine_verl.evaluate.rows import Row
 from refine_verl.evaluate.settings import GROUPS, OTHERS
 
 LABELS = {

@@ -143,8 +143,45 @@ def test_another_model_does_not_go_on_in_the_same_directory(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     arguments = [f"model={other_dir}", "tasks=trec", f"data_dir={data}", f"out={out}", f"lengths={LENGTH}"]
     assert main(arguments) == 2
-    assert "holds results with another model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(rf'another model \(model: "[^"]*" there, "{other_dir}" now\)', said), said
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_settings_that_differ_are_named(
+    model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["ttt=refine", "adapt.nsp.chunks=2", "adapt.lr=0.01"]
+    run(model_dir, data, tmp_path / "o", *keys, "limit=1", tasks="ruler_squadqa")
+    capsys.readouterr()
+    arguments = [f"model={model_dir}", "tasks=ruler_squadqa", f"data_dir={data}", f"out={tmp_path}/o", *keys[:1]]
+    assert main([*arguments, f"lengths={LENGTH}", "adapt.nsp.chunks=3", "adapt.lr=0.02"]) == 2
+    said = capsys.readouterr().err
+    assert "another adapt (adapt.nsp.chunks: 2 there, 3 now, adapt.lr: 0.01 there, 0.02 now)" in said
+
+
+def test_finished_samples_do_not_leave_the_score(
+    model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o"
+    run(model_dir, data, out, tasks="ruler_squadqa,trec")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    arguments = [f"model={model_dir}", f"data_dir={data}", f"out={out}"]
+    for task, keys, said in (
+        ("ruler_squadqa", [f"lengths={LENGTH}", "limit=1"], f"3 finished samples of ruler_squadqa_{LENGTH}, and 1 of"),
+        ("trec", ["lengths=50"], "3 finished samples of trec, and 2 of them are asked for now"),
+    ):
+        capsys.readouterr()
+        assert main([*arguments, f"tasks={task}", *keys]) == 2
+        assert said in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    results = run(model_dir, data, out, "limit=1", tasks="ntp")["results"]
+    chosen = {entry["task"]: (entry["samples"], entry["settings"]) for entry in results}
+    assert chosen == {
+        "ruler_squadqa": (3, {"limit": None}),
+        "trec": (3, {"limit": None, "max_tokens": LENGTH}),
+        "ntp": (1, {"limit": 1}),
+    }
 
 
 def test_test_time_training(model_dir: Path, data: Path, tmp_path: Path, finished: tuple[Path, Any]) -> None:
