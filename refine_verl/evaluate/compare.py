@@ -181,16 +181,17 @@ def _pairs(first: Run, other: Run, key: Key) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
-    rows = []
+    rows, notes = [], []
     parts: dict[str, list[np.ndarray]] = {}
     for key in common:
-        group, task, length, metric = key
+        group, _, _, metric = key
         kind = first.rows[key]["aggregate"]
         before, after = _pairs(first, other, key)
         scale = 100.0 if kind == "mean" and metric != "ntp_loss" else 1.0
-        where = f"{LABELS.get(task, task)} {length_label(length)}" if length else LABELS.get(task, task)
         values = aggregate(kind, before), aggregate(kind, after)
-        rows.append(_line(f"{where} {metric}", values, bootstrap_difference(kind, before, after), len(before), scale))
+        rows.append(
+            _line(f"{_where(key)} {metric}", values, bootstrap_difference(kind, before, after), len(before), scale)
+        )
         if group in ("ruler_niah", "ruler_qa", "longbench"):
             parts.setdefault(group, []).append(after - before)
     for group, differences in parts.items():
@@ -200,6 +201,11 @@ def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
             ]
             interval = bootstrap_average(differences)
             count = sum(map(len, differences))
+            if interval is None:
+                single = [_where(key) for key in common if key[0] == group and first.rows[key]["samples"] < 2]
+                notes.append(
+                    f"No interval for the average of {group}: of a single sample ({', '.join(single)}) there is none."
+                )
             rows.append(_line(f"Avg of {len(differences)}, {group}", (means[0], means[1]), interval, count, 100.0))
     header = [
         "",
@@ -209,7 +215,13 @@ def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
         f"{round(100 * CONFIDENCE)} % interval",
         "n",
     ]
-    return Table(f"{other.directory} against {first.directory}", header, rows)
+    return Table(f"{other.directory} against {first.directory}", header, rows, notes)
+
+
+def _where(key: Key) -> str:
+    _, task, length, _ = key
+    name = LABELS.get(task, task)
+    return f"{name} {length_label(length)}" if length else name
 
 
 def _line(

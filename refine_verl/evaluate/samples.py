@@ -142,9 +142,11 @@ def read_documents(
         ids = _encode(tokenizer, text)
         longest = max(longest, len(ids))
         for length, samples in kept.items():
+            if len(samples) >= most:
+                continue  # this length has read its documents; another still looks
             if len(ids) < length:
                 shorter[length] += 1
-            elif len(samples) < most:
+            else:
                 samples.append(Sample(f"{name}:{row}", ids[:length]))
     for length, samples in kept.items():
         if not samples:

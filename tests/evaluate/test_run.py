@@ -14,8 +14,12 @@ from reference.evaluate_files import TEXT, write_jsonl, write_parquet
 from transformers import AutoModelForCausalLM
 
 from refine_verl.adaptation import adapt
+from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.evaluate.__main__ import main
+from refine_verl.evaluate.files import find_documents
 from refine_verl.evaluate.model import EvaluatedModel
+from refine_verl.evaluate.samples import read_documents
+from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.evaluation import score
 from refine_verl.models import load_model
 
@@ -96,6 +100,26 @@ def test_answers_are_those_of_the_model(finished: tuple[Path, dict[str, Any]], m
 def test_longbench_leaves_out_what_is_too_long(finished: tuple[Path, dict[str, Any]]) -> None:
     entry = row(finished[1], "class_match")
     assert (entry["samples"], entry["left_out"]) == (3, 1)
+
+
+def test_what_is_left_out_is_said_below_the_table(
+    model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(model_dir, data, tmp_path / "o")
+    shown, written = capsys.readouterr().out, (tmp_path / "o/results.md").read_text()
+    for line in (
+        "Left out of the samples that were read, because they are longer than the last of lengths: TC 1 of 4.",
+        f"Left out of the documents that were read, because they are shorter than the length: at {LENGTH} 1 of 4.",
+    ):
+        assert line in shown.splitlines() and f"|\n\n{line}\n" in written
+    assert shown.count("Left out") == 2
+
+
+def test_a_length_counts_documents_until_it_has_its_own(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "ntp/documents.jsonl", [{"text": "a" * n} for n in (10, 4, 12)])
+    settings = EvaluateSettings(model="m", out="o", tasks=["ntp"], data_dir=str(tmp_path), lengths=[8, 12], limit=1)
+    units = list(read_documents(find_documents(settings)[0], settings, load_tokenizer("bytes")))
+    assert [(unit.length, unit.left_out) for unit in units] == [(8, 0), (12, 2)]
 
 
 def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -277,3 +301,17 @@ def test_comparison(
     assert "their numbers do not compare" in capsys.readouterr().err
     assert main(["compare", str(first), str(tmp_path)]) == 2
     assert main(["compare", str(first)]) == 2
+
+
+def test_an_average_without_an_interval_says_why(
+    model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": f"{TEXT} Question?", "answers": ["e"]}
+    write_jsonl(tmp_path / "data/qasper.jsonl", [row])
+    write_jsonl(tmp_path / "data/hotpotqa.jsonl", [row, row])
+    for name in "ab":
+        run(model_dir, tmp_path / "data", tmp_path / name, tasks="qasper,hotpotqa")
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    note = "No interval for the average of longbench: of a single sample (QR) there is none."
+    assert note in capsys.readouterr().out.splitlines()
