@@ -138,7 +138,8 @@ def _read(directory: Path) -> Run:
 
 
 def _check(first: Run, other: Run) -> None:
-    if first.content["convention"] != other.content["convention"]:
+    conventions = {run.content["convention"] for run in (first, other)} - {None}  # None: no task is scored by one
+    if len(conventions) > 1:
         raise ConfigError(
             "compare",
             f"{first.directory} is scored in the convention {first.content['convention']!r} and {other.directory} in "

@@ -26,7 +26,8 @@ class Results:
 
     Args:
         directory: is created where it is missing.
-        identity: everything the scores depend on but the samples; the same for all of a directory's life.
+        identity: everything the scores depend on but the samples; the same for all of a directory's life. Its
+            convention is None until a task is asked that is scored by one.
 
     Raises:
         ConfigError: the directory holds other things, or results with another identity.
@@ -35,6 +36,7 @@ class Results:
     def __init__(self, directory: str, identity: Mapping[str, Any]) -> None:
         self.directory = Path(directory).expanduser()
         self.identity = json.loads(json.dumps(identity))
+        self.recorded: dict[str, Any] | None = None
         self._check()
 
     def _check(self) -> None:
@@ -47,7 +49,11 @@ class Results:
             if any(self.directory.iterdir()):
                 raise ConfigError("out", f"{self.directory} holds other files. Give a new or empty directory.")
             return
-        there = json.loads(run.read_text())
+        there = self.recorded = json.loads(run.read_text())
+        if self.identity["convention"] is None:
+            self.identity["convention"] = there["convention"]
+        elif there["convention"] is None:
+            there = {**there, "convention": self.identity["convention"]}
         for key, value in self.identity.items():
             if key in ("model", "tokenizer") or there.get(key) == value:  # they may have moved: their hashes tell
                 continue
@@ -104,8 +110,9 @@ class Results:
         """Append finished samples of a task, or write all of them at once."""
         folder = self.directory / SAMPLES
         folder.mkdir(parents=True, exist_ok=True)
-        if not (self.directory / RUN_FILE).exists():
+        if self.recorded != self.identity:
             _write_json(self.directory / RUN_FILE, self.identity)
+            self.recorded = self.identity
         path = folder / f"{name}.jsonl"
         text = "".join(json.dumps(record) + "\n" for record in records)
         if replace:

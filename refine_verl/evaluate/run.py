@@ -47,7 +47,7 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
         "tokenizer_sha256": _digest(tokenizer_fingerprint(model.tokenizer)),
         "dtype": str(next(model.actor.parameters()).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
-        "convention": settings.convention,
+        "convention": settings.convention if settings.uses("convention") else None,
         "ttt": settings.ttt,
         "adapt": dataclasses.asdict(ttt) if settings.ttt != "none" else None,
     }

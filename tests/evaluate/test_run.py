@@ -160,6 +160,21 @@ def test_tasks_are_added(model_dir: Path, data: Path, tmp_path: Path, finished: 
     assert "## RULER QA" in (tmp_path / "o/results.md").read_text()
 
 
+def test_tasks_without_a_convention_go_with_either(
+    model_dir: Path, data: Path, tmp_path: Path, finished: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o"
+    assert run(model_dir, data, out, tasks="ntp")["convention"] is None
+    assert main(["compare", str(finished[0]), str(out)]) == 0
+    assert run(model_dir, data, out, "convention=lm_eval", tasks="trec")["convention"] == "lm_eval"
+    assert run(model_dir, data, out, tasks="ntp")["convention"] == "lm_eval"
+    assert json.loads((out / "run.json").read_text())["convention"] == "lm_eval"
+    capsys.readouterr()
+    arguments = [f"model={model_dir}", f"data_dir={data}", f"out={out}", f"lengths={LENGTH}"]
+    assert main([*arguments, "tasks=trec"]) == 2
+    assert 'another convention (convention: "lm_eval" there, "paper" now)' in capsys.readouterr().err
+
+
 def test_another_model_does_not_go_on_in_the_same_directory(
     other_dir: Path, data: Path, finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,7 +252,9 @@ def test_refused(
     keys: list[str], message: str, model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main([f"model={model_dir}", f"data_dir={data}", f"out={out}", f"lengths={LENGTH}", *keys]) == 2
+    usual = {"model": model_dir, "data_dir": data, "out": out, "lengths": LENGTH}
+    given = {key: value for key, value in usual.items() if not any(item.startswith(f"{key}=") for item in keys)}
+    assert main([*(f"{key}={value}" for key, value in given.items()), *keys]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: "), error
     assert re.search(message, error), error
