@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from refine_verl.settings import ConfigError, Settings, did_you_mean, option, require_choice
+from refine_verl.settings import ConfigError, Settings, did_you_mean, option, refuse_repeats, require_choice
 
 __all__ = [
     "AnswerSettings",
@@ -24,6 +24,7 @@ __all__ = [
     "TTTSettings",
     "did_you_mean",
     "list_settings",
+    "refuse_repeats",
     "require_choice",
 ]
 

@@ -42,6 +42,19 @@ def require_choice(key: str, value: object, choices: Iterable[str], *, kind: str
         raise ConfigError(key, f"unknown {kind} {value!r}. Allowed: {', '.join(choices)}.{hint}")
 
 
+def refuse_repeats(keys: Iterable[str]) -> None:
+    """Refuse a key that is given twice: the last value would win without a word.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    seen = set()
+    for key in keys:
+        if key in seen:
+            raise ConfigError(key, "is given twice. Leave one of them out.")
+        seen.add(key)
+
+
 def option(
     default: Any,
     help: str,
@@ -137,6 +150,8 @@ def _type_name(kinds: tuple[Any, ...]) -> str:
         float: "a number",
         str: "a string",
         bool: "true or false",
+        dict: "a mapping",
+        list: "a list",
         types.NoneType: "null",
     }
-    return " or ".join(names.get(kind, "a mapping" if typing.get_origin(kind) is dict else str(kind)) for kind in kinds)
+    return " or ".join(names.get(typing.get_origin(kind) or kind, str(kind)) for kind in kinds)

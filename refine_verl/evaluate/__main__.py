@@ -96,6 +96,8 @@ def _run(given: list[str]) -> None:
         for row in table.rows:
             drawn.add_row(*row)
         console.print(drawn, markup=False, highlight=False)
+        for note in table.notes:
+            print_text(note)
     for note in notes:
         print_text(note)
 

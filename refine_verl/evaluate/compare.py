@@ -13,7 +13,8 @@ import numpy as np
 
 from refine_verl.config import ConfigError
 from refine_verl.evaluate.console import INSTALL
-from refine_verl.evaluate.results import RESULTS_FILE, aggregate, read_samples
+from refine_verl.evaluate.results import RESULTS_FILE, read_samples
+from refine_verl.evaluate.rows import aggregate
 from refine_verl.evaluate.tables import LABELS, Table, length_label
 
 RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
@@ -69,7 +70,7 @@ def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tu
     """Percentile interval of `aggregate(after) - aggregate(before)`, samples resampled in pairs; None for one sample.
 
     Args:
-        kind: see `results.aggregate`.
+        kind: see `rows.aggregate`.
         before, after: [N], or [N, 2], scores of the same samples in the same order.
     """
     if len(before) < 2:
@@ -137,7 +138,8 @@ def _read(directory: Path) -> Run:
 
 
 def _check(first: Run, other: Run) -> None:
-    if first.content["convention"] != other.content["convention"]:
+    conventions = {run.content["convention"] for run in (first, other)} - {None}  # None: no task is scored by one
+    if len(conventions) > 1:
         raise ConfigError(
             "compare",
             f"{first.directory} is scored in the convention {first.content['convention']!r} and {other.directory} in "
@@ -180,16 +182,17 @@ def _pairs(first: Run, other: Run, key: Key) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
-    rows = []
+    rows, notes = [], []
     parts: dict[str, list[np.ndarray]] = {}
     for key in common:
-        group, task, length, metric = key
+        group, _, _, metric = key
         kind = first.rows[key]["aggregate"]
         before, after = _pairs(first, other, key)
         scale = 100.0 if kind == "mean" and metric != "ntp_loss" else 1.0
-        where = f"{LABELS.get(task, task)} {length_label(length)}" if length else LABELS.get(task, task)
         values = aggregate(kind, before), aggregate(kind, after)
-        rows.append(_line(f"{where} {metric}", values, bootstrap_difference(kind, before, after), len(before), scale))
+        rows.append(
+            _line(f"{_where(key)} {metric}", values, bootstrap_difference(kind, before, after), len(before), scale)
+        )
         if group in ("ruler_niah", "ruler_qa", "longbench"):
             parts.setdefault(group, []).append(after - before)
     for group, differences in parts.items():
@@ -199,6 +202,11 @@ def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
             ]
             interval = bootstrap_average(differences)
             count = sum(map(len, differences))
+            if interval is None:
+                single = [_where(key) for key in common if key[0] == group and first.rows[key]["samples"] < 2]
+                notes.append(
+                    f"No interval for the average of {group}: of a single sample ({', '.join(single)}) there is none."
+                )
             rows.append(_line(f"Avg of {len(differences)}, {group}", (means[0], means[1]), interval, count, 100.0))
     header = [
         "",
@@ -208,7 +216,13 @@ def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
         f"{round(100 * CONFIDENCE)} % interval",
         "n",
     ]
-    return Table(f"{other.directory} against {first.directory}", header, rows)
+    return Table(f"{other.directory} against {first.directory}", header, rows, notes)
+
+
+def _where(key: Key) -> str:
+    _, task, length, _ = key
+    name = LABELS.get(task, task)
+    return f"{name} {length_label(length)}" if length else name
 
 
 def _line(

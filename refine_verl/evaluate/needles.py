@@ -7,10 +7,11 @@ them. Here each file depends on its own name only, and on the harness's version;
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,36 +58,38 @@ def needle_file(settings: EvaluateSettings, task: str, length: int, tokenizer: P
     return needle_folder(settings) / f"{task}_{length}_{settings.niah_samples}_seed{settings.seed}_{key}.parquet"
 
 
-def check_needles(settings: EvaluateSettings, tasks: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse what could not be made, before anything is made.
+def missing_files(settings: EvaluateSettings, tasks: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What needles that are not made yet need and lack: essays, NLTK's sentence splitter (and how to get them).
 
     Raises:
-        DataError: a frozen file that changed, essays or NLTK's sentence splitter are missing (and how to get them).
+        DataError: a frozen file that changed.
         ConfigError: lm-evaluation-harness is not installed.
     """
-    missing = []
+    unmade = []
     for task in tasks:
         for length in settings.lengths:
             path = needle_file(settings, task, length, tokenizer)
             if path.exists():
                 _verify(path)
             else:
-                missing.append(task)
-    if not missing:
-        return
+                unmade.append(task)
+    if not unmade:
+        return []
     require_lm_eval()
     with _generator(settings):
         pass
-    if any(KINDS[task]["type_haystack"] == "essay" for task in missing):
-        _essay_file(settings, missing)
-        _sentence_splitter(settings)
+    hidden = sorted({task for task in unmade if KINDS[task]["type_haystack"] == "essay"})
+    if not hidden:
+        return []
+    missing = [] if _essay_file(settings) else [_no_essays(settings, hidden)]
+    return missing if _has_splitter() else [*missing, _no_splitter(settings)]
 
 
 def frozen_needles(settings: EvaluateSettings, task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Path:
     """The file with the needles of a task at a length, made where it is not there yet.
 
     Raises:
-        DataError: as `check_needles`; or the length leaves no room for a needle.
+        DataError: the file has changed, or the length leaves no room for a needle.
     """
     path = needle_file(settings, task, length, tokenizer)
     if path.exists():
@@ -119,7 +122,7 @@ def _generate(
 ) -> list[dict[str, Any]]:
     kind = KINDS[task]["type_haystack"]
     with _generator(settings) as ruler, _own_random_state(f"{settings.seed} {task} {length}"):
-        haystack = _essay_words(settings, [task]) if kind == "essay" else ruler.get_haystack(type_haystack=kind)
+        haystack = _essay_words(settings) if kind == "essay" else ruler.get_haystack(type_haystack=kind)
         try:
             return list(
                 ruler.generate_samples(
@@ -149,7 +152,8 @@ def _generator(settings: EvaluateSettings) -> Iterator[Any]:
     if local not in nltk.data.path:
         nltk.data.path.insert(0, local)
     with mock.patch.object(nltk, "download", lambda *_: False):
-        import lm_eval.tasks.ruler.prepare_niah as ruler
+        with redirect_stdout(io.StringIO()):  # "Downloaded punkt_tab", which it now says without having done so
+            import lm_eval.tasks.ruler.prepare_niah as ruler
 
         with mock.patch.object(ruler, "tqdm", lambda rows, **_: rows):
             yield ruler
@@ -176,23 +180,29 @@ def _own_random_state(seed: str) -> Iterator[None]:
         random.setstate(before)
 
 
-def _essay_file(settings: EvaluateSettings, tasks: list[str]) -> Path:
-    folder = needle_folder(settings)
-    files = [folder / f"{ESSAYS}{end}" for end in (".parquet", ".jsonl")]
-    found = [path for path in files if path.exists()]
-    if not found:
-        needing = sorted({task for task in tasks if KINDS[task]["type_haystack"] == "essay"})
-        raise DataError(
-            f"ruler_niah: {', '.join(needing)} hide their needles in essays, and there is no {files[0]} (or .jsonl) "
-            'with a column text. Where the hub can be reached, make it with: python -c "from datasets import '
-            f"load_dataset; load_dataset('baber/paul_graham_essays', split='train').to_parquet('{files[0]}')\". "
-            "Without essays only niah_single_1, niah_multikey_2 and niah_multikey_3 can be made: tasks=niah_single_1."
-        )
-    return found[0]
+def _essay_files(settings: EvaluateSettings) -> list[Path]:
+    """Where essays may be."""
+    return [needle_folder(settings) / f"{ESSAYS}{end}" for end in (".parquet", ".jsonl")]
 
 
-def _essay_words(settings: EvaluateSettings, tasks: list[str]) -> list[str]:
-    path = _essay_file(settings, tasks)
+def _essay_file(settings: EvaluateSettings) -> Path | None:
+    return next((path for path in _essay_files(settings) if path.exists()), None)
+
+
+def _no_essays(settings: EvaluateSettings, tasks: list[str]) -> str:
+    path = _essay_files(settings)[0]
+    return (
+        f"ruler_niah: {', '.join(tasks)} hide their needles in essays, and there is no {path} (or .jsonl) "
+        'with a column text. Where the hub can be reached, make it with: python -c "from datasets import '
+        f"load_dataset; load_dataset('baber/paul_graham_essays', split='train').to_parquet('{path}')\". "
+        "Without essays only niah_single_1, niah_multikey_2 and niah_multikey_3 can be made: tasks=niah_single_1."
+    )
+
+
+def _essay_words(settings: EvaluateSettings) -> list[str]:
+    path = _essay_file(settings)
+    if path is None:
+        raise DataError(f"{_essay_files(settings)[0]} is no longer there.")
     texts = []
     for source in resolve_sources((str(path),), key="data_dir", default_split="train"):
         for _, where, record in read_records(source):
@@ -202,19 +212,24 @@ def _essay_words(settings: EvaluateSettings, tasks: list[str]) -> list[str]:
     return re.sub(r"\s+", " ", " ".join(texts)).split(" ")
 
 
-def _sentence_splitter(settings: EvaluateSettings) -> None:
-    with _generator(settings):
-        import nltk
+def _has_splitter() -> bool:
+    """Whether NLTK finds its sentence splitter; `_generator` has told it where to look."""
+    import nltk
 
-        try:
-            nltk.data.find("tokenizers/punkt_tab")
-        except LookupError:
-            folder = _nltk_folder(settings)
-            raise DataError(
-                f"ruler_niah: NLTK's sentence splitter is missing: there is no {folder}/tokenizers/punkt_tab. Where "
-                'the network can be reached, get it with: python -c "import nltk; '
-                f"nltk.download('punkt_tab', download_dir='{folder}')\""
-            ) from None
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
+
+
+def _no_splitter(settings: EvaluateSettings) -> str:
+    folder = _nltk_folder(settings)
+    return (
+        f"ruler_niah: NLTK's sentence splitter is missing: there is no {folder}/tokenizers/punkt_tab. Where "
+        'the network can be reached, get it with: python -c "import nltk; '
+        f"nltk.download('punkt_tab', download_dir='{folder}')\""
+    )
 
 
 def _hash_file(path: Path) -> Path:

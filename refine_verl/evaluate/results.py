@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,72 +15,10 @@ import torch
 
 from refine_verl import __version__
 from refine_verl.config import ConfigError
+from refine_verl.evaluate.rows import Row
 
 RESULTS_FILE, RUN_FILE, SAMPLES = "results.json", "run.json", "samples"
 _PACKAGES = ("torch", "transformers", "flash-linear-attention", "datasets", "lm-eval")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One number of a table, with all that is needed to read it.
-
-    Attributes:
-        group, task, length: of the unit.
-        metric: name of the score.
-        value: as aggregated, in its own unit (shares in 0 ... 1).
-        stderr: standard error over the samples; None for fewer than two.
-        samples: how many there were.
-        left_out: rows that were too long or too short.
-        fingerprint: sha256 of what was asked.
-        aggregate: how sample scores become the value, see `aggregate`.
-        source: file or files.
-    """
-
-    group: str
-    task: str
-    length: int | None
-    metric: str
-    value: float
-    stderr: float | None
-    samples: int
-    left_out: int
-    fingerprint: str
-    aggregate: str
-    source: str
-
-    @property
-    def name(self) -> str:
-        """Names the file with its samples."""
-        return self.task if self.length is None else f"{self.task}_{self.length}"
-
-
-def aggregate(kind: str, values: np.ndarray) -> float:
-    """One number from the scores of samples.
-
-    Args:
-        kind: `mean`; `perplexity`, exp(-mean) of log-likelihoods; `weighted_perplexity`, exp(-sum / sum) of
-            log-likelihoods and word counts.
-        values: [N], or [N, 2] for the last.
-    """
-    if kind == "mean":
-        return float(values.mean())
-    if kind == "perplexity":
-        return _exp(-float(values.mean()))
-    return _exp(-float(values[:, 0].sum()) / float(values[:, 1].sum()))
-
-
-def standard_error(kind: str, values: np.ndarray) -> float | None:
-    """Of `aggregate`: sample standard deviation over the root of N, carried through exp where there is one (delta
-    method; for `weighted_perplexity` that of a ratio of means)."""
-    if len(values) < 2:
-        return None
-    if kind == "mean":
-        return float(values.std(ddof=1) / math.sqrt(len(values)))
-    if kind == "perplexity":
-        return aggregate(kind, values) * float(values.std(ddof=1) / math.sqrt(len(values)))
-    words = values[:, 1]
-    rest = values[:, 0] - words * (values[:, 0].sum() / words.sum())
-    return aggregate(kind, values) * float(rest.std(ddof=1) / math.sqrt(len(values)) / words.mean())
 
 
 class Results:
@@ -89,7 +26,8 @@ class Results:
 
     Args:
         directory: is created where it is missing.
-        identity: everything the scores depend on but the samples; the same for all of a directory's life.
+        identity: everything the scores depend on but the samples; the same for all of a directory's life. Its
+            convention is None until a task is asked that is scored by one.
 
     Raises:
         ConfigError: the directory holds other things, or results with another identity.
@@ -98,6 +36,7 @@ class Results:
     def __init__(self, directory: str, identity: Mapping[str, Any]) -> None:
         self.directory = Path(directory).expanduser()
         self.identity = json.loads(json.dumps(identity))
+        self.recorded: dict[str, Any] | None = None
         self._check()
 
     def _check(self) -> None:
@@ -110,14 +49,20 @@ class Results:
             if any(self.directory.iterdir()):
                 raise ConfigError("out", f"{self.directory} holds other files. Give a new or empty directory.")
             return
-        there = json.loads(run.read_text())
+        there = self.recorded = json.loads(run.read_text())
+        if self.identity["convention"] is None:
+            self.identity["convention"] = there["convention"]
+        elif there["convention"] is None:
+            there = {**there, "convention": self.identity["convention"]}
         for key, value in self.identity.items():
-            if key != "model" and there.get(key) != value:  # a model may have moved: its weights tell
-                raise ConfigError(
-                    "out",
-                    f"{self.directory} holds results with another {key.removesuffix('_sha256')} "
-                    f"({_short(there.get(key))} there, {_short(value)} now). Give another directory.",
-                )
+            if key in ("model", "tokenizer") or there.get(key) == value:  # they may have moved: their hashes tell
+                continue
+            name = key.removesuffix("_sha256")
+            found = _differences(name, there.get(name), self.identity[name]) or [f"{name}: its content has changed"]
+            raise ConfigError(
+                "out",
+                f"{self.directory} holds results with another {name} ({', '.join(found)}). Give another directory.",
+            )
 
     def finished(self, name: str, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """Samples of a task that are done already, by id.
@@ -127,7 +72,7 @@ class Results:
             digests: what each sample is, by id.
 
         Raises:
-            ConfigError: one of them was asked something else then.
+            ConfigError: one of them was asked something else then, or samples that are done are not asked for now.
         """
         done = {record["id"]: record for record in read_samples(self.directory, name, torn=True)}
         for identifier, digest in digests.items():
@@ -137,7 +82,15 @@ class Results:
                     f"{self.directory} has an answer to {name}, sample {identifier}, and that sample has changed since "
                     "(data or tokenizer). Give another directory.",
                 )
-        return {identifier: done[identifier] for identifier in digests if identifier in done}
+        known = {identifier: done[identifier] for identifier in digests if identifier in done}
+        if len(known) < len(done):  # their score would be replaced by that of fewer samples
+            raise ConfigError(
+                "out",
+                f"{self.directory} has {len(done)} finished samples of {name}, and {len(known)} of them are asked for "
+                "now (limit, lengths, niah_samples or the data differ). Ask for all of them, leave the task out "
+                "(its results stay), or give another directory.",
+            )
+        return known
 
     def whole(self, name: str, asked: str) -> list[dict[str, Any]]:
         """The records of a task that is asked as a whole; none where it is not finished.
@@ -157,8 +110,9 @@ class Results:
         """Append finished samples of a task, or write all of them at once."""
         folder = self.directory / SAMPLES
         folder.mkdir(parents=True, exist_ok=True)
-        if not (self.directory / RUN_FILE).exists():
+        if self.recorded != self.identity:
             _write_json(self.directory / RUN_FILE, self.identity)
+            self.recorded = self.identity
         path = folder / f"{name}.jsonl"
         text = "".join(json.dumps(record) + "\n" for record in records)
         if replace:
@@ -187,16 +141,14 @@ class Results:
         return [row for row in rows if row.name not in again]
 
     def order(self, name: str, identifiers: Sequence[str]) -> None:
-        """Put these samples of a task first, in this order: the first ones are what `results.json` is about."""
+        """Put the samples of a task in this order, which is that of the data."""
         records = {record["id"]: record for record in read_samples(self.directory, name, torn=True)}
-        sorted_records = [records.pop(identifier) for identifier in identifiers]
-        self.save(name, [*sorted_records, *records.values()], replace=True)
+        self.save(name, [records[identifier] for identifier in identifiers], replace=True)
 
-    def write(self, rows: Sequence[Row], tables: str, settings: Mapping[str, Any]) -> None:
+    def write(self, rows: Sequence[Row], tables: str) -> None:
         """Write `results.json` and `results.md`."""
         content = {
             **self.identity,
-            "settings": dict(settings),
             "versions": versions(),
             "results": [dataclasses.asdict(row) for row in rows],
         }
@@ -252,13 +204,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
+def _differences(key: str, there: Any, now: Any) -> list[str]:
+    """`KEY: A there, B now` for each value that differs; mappings are looked into."""
+    if isinstance(there, Mapping) and isinstance(now, Mapping):
+        names = {**there, **now}
+        return [text for name in names for text in _differences(f"{key}.{name}", there.get(name), now.get(name))]
+    return [] if there == now else [f"{key}: {json.dumps(there)} there, {json.dumps(now)} now"]
 
 
 def _write_json(path: Path, content: Any) -> None:

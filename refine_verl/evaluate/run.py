@@ -15,17 +15,12 @@ from refine_verl.adaptation import AdaptSettings
 from refine_verl.data import DataError
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.evaluate import needles, short_context
+from refine_verl.evaluate.console import require_lm_eval
+from refine_verl.evaluate.files import check_data_dir, find_documents, find_longbench, find_ruler_qa, refuse_missing
 from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, named_tokenizer, ttt_settings
-from refine_verl.evaluate.results import Results, Row, aggregate, model_fingerprint, standard_error
-from refine_verl.evaluate.samples import (
-    Sample,
-    Unit,
-    find_documents,
-    find_longbench,
-    find_ruler_qa,
-    read_answers,
-    read_documents,
-)
+from refine_verl.evaluate.results import Results, model_fingerprint
+from refine_verl.evaluate.rows import Row, make_row
+from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_documents
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.evaluate.tables import Table, build_tables
 from refine_verl.evaluation import main_metric, score
@@ -48,10 +43,11 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     identity = {
         "model": settings.model,
         "model_sha256": model_fingerprint(model.actor),
+        "tokenizer": settings.tokenizer or settings.model,
         "tokenizer_sha256": _digest(tokenizer_fingerprint(model.tokenizer)),
         "dtype": str(next(model.actor.parameters()).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
-        "convention": settings.convention,
+        "convention": settings.convention if settings.uses("convention") else None,
         "ttt": settings.ttt,
         "adapt": dataclasses.asdict(ttt) if settings.ttt != "none" else None,
     }
@@ -66,7 +62,7 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
         else:
             rows += _run(unit, settings, model, results, finished[unit.name])
         tables = build_tables(rows, _label(settings))
-        results.write(rows, "\n".join(table.markdown() for table in tables), dataclasses.asdict(settings))
+        results.write(rows, "\n".join(table.markdown() for table in tables))
     return tables
 
 
@@ -106,13 +102,18 @@ class _Plan:
 
     def __init__(self, settings: EvaluateSettings) -> None:
         self.settings, self.groups = settings, settings.by_group()
+        niah, short = self.groups.get("ruler_niah", []), self.groups.get("short_context", [])
         info = inspect_model(settings.model)
-        self.longbench = find_longbench(settings, self.groups.get("longbench", []))
-        self.ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type)
-        self.documents = find_documents(settings) if "ntp" in self.groups else []
-        short_context.check(settings, self.groups.get("short_context", []))
         self.tokenizer = named_tokenizer(settings.tokenizer or settings.model)
-        needles.check_needles(settings, self.groups.get("ruler_niah", []), self.tokenizer)
+        check_data_dir(settings, self.groups)
+        self.ruler, no_ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type)
+        self.longbench, no_longbench = find_longbench(settings, self.groups.get("longbench", []))
+        self.documents, no_documents = find_documents(settings) if "ntp" in self.groups else ([], [])
+        no_needles = needles.missing_files(settings, niah, self.tokenizer)
+        no_short = short_context.missing_files(settings, short)
+        refuse_missing([*no_needles, *no_ruler, *no_longbench, *no_short, *no_documents])
+        if short:
+            require_lm_eval()
 
     def units(self) -> list[Unit]:
         """All samples but the needles, read and checked."""
@@ -159,26 +160,8 @@ def _run(
     records = [done[sample.id] for sample in unit.samples]
     results.order(unit.name, [sample.id for sample in unit.samples])
     return [
-        make_row(unit, metric, "mean", np.array([record[metric] for record in records]), unit.fingerprint)
-        for metric in metrics
+        make_row(unit, metric, "mean", np.array([record[metric] for record in records]), settings) for metric in metrics
     ]
-
-
-def make_row(unit: Unit, metric: str, kind: str, values: np.ndarray, fingerprint: str) -> Row:
-    """The scores of a unit's samples ([N], or [N, 2], see `results.aggregate`) as a row of results."""
-    return Row(
-        group=unit.group,
-        task=unit.task,
-        length=unit.length,
-        metric=metric,
-        value=aggregate(kind, values),
-        stderr=standard_error(kind, values),
-        samples=len(values),
-        left_out=unit.left_out,
-        fingerprint=fingerprint,
-        aggregate=kind,
-        source=unit.source,
-    )
 
 
 def _ask(

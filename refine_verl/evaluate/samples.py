@@ -1,11 +1,10 @@
-"""What is asked: rows of files as samples, found, checked and tokenised before the model is asked anything."""
+"""What is asked: rows of files as samples, checked and tokenised before the model is asked anything."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from refine_verl.evaluation import rule_of
 from refine_verl.prepare.longbench import TASKS as LONGBENCH_TASKS
 
 QA_TOKENS, NIAH_TOKENS = 32, 128
-_SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst")
-_RULER = re.compile(r"(ruler_squadqa|ruler_hotpotqa)(?:_(.+))?_(\d+)_\d+_test\.(?:parquet|jsonl|jsonl\.zst)")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,83 +77,6 @@ class Unit:
     def fingerprint(self) -> str:
         """sha256 of everything that is asked, in order."""
         return hashlib.sha256("".join(sample.digest for sample in self.samples).encode()).hexdigest()
-
-
-def find_longbench(settings: EvaluateSettings, tasks: Sequence[str]) -> dict[str, Path]:
-    """The file of each LongBench task.
-
-    Raises:
-        DataError: one is missing (and how to get it), or there are several.
-    """
-    folders = _folders(settings, "longbench")
-    names = {task: [f"{task}{end}" for end in _SUFFIXES] for task in tasks}
-    found: dict[str, Path] = {}
-    missing = []
-    for task in tasks:
-        stem = re.compile(rf"{re.escape(task)}(_\d+)?\.(parquet|jsonl|jsonl\.zst)")
-        files = [path for folder in folders for path in sorted(folder.glob(f"{task}*")) if stem.fullmatch(path.name)]
-        if files:
-            found[task] = _only(files, task)
-        else:
-            missing.append(task)
-    if missing:
-        raise DataError(
-            f"longbench: no file for {', '.join(missing)}: {_where(folders, names[missing[0]])}. Make "
-            f"{'it' if len(missing) == 1 else 'them'} from LongBench's data with: python -m refine_verl.prepare "
-            f"longbench --input Xnhyacinth/LongBench --tasks {' '.join(missing)} --out {folders[-1]}"
-        )
-    return found
-
-
-def find_ruler_qa(settings: EvaluateSettings, tasks: Sequence[str], model_type: str) -> dict[tuple[str, int], Path]:
-    """The test file of each RULER question answering task at each length.
-
-    Raises:
-        DataError: one is missing (and how to get it), or there are several and none is named after the model's type.
-    """
-    folders = _folders(settings, "ruler")
-    files: dict[tuple[str, int], list[tuple[str, Path]]] = {}
-    for path in [*sorted(folders[0].glob("ruler_*")), *sorted(folders[1].glob("**/ruler_*"))]:
-        if match := _RULER.fullmatch(path.name):
-            files.setdefault((match[1], int(match[3])), []).append((match[2] or "", path))
-    found = {}
-    for task in tasks:
-        for length in settings.lengths:
-            choice = files.get((task, length), [])
-            if not choice:
-                raise DataError(_no_ruler_file(settings, folders, task, length))
-            named = [path for name, path in choice if name and model_type.startswith(name)]
-            found[task, length] = _only(named or [path for _, path in choice], f"{task} at {length} tokens")
-    return found
-
-
-def _no_ruler_file(settings: EvaluateSettings, folders: Sequence[Path], task: str, length: int) -> str:
-    source = {"ruler_squadqa": "squad", "ruler_hotpotqa": "hotpotqa"}[task]
-    original = {"squad": "dev-v2.0.json", "hotpotqa": "hotpotqa/hotpot_qa:distractor:validation"}[source]
-    where = _where(folders, [f"{task}_{length}_200_test.parquet"])
-    return (
-        f"ruler_qa: no test file for {task} at {length} tokens: {where}. "
-        f"Make it with: python -m refine_verl.prepare ruler_qa --source {source} --input {original} "
-        f"--tokenizer {settings.tokenizer or settings.model} --length {length} --train 0 --test 200 "
-        f"--out {folders[-1]}/{source}_{length}. Or leave {length} out of lengths, or name single tasks with tasks=."
-    )
-
-
-def find_documents(settings: EvaluateSettings) -> list[FileSource]:
-    """Files with documents for next-token accuracy.
-
-    Raises:
-        DataError: there are none.
-    """
-    folder = _folders(settings, "ntp")[-1]
-    if not folder.is_dir():
-        raise DataError(
-            f"ntp: no directory {folder}. Put documents there (parquet or jsonl with a column text, or txt), for "
-            "example with: python -m refine_verl.prepare documents --input FILES --tokenizer "
-            f"{settings.tokenizer or settings.model} --min-tokens {max(settings.lengths)} --out {folder}"
-        )
-    sources = resolve_sources((str(folder),), key="data_dir", default_split="validation")
-    return [source for source in sources if isinstance(source, FileSource)]
 
 
 def read_answers(
@@ -222,9 +142,11 @@ def read_documents(
         ids = _encode(tokenizer, text)
         longest = max(longest, len(ids))
         for length, samples in kept.items():
+            if len(samples) >= most:
+                continue  # this length has read its documents; another still looks
             if len(ids) < length:
                 shorter[length] += 1
-            elif len(samples) < most:
+            else:
                 samples.append(Sample(f"{name}:{row}", ids[:length]))
     for length, samples in kept.items():
         if not samples:
@@ -244,23 +166,3 @@ def _texts(sources: Sequence[FileSource]) -> Iterator[tuple[str, int, str]]:
         for batch in read_file(source.path, source.name, "text"):
             for text, row in zip(batch.column("text").to_pylist(), batch.column("row").to_pylist(), strict=True):
                 yield source.path.name, row, text
-
-
-def _folders(settings: EvaluateSettings, name: str) -> list[Path]:
-    """Where files of a kind may lie: in the data directory, or in the folder of that name in it."""
-    if not settings.data_dir:
-        raise DataError(f"data_dir is not set, and {name} needs files. Give data_dir=DIR.")
-    folder = Path(settings.data_dir).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"data_dir={folder}: no such directory.")
-    return [folder, folder / name]
-
-
-def _where(folders: Sequence[Path], names: Sequence[str]) -> str:
-    return f"there is neither {names[0]} in {folders[-1]} nor in {folders[0]}"
-
-
-def _only(files: Sequence[Path], what: str) -> Path:
-    if len(files) > 1:
-        raise DataError(f"several files for {what}: {', '.join(map(str, files))}. Leave one of them in data_dir.")
-    return files[0]

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from refine_verl.config import CONVENTIONS, INNER, ConfigError, Settings, did_you_mean, option
+from refine_verl.config import CONVENTIONS, INNER, ConfigError, Settings, did_you_mean, option, refuse_repeats
 
 NIAH = ("niah_single_1", "niah_multikey_1", "niah_multiquery", "niah_multivalue")
 MORE_NIAH = ("niah_single_2", "niah_single_3", "niah_multikey_2", "niah_multikey_3")
@@ -52,6 +52,12 @@ OTHERS: dict[str, tuple[str, ...]] = {"ruler_niah": MORE_NIAH, "longbench": ("mu
 """Tasks that belong to a group but are not in the paper's tables; by name only."""
 ADAPTS = ("ruler_niah", "ruler_qa", "longbench")
 """Groups whose samples have a prompt to adapt to."""
+USED_BY: dict[str, tuple[str, ...]] = {
+    "convention": ("ruler_qa", "longbench"),
+    "seed": ("ruler_niah",),
+    "niah_samples": ("ruler_niah",),
+}
+"""Keys that mean something to some groups only."""
 
 
 def _listed(default: Sequence[Any], help: str) -> Any:
@@ -127,6 +133,18 @@ class EvaluateSettings(Settings):
                 found[group] = chosen
         return found
 
+    def uses(self, key: str) -> bool:
+        """Whether a key means something to one of the tasks asked for."""
+        return key not in USED_BY or any(group in self.by_group() for group in USED_BY[key])
+
+    def selection(self, group: str) -> dict[str, Any]:
+        """What decides which samples of a group are asked, of all that its files hold."""
+        own: dict[str, dict[str, Any]] = {
+            "ruler_niah": {"niah_samples": self.niah_samples, "seed": self.seed},
+            "longbench": {"max_tokens": self.lengths[-1]},
+        }
+        return {"limit": self.limit, **own.get(group, {})}
+
 
 _EXAMPLES = {"model": "DIR", "tasks": "ruler_qa,longbench", "out": "DIR"}
 
@@ -135,11 +153,17 @@ def read_arguments(arguments: Sequence[str]) -> EvaluateSettings:
     """Settings from `key=value` arguments as OmegaConf reads them.
 
     Raises:
-        ConfigError: an argument of another form, an unknown key, or a value that cannot be used.
+        ConfigError: an argument of another form, an unknown key, a key given twice or without effect, or a value that
+            cannot be used.
     """
     for argument in arguments:
         if "=" not in argument or argument.startswith("-"):
             raise ConfigError("", f"{argument!r} is not of the form key=value. See --help.")
+    keys = [argument.partition("=")[0] for argument in arguments]
+    refuse_repeats(keys)
+    parts_of_adapt = [key for key in keys if key.startswith("adapt.")]
+    if "adapt" in keys and parts_of_adapt:  # OmegaConf would drop the one that comes first
+        raise ConfigError("adapt", f"and {parts_of_adapt[0]} are both given. Leave one of them out.")
     try:
         values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)), resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
@@ -151,7 +175,14 @@ def read_arguments(arguments: Sequence[str]) -> EvaluateSettings:
     for key in ("model", "out", "data_dir", "tokenizer"):
         if isinstance(values.get(key), (int, float)):
             values[key] = str(values[key])  # a directory may be called 7
-    return EvaluateSettings.from_mapping(values)
+    settings = EvaluateSettings.from_mapping(values)
+    for key in values:
+        if not settings.uses(key):
+            raise ConfigError(
+                f"{settings.SECTION}.{key}",
+                f"has no effect on these tasks: it is about {' and '.join(USED_BY[key])}. Leave it out.",
+            )
+    return settings
 
 
 def _number(text: str) -> Any:

@@ -16,8 +16,7 @@ import datasets
 import numpy as np
 
 from refine_verl.data.errors import DataError
-from refine_verl.evaluate.console import require_lm_eval
-from refine_verl.evaluate.results import Row, aggregate, standard_error
+from refine_verl.evaluate.rows import Row, make_row
 from refine_verl.evaluate.settings import EvaluateSettings
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class Task:
         dataset: hub id.
         config: configuration of it; None for the only one.
         split: the split that is scored.
-        metrics: name and how it is aggregated (`results.aggregate`).
+        metrics: name and how it is aggregated (`rows.aggregate`).
     """
 
     dataset: str
@@ -63,17 +62,13 @@ TASKS = {
 }
 
 
-def check(settings: EvaluateSettings, tasks: Sequence[str]) -> None:
-    """Refuse missing files before anything else happens.
+def missing_files(settings: EvaluateSettings, tasks: Sequence[str]) -> list[str]:
+    """For each task without files where they should be and how to get them.
 
     Raises:
-        DataError: a file is missing (and how to get it).
-        ConfigError: lm-evaluation-harness is not installed.
+        DataError: a task has files of two kinds.
     """
-    for task in tasks:
-        _files(settings, task)
-    if tasks:
-        require_lm_eval()
+    return [_no_file(settings, task) for task in tasks if not _files(settings, task)]
 
 
 def check_results(unit: Unit, settings: EvaluateSettings, results: Results) -> None:
@@ -105,26 +100,11 @@ def run(unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: 
             )
         records = [_record(sample, task, asked) for sample in found["samples"][unit.task]]
         results.save(unit.name, records, replace=True)
-    source = str(_files(settings, unit.task)[0].parent)
-    rows = []
-    for metric, kind in task.metrics.items():
-        values = np.array([record[metric] for record in records])
-        rows.append(
-            Row(
-                group=unit.group,
-                task=unit.task,
-                length=None,
-                metric=metric,
-                value=aggregate(kind, values),
-                stderr=standard_error(kind, values),
-                samples=len(values),
-                left_out=0,
-                fingerprint=asked,
-                aggregate=kind,
-                source=source,
-            )
-        )
-    return rows
+    unit = dataclasses.replace(unit, source=str(_files(settings, unit.task)[0].parent))
+    return [
+        make_row(unit, metric, kind, np.array([record[metric] for record in records]), settings, asked)
+        for metric, kind in task.metrics.items()
+    ]
 
 
 @functools.cache
@@ -153,27 +133,29 @@ def _asked(settings: EvaluateSettings, task: str) -> str:
 
 
 def _files(settings: EvaluateSettings, task: str) -> list[Path]:
-    """Files of the split that is scored."""
-    known = TASKS[task]
-    folder = Path(settings.data_dir or "DATA_DIR").expanduser() / FOLDER / task
-    files = [
-        path
-        for path in sorted(folder.glob(f"**/{known.split}*"))
-        if settings.data_dir and path.name.endswith((".parquet", ".jsonl"))
-    ]
-    if not files:
-        name = f"'{known.dataset}'" + (f", '{known.config}'" if known.config else "")
-        path = folder / f"{known.split}.parquet"
-        where = "data_dir is not set" if not settings.data_dir else f"there is no {path} (or {known.split}*.jsonl)"
-        raise DataError(
-            f"short_context: no file for {task}: {where}. Where the hub can be reached, make it with: python -c "
-            f"\"from datasets import load_dataset; load_dataset({name}, split='{known.split}').to_parquet('{path}')\""
-        )
+    """Files of the split that is scored; none where there are none."""
+    found = _folder(settings, task).glob(f"**/{TASKS[task].split}*")
+    files = sorted(path for path in found if path.name.endswith((".parquet", ".jsonl")))
     if len({path.suffix for path in files}) > 1:
         raise DataError(
             f"short_context: parquet and jsonl files for {task}: {', '.join(map(str, files))}. Leave one kind there."
         )
     return files
+
+
+def _no_file(settings: EvaluateSettings, task: str) -> str:
+    known = TASKS[task]
+    name = f"'{known.dataset}'" + (f", '{known.config}'" if known.config else "")
+    path = _folder(settings, task) / f"{known.split}.parquet"
+    return (
+        f"short_context: no file for {task}: there is no {path} (or {known.split}*.jsonl). Where the hub can be "
+        'reached, make it with: python -c "from datasets import load_dataset; '
+        f"load_dataset({name}, split='{known.split}').to_parquet('{path}')\""
+    )
+
+
+def _folder(settings: EvaluateSettings, task: str) -> Path:
+    return Path(settings.data_dir).expanduser() / FOLDER / task
 
 
 @contextmanager

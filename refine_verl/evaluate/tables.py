@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from refine_verl.evaluate.results import Row
+from refine_verl.evaluate.rows import Row
 from refine_verl.evaluate.settings import GROUPS, OTHERS
 
 LABELS = {
@@ -53,16 +53,18 @@ AVERAGED = ("LMB acc", "PIQA acc", "Hella acc_n", "Wino acc", "ARC-e acc", "ARC-
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text cells."""
+    """A table of text cells, and lines to be read with it."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def markdown(self) -> str:
-        """The table in Markdown, with its title above."""
+        """The table in Markdown, with its title above and its notes below."""
         lines = [self.header, ["---"] + ["---:"] * (len(self.header) - 1), *self.rows]
-        return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+        notes = [part for note in self.notes for part in (note, "")]
+        return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", *notes])
 
 
 def build_tables(rows: Sequence[Row], label: str) -> list[Table]:
@@ -79,8 +81,26 @@ def build_tables(rows: Sequence[Row], label: str) -> list[Table]:
             columns = _BUILDERS.get(group, _by_length)(mine)
             values = [label, *(text for _, text, _ in columns)]
             errors = ["standard error", *(error for *_, error in columns)]
-            tables.append(Table(TITLES[group], ["Model", *(name for name, *_ in columns)], [values, errors]))
+            tables.append(
+                Table(TITLES[group], ["Model", *(name for name, *_ in columns)], [values, errors], _left_out(mine))
+            )
     return tables
+
+
+def _left_out(rows: Sequence[Row]) -> list[str]:
+    """What the numbers are not about; a length of `ntp` has two rows and is named once."""
+    if rows[0].group == "ntp":
+        why, what = "shorter than the length", "documents"
+        names = [f"at {length_label(row.length or 0)}" for row in rows]
+    else:
+        why, what = "longer than the last of lengths", "samples"
+        names = [LABELS.get(row.task, row.task) for row in rows]
+    counts = dict.fromkeys(
+        f"{name} {row.left_out} of {row.left_out + row.samples}"
+        for name, row in zip(names, rows, strict=True)
+        if row.left_out
+    )
+    return [f"Left out of the {what} that were read, because they are {why}: {', '.join(counts)}."] if counts else []
 
 
 def length_label(length: int) -> str:

@@ -16,6 +16,7 @@ from refine_verl.config import (
     did_you_mean,
     is_made_of_documents,
     option,
+    refuse_repeats,
 )
 
 NSP_PREFIX = NSPSettings.SECTION + "."
@@ -62,6 +63,7 @@ def read_arguments(arguments: Sequence[str]) -> InspectSettings:
     Raises:
         ConfigError: not of that form, an unknown key (with the nearest), a key given twice, a bad value.
     """
+    refuse_repeats(argument.partition("=")[0] for argument in arguments if "=" in argument)
     own: dict[str, Any] = {}
     nsp: dict[str, Any] = {}
     for argument in arguments:
@@ -69,8 +71,6 @@ def read_arguments(arguments: Sequence[str]) -> InspectSettings:
         if not equals or not key:
             raise ConfigError("", f"{argument!r} is not of the form key=value.{_nearest(argument)}")
         section, name = (nsp, key.removeprefix(NSP_PREFIX)) if key.startswith(NSP_PREFIX) else (own, key)
-        if name in section:
-            raise ConfigError(key, "is given twice. Leave one of them out.")
         if section is own and key not in KEYS:
             raise ConfigError(key, f"unknown key. Allowed: {', '.join(KEYS)} and refine.nsp.*.{_nearest(key)}")
         section[name] = value if key in TEXTS and value != "null" else _value(key, value)

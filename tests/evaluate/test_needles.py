@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +79,29 @@ def test_frozen_once(tmp_path: Path) -> None:
         assert len(row["prompt"]) + 128 <= LENGTH + 80  # the prefix of the answer is not counted by the harness
     path.write_bytes(first[:-1] + b"x")
     with pytest.raises(DataError, match="its sha256 differs"):
-        needles.check_needles(settings, ["niah_single_1"], tokenizer)
+        needles.missing_files(settings, ["niah_single_1"], tokenizer)
 
 
 def test_what_essays_need_is_named(tmp_path: Path) -> None:
     settings, tokenizer = settings_for(tmp_path), load_tokenizer("bytes")
-    with pytest.raises(DataError, match=r"niah_multivalue hide .* no .*paul_graham_essays.parquet .*to_parquet"):
-        needles.check_needles(settings, ["niah_single_1", "niah_multivalue"], tokenizer)
+    essays, splitter = needles.missing_files(settings, ["niah_single_1", "niah_multivalue"], tokenizer)
+    assert re.search(r"niah_multivalue hide .* no .*paul_graham_essays.parquet .*to_parquet", essays)
     write_jsonl(tmp_path / "ruler_niah/paul_graham_essays.jsonl", [{"text": TEXT * 40}])
-    with pytest.raises(DataError, match=r"nltk_data/tokenizers/punkt_tab.*nltk.download\('punkt_tab'"):
-        needles.check_needles(settings, ["niah_multivalue"], tokenizer)
+    assert needles.missing_files(settings, ["niah_multivalue"], tokenizer) == [splitter]
+    assert re.search(r"nltk_data/tokenizers/punkt_tab.*nltk.download\('punkt_tab'", splitter)
+    assert needles.missing_files(settings, ["niah_single_1"], tokenizer) == []
     assert not list((tmp_path / "ruler_niah").glob("*.parquet"))
+
+
+def test_without_a_data_directory_needles_lie_in_the_cache(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needles, "default_cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.ruler.prepare_niah", raising=False)  # it prints when imported
+    command = [f"model={model_dir}", "tasks=niah_single_1", f"lengths=[{LENGTH}]", "niah_samples=2"]
+    assert main([*command, f"out={tmp_path}/out"]) == 0
+    assert len(list((tmp_path / "cache/ruler_niah").glob("niah_single_1_*.parquet"))) == 1
+    assert "Downloaded" not in capsys.readouterr().out  # nothing was
 
 
 @pytest.mark.slow

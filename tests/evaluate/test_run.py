@@ -14,8 +14,12 @@ from reference.evaluate_files import TEXT, write_jsonl, write_parquet
 from transformers import AutoModelForCausalLM
 
 from refine_verl.adaptation import adapt
+from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.evaluate.__main__ import main
+from refine_verl.evaluate.files import find_documents
 from refine_verl.evaluate.model import EvaluatedModel
+from refine_verl.evaluate.samples import read_documents
+from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.evaluation import score
 from refine_verl.models import load_model
 
@@ -98,6 +102,26 @@ def test_longbench_leaves_out_what_is_too_long(finished: tuple[Path, dict[str, A
     assert (entry["samples"], entry["left_out"]) == (3, 1)
 
 
+def test_what_is_left_out_is_said_below_the_table(
+    model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(model_dir, data, tmp_path / "o")
+    shown, written = capsys.readouterr().out, (tmp_path / "o/results.md").read_text()
+    for line in (
+        "Left out of the samples that were read, because they are longer than the last of lengths: TC 1 of 4.",
+        f"Left out of the documents that were read, because they are shorter than the length: at {LENGTH} 1 of 4.",
+    ):
+        assert line in shown.splitlines() and f"|\n\n{line}\n" in written
+    assert shown.count("Left out") == 2
+
+
+def test_a_length_counts_documents_until_it_has_its_own(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "ntp/documents.jsonl", [{"text": "a" * n} for n in (10, 4, 12)])
+    settings = EvaluateSettings(model="m", out="o", tasks=["ntp"], data_dir=str(tmp_path), lengths=[8, 12], limit=1)
+    units = list(read_documents(find_documents(settings)[0], settings, load_tokenizer("bytes")))
+    assert [(unit.length, unit.left_out) for unit in units] == [(8, 0), (12, 2)]
+
+
 def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]]) -> None:
     out, results = finished
     assert {path.name for path in out.iterdir()} == {"results.json", "results.md", "run.json", "samples"}
@@ -136,6 +160,21 @@ def test_tasks_are_added(model_dir: Path, data: Path, tmp_path: Path, finished: 
     assert "## RULER QA" in (tmp_path / "o/results.md").read_text()
 
 
+def test_tasks_without_a_convention_go_with_either(
+    model_dir: Path, data: Path, tmp_path: Path, finished: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o"
+    assert run(model_dir, data, out, tasks="ntp")["convention"] is None
+    assert main(["compare", str(finished[0]), str(out)]) == 0
+    assert run(model_dir, data, out, "convention=lm_eval", tasks="trec")["convention"] == "lm_eval"
+    assert run(model_dir, data, out, tasks="ntp")["convention"] == "lm_eval"
+    assert json.loads((out / "run.json").read_text())["convention"] == "lm_eval"
+    capsys.readouterr()
+    arguments = [f"model={model_dir}", f"data_dir={data}", f"out={out}", f"lengths={LENGTH}"]
+    assert main([*arguments, "tasks=trec"]) == 2
+    assert 'another convention (convention: "lm_eval" there, "paper" now)' in capsys.readouterr().err
+
+
 def test_another_model_does_not_go_on_in_the_same_directory(
     other_dir: Path, data: Path, finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,8 +182,45 @@ def test_another_model_does_not_go_on_in_the_same_directory(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     arguments = [f"model={other_dir}", "tasks=trec", f"data_dir={data}", f"out={out}", f"lengths={LENGTH}"]
     assert main(arguments) == 2
-    assert "holds results with another model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(rf'another model \(model: "[^"]*" there, "{other_dir}" now\)', said), said
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_settings_that_differ_are_named(
+    model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["ttt=refine", "adapt.nsp.chunks=2", "adapt.lr=0.01"]
+    run(model_dir, data, tmp_path / "o", *keys, "limit=1", tasks="ruler_squadqa")
+    capsys.readouterr()
+    arguments = [f"model={model_dir}", "tasks=ruler_squadqa", f"data_dir={data}", f"out={tmp_path}/o", *keys[:1]]
+    assert main([*arguments, f"lengths={LENGTH}", "adapt.nsp.chunks=3", "adapt.lr=0.02"]) == 2
+    said = capsys.readouterr().err
+    assert "another adapt (adapt.nsp.chunks: 2 there, 3 now, adapt.lr: 0.01 there, 0.02 now)" in said
+
+
+def test_finished_samples_do_not_leave_the_score(
+    model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o"
+    run(model_dir, data, out, tasks="ruler_squadqa,trec")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    arguments = [f"model={model_dir}", f"data_dir={data}", f"out={out}"]
+    for task, keys, said in (
+        ("ruler_squadqa", [f"lengths={LENGTH}", "limit=1"], f"3 finished samples of ruler_squadqa_{LENGTH}, and 1 of"),
+        ("trec", ["lengths=50"], "3 finished samples of trec, and 2 of them are asked for now"),
+    ):
+        capsys.readouterr()
+        assert main([*arguments, f"tasks={task}", *keys]) == 2
+        assert said in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    results = run(model_dir, data, out, "limit=1", tasks="ntp")["results"]
+    chosen = {entry["task"]: (entry["samples"], entry["settings"]) for entry in results}
+    assert chosen == {
+        "ruler_squadqa": (3, {"limit": None}),
+        "trec": (3, {"limit": None, "max_tokens": LENGTH}),
+        "ntp": (1, {"limit": 1}),
+    }
 
 
 def test_test_time_training(model_dir: Path, data: Path, tmp_path: Path, finished: tuple[Path, Any]) -> None:
@@ -176,11 +252,40 @@ def test_refused(
     keys: list[str], message: str, model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main([f"model={model_dir}", f"data_dir={data}", f"out={out}", f"lengths={LENGTH}", *keys]) == 2
+    usual = {"model": model_dir, "data_dir": data, "out": out, "lengths": LENGTH}
+    given = {key: value for key, value in usual.items() if not any(item.startswith(f"{key}=") for item in keys)}
+    assert main([*(f"{key}={value}" for key, value in given.items()), *keys]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: "), error
     assert re.search(message, error), error
     assert not out.exists()
+
+
+def test_all_missing_files_at_once(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = "ruler_qa,qasper,trec,piqa,fda,ntp"
+    arguments = [f"model={model_dir}", f"tasks={tasks}", f"data_dir={tmp_path}", f"out={tmp_path}/o"]
+    assert main([*arguments, "lengths=4096,8192"]) == 2
+    first, *items, last = capsys.readouterr().err.splitlines()
+    assert first == "error: files are missing:" and "tasks=" in last
+    wanted = [
+        *(f"ruler_{name} at {n} tokens.*--length {n}" for name in ("squadqa", "hotpotqa") for n in (4096, 8192)),
+        "longbench: no file for qasper, trec.*--tasks qasper trec",
+        "no file for fda.*to_parquet",
+        "no file for piqa.*to_parquet",
+        "ntp: no directory .*prepare documents",
+    ]
+    assert len(items) == len(wanted)
+    for item, pattern in zip(items, wanted, strict=True):
+        assert item.startswith("- ") and re.search(pattern, item), item
+
+
+def test_groups_that_need_a_data_directory(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for tasks, said in (
+        ("ntp", "data_dir is not set, and ntp needs files"),
+        ("piqa,niah_single_1,ruler_qa", "data_dir is not set, and ruler_qa, short_context need files"),
+    ):
+        assert main([f"model={model_dir}", f"tasks={tasks}", f"out={tmp_path}/o"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_two_files_for_one_task(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,3 +318,17 @@ def test_comparison(
     assert "their numbers do not compare" in capsys.readouterr().err
     assert main(["compare", str(first), str(tmp_path)]) == 2
     assert main(["compare", str(first)]) == 2
+
+
+def test_an_average_without_an_interval_says_why(
+    model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": f"{TEXT} Question?", "answers": ["e"]}
+    write_jsonl(tmp_path / "data/qasper.jsonl", [row])
+    write_jsonl(tmp_path / "data/hotpotqa.jsonl", [row, row])
+    for name in "ab":
+        run(model_dir, tmp_path / "data", tmp_path / name, tasks="qasper,hotpotqa")
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    note = "No interval for the average of longbench: of a single sample (QR) there is none."
+    assert note in capsys.readouterr().out.splitlines()

@@ -44,12 +44,28 @@ def test_a_group_has_the_papers_tasks() -> None:
         ([*GIVEN, "limit=0"], "limit: must be at least 1"),
         ([*GIVEN, "convention=papre"], "Did you mean 'paper'"),
         ([*GIVEN, "ttt=refine"], "needs a prompt to adapt to, and the samples of ntp have none"),
+        ([*GIVEN, "limit=1", "limit=2"], "limit: is given twice"),
+        ([*GIVEN, "adapt.lr=1", "adapt.lr=2"], "adapt.lr: is given twice"),
+        ([*GIVEN, "adapt=settings.yaml", "adapt.lr=1"], "adapt: and adapt.lr are both given"),
+        ([*GIVEN, "adapt=1"], "adapt: must be a mapping or a string or null, got 1"),
+        ([*GIVEN, "seed=0"], "seed: has no effect on these tasks: it is about ruler_niah"),
+        ([*GIVEN, "niah_samples=2"], "niah_samples: has no effect"),
+        (
+            [*GIVEN[:2], "tasks=ntp,niah_single_1", "convention=paper"],
+            "no effect .* it is about ruler_qa and longbench",
+        ),
         ([*GIVEN, "--limit"], "is not of the form key=value"),
     ],
 )
 def test_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_arguments(arguments)
+
+
+def test_keys_of_some_tasks() -> None:
+    given = ["tasks=trec,niah_single_1", "seed=1", "niah_samples=2", "convention=lm_eval"]
+    settings = read_arguments([*GIVEN[:2], *given])
+    assert (settings.seed, settings.niah_samples, settings.convention) == (1, 2, "lm_eval")
 
 
 def test_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

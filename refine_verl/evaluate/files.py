@@ -1,0 +1,148 @@
+"""Where the files of tasks lie in the data directory, and one message for all that are not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from refine_verl.data.errors import DataError
+from refine_verl.data.sources import FileSource, resolve_sources
+from refine_verl.evaluate.settings import EvaluateSettings
+
+NEEDS_FILES = ("ruler_qa", "longbench", "short_context", "ntp")
+"""Groups whose files nobody but the user can supply; needles are made."""
+_SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst")
+_RULER = re.compile(r"(ruler_squadqa|ruler_hotpotqa)(?:_(.+))?_(\d+)_\d+_test\.(?:parquet|jsonl|jsonl\.zst)")
+
+
+def check_data_dir(settings: EvaluateSettings, groups: Iterable[str]) -> None:
+    """Refuse a data directory that is not there, or that was not given and is needed.
+
+    Raises:
+        DataError: names the groups that need it.
+    """
+    if settings.data_dir:
+        folder = Path(settings.data_dir).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"data_dir={folder}: no such directory.")
+        return
+    needing = [group for group in groups if group in NEEDS_FILES]
+    if needing:
+        verb = "needs" if len(needing) == 1 else "need"
+        raise DataError(f"data_dir is not set, and {', '.join(needing)} {verb} files. Give data_dir=DIR.")
+
+
+def refuse_missing(missing: Sequence[str]) -> None:
+    """Refuse to start with files missing; all of them in one message.
+
+    Args:
+        missing: for each file (or files of one command) which task lacks it, where it was looked for, how to get it.
+
+    Raises:
+        DataError: there are some.
+    """
+    if not missing:
+        return
+    listed = missing if len(missing) == 1 else ["files are missing:", *(f"- {text}" for text in missing)]
+    cure = "Or name only tasks and lengths whose files are there, with tasks= and lengths=."
+    raise DataError("\n".join([*listed, cure]))  # lines end with commands: to be copied as they are
+
+
+def find_longbench(settings: EvaluateSettings, tasks: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """The file of each LongBench task, and what is missing.
+
+    Raises:
+        DataError: there are several for one task.
+    """
+    if not tasks:
+        return {}, []
+    folders = _folders(settings, "longbench")
+    found: dict[str, Path] = {}
+    missing = []
+    for task in tasks:
+        stem = re.compile(rf"{re.escape(task)}(_\d+)?\.(parquet|jsonl|jsonl\.zst)")
+        files = [path for folder in folders for path in sorted(folder.glob(f"{task}*")) if stem.fullmatch(path.name)]
+        if files:
+            found[task] = _only(files, task)
+        else:
+            missing.append(task)
+    if not missing:
+        return found, []
+    return found, [
+        f"longbench: no file for {', '.join(missing)}: {_where(folders, f'{missing[0]}{_SUFFIXES[0]}')}. Make "
+        f"{'it' if len(missing) == 1 else 'them'} from LongBench's data with: python -m refine_verl.prepare "
+        f"longbench --input Xnhyacinth/LongBench --tasks {' '.join(missing)} --out {folders[-1]}"
+    ]
+
+
+def find_ruler_qa(
+    settings: EvaluateSettings, tasks: Sequence[str], model_type: str
+) -> tuple[dict[tuple[str, int], Path], list[str]]:
+    """The test file of each RULER question answering task at each length, and what is missing.
+
+    Raises:
+        DataError: there are several for one task and none is named after the model's type.
+    """
+    if not tasks:
+        return {}, []
+    folders = _folders(settings, "ruler")
+    files: dict[tuple[str, int], list[tuple[str, Path]]] = {}
+    for path in [*sorted(folders[0].glob("ruler_*")), *sorted(folders[1].glob("**/ruler_*"))]:
+        if match := _RULER.fullmatch(path.name):
+            files.setdefault((match[1], int(match[3])), []).append((match[2] or "", path))
+    found, missing = {}, []
+    for task in tasks:
+        for length in settings.lengths:
+            choice = files.get((task, length), [])
+            if not choice:
+                missing.append(_no_ruler_file(settings, folders, task, length))
+                continue
+            named = [path for name, path in choice if name and model_type.startswith(name)]
+            found[task, length] = _only(named or [path for _, path in choice], f"{task} at {length} tokens")
+    return found, missing
+
+
+def _no_ruler_file(settings: EvaluateSettings, folders: Sequence[Path], task: str, length: int) -> str:
+    source = {"ruler_squadqa": "squad", "ruler_hotpotqa": "hotpotqa"}[task]
+    original = {"squad": "dev-v2.0.json", "hotpotqa": "hotpotqa/hotpot_qa:distractor:validation"}[source]
+    return (
+        f"ruler_qa: no test file for {task} at {length} tokens: "
+        f"{_where(folders, f'{task}_{length}_200_test.parquet')}. "
+        f"Make it with: python -m refine_verl.prepare ruler_qa --source {source} --input {original} "
+        f"--tokenizer {settings.tokenizer or settings.model} --length {length} --train 0 --test 200 "
+        f"--out {folders[-1]}/{source}_{length}"
+    )
+
+
+def find_documents(settings: EvaluateSettings) -> tuple[list[FileSource], list[str]]:
+    """Files with documents for next-token accuracy, and what is missing.
+
+    Raises:
+        DataError: a directory without files that can be read.
+    """
+    folder = _folders(settings, "ntp")[-1]
+    if not folder.is_dir():
+        return [], [
+            f"ntp: no directory {folder}. Put documents there (parquet or jsonl with a column text, or txt), for "
+            "example with: python -m refine_verl.prepare documents --input FILES --tokenizer "
+            f"{settings.tokenizer or settings.model} --min-tokens {max(settings.lengths)} --out {folder}"
+        ]
+    sources = resolve_sources((str(folder),), key="data_dir", default_split="validation")
+    return [source for source in sources if isinstance(source, FileSource)], []
+
+
+def _folders(settings: EvaluateSettings, name: str) -> list[Path]:
+    """Where files of a kind may lie: in the data directory, or in the folder of that name in it."""
+    folder = Path(settings.data_dir).expanduser()
+    return [folder, folder / name]
+
+
+def _where(folders: Sequence[Path], name: str) -> str:
+    return f"there is neither {name} in {folders[-1]} nor in {folders[0]}"
+
+
+def _only(files: Sequence[Path], what: str) -> Path:
+    if len(files) > 1:
+        raise DataError(f"several files for {what}: {', '.join(map(str, files))}. Leave one of them in data_dir.")
+    return files[0]
