@@ -37,6 +37,7 @@ class Plan:
         lrs: learning rates at which all methods are compared.
         sweep_lr, sweep: learning rate and lambda_RL of the sweeps, on the validation text, one seed per base.
         lr_sweep: learning rates of SFT and of REFINE with the paper's other settings, the same way.
+        temperatures: at which base models are scored on the test text: what sharper predictions alone are worth.
         signal_batches: mini-batches from which the signal in gradients is measured.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     sweep_lr: float = 2e-4
     sweep: tuple[float, ...] = (0.2, 1.0, 5.0)
     lr_sweep: tuple[float, ...] = (1e-3,)
+    temperatures: tuple[float, ...] = (0.99, 0.98, 0.97)
     signal_batches: int = 16
 
 
@@ -79,7 +81,8 @@ def collect(plan: Plan, out: Path, corpus: Corpus | None = None) -> dict[str, An
         corpus: the text; default: the standard library's sources.
 
     Returns:
-        ``plan``, ``versions``, ``corpus``, ``bases``, ``runs``, ``sweep``, ``signal``, as in ``results.json``.
+        ``plan``, ``versions``, ``corpus``, ``bases``, ``runs``, ``sweep``, ``sharpened``, ``signal``, as in
+        ``results.json``.
     """
     out.mkdir(parents=True, exist_ok=True)
     corpus = corpus or load_corpus(out, plan.base.vocabulary, plan.length, plan.held_out)
@@ -93,6 +96,7 @@ def collect(plan: Plan, out: Path, corpus: Corpus | None = None) -> dict[str, An
         "bases": [],
         "runs": [],
         "sweep": [],
+        "sharpened": [],
         "signal": [],
     }
     work = _Work(plan, corpus, out, results)
@@ -104,6 +108,7 @@ def collect(plan: Plan, out: Path, corpus: Corpus | None = None) -> dict[str, An
                 work.compare(index, seed, lr)
         if not place:
             work.signals()
+            work.sharpen()
             work.sweeps()
     return results
 
@@ -153,6 +158,19 @@ class _Work:
         for method, lr in wanted:
             for index in range(self.plan.bases):
                 self.add("sweep", self.run(method, index, 0, lr, "validation"))
+
+    def sharpen(self) -> None:
+        """The base models at lower temperatures, which no training was needed for."""
+        k = self.plan.training.rollout_length
+        for index, base in enumerate(self.bases):
+            for temperature in self.plan.temperatures:
+
+                def score(base: Base = base, temperature: float = temperature) -> dict[str, Any]:
+                    return all_scores(self.plan.base.actor(base.weights), self.corpus.test, k, temperature)
+
+                settings = (self._key(index), temperature, k)
+                found = self.piece(f"sharpened-base{index}-t{temperature:g}", settings, score)
+                self.add("sharpened", {"base": index, "temperature": temperature, "scores": found})
 
     def signals(self) -> None:
         """The gradients of all estimators at every base."""

@@ -19,23 +19,26 @@ COPIES = 2
 
 
 @torch.no_grad()
-def next_token_scores(actor: FastWeightActor, windows: Tensor, rollout_length: int) -> dict[str, float]:
+def next_token_scores(
+    actor: FastWeightActor, windows: Tensor, rollout_length: int, temperature: float = 1.0
+) -> dict[str, float]:
     """Next-token loss and accuracy, and how well k tokens in a row are predicted.
 
     Args:
         actor: the model.
         windows: int64 [N, T].
         rollout_length: k.
+        temperature: of the predictions.
 
     Returns:
         ``ntp_loss`` in nats per token and ``ntp_accuracy`` over the N (T-1) predictions; over all N (T-k) places
         ``greedy_match``, the share where greedy generation writes the real next k tokens (their argmaxes are all
-        right), and ``sampled_match``, the mean probability that sampling at temperature 1 does; ``entropy``.
+        right), and ``sampled_match``, the mean probability that sampling does; ``entropy``.
     """
     actor.eval()
     losses, right, entropies = [], [], []
     for part in windows.split(BATCH):
-        log_probs = actor(input_ids=part, use_cache=False).logits[:, :-1].float().log_softmax(dim=-1)
+        log_probs = actor(input_ids=part, use_cache=False).logits[:, :-1].float().div(temperature).log_softmax(dim=-1)
         losses.append(-log_probs.gather(-1, part[:, 1:, None]).squeeze(-1))
         right.append(log_probs.argmax(dim=-1) == part[:, 1:])
         entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
@@ -51,11 +54,17 @@ def next_token_scores(actor: FastWeightActor, windows: Tensor, rollout_length: i
 
 
 @torch.no_grad()
-def rollout_scores(actor: FastWeightActor, windows: Tensor, rollout_length: int) -> dict[str, float]:
+def rollout_scores(
+    actor: FastWeightActor, windows: Tensor, rollout_length: int, temperature: float = 1.0
+) -> dict[str, float]:
     """Mean ``reward_cosine`` and ``reward_binary`` of sampled rollouts; places and draws are the same for all."""
     actor.eval()
     nsp = NSPSettings(
-        chunks=POSITIONS, rollout_length=rollout_length, rollouts_per_position=COPIES, selection="uniform"
+        chunks=POSITIONS,
+        rollout_length=rollout_length,
+        rollouts_per_position=COPIES,
+        selection="uniform",
+        temperature=temperature,
     )
     reward = HiddenStateRewardManager("cosine")
     found: dict[str, list[Tensor]] = {"reward_cosine": [], "reward_binary": []}
@@ -69,9 +78,11 @@ def rollout_scores(actor: FastWeightActor, windows: Tensor, rollout_length: int)
     return {name: torch.cat(values).mean().item() for name, values in found.items()}
 
 
-def all_scores(actor: FastWeightActor, windows: Tensor, rollout_length: int) -> dict[str, float]:
+def all_scores(
+    actor: FastWeightActor, windows: Tensor, rollout_length: int, temperature: float = 1.0
+) -> dict[str, float]:
     """Both, in one mapping."""
     return {
-        **next_token_scores(actor, windows, rollout_length),
-        **rollout_scores(actor, windows, rollout_length),
+        **next_token_scores(actor, windows, rollout_length, temperature),
+        **rollout_scores(actor, windows, rollout_length, temperature),
     }

@@ -14,14 +14,15 @@ from examples.miniature.results import table
 from examples.miniature.statistics import Estimate, estimate, paired
 from examples.text.arms import METHODS
 
-# Name, heading, whether less is better.
-SCORES = (
+# Name, heading, whether less is better (None: neither is).
+SCORES: tuple[tuple[str, str, bool | None], ...] = (
     ("ntp_loss", "next-token loss", True),
     ("ntp_accuracy", "next-token accuracy", False),
     ("greedy_match", "{k} tokens right, greedy", False),
     ("sampled_match", "{k} tokens right, sampled", False),
     ("reward_cosine", "cosine reward", False),
     ("reward_binary", "binary reward", False),
+    ("entropy", "entropy of predictions", None),
 )
 DIGITS = {"sampled_match": 5}
 """Behind the point; 4 for all others."""
@@ -48,6 +49,8 @@ def section(results: Results, figures_in: str = ".") -> str:
             parts += [heading, _means(results, lr), _differences(results, lr)]
     if results["runs"]:
         parts.append(f"![Differences from SFT]({figures_in}/{DIFFERENCE_FIGURE})")
+    if results["sharpened"]:
+        parts += ["### Sharper predictions alone", _sharpened(results)]
     if results["sweep"]:
         parts += ["### Sweeps", _sweeps(results)]
     if results["signal"]:
@@ -63,7 +66,7 @@ def figures(results: Results) -> dict[str, str]:
     ]
     drawn = {BASE_FIGURE: curves("Validation loss of the base models", "optimiser steps", "nats per token", series)}
     rows: list[Row] = []
-    for name, heading, _ in SCORES[1:]:
+    for name, heading in [(name, heading) for name, heading, less in SCORES[1:] if less is not None]:
         rows.append(Row(_named(heading, results)))
         for lr in results["plan"]["lrs"]:
             for index, method in enumerate(METHODS[1:]):
@@ -204,6 +207,20 @@ def _sweeps(results: Results) -> str:
     return f"{note}\n\n{table(['method', 'λ', 'learning rate', *_headings(results)], rows)}"
 
 
+def _sharpened(results: Results) -> str:
+    bases = {base["base"]: base["scores"]["test"] for base in results["bases"]}
+    rows = []
+    for temperature in results["plan"]["temperatures"]:
+        found = [one for one in results["sharpened"] if one["temperature"] == temperature]
+        cells = []
+        for name, _, _ in SCORES:
+            gains = [one["scores"][name] - bases[one["base"]][name] for one in found]
+            cells.append(f"{estimate(gains).mean:+.{_digits(name)}f}")
+        rows.append([f"{temperature:g}", *cells])
+    note = "Change of the base on the test text when its predictions are divided by a temperature, without training."
+    return f"{note}\n\n{table(['temperature', *_headings(results)], rows)}"
+
+
 def _signal(results: Results) -> str:
     batches, rows = results["plan"]["signal_batches"], []
     means = {
@@ -252,6 +269,6 @@ def _mean(values: Sequence[float], score: str) -> str:
     return f"{sum(values) / len(values):.{_digits(score)}f}"
 
 
-def _signed(one: Estimate, score: str, less: bool) -> str:
-    mark = {1: "**", -1: "*", 0: ""}[-one.sign if less else one.sign]
+def _signed(one: Estimate, score: str, less: bool | None) -> str:
+    mark = "" if less is None else {1: "**", -1: "*", 0: ""}[-one.sign if less else one.sign]
     return f"{mark}{one.text(_digits(score), signed=True)}{mark}"

@@ -17,7 +17,7 @@ from examples.text.arms import METHODS, PAPER, POSITION, SFT, Training, run
 from examples.text.base import BaseSettings, train_base
 from examples.text.corpus import Corpus, load_corpus
 from examples.text.plan import Plan, collect
-from examples.text.scores import next_token_scores, rollout_scores
+from examples.text.scores import all_scores, next_token_scores, rollout_scores
 from examples.text.section import attenuation, difference, figures, runs_digest, section
 
 TINY = BaseSettings(
@@ -120,6 +120,17 @@ def test_rollouts_of_a_better_model_are_rewarded_more(corpus: Corpus) -> None:
     )
 
 
+def test_a_temperature_makes_predictions_sharper(corpus: Corpus) -> None:
+    actor = TINY.actor(train_base(TINY, corpus, 0).weights)
+    plain, same, cold = (all_scores(actor, corpus.test, 3, *given) for given in ((), (1.0,), (0.5,)))
+    assert plain == same and cold["entropy"] < plain["entropy"]
+    assert cold["ntp_accuracy"] == plain["ntp_accuracy"] and cold["greedy_match"] == plain["greedy_match"]
+    logits = actor(input_ids=corpus.test).logits[:, :-1].double() / 0.5
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), corpus.test[:, 1:].flatten())
+    assert cold["ntp_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert cold["reward_cosine"] != plain["reward_cosine"]
+
+
 def test_methods_see_the_same_windows_for_as_many_steps(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[list[int]]] = {}
     real = plan_module.run.__globals__["documents"]
@@ -150,13 +161,19 @@ def test_cost_of_a_step_is_counted(corpus: Corpus) -> None:
 
 
 def test_a_plan_runs_to_tables(results: dict[str, Any]) -> None:
+    assert [one["temperature"] for one in results["sharpened"]] == list(PLAN.temperatures)
     assert len(results["runs"]) == 2 * len(METHODS) and len(results["sweep"]) == 3
     assert results["bases"][0]["curve"][0][1] > results["bases"][0]["scores"]["validation"]["ntp_loss"] - 1e-3
     steps = sorted(int(step) for run_ in results["runs"] if run_["method"] == "sft" for step in run_["scores"])
     assert steps[0] == TRAINING.steps < steps[-1]
     assert all(0 <= one["with_signal"] <= 1 and -1 <= one["along_sft"] <= 1 for one in results["signal"])
     text = section(results)
-    assert text.startswith("## Real text") and "grouped minus SFT, same compute" in text and "nan" not in text
+    assert (
+        text.startswith("## Real text")
+        and "grouped minus SFT, same compute" in text
+        and "Sharper predictions" in text
+        and "nan" not in text
+    )
     assert all(drawing.startswith("<svg") for drawing in figures(results).values())
     assert difference(results, 1e-3, "paper", "ntp_loss").count == 2
 
