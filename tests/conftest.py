@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,3 +17,15 @@ def root_logger_as_it_was() -> Iterator[None]:
     for handler in set(logging.root.handlers) - set(handlers):
         logging.root.removeHandler(handler)
     logging.root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """Commands run in this process set variables for what they start: for a GPU run VERL_PLATFORM, on any machine."""
+    before = dict(os.environ)
+    yield
+    for name in (before.keys() | os.environ.keys()) - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]

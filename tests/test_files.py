@@ -1,7 +1,8 @@
 """Locks and replaced files: who is refused, what is left behind."""
 
 import errno
-import multiprocessing
+import subprocess
+import sys
 
 import pytest
 
@@ -9,25 +10,30 @@ from refine_verl import files
 from refine_verl.files import AlreadyLockedError, locked, write_atomically
 
 
-def hold(path, entered, leave):
-    with locked(path):
-        entered.set()
-        leave.wait(60)
+HOLD = """
+import sys
+from pathlib import Path
+from refine_verl.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
-def test_a_lock_is_for_one_process_and_is_given_back(tmp_path):
+def test_a_lock_is_for_one_process_and_is_given_back_where_that_is_killed(tmp_path):
     path = tmp_path / ".lock"
-    spawn = multiprocessing.get_context("spawn")
-    entered, leave = spawn.Event(), spawn.Event()
-    process = spawn.Process(target=hold, args=(path, entered, leave))
-    process.start()
-    assert entered.wait(60)
-    with pytest.raises(AlreadyLockedError), locked(path):
-        pytest.fail("entered a held lock")
-    leave.set()
-    process.join(60)
-    with locked(path):
-        pass
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(AlreadyLockedError), locked(path):
+            pytest.fail("entered a held lock")
+        process.kill()
+        process.wait(60)
+        assert path.exists()  # left by the one that was killed
+        with locked(path):
+            pass
     assert not path.exists()
 
 
