@@ -9,7 +9,6 @@ import pytest
 from refine_verl import files
 from refine_verl.files import AlreadyLockedError, locked, write_atomically
 
-
 HOLD = """
 import sys
 from pathlib import Path
