@@ -54,8 +54,9 @@ class Runs:
         run_dir = self.directory / "resumed"
         arguments = prompt_overrides("posttrain", self.directory, run_dir, *whole)
         metrics = run_dir / "metrics.jsonl"
+        # after step 0, the validation, there is a moment in which a signal ends the run at once
         code, output = run_and_stop(
-            arguments, self.directory, lambda: last_step(metrics) >= 0, signal.SIGINT, group=True
+            arguments, self.directory, lambda: last_step(metrics) >= 1, signal.SIGINT, group=True
         )
         step = last_step(metrics)
         assert code == 130 and f"stopped by SIGINT after step {step}" in output, output[-4000:]
