@@ -76,13 +76,13 @@ def missing_files(settings: EvaluateSettings, tasks: list[str], tokenizer: PreTr
     if not unmade:
         return []
     require_lm_eval()
-    with _generator(settings):
-        pass
+    with _generator(settings):  # also where no splitter is needed: it refuses what is not installed
+        splitter = _has_splitter()
     hidden = sorted({task for task in unmade if KINDS[task]["type_haystack"] == "essay"})
     if not hidden:
         return []
     missing = [] if _essay_file(settings) else [_no_essays(settings, hidden)]
-    return missing if _has_splitter() else [*missing, _no_splitter(settings)]
+    return missing if splitter else [*missing, _no_splitter(settings)]
 
 
 def frozen_needles(settings: EvaluateSettings, task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -213,7 +213,7 @@ def _essay_words(settings: EvaluateSettings) -> list[str]:
 
 
 def _has_splitter() -> bool:
-    """Whether NLTK finds its sentence splitter; `_generator` has told it where to look."""
+    """Whether NLTK finds its sentence splitter, within `_generator`, which tells it where to look."""
     import nltk
 
     try:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 import ray
 from omegaconf import DictConfig
-from ray._private import worker as ray_worker
 from ray.exceptions import (
     ActorUnavailableError,
     NodeDiedError,
@@ -37,6 +36,9 @@ NOTICE_SECONDS = 60.0
 """How long Ray may take to say that a node is gone, after a connection to it broke."""
 CAPACITY_SECONDS = 300.0
 """How long a restart waits for nodes and GPUs that are missing."""
+
+RAYS_LOGGER = "ray._private.worker"
+"""By its name, as a Ray that calls it otherwise only says more."""
 
 _DEATH = re.compile(r"The (actor|worker) died unexpectedly|The actor( \w+)? is (dead|unavailable)|raylet died")
 _LOSSES = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
@@ -103,7 +105,7 @@ def losses_said_once() -> Iterator[None]:
     others, tracebacks and all, once nobody can ask for them any more, and nobody can where verl made the call. Errors
     of any other kind still appear.
     """
-    source = logging.getLogger(ray_worker.__name__)
+    source = logging.getLogger(RAYS_LOGGER)
     source.addFilter(_is_no_loss)
     try:
         yield
