@@ -22,14 +22,15 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from refine_verl.commandline import (
+from refine_verl.command.commandline import (
     CommandLine,
     exclude_shared,
     read_command_line,
     refuse_shared_directory,
     sweep_jobs,
 )
-from refine_verl.compose import (
+from refine_verl.command.quiet import quieten_third_parties
+from refine_verl.compose.composition import (
     CONFIG_DIR,
     CONFIG_NAME,
     RECIPES_PATH_VARIABLE,
@@ -42,12 +43,10 @@ from refine_verl.compose import (
     register_configs,
     without_hydra,
 )
-from refine_verl.config import ConfigError, list_settings
-from refine_verl.data import DataError
-from refine_verl.messages import readable
-from refine_verl.quiet import quieten_third_parties
+from refine_verl.compose.messages import readable
+from refine_verl.compose.validate import validate
+from refine_verl.config import ConfigError, DataError, ModelError, list_settings
 from refine_verl.trainer.signals import Stopped, StopSignals
-from refine_verl.validate import validate
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +132,7 @@ def _prepare_sweep(command: CommandLine) -> list[str]:
     runs = [validate(compose_config([*job, apart, "hydra.mode=MULTIRUN"], directories), files) for job in jobs]
     refuse_shared_directory(jobs, [run.config.trainer.default_local_dir for run in runs])
     quieten_third_parties()
-    from refine_verl.models.errors import ModelError
-    from refine_verl.preflight import check_run
+    from refine_verl.preflight.run import check_run
 
     for valid in runs:
         try:
@@ -185,15 +183,14 @@ def run(config: DictConfig, files: Sequence[ConfigFile] = (), signals: StopSigna
         return _refuse(error)
     quieten_third_parties()
     # Only a sound configuration is worth the seconds that torch, transformers and verl take to load.
-    from refine_verl.models.loading import ModelError
     from refine_verl.plugin import PluginError
-    from refine_verl.preflight import prepare_run
+    from refine_verl.preflight.run import prepare_run
+    from refine_verl.record.checkpoint_files import CheckpointError
+    from refine_verl.record.disk_space import free_space
     from refine_verl.trainer.attempts import WorkerLost
     from refine_verl.trainer.launch import train
     from refine_verl.trainer.refine_trainer import TrainingDiverged
     from refine_verl.trainer.resources import ResourceError
-    from refine_verl.workers.checkpoint_files import CheckpointError
-    from refine_verl.workers.disk_space import free_space
 
     try:
         prepared = prepare_run(valid, starts_here=True)

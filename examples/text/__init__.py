@@ -1,5 +1,5 @@
 """A small model on real text: mid-training with REFINE against the next-token loss, from the same base models."""
 
-from refine_verl.quiet import quieten_third_parties
+from refine_verl.command.quiet import quieten_third_parties
 
 quieten_third_parties()

@@ -9,7 +9,6 @@ The usual way through the package::
 Only the light names are imported here; `prepare`, `tokenizers`, `dataset` and `verl_dataset` are modules.
 """
 
-from refine_verl.data.errors import DataError
-from refine_verl.data.settings import DataSettings
+from refine_verl.config import DataError, DataSettings
 
 __all__ = ["DataError", "DataSettings"]

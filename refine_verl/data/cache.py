@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 
 logger = logging.getLogger(__name__)
 

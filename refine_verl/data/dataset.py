@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 from refine_verl.data.prepare import read_statistics
 from refine_verl.data.tokenize import document_lengths
 

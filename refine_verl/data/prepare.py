@@ -13,9 +13,9 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.config import DataError, DataSettings
+from refine_verl.config.data import split_key
 from refine_verl.data.cache import cached_directory, default_cache_dir, make_key
-from refine_verl.data.errors import DataError
-from refine_verl.data.settings import DataSettings, split_key
 from refine_verl.data.sources import DocumentSource, iterate_texts, resolve_sources
 from refine_verl.data.tokenize import cut_sequences, document_lengths, tokenize_sources, tokenizer_fingerprint
 from refine_verl.data.windows import DataStatistics, WindowPlan, plan_windows

@@ -24,20 +24,19 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.config import DataError, PromptSettings
+from refine_verl.config.data import split_key
 from refine_verl.data.cache import cached_directory, default_cache_dir, make_key
-from refine_verl.data.errors import DataError
 from refine_verl.data.prepare import because, describe
 from refine_verl.data.prompts_dataset import PromptDataset, VerlPromptDataset, collate, collate_columns
 from refine_verl.data.prompts_read import PromptRow, read_prompts
-from refine_verl.data.prompts_settings import (
+from refine_verl.data.prompts_statistics import (
     PROMPT_STATISTICS_FILE,
-    PromptSettings,
     PromptStatistics,
     read_prompt_statistics,
 )
 from refine_verl.data.prompts_tokenize import check_tokenizer, encode_rows, render
 from refine_verl.data.readers import place
-from refine_verl.data.settings import split_key
 from refine_verl.data.sources import DocumentSource, resolve_sources
 from refine_verl.data.tokenize import (
     one_thread_each,

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from refine_verl.data.errors import DataError
-from refine_verl.data.prompts_settings import read_prompt_statistics
+from refine_verl.config import DataError
+from refine_verl.data.prompts_statistics import read_prompt_statistics
 from refine_verl.data.verl_dataset import VerlDocumentDataset
 
 _TOKENS = ("prompt_ids", "answer_ids")

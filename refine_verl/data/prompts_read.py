@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from refine_verl.data.errors import DataError
-from refine_verl.data.prompts_settings import ANSWER_KEYS, CLASSES_KEY, MAX_NEW_TOKENS_KEY, PromptSettings
+from refine_verl.config import DataError
+from refine_verl.config.prompts import ANSWER_KEYS, CLASSES_KEY, MAX_NEW_TOKENS_KEY, PromptSettings
 from refine_verl.data.readers import file_format, json_records, reading
 from refine_verl.data.sources import DocumentSource, FileSource, HubSource
 

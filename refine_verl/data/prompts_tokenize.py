@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.data.errors import DataError
-from refine_verl.data.prompts_settings import PromptSettings
+from refine_verl.config import DataError, PromptSettings
 
 # Text that a continuation is tokenised behind, so that no tokenizer takes it for the beginning of a document
 # (sentencepiece puts a space there). One that does not merge with the continuation is taken.

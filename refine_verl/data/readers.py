@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 
 TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string()), ("row", pa.int64())])
 """Rows that leave this module: the text, the file it came from, its 0-based row (line, for json lines)."""

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
+from refine_verl.data.hub import OFFLINE_VARIABLE, hub_is_reachable
 from refine_verl.data.readers import (
     BATCH_CHARACTERS,
     BATCH_ROWS,
@@ -29,7 +30,6 @@ from refine_verl.data.readers import (
     missing_column,
     read_file,
 )
-from refine_verl.hub import OFFLINE_VARIABLE, hub_is_reachable
 
 logger = logging.getLogger(__name__)
 

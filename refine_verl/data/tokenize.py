@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 from refine_verl.data.readers import BATCH_ROWS
 from refine_verl.data.sources import DocumentSource, write_texts
 from refine_verl.data.windows import WindowPlan

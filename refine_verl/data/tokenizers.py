@@ -12,10 +12,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from refine_verl.config import is_made_of_documents
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError, is_made_of_documents
+from refine_verl.data.hub import local_files_only, why_not
 from refine_verl.data.sources import nearest_paths
-from refine_verl.hub import local_files_only, why_not
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from refine_verl.config import DataError
 from refine_verl.data.dataset import DocumentDataset
-from refine_verl.data.errors import DataError
 
 
 class VerlDocumentDataset(Dataset[dict[str, Any]]):

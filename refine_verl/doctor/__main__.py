@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from refine_verl.command.quiet import quieten_third_parties
 from refine_verl.doctor.findings import FAIL, OK, WARN, Finding
 from refine_verl.doctor.installation import check_imports, check_plugin, check_python, check_versions
 from refine_verl.doctor.kernels import check_kernels
@@ -23,7 +24,6 @@ from refine_verl.doctor.machine import (
     check_open_files,
     check_shared_memory,
 )
-from refine_verl.quiet import quieten_third_parties
 
 Check = Callable[[], Iterator[Finding]]
 CHECKS: tuple[Check, ...] = (

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from refine_verl.config import ConfigError
+from refine_verl.command.quiet import quieten_third_parties
+from refine_verl.config import ConfigError, DataError
 from refine_verl.evaluate.settings import GROUPS, EvaluateSettings, read_arguments
-from refine_verl.quiet import quieten_third_parties
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -106,9 +106,8 @@ def _refusals() -> tuple[type[Exception], ...]:
     if "torch" not in sys.modules:
         return (ConfigError,)
     from refine_verl.adaptation import PromptError
-    from refine_verl.data.errors import DataError
-    from refine_verl.evaluation import MetricError
     from refine_verl.models import ModelError
+    from refine_verl.scoring import MetricError
 
     return (ConfigError, DataError, MetricError, ModelError, PromptError)
 

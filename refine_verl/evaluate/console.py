@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from refine_verl.config import ConfigError
+from refine_verl.config import ConfigError, DataError
 
 INSTALL = "pip install 'refine_verl[eval]'"
 
@@ -26,7 +26,6 @@ def require_lm_eval() -> None:
 def main() -> int:
     """Run the harness's command line; 2 where model arguments, model or data cannot be used."""
     from refine_verl.adaptation import PromptError
-    from refine_verl.data.errors import DataError
     from refine_verl.models import ModelError
 
     try:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 from refine_verl.data.sources import FileSource, resolve_sources
 from refine_verl.evaluate.settings import EvaluateSettings
 

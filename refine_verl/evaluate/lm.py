@@ -20,9 +20,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from refine_verl.config import ConfigError
+from refine_verl.config.options import did_you_mean, require_choice
 from refine_verl.evaluate.model import DTYPES, EvaluatedModel, load_evaluated, ttt_settings
 from refine_verl.nsp import generation_uniforms
-from refine_verl.settings import did_you_mean, require_choice
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_verl.adaptation import AdaptSettings, PromptError, adapt
 from refine_verl.adaptation.settings import METHODS, read_settings
-from refine_verl.config import ConfigError, is_made_of_documents, require_choice
-from refine_verl.data.errors import DataError
+from refine_verl.config import ConfigError, DataError, is_made_of_documents, require_choice
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.models import Documents, FastWeightActor, ModelError, Packed, inspect_model, load_model, make_actor
 from refine_verl.nsp import sample_from_logits

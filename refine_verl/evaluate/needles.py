@@ -20,9 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.config import ConfigError
+from refine_verl.config import ConfigError, DataError
 from refine_verl.data.cache import default_cache_dir, make_key
-from refine_verl.data.errors import DataError
 from refine_verl.data.prompts_read import read_records
 from refine_verl.data.sources import resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint

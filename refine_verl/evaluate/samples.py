@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError, PromptSettings
 from refine_verl.data.prompts_read import read_prompts
-from refine_verl.data.prompts_settings import PromptSettings
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.readers import read_file
 from refine_verl.data.sources import FileSource, resolve_sources
 from refine_verl.evaluate.settings import EvaluateSettings
-from refine_verl.evaluation import rule_of
 from refine_verl.prepare.longbench import TASKS as LONGBENCH_TASKS
+from refine_verl.scoring import rule_of
 
 QA_TOKENS, NIAH_TOKENS = 32, 128
 

@@ -15,7 +15,7 @@ from unittest import mock
 import datasets
 import numpy as np
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 from refine_verl.evaluate.rows import Row, make_row
 from refine_verl.evaluate.settings import EvaluateSettings
 

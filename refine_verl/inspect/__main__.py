@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from refine_verl.config import ConfigError, list_settings
+from refine_verl.command.quiet import quieten_third_parties
+from refine_verl.config import ConfigError, DataError, NSPSettings, list_settings
 from refine_verl.inspect.settings import NSP_PREFIX, InspectSettings, read_arguments
-from refine_verl.quiet import quieten_third_parties
 
 BAD_INPUT, INTERRUPTED = 2, 130
 PIPE_WIDTH = 160  # a pipe has no width of its own
@@ -44,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ValueError as error:
-        from refine_verl.data.errors import DataError
         from refine_verl.models import ModelError
 
         if not isinstance(error, (DataError, ModelError)):
@@ -67,7 +66,6 @@ def _refuse(error: Exception) -> int:
 
 
 def _help() -> str:
-    from refine_verl.config import NSPSettings
 
     lines = [USAGE.rstrip(), "", "keys:"]
     for info in list_settings(InspectSettings, NSPSettings):

@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from refine_verl.files import write_atomically
 from refine_verl.inspect.analysis import analyse
 from refine_verl.inspect.glyphs import token_bytes
 from refine_verl.inspect.page import render
@@ -15,6 +14,7 @@ from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.source import check_out, load_actor, read_inputs
 from refine_verl.inspect.terminal import show
 from refine_verl.inspect.view import View
+from refine_verl.record.files import write_atomically
 
 __all__ = ["inspect_text", "run"]
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from refine_verl.inspect.analysis import Inspection
+from refine_verl.record.format import format_number
 from refine_verl.report.axes import BOTTOM, LEFT, RIGHT, TOP, Frame, number, padded
-from refine_verl.report.format import format_number
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.series import Point, moving_average, segments, thin
 

@@ -14,7 +14,7 @@ from refine_verl.inspect.scale import Scale
 from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.style import LEVELS, STYLE
 from refine_verl.inspect.view import View
-from refine_verl.report.format import MINUS, format_number
+from refine_verl.record.format import MINUS, format_number
 from refine_verl.report.headline import Headline
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.page import key_table, render_page, sample, tile

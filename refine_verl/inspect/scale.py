@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from refine_verl.report.format import format_number
+from refine_verl.record.format import format_number
 
 __all__ = ["Scale"]
 

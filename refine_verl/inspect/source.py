@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.config import ConfigError, NSPSettings
-from refine_verl.data.errors import DataError
+from refine_verl.config import ConfigError, DataError, NSPSettings
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.inspect.settings import STDIN, InspectSettings
 from refine_verl.models import FastWeightActor, ModelError, ModelInfo, inspect_model, load_model, make_actor

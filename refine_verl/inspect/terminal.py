@@ -16,7 +16,7 @@ from refine_verl.inspect.glyphs import Glyph, Kind, plain
 from refine_verl.inspect.scale import Scale
 from refine_verl.inspect.style import LEVELS
 from refine_verl.inspect.view import View
-from refine_verl.report.format import format_number
+from refine_verl.record.format import format_number
 
 __all__ = ["show"]
 

@@ -12,7 +12,7 @@ from refine_verl.inspect.glyphs import Glyph, TokenBytes, glyphs
 from refine_verl.inspect.scale import Scale
 from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.style import LEVELS
-from refine_verl.report.format import MINUS, format_number
+from refine_verl.record.format import MINUS, format_number
 
 __all__ = ["View"]
 

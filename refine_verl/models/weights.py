@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from refine_verl.models.errors import ModelError
+from refine_verl.config import ModelError
 
 logger = logging.getLogger(__name__)
 

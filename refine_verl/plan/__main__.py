@@ -28,15 +28,14 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from refine_verl.commandline import read_command_line
-from refine_verl.compose import ConfigFile, base_schema, compose_config, find_configs, read_config_dir
-from refine_verl.config import ConfigError
-from refine_verl.data import DataError, DataSettings
-from refine_verl.messages import readable
+from refine_verl.command.commandline import read_command_line
+from refine_verl.command.quiet import quieten_third_parties
+from refine_verl.compose.composition import ConfigFile, base_schema, compose_config, find_configs, read_config_dir
+from refine_verl.compose.messages import readable
+from refine_verl.compose.validate import ValidConfig, validate
+from refine_verl.config import ConfigError, DataError, DataSettings, ModelError
 from refine_verl.plan.options import FLAGS, WORDS, PlanOptions, measured_throughput, read_options
 from refine_verl.plan.origins import files_chosen, find_origins
-from refine_verl.quiet import quieten_third_parties
-from refine_verl.validate import ValidConfig, validate
 
 if TYPE_CHECKING:
     from refine_verl.plan.estimate import Plan
@@ -80,7 +79,6 @@ def _plan(arguments: Sequence[str]) -> int:
         speed, source = measured_throughput(measured, valid.workers, rollouts=rollouts)
         options = dataclasses.replace(options, throughput=speed, throughput_from=source)
     # Only a sound configuration is worth the seconds that torch and transformers take to load.
-    from refine_verl.models.errors import ModelError
     from refine_verl.plan.show import show
 
     try:
@@ -114,7 +112,7 @@ def make_plan(
     from refine_verl.plan.estimate import Plan, disk_of, find_warnings, memory_here, shape_of, work_of
     from refine_verl.plan.memory import estimate_memory, reads_uncut
     from refine_verl.plan.reading import Reading, sample_split
-    from refine_verl.preflight import _load_tokenizer, check_run, prepare_run
+    from refine_verl.preflight.run import _load_tokenizer, check_run, prepare_run
 
     if options.sample:
         if not isinstance(valid.data, DataSettings):

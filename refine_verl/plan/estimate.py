@@ -12,7 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from refine_verl.data import DataSettings
+from refine_verl.compose.validate import ValidConfig
+from refine_verl.config import DataSettings
 from refine_verl.kernels.patch import accelerator_available
 from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK, snapshot_count
 from refine_verl.models.rollouts import documents_together
@@ -21,7 +22,6 @@ from refine_verl.plan.options import PlanOptions
 from refine_verl.plan.origins import Origin
 from refine_verl.plan.reading import Reading
 from refine_verl.plan.sizes import size_text
-from refine_verl.validate import ValidConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

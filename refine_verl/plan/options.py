@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refine_verl.config import ConfigError
-from refine_verl.report.metrics import merge_steps, read_metrics
+from refine_verl.record.metrics import merge_steps, read_metrics
 
 NUMBERS = ("throughput", "memory", "sample")
 WORDS = (*NUMBERS, "measured")

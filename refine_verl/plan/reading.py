@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from refine_verl.config import ConfigError
-from refine_verl.data import DataSettings
+from refine_verl.config import ConfigError, DataSettings
+from refine_verl.config.data import split_key
 from refine_verl.data.readers import file_format, reading
-from refine_verl.data.settings import split_key
 from refine_verl.data.sources import DocumentSource, FileSource, HubSource, StandardLibrarySource, resolve_sources
 from refine_verl.data.windows import plan_windows
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 from refine_verl.prepare.questions import SOURCES
 
 _RULER_EXAMPLES = """examples:

@@ -14,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.config import is_made_of_documents
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError, is_made_of_documents
 from refine_verl.data.tokenizers import load_tokenizer
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 from refine_verl.data.sources import DocumentSource, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.prepare.console import command_tokenizer, progress_bar, require_at_least, show_table, spread

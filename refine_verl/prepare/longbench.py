@@ -10,15 +10,15 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.config import DataError
+from refine_verl.config.options import did_you_mean
 from refine_verl.data.cache import make_key
-from refine_verl.data.errors import DataError
 from refine_verl.data.prompts_read import read_records
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.sources import DocumentSource, FileSource, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.prepare.console import command_tokenizer, existing, progress_bar, require_at_least, show_table, spread
 from refine_verl.prepare.output import Output, write_table
-from refine_verl.settings import did_you_mean
 
 _PASSAGES = (
     "Answer the question based on the given passages. Only give me the answer and do not output any other words."

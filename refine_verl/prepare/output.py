@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from refine_verl.config import DataError
 from refine_verl.data.cache import make_key
-from refine_verl.data.errors import DataError
-from refine_verl.files import AlreadyLockedError, locked
+from refine_verl.record.files import AlreadyLockedError, locked
 
 MANIFEST = ".prepare.json"
 _PARTIAL = ".partial-"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 from refine_verl.data.prompts_read import read_records
 from refine_verl.data.sources import resolve_sources
 

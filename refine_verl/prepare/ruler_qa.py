@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.config import DataError
 from refine_verl.data.cache import make_key
-from refine_verl.data.errors import DataError
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.prepare.console import command_tokenizer, progress_bar, require_at_least, show_table, spread

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refine_verl.data.errors import DataError
+from refine_verl.config import DataError
 from refine_verl.prepare.questions import Question
 
 

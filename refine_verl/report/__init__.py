@@ -1,18 +1,6 @@
-"""What a run tells: `metrics.jsonl`, the progress display, `report.html` and comparisons. No torch, ray or verl."""
+"""Pages about runs: `report.html` and comparisons, from what `refine_verl.record` reads. No torch, ray or verl."""
 
 from refine_verl.report.compare import write_comparison
-from refine_verl.report.html import ReportError, write_report
-from refine_verl.report.metrics import METRICS_FILE, MetricsError, MetricsWriter, merge_steps, read_metrics
-from refine_verl.report.progress import TrainingProgress
+from refine_verl.report.html import write_report
 
-__all__ = [
-    "METRICS_FILE",
-    "MetricsError",
-    "MetricsWriter",
-    "ReportError",
-    "TrainingProgress",
-    "merge_steps",
-    "read_metrics",
-    "write_comparison",
-    "write_report",
-]
+__all__ = ["write_comparison", "write_report"]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from refine_verl.record.metrics import MetricsError
 from refine_verl.report.compare import AXES, COMPARISON_FILE, write_comparison
 from refine_verl.report.html import ReportError, write_report
-from refine_verl.report.metrics import MetricsError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

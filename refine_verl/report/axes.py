@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refine_verl.report.format import power_of_ten
+from refine_verl.record.format import power_of_ten
 from refine_verl.report.markup import Markup, el, join
 
 __all__ = ["BOTTOM", "HEIGHT", "LEFT", "RIGHT", "TOP", "WIDTH", "Frame", "nice_ticks", "number", "padded"]

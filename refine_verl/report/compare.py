@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refine_verl.files import write_atomically
+from refine_verl.record.files import write_atomically
+from refine_verl.record.format import format_duration, format_number
+from refine_verl.record.metrics import METRICS_FILE
+from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
 from refine_verl.report.charts import SECTIONS, SPECS, ChartSpec, task_keys
 from refine_verl.report.differences import comparison_table, differences
-from refine_verl.report.format import format_duration, format_number
 from refine_verl.report.html import chart_section
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.metrics import METRICS_FILE
 from refine_verl.report.page import render_page, sample
-from refine_verl.report.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
 from refine_verl.report.series import Point, column, final_value, finite
 from refine_verl.report.svg import Axis, Chart, Line, line_marker, line_style
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from refine_verl.record.format import format_change, format_duration, format_number
 from refine_verl.report.charts import task_keys
-from refine_verl.report.format import format_change, format_duration, format_number
 from refine_verl.report.series import column, finite, head_and_tail
 
 __all__ = ["Headline", "headlines"]

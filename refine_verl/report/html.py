@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refine_verl.files import write_atomically
+from refine_verl.record.files import write_atomically
+from refine_verl.record.format import format_number
+from refine_verl.record.metrics import METRICS_FILE
+from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, lookup, read_run
 from refine_verl.report.charts import build_charts
-from refine_verl.report.format import format_number
 from refine_verl.report.headline import headlines
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.metrics import METRICS_FILE
-from refine_verl.report.page import key_table, lookup, render_page, sample, tile
-from refine_verl.report.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
+from refine_verl.report.page import key_table, render_page, sample, tile
 from refine_verl.report.series import column, final_value, finite
 from refine_verl.report.settings import settings_section
 from refine_verl.report.svg import Chart, line_marker, line_style, render_chart, smoothing_window

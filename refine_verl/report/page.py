@@ -10,12 +10,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from refine_verl.redaction import redacted
+from refine_verl.record.redaction import redacted
 from refine_verl.report.headline import Headline
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.style import STYLE
 
-__all__ = ["flatten", "key_table", "lookup", "render_page", "sample", "setting_text", "tile"]
+__all__ = ["flatten", "key_table", "render_page", "sample", "setting_text", "tile"]
 
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -67,14 +67,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key, None where there is none."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def setting_text(key: str, value: Any) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from refine_verl.record.run import CONFIG_FILE
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.page import flatten, key_table
-from refine_verl.report.run import CONFIG_FILE
 
 __all__ = ["settings_section"]
 

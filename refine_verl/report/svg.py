@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refine_verl.record.format import format_number
 from refine_verl.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Frame, number, padded
-from refine_verl.report.format import format_number
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.series import Point, finite, moving_average, segments, thin
 

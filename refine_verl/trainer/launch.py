@@ -22,20 +22,21 @@ from omegaconf import DictConfig, OmegaConf
 from ray._private import ray_constants
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
+from refine_verl.compose.schema import leaves
 from refine_verl.config import ConfigError
-from refine_verl.files import AlreadyLockedError, locked, write_atomically
 from refine_verl.plugin import check_plugin
-from refine_verl.redaction import redacted
-from refine_verl.report import ReportError, write_report
-from refine_verl.schema import leaves
+from refine_verl.preflight.checkpoints import checkpoint_to_resume
+from refine_verl.preflight.cluster import joins_cluster
+from refine_verl.record.checkpoint_files import tidy
+from refine_verl.record.files import AlreadyLockedError, locked, write_atomically
+from refine_verl.record.redaction import redacted
+from refine_verl.record.run import ReportError
+from refine_verl.report import write_report
 from refine_verl.trainer.attempts import losses_said_once, run_attempts
-from refine_verl.trainer.checkpoints import checkpoint_to_resume
-from refine_verl.trainer.cluster import joins_cluster
 from refine_verl.trainer.posttrain import PosttrainTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.trainer.signals import StopSignals, group_of_its_own
 from refine_verl.trainer.ttt import TTTTrainer
-from refine_verl.workers.checkpoint_files import tidy
 
 logger = logging.getLogger(__name__)
 

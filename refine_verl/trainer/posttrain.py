@@ -14,8 +14,8 @@ from verl.utils.debug import marked_timer
 
 from refine_verl.data.prompts_dataset import collate_columns
 from refine_verl.nsp import group_zero_std_share
+from refine_verl.record.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
 from refine_verl.trainer.advantage import answer_advantages
-from refine_verl.trainer.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
 from refine_verl.trainer.prompts import Columns, PromptTrainer
 
 

@@ -15,7 +15,7 @@ from verl.utils.model import get_generation_config
 
 from refine_verl.data.dataset import pad_batch
 from refine_verl.data.prompts_dataset import collate_columns
-from refine_verl.evaluation import score
+from refine_verl.scoring import score
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.workers.worker import WorkerSettings
 

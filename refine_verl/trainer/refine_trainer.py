@@ -31,8 +31,9 @@ from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.data.dataset import collate_columns, pad_batch
 from refine_verl.nsp import group_zero_std_share
 from refine_verl.plugin import ENGINE_MODEL_TYPE
-from refine_verl.redaction import redacted
-from refine_verl.report import MetricsWriter, TrainingProgress, read_metrics
+from refine_verl.record.metrics import MetricsWriter, read_metrics
+from refine_verl.record.progress import TrainingProgress
+from refine_verl.record.redaction import redacted
 from refine_verl.trainer.advantage import compute_advantages
 from refine_verl.trainer.resources import WorkerPoolManager
 from refine_verl.trainer.saving import CheckpointingTrainer

@@ -10,10 +10,8 @@ import torch
 from omegaconf import DictConfig
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-from refine_verl.report import METRICS_FILE, read_metrics
-from refine_verl.trainer.checkpoints import checkpoint_to_resume
-from refine_verl.trainer.signals import Stopped, StopSignals
-from refine_verl.workers.checkpoint_files import (
+from refine_verl.preflight.checkpoints import checkpoint_to_resume
+from refine_verl.record.checkpoint_files import (
     STEP,
     CheckpointError,
     FileRecord,
@@ -24,7 +22,9 @@ from refine_verl.workers.checkpoint_files import (
     flushed,
     retain,
 )
-from refine_verl.workers.disk_space import DiskFullError, could_not_write
+from refine_verl.record.disk_space import DiskFullError, could_not_write
+from refine_verl.record.metrics import METRICS_FILE, read_metrics
+from refine_verl.trainer.signals import Stopped, StopSignals
 from refine_verl.workers.failures import lost_connection
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
 from refine_verl.data.verl_dataset import VerlDocumentDataset
-from refine_verl.report import read_metrics
-from refine_verl.trainer.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
+from refine_verl.record.metrics import read_metrics
+from refine_verl.record.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
 from refine_verl.trainer.prompts import Columns, PromptTrainer
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from refine_verl.config import ModelSettings, NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
 from refine_verl.plugin import ENGINE_MODEL_TYPE
-from refine_verl.workers.checkpoint_files import being_saved, flushed, put_in_place
+from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
 
 
 @EngineRegistry.register(model_type=ENGINE_MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "cpu"])

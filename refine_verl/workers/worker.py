@@ -27,8 +27,8 @@ from refine_verl.models.answers import Answers
 from refine_verl.models.reward_manager import HiddenStateRewardManager
 from refine_verl.nsp import generation_uniforms
 from refine_verl.plugin import PluginError, check_plugin
-from refine_verl.workers.checkpoint_files import FileRecord, flushed
-from refine_verl.workers.disk_space import could_not_write
+from refine_verl.record.checkpoint_files import FileRecord, flushed
+from refine_verl.record.disk_space import could_not_write
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.failures import lost_connection
 from refine_verl.workers.rendezvous import join_process_group

@@ -11,8 +11,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from refine_verl.config import ConfigError
-from refine_verl.trainer import cluster
-from refine_verl.trainer.cluster import Request, check_cluster, find_lack, joins_cluster, suited_nodes
+from refine_verl.preflight import cluster
+from refine_verl.preflight.cluster import Request, check_cluster, find_lack, joins_cluster, suited_nodes
 
 
 def node(name: str, **resources: float) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def free_cpus(cluster: Cluster) -> float:
 def ask_directly(cluster: Cluster, run_dir: Path, *lines: str, nodes: int) -> str:
     """What `inspect_cluster` finds."""
     script = [
-        "from refine_verl.trainer import cluster",
+        "from refine_verl.preflight import cluster",
         *lines,
         f"print(cluster.inspect_cluster(cluster.Request('CPU', 1, {nodes}, {str(run_dir)!r}, None)))",
     ]

@@ -17,8 +17,8 @@ import yaml
 from omegaconf import DictConfig
 from packaging.requirements import Requirement
 
-from refine_verl.compose import base_schema
-from refine_verl.schema import leaves
+from refine_verl.compose.composition import base_schema
+from refine_verl.compose.schema import leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [

@@ -17,7 +17,8 @@ from reference.toy import NSP, documents_of, draws_for, relative
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from refine_verl.compose import compose_config
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.validate import validate
 from refine_verl.config import ConfigError
 from refine_verl.models import (
     Branches,
@@ -30,8 +31,7 @@ from refine_verl.models import (
     make_actor,
 )
 from refine_verl.nsp import refine_objective
-from refine_verl.preflight import prepare_run
-from refine_verl.validate import validate
+from refine_verl.preflight.run import prepare_run
 
 ROOT = Path(__file__).resolve().parents[2]
 # float64 rounding through two layers; a wrong state is off by more than 1e-3 (see the negative controls)

@@ -16,7 +16,7 @@ from reference.evaluate_files import TEXT, write_jsonl
 pytest.importorskip("lm_eval")
 nltk = pytest.importorskip("nltk")
 
-from refine_verl.data.errors import DataError  # noqa: E402
+from refine_verl.config.refusals import DataError  # noqa: E402
 from refine_verl.data.tokenizers import load_tokenizer  # noqa: E402
 from refine_verl.evaluate import needles  # noqa: E402
 from refine_verl.evaluate.__main__ import main  # noqa: E402

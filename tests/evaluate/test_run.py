@@ -20,8 +20,8 @@ from refine_verl.evaluate.files import find_documents
 from refine_verl.evaluate.model import EvaluatedModel
 from refine_verl.evaluate.samples import read_documents
 from refine_verl.evaluate.settings import EvaluateSettings
-from refine_verl.evaluation import score
 from refine_verl.models import load_model
+from refine_verl.scoring import score
 
 LENGTH = 128
 

@@ -21,7 +21,7 @@ from examples.recall.records import Records
 from examples.recall.scores import batches, held_out, score
 from examples.recall.section import figures, section
 from examples.recall.task import Task
-from refine_verl.compose import compose_config
+from refine_verl.compose.composition import compose_config
 from refine_verl.models import make_actor
 
 TINY = Amount(seeds=1, steps=2, ablation_steps=1, held_out=8, draws=2, prompts=8, passes=1, shrink=400)

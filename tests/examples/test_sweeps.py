@@ -16,12 +16,12 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
-from refine_verl.commandline import exclude_shared, sweep_jobs
-from refine_verl.compose import compose_config
+from refine_verl.command.commandline import exclude_shared, sweep_jobs
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.naming import run_name
+from refine_verl.compose.validate import validate
 from refine_verl.config import ConfigError
 from refine_verl.evaluate.settings import read_arguments
-from refine_verl.naming import run_name
-from refine_verl.validate import validate
 
 SWEEPS = Path(__file__).parents[2] / "examples" / "sweeps"
 SCRIPTS = sorted(path.name for path in SWEEPS.glob("*.sh") if path.name != "compare.sh")

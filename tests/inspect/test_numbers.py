@@ -18,7 +18,7 @@ from refine_verl.inspect.analysis import rollout_draws
 from refine_verl.inspect.page import render
 from refine_verl.inspect.view import View
 from refine_verl.models import Documents, RolloutBatch, load_model, make_actor, snapshot_count
-from refine_verl.report.format import format_number
+from refine_verl.record.format import format_number
 
 KEYS = ("refine.nsp.chunks=3", "refine.nsp.rollout_length=4", "refine.nsp.reward=hybrid")
 NSP = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=4, reward="hybrid")

@@ -12,7 +12,7 @@ FORBIDDEN = {
     "refine_verl.nsp": {"verl", "ray", "fla", "transformers"},
     "refine_verl.kernels": {"verl", "ray"},
     "refine_verl.config": {"verl", "ray", "torch", "transformers", "fla"},
-    "refine_verl.validate": {"verl", "ray", "torch", "transformers", "fla"},
+    "refine_verl.compose.validate": {"verl", "ray", "torch", "transformers", "fla"},
 }
 
 

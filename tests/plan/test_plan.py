@@ -15,7 +15,8 @@ import pytest
 import torch
 from reference.toy import documents_of, draws_for, tiny_config
 
-from refine_verl.compose import compose_config, find_configs
+from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.compose.validate import validate
 from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.data import DataError
 from refine_verl.models import Branches, load_model, make_actor, snapshot_count
@@ -26,7 +27,6 @@ from refine_verl.plan.memory import MemoryEstimate
 from refine_verl.plan.options import measured_throughput, read_options
 from refine_verl.plan.origins import files_chosen, find_origins
 from refine_verl.plan.sizes import size_text
-from refine_verl.validate import validate
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from refine_verl.data.prompts import PromptDataset, PromptSettings, prepare_prompts
-from refine_verl.evaluation import TASKS as SCORED
 from refine_verl.prepare.__main__ import main
 from refine_verl.prepare.longbench import DEFAULT_TASKS, TASKS, make_row
+from refine_verl.scoring import TASKS as SCORED
 
 RECORDS = [
     {"_id": "a1", "context": "short {input} {x}", "input": "Q1", "answers": ["one", "longer one"], "all_classes": None},

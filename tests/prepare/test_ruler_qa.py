@@ -12,11 +12,11 @@ import pytest
 from refine_verl.data import DataError
 from refine_verl.data.prompts import PromptDataset, PromptSettings, prepare_prompts
 from refine_verl.data.tokenizers import load_tokenizer
-from refine_verl.evaluation import score
 from refine_verl.prepare.__main__ import main
 from refine_verl.prepare.questions import Question, read_questions
 from refine_verl.prepare.ruler_qa import fit
 from refine_verl.prepare.ruler_split import split_questions
+from refine_verl.scoring import score
 
 LENGTH = 1500
 COLUMNS = [

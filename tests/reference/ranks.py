@@ -92,10 +92,10 @@ def size_without_tokens(data: TensorDict) -> int:
 
 def make_config(spec: dict[str, Any], world: int) -> DictConfig:
     """The toy configuration, with an `initial_model/` as a real run writes it."""
-    from refine_verl.compose import compose_config, register_configs
+    from refine_verl.compose.composition import compose_config, register_configs
+    from refine_verl.compose.validate import validate
     from refine_verl.data.tokenizers import load_tokenizer
     from refine_verl.models import inspect_model
-    from refine_verl.validate import validate
 
     register_configs()
     valid = validate(compose_config([*spec["overrides"], f"trainer.n_gpus_per_node={world}"]))

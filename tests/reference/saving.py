@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from refine_verl.workers.checkpoint_files import (
+from refine_verl.record.checkpoint_files import (
     begin_checkpoint,
     commit_checkpoint,
     flushed,

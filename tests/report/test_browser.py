@@ -10,7 +10,8 @@ import pytest
 import yaml
 from reference.browser import Browser, browser, find_browser
 
-from refine_verl.report import MetricsWriter, write_comparison, write_report
+from refine_verl.record.metrics import MetricsWriter
+from refine_verl.report import write_comparison, write_report
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium or Chrome on this machine")
 

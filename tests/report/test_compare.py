@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from refine_verl.report import MetricsWriter, ReportError, write_comparison
+from refine_verl.record.metrics import MetricsWriter
+from refine_verl.record.run import ReportError
+from refine_verl.report import write_comparison
 from refine_verl.report.__main__ import main
 from refine_verl.report.compare import MAX_RUNS
 from refine_verl.report.differences import FOLD_FROM

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from refine_verl.report import MetricsWriter, ReportError, write_report
+from refine_verl.record.metrics import MetricsWriter
+from refine_verl.record.run import ReportError
+from refine_verl.report import write_report
 from refine_verl.report.settings import settings_section
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from refine_verl.record.format import format_change, format_duration, format_number
 from refine_verl.report.axes import nice_ticks
-from refine_verl.report.format import format_change, format_duration, format_number
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.series import (
     Point,

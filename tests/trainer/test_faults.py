@@ -24,7 +24,7 @@ from reference.runs import (
     write_corpus,
 )
 
-from refine_verl.workers.checkpoint_files import TRACKER, damage, steps_of, tracked_step
+from refine_verl.record.checkpoint_files import TRACKER, damage, steps_of, tracked_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 

@@ -59,11 +59,11 @@ def test_mid_training_starts_from_a_checkpoint(
     """All checks of `recipe=midtrain model=lact_760m model.path=DIR`; the checkpoint's own configuration counts."""
     from transformers import AutoConfig
 
-    from refine_verl.compose import compose_config
+    from refine_verl.compose.composition import compose_config
+    from refine_verl.compose.validate import validate
     from refine_verl.data.tokenizers import load_tokenizer
     from refine_verl.models import load_model
-    from refine_verl.preflight import prepare_run
-    from refine_verl.validate import validate
+    from refine_verl.preflight.run import prepare_run
 
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from ray._private.worker import _unhandled_error_handler
 from ray.exceptions import WorkerCrashedError
 
-from refine_verl.settings import ConfigError
+from refine_verl.config.options import ConfigError
 from refine_verl.trainer import launch
 from refine_verl.trainer.launch import _alone_in, _start_ray
 from refine_verl.trainer.signals import StopSignals

@@ -22,8 +22,9 @@ from reference.runs import toy_overrides
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from refine_verl.compose import compose_config, register_configs
-from refine_verl.report import read_metrics
+from refine_verl.compose.composition import compose_config, register_configs
+from refine_verl.compose.validate import validate
+from refine_verl.record.metrics import read_metrics
 from refine_verl.trainer.refine_trainer import (
     MAX_SKIPPED_UPDATES,
     RefineTrainer,
@@ -31,7 +32,6 @@ from refine_verl.trainer.refine_trainer import (
     mini_batch_order,
 )
 from refine_verl.trainer.signals import Stopped, StopSignals
-from refine_verl.validate import validate
 
 Make = Callable[..., RefineTrainer]
 

@@ -14,9 +14,9 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
+from refine_verl.compose.verl_keys import UNSUPPORTED_LOSSES
 from refine_verl.config import LossSettings
 from refine_verl.nsp import ppo_clip_loss, refine_objective
-from refine_verl.verl_keys import UNSUPPORTED_LOSSES
 from refine_verl.workers.loss import RefineLoss
 
 

@@ -1,0 +1,1 @@
+"""What all commands share: their command line, and what they show."""

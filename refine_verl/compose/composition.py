@@ -1,0 +1,270 @@
+"""From recipe names and `key=value` overrides to one configuration, with Hydra.
+
+The primary configuration is `conf/refine.yaml`: verl's own tree, then REFINE's sections, then a model preset,
+then a recipe. Recipes (group `recipe`) and presets (group `model`) are plain YAML files, shipped with the
+package or found in the directories of REFINE_RECIPES_PATH: `DIR/NAME.yaml` is a recipe, `DIR/model/NAME.yaml`
+a preset. Nothing here imports torch, ray or verl, except to look for GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
+
+from refine_verl.compose.naming import experiment_name
+from refine_verl.config import ConfigError, ModelSettings, RefineSettings
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIG_DIR = PACKAGE / "conf"
+CONFIG_NAME = "refine"
+RECIPES_PATH_VARIABLE = "REFINE_RECIPES_PATH"
+GROUPS = {"recipe": "_global_", "model": "model"}
+"""Hydra groups of ours, with the place in the configuration that their files describe."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigFile:
+    """A recipe or preset on disk."""
+
+    group: str
+    name: str
+    path: Path
+    content: DictConfig
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the comment at the top of the file."""
+        lines = []
+        for line in self.path.read_text().splitlines():
+            if not line.startswith("#"):
+                break
+            lines.append(line.lstrip("# ").strip())
+        return re.split(r"\.\s+(?=[A-Z])", " ".join(lines))[0].removesuffix(".")
+
+
+def register_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFile]:
+    """Make recipes and presets known to Hydra; safe to call again.
+
+    A file that is no YAML mapping is left out (see `broken_configs`).
+
+    Raises:
+        ConfigError: a directory of REFINE_RECIPES_PATH does not exist, or two files of a group have the same name.
+    """
+    _register_sections()
+    store = ConfigStore.instance()
+    for group in GROUPS:
+        store.repo.pop(group, None)
+    files = find_configs(environment)
+    for file in files:
+        store.store(
+            group=file.group,
+            name=file.name,
+            node=file.content,
+            package=GROUPS[file.group],
+            provider=str(file.path),
+        )
+    return files
+
+
+def _register_sections() -> None:
+    """What `conf/*.yaml` refers to: the resolvers, and our sections with the defaults of the dataclasses."""
+    OmegaConf.register_new_resolver("verl_config_dir", verl_config_dir, replace=True)
+    OmegaConf.register_new_resolver("refine_auto", _automatic, replace=True)
+    sections = {"refine": dataclasses.asdict(RefineSettings()), "model": _model_defaults()}
+    store = ConfigStore.instance()
+    store.store(name="refine_sections", node=OmegaConf.create(sections), provider="refine_verl")
+
+
+def find_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFile]:
+    """All recipes and presets that can be read: the shipped ones, then those of REFINE_RECIPES_PATH.
+
+    Raises:
+        ConfigError: a directory of REFINE_RECIPES_PATH does not exist, or two files of a group have the same name.
+    """
+    return [item for item in _read_configs(environment).values() if isinstance(item, ConfigFile)]
+
+
+def broken_configs(environment: Mapping[str, str] | None = None) -> dict[tuple[str, str], ConfigError]:
+    """(group, name) of the files that are no YAML mapping, with file, line and reason; they stop nobody else's run."""
+    return {key: item for key, item in _read_configs(environment).items() if isinstance(item, ConfigError)}
+
+
+def _read_configs(environment: Mapping[str, str] | None) -> dict[tuple[str, str], ConfigFile | ConfigError]:
+    places = [("recipe", PACKAGE / "recipes"), ("model", PACKAGE / "presets")]
+    for entry in (os.environ if environment is None else environment).get(RECIPES_PATH_VARIABLE, "").split(os.pathsep):
+        if not entry.strip():
+            continue
+        directory = Path(entry.strip()).expanduser()
+        if not directory.is_dir():
+            raise ConfigError(RECIPES_PATH_VARIABLE, f"{directory} is not a directory.")
+        places += [("recipe", directory), ("model", directory / "model")]
+    paths: dict[tuple[str, str], Path] = {}
+    for group, directory in places:
+        for path in sorted(directory.glob("*.yaml")):
+            other = paths.setdefault((group, path.stem), path)
+            if other.resolve() != path.resolve():
+                raise ConfigError(
+                    RECIPES_PATH_VARIABLE,
+                    f"{group} {path.stem!r} is defined twice, in {other} and {path}. Rename one of them.",
+                )
+    return {(group, name): _read_config(group, path) for (group, name), path in paths.items()}
+
+
+def _read_config(group: str, path: Path) -> ConfigFile | ConfigError:
+    try:
+        return ConfigFile(group=group, name=path.stem, path=path, content=_load_mapping(path))
+    except ConfigError as error:
+        return error
+
+
+def read_config_dir(directory: Path) -> list[ConfigFile]:
+    """The recipes and presets of a directory in Hydra's own layout (`--config-dir`), without those that are broken."""
+    found = [_read_config(group, path) for group in GROUPS for path in sorted((directory / group).glob("*.yaml"))]
+    return [item for item in found if isinstance(item, ConfigFile)]
+
+
+def _load_mapping(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except YAMLError as error:
+        raise ConfigError(str(path), yaml_problem(error)) from error
+    except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(str(path), "must hold keys and values, as a mapping.")
+    return content
+
+
+def yaml_problem(error: YAMLError) -> str:
+    """What is wrong with a YAML file, and in which line."""
+    mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+    if mark is None:
+        return f"is not valid YAML: {' '.join(str(error).split())}."
+    return f"is not valid YAML: line {mark.line + 1}: {error.problem or error.context}."
+
+
+def _model_defaults() -> dict[str, Any]:
+    """ModelSettings' defaults, unchecked: without a preset or a path they are no model yet."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(ModelSettings)
+    }
+
+
+# What the YAML files ask for by interpolation
+
+
+@functools.cache
+def verl_config_dir() -> str:
+    """verl's tree of YAML files, found without importing verl (which takes seconds).
+
+    Raises:
+        ConfigError: verl is not installed.
+    """
+    spec = importlib.util.find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("", "verl is not installed in this Python; run `make venv` or `pip install -e .`.")
+    return str(Path(list(spec.submodule_search_locations)[0]) / "trainer" / "config")
+
+
+def _automatic(what: str) -> str | int:
+    values: dict[str, Callable[[], str | int]] = {
+        "device": lambda: "cuda" if _gpu_count() else "cpu",
+        "workers": lambda: _gpu_count() or 1,
+        "dtype": automatic_dtype,
+        "experiment": experiment_name,
+        "scratch": _scratch_directory,
+    }
+    return values[what]()
+
+
+def automatic_dtype() -> str:
+    """What matrix products run in on this host."""
+    return "bfloat16" if _gpu_count() else "float32"
+
+
+@functools.cache
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@functools.cache
+def _scratch_directory() -> str:
+    """A directory that goes away with this process, for what Hydra insists on writing in a multirun."""
+    directory = tempfile.TemporaryDirectory(prefix="refine_verl_")
+    _SCRATCH.append(directory)
+    return directory.name
+
+
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+
+
+# Composition inside a process
+
+
+def compose_config(overrides: Iterable[str], config_dirs: Sequence[str | Path] = ()) -> DictConfig:
+    """The configuration that `python -m refine_verl.main OVERRIDES` would see, not yet validated.
+
+    Args:
+        overrides: as on the command line: `recipe=midtrain`, `model.path=DIR`, `refine.nsp.chunks=4`, ...
+        config_dirs: more directories with `recipe/NAME.yaml` and `model/NAME.yaml` (Hydra's `--config-dir`).
+
+    Returns:
+        The configuration without Hydra's own section.
+
+    Raises:
+        hydra.errors.HydraException: names or keys that do not exist, overrides that cannot be read;
+            `messages.readable` puts it for a person.
+        ConfigError: see `register_configs`.
+    """
+    register_configs()
+    config = _compose(CONFIG_NAME, list(overrides), config_dirs)
+    HydraConfig.instance().set_config(config)
+    return without_hydra(config)
+
+
+@functools.cache
+def base_schema() -> DictConfig:
+    """verl's configuration with REFINE's sections and no recipe: the keys that exist. Do not change it."""
+    _register_sections()
+    return without_hydra(_compose("base", [], ()))
+
+
+def _compose(name: str, overrides: list[str], config_dirs: Sequence[str | Path]) -> DictConfig:
+    paths = [f"file://{verl_config_dir()}", *(f"file://{Path(item).absolute()}" for item in config_dirs)]
+    search = f"hydra.searchpath=[{','.join(_quoted(path) for path in paths)}]"
+    hydra = GlobalHydra.instance()
+    outer = hydra.hydra  # inside hydra.main there is one already
+    hydra.clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base=None):
+            return compose(config_name=name, overrides=[*overrides, search], return_hydra_config=True)
+    finally:
+        hydra.hydra = outer
+
+
+def _quoted(path: str) -> str:
+    escaped = path.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A copy without Hydra's own section."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])

@@ -1,0 +1,302 @@
+"""Everything that can be wrong with a configuration, said before a model, Ray or a file is touched (C7).
+
+`validate` needs neither torch nor verl; `check_against_verl` asks verl's own checks and registries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from refine_verl.compose.composition import ConfigFile, base_schema
+from refine_verl.compose.phases import check_phase, data_settings
+from refine_verl.compose.schema import check_keys, leaves, missing_values
+from refine_verl.compose.verl_keys import UNSUPPORTED_LOSSES, check_fixed, check_optimizer, check_verl_keys
+from refine_verl.config import ConfigError, DataSettings, ModelSettings, PromptSettings, RefineSettings, require_choice
+
+STRATEGIES = ("fsdp2",)
+DEVICES = ("cuda", "cpu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidConfig:
+    """A configuration that passed `validate`.
+
+    Attributes:
+        config: resolved, without Hydra's section; run directory and local models are absolute paths.
+        refine, model, data: its typed sections.
+        workers: number of training processes over all nodes.
+    """
+
+    config: DictConfig
+    refine: RefineSettings
+    model: ModelSettings
+    data: DataSettings | PromptSettings
+    workers: int
+
+
+def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfig:
+    """Check everything that can be checked without torch and verl, and fill in what depends on other keys.
+
+    Args:
+        config: from `composition.compose_config`, or Hydra's without its own section. Not changed.
+        files: the recipes and presets in use, to name the file of a wrong key.
+
+    Raises:
+        ConfigError: unknown key, wrong value, contradiction; the message has key, value and cure.
+        DataError: the same for keys of the document pipeline.
+    """
+    schema = base_schema()
+    _check_groups(config)
+    check_keys(config, schema, files)
+    config = _resolved(config, schema)
+    check_keys(config, schema, files)
+    refine = RefineSettings.from_mapping(_section(config, "refine"))
+    model = ModelSettings.from_mapping(_section(config, "model"))
+    check_phase(config, refine, schema)
+    if refine.phase == "documents":
+        _check_lengths(config, refine)
+    data = data_settings(config, refine)
+    workers = _check_trainer(config)
+    _check_batches(config, refine, workers)
+    check_fixed(config)
+    check_verl_keys(config)
+    _make_paths_absolute(config)
+    model = dataclasses.replace(model, path=config.model.path, tokenizer=config.model.tokenizer)
+    return ValidConfig(config=config, refine=refine, model=model, data=data, workers=workers)
+
+
+def check_against_verl(config: DictConfig) -> None:
+    """verl's own checks, and the names of its registries. Imports verl.
+
+    Raises:
+        ConfigError: unknown logger, advantage estimator or policy loss, an optimiser that cannot be made, or whatever
+            verl refuses.
+    """
+    from hydra.errors import InstantiationException
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+    from verl.utils.config import validate_config
+    from verl.utils.tracking import Tracking
+
+    for name in [config.trainer.logger] if isinstance(config.trainer.logger, str) else config.trainer.logger:
+        require_choice("trainer.logger", name, sorted(Tracking.supported_backend), kind="logger")
+    estimators = sorted(str(name) for name in ADV_ESTIMATOR_REGISTRY if name != "gae")
+    require_choice("algorithm.adv_estimator", config.algorithm.adv_estimator, estimators, kind="estimator")
+    losses = sorted(str(name) for name in POLICY_LOSS_REGISTRY if name not in UNSUPPORTED_LOSSES)
+    mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
+    require_choice("actor_rollout_ref.actor.policy_loss.loss_mode", mode, losses, kind="policy loss")
+    check_optimizer(config.actor_rollout_ref.actor.optim)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # verl announces success
+            validate_config(config, use_reference_policy=False, use_critic=False)
+    except (AssertionError, ValueError, TypeError, KeyError, InstantiationException) as error:
+        raise ConfigError("", f"verl refuses this configuration: {_readable_verl_error(error)}") from error
+
+
+def _readable_verl_error(error: Exception) -> str:
+    """verl's message with full dotted keys and without the Python around it."""
+    cause = error.__cause__ if error.__cause__ is not None and not str(error.__cause__).startswith("<") else error
+    text = " ".join(str(cause).split()) or _failed_line(cause)
+    text = re.sub(r"^\[[\w.]+\] ", "", text)
+    section = re.search(r"full_key: (\S+)", str(error))
+    text = re.sub(r"(?<![\w.])actor\.(?=\w)", "actor_rollout_ref.actor.", text)
+    return f"{text} (in {section[1]})" if section and section[1] not in text else text
+
+
+def _failed_line(error: BaseException) -> str:
+    """The source line that raised; verl has assertions without a message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"`{frames[-1].line}` does not hold" if frames and frames[-1].line else type(error).__name__
+
+
+def _check_groups(config: DictConfig) -> None:
+    """Choices that bring whole sections with them; said first, or each of their keys would be unknown."""
+    if "_target_" in config.model:
+        raise ConfigError("model", "this is a part of verl, not a model preset. See --help for the presets.")
+    if config.model_engine != "dp":
+        raise ConfigError(
+            "model_engine", f"{config.model_engine!r} is not supported: states are forked under FSDP (dp)."
+        )
+
+
+def _resolved(config: DictConfig, schema: DictConfig) -> DictConfig:
+    missing = sorted(missing_values(config) - missing_values(schema))
+    if missing:
+        raise ConfigError(missing[0], "needs a value: a recipe leaves it open (???).")
+    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    try:
+        OmegaConf.resolve(resolved)
+    except OmegaConfBaseException as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(_unresolvable_key(config), f"cannot be resolved: {first}.") from error
+    assert isinstance(resolved, DictConfig)
+    return resolved
+
+
+def _unresolvable_key(config: DictConfig) -> str:
+    for key, value in leaves(config):
+        if isinstance(value, str) and "${" in value:
+            try:
+                OmegaConf.select(config, key)
+            except OmegaConfBaseException:
+                return key
+    return ""
+
+
+def _section(config: DictConfig, name: str) -> dict[str, Any]:
+    container = OmegaConf.to_container(config[name])
+    if not isinstance(container, dict):
+        raise ConfigError(name, f"is a section with keys of its own, got {container!r}.")
+    return {str(key): value for key, value in container.items()}
+
+
+def _check_lengths(config: DictConfig, refine: RefineSettings) -> None:
+    """c positions with k tokens after each need T >= c + k; fills in data.min_length."""
+    needed = refine.nsp.shortest_document
+    sum_of = (
+        f"refine.nsp.chunks={refine.nsp.chunks} positions with refine.nsp.rollout_length="
+        f"{refine.nsp.rollout_length} tokens after each need at least {needed} tokens"
+    )
+    longest = config.data.max_length
+    if longest is not None:
+        _require_integer("data.max_length", longest, at_least=1)
+        if longest < needed:
+            raise ConfigError(
+                "data.max_length",
+                f"{longest} is too short: {sum_of}. Raise data.max_length, or lower refine.nsp.chunks or "
+                "refine.nsp.rollout_length.",
+            )
+    if config.data.min_length is None:
+        config.data.min_length = needed
+    _require_integer("data.min_length", config.data.min_length, at_least=1)
+    if config.data.min_length < needed:
+        raise ConfigError(
+            "data.min_length",
+            f"{config.data.min_length} would keep documents that are too short: {sum_of}. Set it to "
+            f"{needed} or "
+            "more, or leave it out.",
+        )
+
+
+def _check_trainer(config: DictConfig) -> int:
+    trainer = config.trainer
+    for name in ("project_name", "experiment_name", "default_local_dir"):
+        if not isinstance(trainer[name], (str, int)) or not str(trainer[name]).strip():
+            raise ConfigError(f"trainer.{name}", f"must be a name, got {trainer[name]!r}. Leave it out instead.")
+    if not config.data.train_files and config.refine.phase != "ttt":
+        raise ConfigError("data.train_files", "no documents given. Set data.train_files=FILE, a directory or a list.")
+    if trainer.val_only and not config.data.val_files:
+        raise ConfigError("trainer.val_only", "true needs something to validate on: set data.val_files.")
+    if trainer.logger is None:
+        raise ConfigError("trainer.logger", "null is no list of loggers. Write [] for none.")
+    for name in ("n_gpus_per_node", "nnodes", "total_epochs"):
+        _require_integer(f"trainer.{name}", trainer[name], at_least=1)
+    if trainer.total_training_steps is not None:
+        _require_integer("trainer.total_training_steps", trainer.total_training_steps, at_least=1)
+    _require_integer("trainer.max_restarts", trainer.max_restarts, at_least=0)
+    if trainer.max_actor_ckpt_to_keep is not None:
+        _require_integer("trainer.max_actor_ckpt_to_keep", trainer.max_actor_ckpt_to_keep, at_least=1)
+    for name in ("save_freq", "test_freq"):
+        _require_integer(f"trainer.{name}", trainer[name], at_least=-1)
+    _require_integer("data.seed", config.data.seed, at_least=0)
+    _require_integer("actor_rollout_ref.actor.ppo_epochs", config.actor_rollout_ref.actor.ppo_epochs, at_least=1)
+    rate = config.actor_rollout_ref.actor.optim.lr
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
+        raise ConfigError("actor_rollout_ref.actor.optim.lr", f"must be a number greater than 0, got {rate!r}.")
+    _check_run_directory(Path(str(trainer.default_local_dir)).expanduser())
+    require_choice("trainer.device", trainer.device, DEVICES, kind="device")
+    strategy = config.actor_rollout_ref.actor.strategy
+    require_choice("actor_rollout_ref.actor.strategy", strategy, STRATEGIES, kind="strategy")
+    return int(trainer.n_gpus_per_node * trainer.nnodes)
+
+
+def _check_run_directory(path: Path) -> None:
+    """The run directory, or the place where it is to be made, must be a directory that can be written to."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        problem = "cannot be written to" if place.is_dir() else "is no directory"
+        raise ConfigError("trainer.default_local_dir", f"{path}: {place} {problem}. Name another place.")
+
+
+def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> None:
+    """The batch falls into mini-batches, a mini-batch into workers, a worker's share into micro-batches."""
+    batch, mini = config.data.train_batch_size, refine.ppo_mini_batch_size
+    _require_integer("data.train_batch_size", batch, at_least=1)
+    if mini > batch:
+        raise ConfigError(
+            "refine.ppo_mini_batch_size",
+            f"{mini} is more than data.train_batch_size={batch}. Lower it to {batch} or raise data.train_batch_size.",
+        )
+    if batch % mini:
+        raise ConfigError(
+            "refine.ppo_mini_batch_size",
+            f"{mini} does not divide data.train_batch_size={batch}.{_near_divisors(batch, mini)}",
+        )
+    # test-time training has few prompts to a mini-batch: workers that are left over get one without weight
+    if mini % workers and refine.phase != "ttt":
+        raise ConfigError(
+            "refine.ppo_mini_batch_size",
+            f"{mini} cannot be shared equally by {workers} workers (trainer.n_gpus_per_node="
+            f"{config.trainer.n_gpus_per_node} x trainer.nnodes={config.trainer.nnodes}). Make it, and "
+            f"data.train_batch_size={batch}, a multiple of {workers}, or change the number of workers.",
+        )
+    for name in ("train_max_samples", "val_max_samples"):
+        _require_integer(f"data.{name}", config.data[name], at_least=-1)
+    _require_integer("data.val_batch_size", config.data.val_batch_size, at_least=1)
+    at_most = config.data.train_max_samples
+    if refine.phase != "ttt" and 0 < at_most < batch:
+        raise ConfigError(
+            "data.train_max_samples",
+            f"{at_most} sequences do not fill a batch of data.train_batch_size={batch}. Raise it or lower the batch.",
+        )
+    share = -(-mini // workers)
+    key = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    micro = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
+    _require_integer(key, micro, at_least=1)
+    if share % micro:
+        raise ConfigError(
+            key,
+            f"{micro} does not divide a worker's share of a mini-batch, {share} "
+            f"(refine.ppo_mini_batch_size={mini} "
+            f"over {workers} workers).{_near_divisors(share, micro)}",
+        )
+    key = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"
+    _require_integer(key, config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu, at_least=1)
+
+
+def _near_divisors(number: int, wanted: int) -> str:
+    divisors = [value for value in range(1, number + 1) if number % value == 0]
+    lower = max((value for value in divisors if value < wanted), default=None)
+    upper = min((value for value in divisors if value > wanted), default=None)
+    near = " or ".join(str(value) for value in (lower, upper) if value is not None)
+    return f" {near} would." if near else ""
+
+
+def _make_paths_absolute(config: DictConfig) -> None:
+    """Workers do not share the driver's working directory."""
+    trainer = config.trainer
+    trainer.default_local_dir = str(Path(str(trainer.default_local_dir)).expanduser().absolute())
+    for key in ("path", "tokenizer"):
+        value = config.model[key]
+        if isinstance(value, str) and Path(value).expanduser().is_dir():
+            config.model[key] = str(Path(value).expanduser().absolute())
+    config.actor_rollout_ref.model.path = config.model.path
+
+
+def _require_integer(key: str, value: Any, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(key, f"must be an integer, got {value!r}.")
+    if value < at_least:
+        raise ConfigError(key, f"must be at least {at_least}, got {value}.")

@@ -1,0 +1,54 @@
+"""Typed settings: what keys exist, what they may hold, and what is said of those that cannot be used.
+
+Loads no torch, ray, verl or transformers. `options` is what sections are made of, `sections` has `refine:` and
+`model:`, `data` and `prompts` the `data:` section of documents and of prompts, `refusals` the errors.
+"""
+
+from refine_verl.config.data import DataSettings
+from refine_verl.config.options import Settings, did_you_mean, option, refuse_repeats, require_choice
+from refine_verl.config.prompts import PromptSettings
+from refine_verl.config.refusals import ConfigError, DataError, ModelError, Refusal
+from refine_verl.config.sections import (
+    ACTIVATION_CHECKPOINTING,
+    CONVENTIONS,
+    INNER,
+    REWARDS,
+    SELECTIONS,
+    AnswerSettings,
+    LossSettings,
+    ModelSettings,
+    NSPSettings,
+    RefineSettings,
+    SettingInfo,
+    TTTSettings,
+    is_made_of_documents,
+    list_settings,
+)
+
+__all__ = [
+    "ACTIVATION_CHECKPOINTING",
+    "CONVENTIONS",
+    "INNER",
+    "REWARDS",
+    "SELECTIONS",
+    "AnswerSettings",
+    "ConfigError",
+    "DataError",
+    "DataSettings",
+    "LossSettings",
+    "ModelError",
+    "ModelSettings",
+    "NSPSettings",
+    "PromptSettings",
+    "Refusal",
+    "RefineSettings",
+    "SettingInfo",
+    "Settings",
+    "TTTSettings",
+    "did_you_mean",
+    "is_made_of_documents",
+    "list_settings",
+    "option",
+    "refuse_repeats",
+    "require_choice",
+]

@@ -1,0 +1,26 @@
+"""What is said of input that cannot be used: one base class, so that every command answers it the same way.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+
+class Refusal(ValueError):
+    """Input that cannot be used: the message says what is wrong, where, and what to do; commands exit with code 2."""
+
+
+class ConfigError(Refusal):
+    """A setting that cannot be used; `key` is its dotted name and the message says what would work."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key = key
+
+
+class DataError(Refusal):
+    """Bad input data or data settings; the message names key, file and row, and says what to do."""
+
+
+class ModelError(Refusal):
+    """A model that cannot be trained: what is wrong with it and what would work."""

@@ -1,0 +1,368 @@
+"""Typed settings of the `refine:` and `model:` sections (C7, C9). Loads no torch, ray, verl or transformers.
+
+Every class is frozen and keyword-only, checks itself when it is made, and names the dotted key in each error.
+`list_settings` yields every key with its default, meaning and paper value; docs/recipes.md is held to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from refine_verl.config.options import Settings, did_you_mean, option
+from refine_verl.config.refusals import ConfigError
+
+SELECTIONS = ("entropy", "uniform", "max_entropy", "min_entropy")
+ANCHORS = ("prediction", "token")
+GROUPS = ("sequence", "position")
+GRAD_SCOPES = ("full", "branch")
+ROLLOUTS = ("fork", "prefix")
+REWARDS = ("cosine", "binary", "hybrid")
+ACTIVATION_CHECKPOINTING = ("none", "segment")
+PHASES = ("documents", "posttrain", "ttt")
+INNER = ("none", "sft", "refine")
+OUTER = ("none", "sft", "grpo")
+CONVENTIONS = ("paper", "lm_eval")
+RESETS = ("batch", "sample", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NSPSettings(Settings):
+    """`refine.nsp`: next-sequence prediction, from choosing positions to the advantage (paper, section 3)."""
+
+    SECTION: ClassVar[str] = "refine.nsp"
+
+    chunks: int = option(
+        8, "c: chunks per document; one position is drawn in each (Eq. 6)", at_least=1, paper="8 (Tab. 2)"
+    )
+    rollout_length: int = option(5, "k: tokens generated after each position (Eq. 7)", at_least=1, paper="5 (Tab. 2)")
+    rollouts_per_position: int = option(1, "n: rollouts generated from each position", at_least=1, paper="1 (Tab. D.1)")
+    selection: str = option(
+        "entropy", "how the position is drawn within its chunk", choices=SELECTIONS, paper="entropy (Eq. 6)"
+    )
+    anchor: str = option(
+        "prediction",
+        "which token the entropy belongs to: the rollout's first token (prediction) or the prefix's last (token)",
+        choices=ANCHORS,
+        paper="token (Eq. 5-7); the authors' code: prediction",
+    )
+    entropy_temperature: float = option(
+        1.0,
+        "tau of the softmax over a chunk's entropies (Eq. 6); only for selection=entropy",
+        above=0,
+        paper="1",
+    )
+    smoothing_window: int | None = option(
+        None, "width of the average pooling over entropies; null: rollout_length", at_least=1, paper="k"
+    )
+    temperature: float = option(1.0, "sampling temperature of the rollouts", above=0, paper="1.0 (Tab. D.1)")
+    reward: str = option(
+        "cosine",
+        "cosine (Eq. 9), binary (Eq. 11), hybrid (Eq. 12), or the import path of a function of yours",
+        paper="cosine; hybrid in post-training, binary at test time",
+    )
+    group: str = option(
+        "sequence",
+        "rollouts whose rewards are standardised together: all of a sequence's, or one position's",
+        choices=GROUPS,
+        paper="sequence",
+    )
+    grad_scope: str = option(
+        "full",
+        "full: the RL gradient flows through the prefix's state; branch: the state is detached",
+        choices=GRAD_SCOPES,
+        paper="full",
+    )
+    rollout: str = option(
+        "fork",
+        "fork the state at each position, or recompute every prefix (slow; the oracle of the tests)",
+        choices=ROLLOUTS,
+        paper="prefix",
+    )
+
+    @property
+    def pooling_window(self) -> int:
+        """`smoothing_window`, or `rollout_length` where it is null."""
+        return self.rollout_length if self.smoothing_window is None else self.smoothing_window
+
+    @property
+    def shortest_document(self) -> int:
+        """Fewest tokens that hold c positions with k tokens after each: c + k."""
+        return self.chunks + self.rollout_length
+
+    def _check_rules(self) -> None:
+        if self.selection != "entropy" and self.entropy_temperature != 1.0:
+            raise ConfigError(
+                "refine.nsp.entropy_temperature",
+                f"has no effect with refine.nsp.selection={self.selection}: remove it or set selection=entropy.",
+            )
+        if "." not in self.reward and ":" not in self.reward:
+            hint = did_you_mean(self.reward, REWARDS)
+            if self.reward not in REWARDS:
+                raise ConfigError(
+                    "refine.nsp.reward",
+                    f"unknown reward {self.reward!r}. Allowed: {', '.join(REWARDS)}, or the import path of a "
+                    f"function (package.module.function).{hint}",
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSettings(Settings):
+    """`refine.loss`: what is minimised, rl_coef * PPO-clip + sft_coef * next-token cross-entropy (Eq. 10)."""
+
+    SECTION: ClassVar[str] = "refine.loss"
+
+    rl_coef: float = option(
+        0.2,
+        "lambda_RL, weight of the policy loss; 0 turns RL off",
+        at_least=0,
+        paper="0.2; test time 0.4 (Tab. D.1)",
+    )
+    sft_coef: float = option(1.0, "lambda_SFT, weight of the next-token loss", at_least=0, paper="1 (Tab. D.1)")
+
+    def _check_rules(self) -> None:
+        if self.rl_coef == 0 and self.sft_coef == 0:
+            raise ConfigError(
+                "refine.loss",
+                "rl_coef and sft_coef are both 0, so there is nothing to learn. Raise one of them.",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerSettings(Settings):
+    """`refine.answers`: how answers to prompts are sampled for `refine.outer=grpo`, and how they are scored."""
+
+    SECTION: ClassVar[str] = "refine.answers"
+
+    samples: int = option(
+        8, "n: answers sampled for each prompt and compared with each other; only for refine.outer=grpo", at_least=2
+    )
+    temperature: float = option(1.0, "sampling temperature of these answers; validation is greedy", above=0)
+    convention: str = option(
+        "paper",
+        "how answers are scored: as the paper's authors do (first line, any reference), or as lm-eval does",
+        choices=CONVENTIONS,
+        paper="paper",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TTTSettings(Settings):
+    """`refine.ttt`: adapting on prompts at test time (paper, section 4.4)."""
+
+    SECTION: ClassVar[str] = "refine.ttt"
+
+    reset: str = option(
+        "batch",
+        "when weights and optimiser state return to the start: after each batch, after each sample (which is "
+        "then adapted to alone), or never (none)",
+        choices=RESETS,
+        paper="not stated; the authors' code: none",
+    )
+    steps: int = option(1, "passes over the batch's prompts before it is answered", at_least=1, paper="1")
+    baseline: bool = option(True, "answer before adaptation too; false saves that time")
+    curve: bool = option(
+        True,
+        "record the prompts' next-token loss around every step, for one more forward pass each; false: rewards only",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefineSettings(Settings):
+    """The whole `refine:` section."""
+
+    SECTION: ClassVar[str] = "refine"
+
+    phase: str = option(
+        "documents",
+        "what is trained on: documents, prompts with answers (posttrain), or test prompts (ttt)",
+        choices=PHASES,
+    )
+    inner: str = option(
+        "none",
+        "what is done with the prompts of a batch: nothing, next-token loss (sft), or REFINE",
+        choices=INNER,
+        paper="refine (Sec. 4.3, 4.4)",
+    )
+    outer: str = option(
+        "none",
+        "what is done with its answers, after the prompts: next-token loss (sft), or sample and reward them (grpo)",
+        choices=OUTER,
+        paper="sft (Sec. 4.3)",
+    )
+    nsp: NSPSettings = dataclasses.field(default_factory=NSPSettings)
+    loss: LossSettings = dataclasses.field(default_factory=LossSettings)
+    answers: AnswerSettings = dataclasses.field(default_factory=AnswerSettings)
+    ttt: TTTSettings = dataclasses.field(default_factory=TTTSettings)
+    ppo_mini_batch_size: int = option(
+        32,
+        "sequences per optimiser step, over all workers",
+        at_least=1,
+        paper="32; post-training 16; test time 4",
+    )
+    warmup_steps: int = option(
+        0,
+        "first steps of a run with the next-token loss only (a base model in the same run)",
+        at_least=0,
+        paper="0",
+    )
+
+    @property
+    def uses_rollouts(self) -> bool:
+        """True if documents or prompts are trained on with REFINE and not with the next-token loss alone."""
+        return self.loss.rl_coef > 0 if self.phase == "documents" else self.inner == "refine"
+
+    def _check_rules(self) -> None:
+        self._check_phase()
+        nsp, loss = self.nsp, self.loss
+        if loss.sft_coef == 0 and self.warmup_steps > 0:
+            raise ConfigError(
+                "refine.warmup_steps",
+                f"{self.warmup_steps} warm-up steps train on the next-token loss only, but "
+                f"refine.loss.sft_coef=0. "
+                "Set one of them to another value.",
+            )
+        if not self.uses_rollouts:
+            return
+        if nsp.group == "position" and nsp.rollouts_per_position == 1:
+            raise ConfigError(
+                "refine.nsp.group",
+                "'position' compares the rollouts of one position, but "
+                "refine.nsp.rollouts_per_position=1 leaves "
+                "nothing to compare. Set refine.nsp.rollouts_per_position to 2 or more, or group=sequence.",
+            )
+        if nsp.chunks * nsp.rollouts_per_position == 1:
+            raise ConfigError(
+                "refine.nsp.chunks",
+                "one chunk with one rollout leaves nothing to compare a reward with. Raise "
+                "refine.nsp.chunks or "
+                "refine.nsp.rollouts_per_position, or set refine.loss.rl_coef=0.",
+            )
+
+    def _check_phase(self) -> None:
+        """Which of inner and outer a phase needs, and what has no effect in it."""
+        allowed = {"documents": (("none",), ("none",)), "posttrain": (INNER, OUTER[1:]), "ttt": (INNER[1:], ("none",))}
+        for name, choices in zip(("inner", "outer"), allowed[self.phase], strict=True):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"refine.{name}",
+                    f"{getattr(self, name)} does not go with refine.phase={self.phase}, which takes "
+                    f"{' or '.join(choices)}. Prompts with answers need refine.phase=posttrain, test prompts "
+                    "refine.phase=ttt (recipe=posttrain, recipe=ttt).",
+                )
+        if self.phase != "documents" and self.warmup_steps:
+            raise ConfigError(
+                "refine.warmup_steps",
+                f"{self.warmup_steps} has no effect with refine.phase={self.phase}: set it to 0, or warm up in a "
+                "run on documents and go on from its model.",
+            )
+        if self.inner == "refine" and self.loss.rl_coef == 0:
+            raise ConfigError(
+                "refine.loss.rl_coef", "0 turns REFINE off, but refine.inner=refine. Set refine.inner=sft."
+            )
+        if self.inner == "sft" and self.loss.sft_coef == 0:
+            raise ConfigError("refine.loss.sft_coef", "0 leaves refine.inner=sft nothing to learn from. Raise it.")
+        if self.phase != "ttt" and self.ttt != TTTSettings():
+            raise ConfigError("refine.ttt", f"has no effect with refine.phase={self.phase}: leave it out.")
+        unused = AnswerSettings(convention=self.answers.convention)
+        if self.outer != "grpo" and self.answers != unused:
+            raise ConfigError(
+                "refine.answers",
+                f"samples and temperature have no effect with refine.outer={self.outer}: leave them out.",
+            )
+
+
+def is_made_of_documents(tokenizer: str) -> bool:
+    """Whether the tokenizer of this name, ``bpe:SIZE``, has to be trained first."""
+    return tokenizer == "bpe" or tokenizer.startswith("bpe:")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """The `model:` section: where the model comes from."""
+
+    SECTION: ClassVar[str] = "model"
+
+    path: str | None = option(None, "directory or hub id of a Hugging Face checkpoint; null: random weights")
+    tokenizer: str | None = option(
+        None,
+        "directory or hub id, bytes, or bpe:SIZE (trained on the training text); null: the model's own",
+    )
+    config: dict[str, Any] = option({}, "configuration of a model with random weights; presets fill it in")
+    config_tokenizer: str | None = option(None, "the tokenizer that belongs to model.config; presets fill it in")
+    activation_checkpointing: str = option(
+        "none",
+        "segment: recompute each segment of the document in the backward pass, for long documents",
+        choices=ACTIVATION_CHECKPOINTING,
+    )
+
+    @property
+    def random_weights(self) -> bool:
+        """True if the model starts from `config` alone."""
+        return self.path is None
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """The tokenizer to load: `tokenizer` if given, else that of the checkpoint, else that of `config`."""
+        return self.tokenizer or self.path or self.config_tokenizer
+
+    @property
+    def init_config(self) -> dict[str, Any] | None:
+        """`config` for random weights; None where `path` says it all."""
+        return dict(self.config) if self.random_weights else None
+
+    def _check_rules(self) -> None:
+        if self.path is not None and not self.path.strip():
+            raise ConfigError("model.path", "is empty. Give a directory or a hub id.")
+        if self.random_weights and not self.config:
+            raise ConfigError(
+                "model.path",
+                "no model given. Set model.path=DIR_OR_HUB_ID, or choose a preset with random "
+                "weights, such as "
+                "model=tiny_deltanet.",
+            )
+        if self.tokenizer_source is None:
+            raise ConfigError(
+                "model.tokenizer",
+                "a model from model.config needs a tokenizer: a directory or hub id, bytes, or bpe:SIZE.",
+            )
+
+
+SECTIONS: tuple[type[Settings], ...] = (
+    RefineSettings,
+    NSPSettings,
+    LossSettings,
+    AnswerSettings,
+    TTTSettings,
+    ModelSettings,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SettingInfo:
+    """One key for the documentation: dotted key, type, default, paper value (or None) and meaning."""
+
+    key: str
+    type: str
+    default: Any
+    paper: str | None
+    help: str
+    choices: tuple[str, ...] | None
+
+
+def list_settings(*sections: type[Settings]) -> Iterator[SettingInfo]:
+    """Every key of `sections` (default: all), in the order of the code; docs/recipes.md must agree."""
+    for section in sections or SECTIONS:
+        for field in dataclasses.fields(section):
+            if "help" not in field.metadata:
+                continue
+            factory = field.default_factory
+            yield SettingInfo(
+                key=f"{section.SECTION}.{field.name}",
+                type=str(field.type),
+                default=field.default if factory is dataclasses.MISSING else factory(),
+                paper=field.metadata["paper"],
+                help=field.metadata["help"],
+                choices=field.metadata["choices"],
+            )

@@ -1,0 +1,275 @@
+"""The last checks before anything starts: the model, the reward, the tokenizer and the documents.
+
+Slower than `validate` (torch, transformers and the user's files are read) but still without weights, and without Ray
+unless the run would join a cluster. The cache of tokenised documents and `PreparedRun.launch_config`'s directory are
+written last.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from refine_verl.compose.validate import ValidConfig, check_against_verl
+from refine_verl.config import ConfigError, DataSettings, ModelError, PromptSettings
+from refine_verl.preflight.cluster import check_cluster
+from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits, prompt_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from refine_verl.data.prepare import PreparedData
+    from refine_verl.data.prompts import PreparedPrompts
+    from refine_verl.models.loading import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+BPE_TRAINING_CHARACTERS = 20_000_000
+"""Text a tokenizer is trained on at most; more changes a small vocabulary little and costs minutes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that can start.
+
+    Attributes:
+        valid: the configuration and its typed sections.
+        model: what is known of the model before its weights are read.
+        tokenizer: fits the model's vocabulary.
+        train, validation: directories of tokenised documents or prompts; validation is None without
+            `data.val_files`. For test-time training both are the test set.
+    """
+
+    valid: ValidConfig
+    model: ModelInfo
+    tokenizer: PreTrainedTokenizerBase
+    train: PreparedData | PreparedPrompts
+    validation: PreparedData | PreparedPrompts | None
+
+    def launch_config(self) -> DictConfig:
+        """The configuration with everything in files: what `trainer.launch.train` takes.
+
+        Writes `initial_model/` into the run directory: the tokenizer, and for random weights the model's
+        configuration. verl and its workers read models and tokenizers from directories only.
+        """
+        config = copy.deepcopy(self.valid.config)
+        directory = Path(config.trainer.default_local_dir) / "initial_model"
+        self.tokenizer.save_pretrained(str(directory))
+        config.actor_rollout_ref.model.tokenizer_path = str(directory)
+        if self.valid.model.random_weights:
+            self.model.config.save_pretrained(str(directory))
+            config.actor_rollout_ref.model.path = str(directory)
+        config.data.train_files = [str(self.train.path)]
+        config.data.val_files = [] if self.validation is None else [str(self.validation.path)]
+        if not isinstance(self.valid.data, DataSettings):
+            config.data.custom_cls.update(PROMPT_DATASET)
+        if self.validation is None:
+            # verl takes the size of the (empty) validation set for null, and no loader can have batches of 0
+            config.data.val_batch_size = 1
+        return config
+
+
+def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun:
+    """Check what `valid` refers to, and tokenise the documents.
+
+    Args:
+        valid: from `validate`.
+        starts_here: the run is to start from this process: the cluster it would join, or the GPUs of this machine, are
+            checked, too.
+
+    Raises:
+        ConfigError, DataError, ModelError: a reward, a file, a
+            tokenizer or a model that cannot be used.
+    """
+    info = check_run(valid)
+    if starts_here:
+        check_cluster(valid.config)
+    _say_where_weights_come_from(valid, info)
+    _say_if_all_is_warm_up(valid)
+    tokenizer = _load_tokenizer(valid, info)
+    train: PreparedData | PreparedPrompts
+    validation: PreparedData | PreparedPrompts | None
+    if isinstance(valid.data, DataSettings):
+        train = _prepare_training(valid, tokenizer)
+        validation = _prepare_validation(valid.data, tokenizer)
+    else:
+        train, validation = prepare_prompt_splits(valid, tokenizer)
+    return PreparedRun(valid=valid, model=info, tokenizer=tokenizer, train=train, validation=validation)
+
+
+def check_run(valid: ValidConfig) -> ModelInfo:
+    """Everything that can be checked without reading documents; writes nothing.
+
+    Raises:
+        ConfigError, DataError, ModelError: see `prepare_run`.
+    """
+    from refine_verl.models.loading import inspect_model
+    from refine_verl.preflight.checkpoints import check_checkpoint
+    from refine_verl.preflight.estimator import check_estimator
+
+    _check_device(valid.config.trainer.device)
+    _import_external_lib(valid.config.actor_rollout_ref.model.external_lib)
+    info = inspect_model(valid.model.path, valid.model.init_config)
+    _check_architecture(info)
+    _check_weights(valid, info)
+    _check_reward(valid.refine.nsp.reward)
+    check_against_verl(valid.config)
+    check_estimator(valid.config.algorithm.adv_estimator)
+    check_checkpoint(valid.config, info.config)
+    _find_documents(valid.data)
+    return info
+
+
+def _import_external_lib(names: str | Sequence[str] | None) -> None:
+    """Import what verl will import: packages that register models and adapters.
+
+    Raises:
+        ConfigError: a package cannot be imported.
+    """
+    for name in [names] if isinstance(names, str) else names or []:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a user's module may fail in any way while it is imported
+            raise ConfigError(
+                "actor_rollout_ref.model.external_lib",
+                f"{name} cannot be imported ({type(error).__name__}: {error}). Install it, or put its directory on "
+                "PYTHONPATH.",
+            ) from error
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.device",
+            "cpu is for hosts without a GPU: fla's kernels are taken wherever one is visible. Hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= (empty) to run on the CPU.",
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        # the driver of a cluster may sit on a node without a GPU; verl must not take it for a CPU run
+        os.environ.setdefault("VERL_PLATFORM", "nvidia")
+
+
+def _check_weights(valid: ValidConfig, info: ModelInfo) -> None:
+    from refine_verl.models.weights import check_weights
+
+    if valid.model.path is None:
+        return
+    if not info.has_weights:
+        raise ModelError(
+            f"model.path={valid.model.path}: the directory has a config.json but no weights (*.safetensors or "
+            "pytorch_model*.bin); is the download complete? For random weights use a preset, such as "
+            "model=tiny_deltanet."
+        )
+    check_weights(valid.model.path, info.config)
+
+
+def _check_architecture(info: ModelInfo) -> None:
+    """Build the model without memory: sizes that do not fit together come out here and not in a worker."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(info.config)
+    except Exception as error:  # model classes check their configuration with assert and raise as they like
+        raise ModelError(f"no {info.model_type} can be made of this configuration: {error or repr(error)}") from error
+
+
+def _check_reward(name: str) -> None:
+    from refine_verl.nsp import validate_reward_name
+
+    try:
+        validate_reward_name(name)
+    except ValueError as error:
+        raise ConfigError("refine.nsp.reward", str(error)) from error
+
+
+def _say_if_all_is_warm_up(valid: ValidConfig) -> None:
+    steps, warmup = valid.config.trainer.total_training_steps, valid.refine.warmup_steps
+    if steps is not None and valid.refine.uses_rollouts and steps <= warmup:
+        logger.warning(
+            "refine.warmup_steps=%d of trainer.total_training_steps=%d: all of it is warm-up, REFINE never runs",
+            warmup,
+            steps,
+        )
+
+
+def _say_where_weights_come_from(valid: ValidConfig, info: ModelInfo) -> None:
+    if valid.model.random_weights:
+        logger.info("model: %s from random weights (model.path is not set)", info.model_type)
+    elif valid.model.config:
+        logger.info("model: %s from %s; the preset's model.config is not used", info.model_type, valid.model.path)
+
+
+def _load_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerBase:
+    from refine_verl.data.prepare import iterate_split_texts
+    from refine_verl.data.tokenizers import load_tokenizer
+
+    source = valid.model.tokenizer_source
+    assert source is not None  # ModelSettings has refused it
+    if isinstance(valid.data, DataSettings):
+        corpus = iterate_split_texts(valid.data, "train", BPE_TRAINING_CHARACTERS)
+    else:
+        corpus = prompt_texts(valid.data, BPE_TRAINING_CHARACTERS)
+    tokenizer = load_tokenizer(source, corpus)
+    if len(tokenizer) > info.vocab_size:
+        raise ConfigError(
+            "model.tokenizer",
+            f"{source} has {len(tokenizer)} tokens, but the model predicts only {info.vocab_size}. "
+            + (
+                "Set model.config.vocab_size to match, or take the model's own tokenizer."
+                if valid.model.random_weights
+                else "Take the model's own tokenizer: leave model.tokenizer out."
+            ),
+        )
+    return tokenizer
+
+
+def _find_documents(data: DataSettings | PromptSettings) -> None:
+    """Refuse a wrong name in either split before the other one is tokenised."""
+    from refine_verl.config.data import split_key
+    from refine_verl.data.sources import resolve_sources
+
+    for split in ("train", "validation"):
+        if data.files(split):
+            resolve_sources(data.files(split), key=split_key(split), default_split=split)
+
+
+def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    from refine_verl.data.prepare import prepare
+
+    assert isinstance(valid.data, DataSettings)
+    nsp, batch = valid.refine.nsp, int(valid.config.data.train_batch_size)
+    return prepare(
+        valid.data,
+        "train",
+        tokenizer,
+        minimum_length=nsp.shortest_document,
+        reason=(
+            f"refine.nsp.chunks={nsp.chunks} positions need "
+            f"refine.nsp.rollout_length={nsp.rollout_length} tokens "
+            "after each"
+        ),
+        minimum_sequences=batch,
+        sequences_reason=f"data.train_batch_size={batch}",
+    )
+
+
+def _prepare_validation(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PreparedData | None:
+    """Every document counts that has a token to predict, whatever rollouts need."""
+    from refine_verl.data.prepare import prepare
+
+    if not data.val_files:
+        return None
+    scored = dataclasses.replace(data, min_length=1)
+    return prepare(scored, "validation", tokenizer, minimum_length=2, reason="a token is predicted from the one before")

@@ -1,0 +1,299 @@
+"""Checkpoints on disk: written beside, renamed into place, checked before they are used, removed when there are enough.
+
+A checkpoint is a directory ``global_step_N`` in verl's layout with a manifest, written last, that has the size and a
+checksum of every other file. Names that begin with a dot are work in progress; :func:`tidy` removes them. Loads no
+torch, ray or verl.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refine_verl.record.files import write_atomically
+
+MANIFEST = "manifest.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""verl's note of the last complete checkpoint of a run directory."""
+STEP = "global_step_"
+
+_SAVING, _REPLACED, _REMOVED = ".saving_", ".replaced_", ".removed_"
+_CHUNK = 1 << 22
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or the final model could not be written; those written before are as they were."""
+
+
+class FileRecord(NamedTuple):
+    """What the manifest says of a file."""
+
+    bytes: int
+    crc32: int
+
+
+def flushed(file: Path) -> FileRecord:
+    """Size and checksum of a file, which is on disk, not only in memory, when this returns.
+
+    Raises:
+        OSError: the disk, the quota or the network file system refuses what it had taken before.
+    """
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        checksum = size = 0
+        while chunk := stream.read(_CHUNK):
+            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+    return FileRecord(size, checksum)
+
+
+# Writing
+
+
+def begin_checkpoint(run_dir: Path, step: int) -> Path:
+    """An empty directory beside the checkpoints, to write the one of ``step`` into."""
+    folder = run_dir / f"{_SAVING}{STEP}{step}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def commit_checkpoint(run_dir: Path, step: int, files: Mapping[str, FileRecord]) -> Path:
+    """Make what was written since :func:`begin_checkpoint` the last checkpoint of the run.
+
+    A kill at any moment leaves the checkpoints before, and this one either whole or not at all. A checkpoint of the
+    same step is replaced.
+
+    Args:
+        run_dir: the run directory.
+        step: its number.
+        files: every file by its path in the checkpoint.
+
+    Raises:
+        CheckpointError: a file is not there, or shorter than its writer says.
+        OSError: the disk.
+    """
+    folder, final = run_dir / f"{_SAVING}{STEP}{step}", run_dir / f"{STEP}{step}"
+    for name, record in files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != record.bytes:
+            raise CheckpointError(
+                f"{file} was written by a worker but cannot be seen, or not whole, where the command runs. The run "
+                "directory (trainer.default_local_dir) must be shared by all nodes"
+            )
+    manifest = {"step": step, "files": {name: record._asdict() for name, record in sorted(files.items())}}
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    for directory in {folder, *((folder / name).parent for name in files)}:
+        _flush_directory(directory)
+    put_in_place(folder, final)
+    write_atomically(run_dir / TRACKER, str(step).encode())
+    return final
+
+
+def put_in_place(folder: Path, final: Path) -> None:
+    """Rename a finished directory to ``final`` beside it, in place of what is there."""
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(folder, final)
+    _flush_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def being_saved(final: Path) -> Path:
+    """Where to write what :func:`put_in_place` then renames to ``final``."""
+    return final.with_name(f"{_SAVING}{final.name}")
+
+
+def retain(run_dir: Path, newest: int, keep: int | None) -> list[int]:
+    """Remove checkpoints of earlier steps until ``keep`` are left; returns the steps removed.
+
+    Goes by what is on disk, not by what this process wrote. Of damaged checkpoints none is counted, so that as many
+    as asked for can be loaded; those of later steps, left by an attempt that went on differently, are not touched.
+
+    Args:
+        run_dir: the run directory.
+        newest: the step just saved; always stays.
+        keep: None: all.
+    """
+    if keep is None:
+        return []
+    kept, removed = 0, []
+    for step in steps_of(run_dir):
+        if step > newest:
+            continue
+        folder = run_dir / f"{STEP}{step}"
+        if step == newest or (kept < keep and damage(folder, checksums=False) is None):
+            kept += 1
+            continue
+        condemned = folder.with_name(f"{_REMOVED}{folder.name}")
+        if condemned.exists():
+            shutil.rmtree(condemned, ignore_errors=True)
+        os.replace(folder, condemned)
+        shutil.rmtree(condemned, ignore_errors=True)
+        removed.append(step)
+    return removed
+
+
+def tidy(run_dir: Path) -> None:
+    """Remove what an attempt that was interrupted while it wrote has left. No other attempt may be running."""
+    if not run_dir.is_dir():
+        return
+    for replaced in run_dir.glob(f"{_REPLACED}*"):
+        final = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+        if not final.exists():  # interrupted between the two renames
+            os.replace(replaced, final)
+    for prefix in (_SAVING, _REPLACED, _REMOVED):
+        for folder in run_dir.glob(f"{prefix}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+    for file in run_dir.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush files only
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# Reading
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """Steps of all checkpoints of a run directory, whole or not, the latest first."""
+    names = (folder.name.removeprefix(STEP) for folder in run_dir.glob(f"{STEP}*") if folder.is_dir())
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def tracked_step(run_dir: Path) -> int | None:
+    """The step the run directory names as its last; None if it names none or cannot be read."""
+    try:
+        text = (run_dir / TRACKER).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def candidates(run_dir: Path) -> list[Path]:
+    """Checkpoints a run may go on from, the best first: the one its tracker names, then those before it.
+
+    Without a tracker that can be read: all. Without any tracker: those with a manifest, which were complete when the
+    first attempt was interrupted.
+    """
+    steps, tracked = steps_of(run_dir), tracked_step(run_dir)
+    if tracked is not None:
+        # put back by `tidy` when the run starts
+        replaced = run_dir / f"{_REPLACED}{STEP}{tracked}"
+        first = run_dir / f"{STEP}{tracked}"
+        steps = [step for step in steps if step < tracked]
+        return [replaced if replaced.is_dir() and not first.is_dir() else first, *_folders(run_dir, steps)]
+    if (run_dir / TRACKER).exists():
+        return _folders(run_dir, steps)
+    return [folder for folder in _folders(run_dir, steps) if (folder / MANIFEST).is_file()]
+
+
+def _folders(run_dir: Path, steps: Iterable[int]) -> list[Path]:
+    return [run_dir / f"{STEP}{step}" for step in steps]
+
+
+def damage(folder: Path, *, checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint, None if every file is as it was written.
+
+    Args:
+        folder: ``global_step_N``.
+        checksums: read all of it; otherwise look at names and sizes only.
+
+    One without a manifest, written by verl itself, is held to what verl's own notes in it say.
+    """
+    if not folder.is_dir():
+        return "there is no such directory"
+    if not (folder / MANIFEST).is_file():
+        return next(_problems_without_manifest(folder), None)
+    try:
+        files = {
+            str(name): FileRecord(int(record["bytes"]), int(record["crc32"]))
+            for name, record in json.loads((folder / MANIFEST).read_text())["files"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    problem = next((found for name, record in files.items() if (found := _wrong_size(folder, name, record))), None)
+    if problem is None and checksums:
+        with ThreadPoolExecutor(max_workers=8) as pool:  # checksums leave the interpreter's lock alone
+            problems = pool.map(lambda item: _wrong_content(folder, *item), files.items())
+            problem = next((found for found in problems if found), None)
+    return problem
+
+
+def _wrong_size(folder: Path, name: str, record: FileRecord) -> str | None:
+    try:
+        size = (folder / name).stat().st_size
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    return None if size == record.bytes else f"{name} has {size:,} bytes instead of {record.bytes:,}"
+
+
+def _wrong_content(folder: Path, name: str, record: FileRecord) -> str | None:
+    file = folder / name
+    try:
+        state = file.stat()
+        checksum = _checksum(str(file), state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    return None if checksum == record.crc32 else f"{name} has other content than was written (its checksum is wrong)"
+
+
+@lru_cache(maxsize=4096)
+def _checksum(file: str, size: int, changed: int) -> int:
+    """Read once per process: a run is checked before Ray starts, and again when it does."""
+    checksum = 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _problems_without_manifest(folder: Path) -> Iterator[str]:
+    actor = folder / "actor"
+    for name in ("fsdp_config.json", "huggingface/config.json"):
+        try:
+            notes: Any = json.loads((actor / name).read_text())
+        except (OSError, ValueError) as error:
+            yield f"actor/{name}: {getattr(error, 'strerror', None) or error}"
+            continue
+        if name == "fsdp_config.json" and isinstance(notes, dict):
+            yield from _problems_of_shards(actor, notes.get("world_size"))
+    data = folder / "data.pt"
+    if data.exists() and not zipfile.is_zipfile(data):
+        yield "data.pt is cut short"
+
+
+def _problems_of_shards(actor: Path, ranks: Any) -> Iterator[str]:
+    kinds = {
+        match[1] for file in actor.glob("*.pt") if (match := re.match(r"(.+)_world_size_\d+_rank_\d+\.pt", file.name))
+    }
+    if not kinds:
+        yield "it has no shards"
+    for kind in sorted(kinds):
+        for rank in range(ranks if isinstance(ranks, int) else 0):
+            file = actor / f"{kind}_world_size_{ranks}_rank_{rank}.pt"
+            if not file.is_file():
+                yield f"actor/{file.name} is missing"
+            elif not zipfile.is_zipfile(file):  # what torch.save writes ends with a table of its contents
+                yield f"actor/{file.name} is cut short"

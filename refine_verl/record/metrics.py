@@ -1,0 +1,158 @@
+"""`metrics.jsonl`: the record of a run, one JSON object per line, appended across resumes.
+
+A line is `{"step": 12, "actor/ntp_loss": 3.2, ...}`. Step 0 holds what was measured before training. One step
+may have several lines (training and validation written apart): `merge_steps` joins them.
+
+Values are written with every digit of a float64, so a resumed run can be compared bit for bit. JSON has no
+NaN and no infinity: both are written as `null` and read back as `None`: "measured, but not finite". A metric
+that was not measured at a step is absent from its line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from refine_verl.record.files import write_atomically
+
+__all__ = ["METRICS_FILE", "MetricsError", "MetricsWriter", "merge_steps", "read_metrics"]
+
+METRICS_FILE = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsError(ValueError):
+    """A metrics file that cannot be read: the message names the file, the line and the cure."""
+
+
+class MetricsWriter:
+    """Append the metrics of a run to a jsonl file; a kill loses at most the line being written.
+
+    Args:
+        path: the file; its directory is created where needed.
+        resume_step: the last step of the checkpoint the run goes on from. Lines of later steps, left by an
+            attempt that was interrupted after that checkpoint, are dropped, so that no step is there twice.
+            `-1` drops all lines (a fresh run in a used directory). `None` keeps all of them.
+
+    A last line torn by a kill is dropped in every case. Dropping replaces the file atomically: a kill
+    meanwhile leaves either the old file or the new one. Lines that stay keep every byte.
+
+    Raises:
+        MetricsError: an existing file has a line, other than the last one, that is not a metrics line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            _repair(self.path, resume_step)
+        self._file = self.path.open("ab")
+
+    def log(self, data: Mapping[str, Any], step: int) -> None:
+        """Write one line; same call as that of verl's loggers.
+
+        Args:
+            data: metric name -> anything `float()` takes (Python, numpy and torch scalars); text and None
+                stay as they are; NaN and infinity become `null`.
+            step: optimiser or trainer step, 0 for what was measured before training.
+
+        Raises:
+            TypeError: a value is no scalar (the message names the metric).
+            ValueError: `data` has a key `step`, or `step` is negative.
+        """
+        if "step" in data:
+            raise ValueError("metrics: the key 'step' is taken by the step of the line; use another name")
+        if step < 0:
+            raise ValueError(f"metrics: step must be 0 or more, got {step}")
+        record = {"step": int(step), **{str(key): _scalar(key, value) for key, value in data.items()}}
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        self._file.write(line.encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All complete lines of a metrics file, in the order written; `null` (not finite) comes back as None.
+
+    A torn last line, left by a kill or by reading while the run writes, is skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MetricsError: a line other than the last one is not a metrics line.
+    """
+    return [record for _, record in _parse(Path(path))]
+
+
+def merge_steps(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record per step, ordered by step; of a metric written twice for a step the later value stays."""
+    merged: dict[int, dict[str, Any]] = {}
+    for record in records:
+        merged.setdefault(record["step"], {}).update(record)
+    return [merged[step] for step in sorted(merged)]
+
+
+def _scalar(key: str, value: Any) -> float | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{type(value).__name__}: {value!r:.80}"
+        raise TypeError(f"metrics: {key} must be a scalar, got {got}") from error
+    return number if math.isfinite(number) else None
+
+
+def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The complete lines with what they say; blank lines and a torn last line are left out."""
+    lines = path.read_bytes().split(b"\n")
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = _record(line)
+        if record is not None:
+            parsed.append((line, record))
+        elif any(rest.strip() for rest in lines[number:]):
+            cure = "delete that line or move the file away"
+            raise MetricsError(f"{path}, line {number}: not a metrics line: {line[:80]!r}; {cure}")
+    return parsed
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # also what undecodable bytes raise
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record
+
+
+def _repair(path: Path, resume_step: int | None) -> None:
+    """Drop a torn last line and the lines after `resume_step`; leave a file alone that has neither."""
+    parsed = _parse(path)
+    kept = [line for line, record in parsed if resume_step is None or record["step"] <= resume_step]
+    content = b"".join(line + b"\n" for line in kept)
+    if content == path.read_bytes():
+        return
+    if len(kept) < len(parsed):
+        logger.info("%s: dropped %d lines after step %s", path, len(parsed) - len(kept), resume_step)
+    write_atomically(path, content)

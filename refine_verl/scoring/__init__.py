@@ -1,0 +1,17 @@
+"""Scores of generated answers.
+
+`score` is all that most callers need: `score(task, prediction, references)`. The measures themselves are in
+`metrics`, what each task is scored by, and in which of the two published conventions, in `conventions`.
+"""
+
+from refine_verl.scoring.conventions import (
+    CONVENTIONS,
+    TASKS,
+    MetricError,
+    main_metric,
+    register_task,
+    rule_of,
+    score,
+)
+
+__all__ = ["CONVENTIONS", "TASKS", "MetricError", "main_metric", "register_task", "rule_of", "score"]
