@@ -100,7 +100,7 @@ def _become(module: str, arguments: list[str], env: dict[str, str], cwd: Path, o
     for number in (1, 2):
         os.dup2(file, number)
     os.close(file)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -187,15 +187,19 @@ def run_and_kill(overrides: list[str], cwd: Path, run_dir: Path, saved: int) -> 
 def run_and_stop(
     overrides: list[str],
     cwd: Path,
-    ready: Callable[[], bool],
+    ready: Callable[[int], bool],
     number: signal.Signals,
     prefix: tuple[str, ...] | None = None,
     group: bool = False,
 ) -> tuple[int, str]:
-    """Send a signal as soon as ``ready``, to the process or to its whole group; exit code and what was printed."""
+    """Send a signal to a process, or to its whole group, as soon as it is ready; exit code and what was printed.
+
+    Args:
+        ready: told the number of the process.
+    """
     deadline = time.monotonic() + TIMEOUT
     with started(overrides, cwd, prefix) as process:
-        while not ready():
+        while not ready(process.pid):
             if process.poll() is not None or time.monotonic() > deadline:
                 assert process.stdout is not None
                 process.kill()
