@@ -17,6 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from reference import nursery
+from reference.nursery import offer
+
 _context: Any = multiprocessing.get_context("forkserver")
 # multiprocessing polls all its processes whenever one is started; two threads must not read one exit code
 _lock = threading.Lock()
@@ -27,7 +30,13 @@ class Forked:
     """What is used of `subprocess.Popen`; standard output and error go to one file."""
 
     def __init__(
-        self, module: str, arguments: list[str], env: dict[str, str], cwd: Path, output: Path, session: bool = True
+        self,
+        module: str,
+        arguments: list[str],
+        env: dict[str, str],
+        cwd: Path,
+        output: Path,
+        nursery_at: Path | None = None,
     ) -> None:
         """
         Args:
@@ -36,13 +45,13 @@ class Forked:
             env: the whole environment.
             cwd: the working directory.
             output: the file.
-            session: lead a process group of its own.
+            nursery_at: a socket to be made, if the workers of a Ray that it starts are to be forked, too.
         """
         output.touch()
         self.args = [sys.executable, "-m", module, *arguments]
         self.stdout = output.open()
         self.returncode: int | None = None
-        self._process = _context.Process(target=_become, args=(module, arguments, env, cwd, output, session))
+        self._process = _context.Process(target=_become, args=(module, arguments, env, cwd, output, nursery_at))
         with _lock:
             _start_server(env)
             self._process.start()
@@ -92,10 +101,25 @@ def _start_server(env: dict[str, str]) -> None:
         os.environ.update(before)
 
 
-def _become(module: str, arguments: list[str], env: dict[str, str], cwd: Path, output: Path, session: bool) -> None:
+def _fork_workers_too(address: str) -> None:
+    """Let the Ray that is started here fork its workers."""
+    import ray
+
+    offer(address)
+    start = ray.init
+    program = f"{sys.executable} -S {Path(nursery.__file__)}"
+
+    def init(*args: Any, runtime_env: dict[str, Any] | None = None, **options: Any) -> Any:
+        return start(*args, runtime_env={**(runtime_env or {}), "py_executable": program}, **options)
+
+    ray.init = init
+
+
+def _become(
+    module: str, arguments: list[str], env: dict[str, str], cwd: Path, output: Path, nursery_at: Path | None
+) -> None:
     """Be `python -m module arguments`."""
-    if session:
-        os.setsid()
+    os.setsid()
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(file, number)
@@ -105,5 +129,7 @@ def _become(module: str, arguments: list[str], env: dict[str, str], cwd: Path, o
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [module, *arguments]
+    if nursery_at is not None:
+        _fork_workers_too(str(nursery_at))
     sys.path[:0] = [str(cwd), *(entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry)]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
