@@ -34,6 +34,5 @@ def test_the_picture_is_the_contract() -> None:
 def test_every_room_has_its_row() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
     rooms = {path.name for path in (ROOT / "refine_verl").iterdir() if (path / "__init__.py").is_file()}
-    assert rooms == set(
-        re.findall(r"`refine_verl/(\w+)`", page[page.index("| room |") : page.index("`refine_verl/plugin.py` is")])
-    )
+    table = page[page.index("| room |") : page.index("`refine_verl/plugin.py` is")]
+    assert rooms == set(re.findall(r"`refine_verl/(\w+)`", table))
