@@ -31,6 +31,8 @@ import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+from refine_verl.config import RunFailed
+
 ENGINE_MODEL_TYPE = "refine_lm"
 """Model type our engine is registered under; ``language_model`` belongs to verl's own engine."""
 
@@ -173,7 +175,7 @@ class CpuPlatform(PlatformBase):
         return None
 
 
-class PluginError(RuntimeError):
+class PluginError(RunFailed):
     """verl does not see our platform or engine; the message says why and what to do."""
 
 

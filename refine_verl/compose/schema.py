@@ -10,7 +10,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import GROUPS, ConfigFile
+from refine_verl.compose.recipes import GROUPS, ConfigFile
 from refine_verl.config import ConfigError
 
 Container = dict[str, Any]

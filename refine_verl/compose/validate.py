@@ -18,8 +18,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from refine_verl.compose.composition import ConfigFile, base_schema
+from refine_verl.compose.composition import base_schema
 from refine_verl.compose.phases import check_phase, data_settings
+from refine_verl.compose.recipes import ConfigFile
 from refine_verl.compose.schema import check_keys, leaves, missing_values
 from refine_verl.compose.verl_keys import UNSUPPORTED_LOSSES, check_fixed, check_optimizer, check_verl_keys
 from refine_verl.config import ConfigError, DataSettings, ModelSettings, PromptSettings, RefineSettings, require_choice

@@ -7,7 +7,7 @@ Loads no torch, ray, verl or transformers. `options` is what sections are made o
 from refine_verl.config.data import DataSettings
 from refine_verl.config.options import Settings, did_you_mean, option, refuse_repeats, require_choice
 from refine_verl.config.prompts import PromptSettings
-from refine_verl.config.refusals import ConfigError, DataError, ModelError, Refusal
+from refine_verl.config.refusals import ConfigError, DataError, ModelError, Refusal, RunFailed
 from refine_verl.config.sections import (
     ACTIVATION_CHECKPOINTING,
     CONVENTIONS,
@@ -42,6 +42,7 @@ __all__ = [
     "PromptSettings",
     "Refusal",
     "RefineSettings",
+    "RunFailed",
     "SettingInfo",
     "Settings",
     "TTTSettings",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,6 @@ Key = tuple[str, str, "int | None", str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Tables, one per pair of runs, and what was left out of them."""
-
-    tables: list[Table]
-    notes: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
     """What a directory of results holds."""
 
@@ -39,8 +31,11 @@ class Run:
     rows: dict[Key, dict[str, Any]]
 
 
-def compare(directories: Sequence[str]) -> Comparison:
+def compare(directories: Sequence[str]) -> tuple[list[Table], list[str]]:
     """Compare each run with the first one.
+
+    Returns:
+        A table per pair of runs, and what is to be known of all of them.
 
     Raises:
         ConfigError: fewer than two runs, a directory without results, other conventions, other samples, or nothing
@@ -63,7 +58,7 @@ def compare(directories: Sequence[str]) -> Comparison:
         f"Intervals hold {percent} % of {RESAMPLES} bootstrap resamples of the samples, both runs resampled together; "
         "* marks those without 0. They know nothing of other seeds of training."
     )
-    return Comparison(tables, notes)
+    return tables, notes
 
 
 def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tuple[float, float] | None:
@@ -73,24 +68,11 @@ def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tu
         kind: see `rows.aggregate`.
         before, after: [N], or [N, 2], scores of the same samples in the same order.
     """
-    if len(before) < 2:
-        return None
 
     def difference(rows: np.ndarray) -> float:
         return aggregate(kind, after[rows]) - aggregate(kind, before[rows])
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy warns where all resamples agree; the interval is that value
-        found = _bootstrap()(
-            (np.arange(len(before)),),
-            difference,
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            vectorized=False,
-            rng=np.random.default_rng(SEED),
-        ).confidence_interval
-    return float(found.low), float(found.high)
+    return _interval([np.arange(len(before))], difference, vectorized=False)
 
 
 def bootstrap_average(differences: Sequence[np.ndarray]) -> tuple[float, float] | None:
@@ -99,31 +81,34 @@ def bootstrap_average(differences: Sequence[np.ndarray]) -> tuple[float, float] 
     Args:
         differences: [N] per task.
     """
-    if min(map(len, differences)) < 2:
-        return None
 
     def average(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.mean([part.mean(axis=axis) for part in parts], axis=0)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = _bootstrap()(
-            tuple(differences),
-            average,
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(SEED),
-        ).confidence_interval
-    return float(found.low), float(found.high)
+    return _interval(differences, average, vectorized=True)
 
 
-def _bootstrap() -> Any:
+def _interval(
+    samples: Sequence[np.ndarray], statistic: Callable[..., Any], *, vectorized: bool
+) -> tuple[float, float] | None:
+    if min(map(len, samples)) < 2:
+        return None
     try:
         from scipy.stats import bootstrap
     except ModuleNotFoundError as error:
         raise ConfigError("compare", f"needs scipy, which is not installed. Install it with: {INSTALL}") from error
-    return bootstrap
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns where all resamples agree; the interval is that value
+        found = bootstrap(
+            tuple(samples),
+            statistic,
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            vectorized=vectorized,
+            rng=np.random.default_rng(SEED),
+        ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def _read(directory: Path) -> Run:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from refine_verl.adaptation import AdaptSettings
+from refine_verl.command.show import progress_bar
 from refine_verl.config import DataError
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.evaluate import needles, short_context
@@ -24,7 +25,6 @@ from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_docume
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.evaluate.tables import Table, build_tables
 from refine_verl.models import inspect_model
-from refine_verl.prepare.console import progress_bar
 from refine_verl.scoring import main_metric, score
 
 

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import GROUPS, ConfigFile
+from refine_verl.compose.recipes import GROUPS, ConfigFile
 from refine_verl.compose.schema import leaves
 from refine_verl.record.redaction import redacted
 

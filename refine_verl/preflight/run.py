@@ -94,7 +94,7 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
         check_cluster(valid.config)
     _say_where_weights_come_from(valid, info)
     _say_if_all_is_warm_up(valid)
-    tokenizer = _load_tokenizer(valid, info)
+    tokenizer = load_run_tokenizer(valid, info)
     train: PreparedData | PreparedPrompts
     validation: PreparedData | PreparedPrompts | None
     if isinstance(valid.data, DataSettings):
@@ -211,7 +211,12 @@ def _say_where_weights_come_from(valid: ValidConfig, info: ModelInfo) -> None:
         logger.info("model: %s from %s; the preset's model.config is not used", info.model_type, valid.model.path)
 
 
-def _load_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerBase:
+def load_run_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run; one of `bpe:SIZE` is trained on its texts first.
+
+    Raises:
+        ConfigError: it has more tokens than the model predicts.
+    """
     from refine_verl.data.prepare import iterate_split_texts
     from refine_verl.data.tokenizers import load_tokenizer
 

@@ -13,45 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.command.show import progress_bar, show_table
 from refine_verl.config import DataError
 from refine_verl.data.sources import DocumentSource, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.prepare.console import command_tokenizer, progress_bar, require_at_least, show_table, spread
+from refine_verl.prepare.console import command_tokenizer, spread
 from refine_verl.prepare.output import COMPRESSION, Output
+from refine_verl.prepare.settings import DocumentSettings
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("tokens", pa.int64()), ("source", pa.string()), ("row", pa.int64())])
 _COUNTS = ("read", "sampled", "short", "long", "kept", "kept_tokens", "read_tokens")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DocumentSettings:
-    """Arguments of the command; field names are its options.
-
-    Attributes:
-        input: files (parquet, jsonl, jsonl.zst, txt), directories, globs, hub dataset ids, or `python_stdlib`.
-        out: directory to fill with `documents-00000.parquet` and so on.
-        tokenizer: directory or hub id to count tokens with.
-        min_tokens: fewest tokens of a document, special tokens included.
-        max_tokens: leave longer documents out as well; None keeps them.
-        text_key: column that holds the text.
-        limit: stop after this many documents; None takes all.
-        limit_tokens: stop once the documents kept have this many tokens; None takes all.
-        sample: share of the documents to look at, in (0, 1]; which ones depends on `seed` and the text only.
-        seed: of `sample`.
-        shard_size: documents per file.
-    """
-
-    input: tuple[str, ...]
-    out: str
-    tokenizer: str
-    min_tokens: int
-    max_tokens: int | None = None
-    text_key: str = "text"
-    limit: int | None = None
-    limit_tokens: int | None = None
-    sample: float = 1.0
-    seed: int = 0
-    shard_size: int = 1000
 
 
 def run(settings: DocumentSettings) -> None:
@@ -60,7 +31,6 @@ def run(settings: DocumentSettings) -> None:
     Raises:
         DataError: bad arguments, unreadable files, or no document that is long enough.
     """
-    _check(settings)
     tokenizer = command_tokenizer(settings.tokenizer)
     sources = resolve_sources(settings.input, key="--input", default_split="train")
     arguments = {
@@ -203,19 +173,6 @@ class Collector:
 
 def _shard_name(number: int) -> str:
     return f"documents-{number:05d}.parquet"
-
-
-def _check(settings: DocumentSettings) -> None:
-    require_at_least("--min-tokens", settings.min_tokens, 1)
-    require_at_least("--shard-size", settings.shard_size, 1)
-    require_at_least("--seed", settings.seed, 0)
-    for option, value in (("--limit", settings.limit), ("--limit-tokens", settings.limit_tokens)):
-        if value is not None:
-            require_at_least(option, value, 1)
-    if settings.max_tokens is not None:
-        require_at_least("--max-tokens", settings.max_tokens, settings.min_tokens)
-    if not 0 < settings.sample <= 1:
-        raise DataError(f"--sample {settings.sample} must be above 0 and at most 1.")
 
 
 def _report(output: Output, totals: dict[str, int], settings: DocumentSettings) -> None:

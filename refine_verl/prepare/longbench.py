@@ -10,15 +10,16 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.config import DataError
-from refine_verl.config.options import did_you_mean
+from refine_verl.command.show import progress_bar, show_table
+from refine_verl.config import DataError, require_choice
 from refine_verl.data.cache import make_key
 from refine_verl.data.prompts_read import read_records
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.sources import DocumentSource, FileSource, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.prepare.console import command_tokenizer, existing, progress_bar, require_at_least, show_table, spread
+from refine_verl.prepare.console import command_tokenizer, existing, spread
 from refine_verl.prepare.output import Output, write_table
+from refine_verl.prepare.settings import LongBenchSettings
 
 _PASSAGES = (
     "Answer the question based on the given passages. Only give me the answer and do not output any other words."
@@ -119,42 +120,17 @@ SCHEMA = pa.schema(
 _BATCH_ROWS = 16
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LongBenchSettings:
-    """Arguments of the command; field names are its options.
-
-    Attributes:
-        input: a directory with `TASK.jsonl` (or `TASK.parquet`) files, or a hub dataset with a configuration per task.
-        out: directory to fill with `TASK.parquet`.
-        tasks: which tasks.
-        tokenizer: directory or hub id to count tokens with; None leaves the lengths empty.
-        length: leave out samples whose prompt and longest reference have more tokens; None keeps all.
-    """
-
-    input: str
-    out: str
-    tasks: tuple[str, ...] = DEFAULT_TASKS
-    tokenizer: str | None = None
-    length: int | None = None
-
-
 def run(settings: LongBenchSettings) -> None:
     """Write one file per task, and show how many samples it kept.
 
     Raises:
         DataError: bad arguments, a task whose file is missing, or a record without the official columns.
     """
-    for task in settings.tasks:
-        if task not in TASKS:
-            raise DataError(
-                f"--tasks: unknown task {task!r}; tasks are: {', '.join(TASKS)}.{did_you_mean(task, TASKS)}"
-            )
-    if settings.length is not None:
-        require_at_least("--length", settings.length, 1)
-        if settings.tokenizer is None:
-            raise DataError(f"--length {settings.length} counts tokens: give --tokenizer as well.")
+    tasks = dict.fromkeys(settings.tasks or DEFAULT_TASKS)
+    for task in tasks:
+        require_choice("tasks", task, TASKS, kind="task")
     tokenizer = command_tokenizer(settings.tokenizer) if settings.tokenizer else None
-    sources = {task: _find(settings.input, task) for task in dict.fromkeys(settings.tasks)}
+    sources = {task: _find(settings.input, task) for task in tasks}
     arguments = {
         "length": settings.length,
         "templates": make_key([dataclasses.astuple(task) for task in TASKS.values()]),

@@ -12,8 +12,6 @@ from refine_verl.config import DataError
 from refine_verl.data.prompts_read import read_records
 from refine_verl.data.sources import resolve_sources
 
-SOURCES = ("squad", "hotpotqa")
-
 
 @dataclasses.dataclass(frozen=True)
 class Question:

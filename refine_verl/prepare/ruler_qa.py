@@ -16,14 +16,16 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.command.show import progress_bar, show_table
 from refine_verl.config import DataError
 from refine_verl.data.cache import make_key
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.prepare.console import command_tokenizer, progress_bar, require_at_least, show_table, spread
+from refine_verl.prepare.console import command_tokenizer, spread
 from refine_verl.prepare.output import Output, join_parts, write_table
 from refine_verl.prepare.questions import Question, Questions, read_questions
 from refine_verl.prepare.ruler_split import split_questions
+from refine_verl.prepare.settings import RulerSettings
 
 INSTRUCTION = (
     "Answer the question based on the given passages. Only give me the answer and do not output any other words."
@@ -46,47 +48,12 @@ _KEYS = {"train": "data.train_files", "test": "data.val_files"}
 _ATTEMPTS = 6
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RulerSettings:
-    """Arguments of the command; field names are its options.
-
-    Attributes:
-        source: `squad` or `hotpotqa`.
-        input: an official json file, parquet or jsonl files, or a hub dataset id.
-        tokenizer: directory or hub id; lengths are counted with it.
-        length: most tokens of prompt and answer together.
-        train, test: how many questions.
-        answer_tokens: least room left for the answer.
-        seed: of the choice of questions, of distractors and of their order.
-        out: directory to fill.
-    """
-
-    source: str
-    input: str
-    tokenizer: str
-    length: int
-    train: int = 1600
-    test: int = 200
-    answer_tokens: int = 32
-    seed: int = 0
-    out: str
-
-
 def run(settings: RulerSettings) -> None:
     """Generate both sets into `settings.out`, and show what they are like.
 
     Raises:
         DataError: bad arguments, an unreadable source, or one with too few questions or paragraphs.
     """
-    for option, value, minimum in (
-        ("--length", settings.length, 1),
-        ("--train", settings.train, 0),
-        ("--test", settings.test, 0),
-        ("--answer-tokens", settings.answer_tokens, 1),
-        ("--seed", settings.seed, 0),
-    ):
-        require_at_least(option, value, minimum)
-    require_at_least("--train plus --test", settings.train + settings.test, 1)
     tokenizer = command_tokenizer(settings.tokenizer)
     questions = read_questions(settings.source, settings.input)
     builder = PromptBuilder(questions, tokenizer, settings)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from refine_verl.config import Refusal
 from refine_verl.record.files import write_atomically
 
 __all__ = ["METRICS_FILE", "MetricsError", "MetricsWriter", "merge_steps", "read_metrics"]
@@ -28,7 +29,7 @@ METRICS_FILE = "metrics.jsonl"
 logger = logging.getLogger(__name__)
 
 
-class MetricsError(ValueError):
+class MetricsError(Refusal):
     """A metrics file that cannot be read: the message names the file, the line and the cure."""
 
 

@@ -25,6 +25,7 @@ from ray.exceptions import (
 from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.device import get_resource_name
 
+from refine_verl.config import RunFailed
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.trainer.resources import ResourceError
 from refine_verl.trainer.signals import Stopped
@@ -44,7 +45,7 @@ _DEATH = re.compile(r"The (actor|worker) died unexpectedly|The actor( \w+)? is (
 _LOSSES = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(RunFailed):
     """A worker process died or its node left; ``trainer.max_restarts`` is about these."""
 
 

@@ -27,7 +27,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
-from refine_verl.config import ModelSettings, RefineSettings
+from refine_verl.config import ModelSettings, RefineSettings, RunFailed
 from refine_verl.data.dataset import collate_columns, pad_batch
 from refine_verl.nsp import group_zero_std_share
 from refine_verl.plugin import ENGINE_MODEL_TYPE
@@ -46,7 +46,7 @@ MAX_SKIPPED_UPDATES = 5
 """So many updates in a row with a NaN or infinite gradient end the run."""
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunFailed):
     """Gradients stayed NaN or infinite; a checkpoint of the last good weights was written."""
 
 

@@ -8,8 +8,10 @@ import ray
 from verl.single_controller.ray import ResourcePoolManager
 from verl.utils.device import get_device_name, get_resource_name
 
+from refine_verl.config import RunFailed
 
-class ResourceError(RuntimeError):
+
+class ResourceError(RunFailed):
     """The cluster is too small for the run, or has become so."""
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.compose.composition import compose_config
 from refine_verl.compose.phases import PROMPT_KEYS
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.schema import leaves
 from refine_verl.compose.validate import ValidConfig, validate
 from refine_verl.config import ConfigError

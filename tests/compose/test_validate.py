@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.validate import check_against_verl, validate
 from refine_verl.compose.verl_keys import FIXED, FOLLOWERS, UNSUPPORTED_LOSSES
 from refine_verl.config import ConfigError

@@ -13,7 +13,8 @@ import pytest
 import torch
 from reference.runs import read_steps, run_to_the_end, toy_overrides, write_corpus
 
-from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.validate import validate
 from refine_verl.nsp import RewardInputs, get_reward
 from refine_verl.plan.options import read_options

@@ -16,7 +16,8 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import RECIPES_PATH_VARIABLE, base_schema, compose_config, find_configs
+from refine_verl.compose.composition import base_schema, compose_config
+from refine_verl.compose.recipes import RECIPES_PATH_VARIABLE, find_configs
 from refine_verl.compose.validate import validate
 from refine_verl.config import list_settings
 from refine_verl.models.adapters import FLA_THROUGH_THE_SAME_ADAPTER, FLA_VERIFIED_ON_CPU

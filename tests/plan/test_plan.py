@@ -15,7 +15,8 @@ import pytest
 import torch
 from reference.toy import documents_of, draws_for, tiny_config
 
-from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.validate import validate
 from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.data import DataError
