@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from refine_verl.adaptation.training import Loop
 from refine_verl.config import ConfigError
 from refine_verl.models import FastWeightActor
 from refine_verl.models.answers import Answers
-from refine_verl.nsp import generation_uniforms, validate_reward_name
+from refine_verl.nsp import end_tokens, generation_uniforms, validate_reward_name
 
 
 def adapt(
@@ -134,7 +134,8 @@ class Adapted:
                 input_ids, vocabulary=_vocabulary(self.model), shortest=1, needs="there is nothing to continue."
             )
         limits = _limits(max_new_tokens, len(prompts))
-        stops = _stop_tokens(self.model) if stop_tokens is None else [int(token) for token in stop_tokens]
+        given = end_tokens(getattr(self.model, "generation_config", None)) if stop_tokens is None else stop_tokens
+        stops = [int(token) for token in given]
         key = self.settings.seed if seed is None else seed
         if temperature < 0:
             raise PromptError(f"temperature must be 0 (greedy) or greater, got {temperature}.")
@@ -205,11 +206,3 @@ def _limits(max_new_tokens: Any, rows: int) -> list[int]:
         if limit < 1:
             raise PromptError(f"max_new_tokens: must be at least 1, got {limit} for row {row}.")
     return limits
-
-
-def _stop_tokens(model: Any) -> list[int]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        return []
-    return [int(token) for token in cast(Sequence[int], eos)] if isinstance(eos, (list, tuple)) else [int(eos)]

@@ -109,7 +109,6 @@ def _main_of(name: str) -> Callable[[list[str]], int]:
 
 
 def _listing(_: list[str]) -> str:
-    lines = [f"  {name:<10}{meaning}" for name, meaning in COMMANDS.items()]
-    return "\n".join(
-        ["python -m refine_verl COMMAND ...", "", *lines, "", "python -m refine_verl COMMAND --help says more."]
-    )
+    lines = ["python -m refine_verl COMMAND ...", ""]
+    lines += [f"  {name:<10}{meaning}" for name, meaning in COMMANDS.items()]
+    return "\n".join([*lines, "", "COMMAND --help says more. Options are KEY=VALUE; --KEY VALUE is the same."])

@@ -11,18 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-WIDTH = 160
-"""Of what goes to a file or a pipe, which have none of their own: wide enough that no cell is cut."""
+TEXT_WIDTH, TABLE_WIDTH = 160, 200
+"""Of what goes to a file or a pipe, which have no width of their own; no cell is to be cut."""
 
 
-def console(**options: Any) -> Console:
-    """Standard output, as wide as the terminal."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH, **options)
+def console(width: int = TEXT_WIDTH) -> Console:
+    """Standard output, as wide as the terminal, or ``width`` where it is none."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], notes: Sequence[str] = ()) -> None:
     """A table on standard output, and sentences below it."""
-    shown = console(highlight=False)
+    shown = console(TABLE_WIDTH)
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")

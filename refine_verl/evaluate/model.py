@@ -19,7 +19,7 @@ from refine_verl.adaptation.settings import METHODS, read_settings
 from refine_verl.config import ConfigError, DataError, is_made_of_documents, require_choice
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.models import Documents, FastWeightActor, ModelError, Packed, inspect_model, load_model, make_actor
-from refine_verl.nsp import sample_from_logits
+from refine_verl.nsp import end_tokens, sample_from_logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,10 +53,7 @@ class EvaluatedModel:
         self.actor, self.tokenizer = actor, tokenizer
         self.ttt = ttt or AdaptSettings(method="none")
         self.device = next(actor.parameters()).device
-        generation: Any = getattr(actor, "generation_config", None)
-        ends = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
-        flat = [token for end in ends for token in (end if isinstance(end, list) else [end])]
-        self.stop_tokens = sorted({int(token) for token in flat if token is not None})
+        self.stop_tokens = end_tokens(getattr(actor, "generation_config", None), tokenizer.eos_token_id)
 
     def likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """Score what follows a context, all pairs in one pass (one by one with test-time training).

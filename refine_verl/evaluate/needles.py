@@ -28,6 +28,7 @@ from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.evaluate.console import INSTALL, require_lm_eval
 from refine_verl.evaluate.samples import NIAH_TOKENS
 from refine_verl.evaluate.settings import EvaluateSettings
+from refine_verl.record.files import write_atomically
 
 FOLDER = "ruler_niah"
 ESSAYS = "paul_graham_essays"
@@ -106,13 +107,10 @@ def frozen_needles(settings: EvaluateSettings, task: str, length: int, tokenizer
         for sample in _generate(settings, task, length, tokenizer)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
-        _hash_file(path).write_text(f"{_sha256(partial)}  {path.name}\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+    write_atomically(_hash_file(path), f"{_sha256(file.getvalue())}  {path.name}\n".encode())
+    write_atomically(path, file.getvalue())
     return path
 
 
@@ -241,9 +239,9 @@ def _verify(path: Path) -> None:
         wanted = _hash_file(path).read_text().split()[0]
     except (OSError, IndexError) as error:
         raise DataError(f"{path} has no hash in {_hash_file(path).name} beside it. {cure}") from error
-    if _sha256(path) != wanted:
+    if _sha256(path.read_bytes()) != wanted:
         raise DataError(f"{path} is not the file that was made: its sha256 differs from the one beside it. {cure}")
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

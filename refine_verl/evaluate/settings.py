@@ -74,9 +74,7 @@ class EvaluateSettings(Settings):
     SECTION: ClassVar[str] = "evaluate"
 
     model: str = option(_GIVEN, "directory or hub id of the model")
-    tasks: tuple[str, ...] = option(
-        _GIVEN, "ruler_niah, ruler_qa, longbench, short_context, ntp, or single tasks of these"
-    )
+    tasks: tuple[str, ...] = option(_GIVEN, "groups of tasks, or single tasks of them")
     out: str = option(_GIVEN, "directory for results; the same command resumes where it was")
     data_dir: str = option("", "directory with the data (docs/evaluation.md says which files)")
     lengths: tuple[int, ...] = option(

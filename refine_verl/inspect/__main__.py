@@ -36,7 +36,7 @@ def _run(arguments: list[str]) -> None:
     settings, _ = read_keys(arguments, InspectSettings)
     from refine_verl.inspect.command import run  # torch and transformers take seconds to load
 
-    run(settings, console(highlight=False))
+    run(settings, console())
 
 
 if __name__ == "__main__":

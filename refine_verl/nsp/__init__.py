@@ -39,6 +39,7 @@ from refine_verl.nsp.rewards import (
     validate_reward_name,
 )
 from refine_verl.nsp.sampling import (
+    end_tokens,
     generation_uniforms,
     position_uniforms,
     rollout_uniforms,
@@ -55,6 +56,7 @@ from refine_verl.nsp.selection import (
 )
 
 __all__ = [
+    "end_tokens",
     "ANCHORS",
     "GROUPS",
     "STRATEGIES",

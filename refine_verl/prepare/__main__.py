@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from refine_verl.command.front import run_command
-from refine_verl.command.keys import list_keys, read_keys
+from refine_verl.command.keys import list_keys, read_keys, unknown_option
 from refine_verl.config import ConfigError, Settings, require_choice
 from refine_verl.prepare.settings import DocumentSettings, LongBenchSettings, RulerSettings
 
@@ -71,6 +71,8 @@ def _run(arguments: list[str]) -> None:
     if not arguments:
         raise ConfigError("", f"no command given. Allowed: {', '.join(COMMANDS)}. See --help.")
     name, *rest = arguments
+    if name.startswith("-"):
+        raise unknown_option(name, ["--help"])
     require_choice("", name, COMMANDS, kind="command")
     settings, _ = read_keys(rest, COMMANDS[name])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from refine_verl.record.checkpoint_files import tidy
 from refine_verl.record.files import AlreadyLockedError, locked, write_atomically
 from refine_verl.record.redaction import redacted
 from refine_verl.record.run import ReportError
+from refine_verl.record.versions import installed_versions
 from refine_verl.report import write_report
 from refine_verl.trainer.attempts import losses_said_once, run_attempts
 from refine_verl.trainer.posttrain import PosttrainTrainer
@@ -231,16 +231,10 @@ def _say_what_changed(path: Path, config: DictConfig) -> None:
 
 def environment(config: DictConfig) -> dict[str, Any]:
     """Versions and hardware of the run, for its report."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "python": platform.python_version(),
-        **versions,
+        **installed_versions(_PACKAGES),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({os.cpu_count()} cores)",
         "workers": f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node}",
     }

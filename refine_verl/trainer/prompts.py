@@ -15,6 +15,7 @@ from verl.utils.model import get_generation_config
 
 from refine_verl.data.dataset import pad_batch
 from refine_verl.data.prompts_dataset import collate_columns
+from refine_verl.nsp import end_tokens
 from refine_verl.scoring import score
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.workers.worker import WorkerSettings
@@ -34,9 +35,7 @@ class PromptTrainer(RefineTrainer):
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end an answer: the tokenizer's end of sequence and those of the model's generation config."""
         generation = get_generation_config(self.config.actor_rollout_ref.model.path)
-        ends = getattr(generation, "eos_token_id", None)
-        ids = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        return tuple(sorted(token for token in ids if token is not None))
+        return end_tokens(generation, self.tokenizer.eos_token_id)
 
     def _worker_settings(self) -> WorkerSettings:
         return dataclasses.replace(super()._worker_settings(), stop_tokens=self.stop_tokens)
