@@ -31,7 +31,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["model=m"], "text: is missing: give text=... .a UTF-8 text file, or - for standard input"),
         (
             ["model=m", "text=t", "refine.nsp.chunk=4"],
-            "refine.nsp.chunk: unknown key. .* Did you mean 'refine.nsp.chunks'?",
+            "nsp.chunk: unknown key. .* Did you mean 'refine.nsp.chunks'?",
         ),
         (["model=m", "text=t", "chunks=4"], "chunks: unknown key. .* Did you mean 'refine.nsp.chunks'?"),
         (["model=m", "text=t", "modell=x"], "modell: unknown key. .* Did you mean 'model'?"),
@@ -150,7 +150,7 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "refine.nsp.chunks" in done.stdout and "[4]" in done.stdout and "grad_scope" not in done.stdout
+    assert "refine.nsp.rollouts_per_position=4" in done.stdout and "grad_scope" not in done.stdout
 
 
 def test_neither_ray_nor_verl_is_loaded(model_dir: Path, text_file: Path) -> None:
