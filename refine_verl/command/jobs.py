@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from unittest import mock
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -19,8 +19,6 @@ from refine_verl.compose.composition import CONFIG_DIR, CONFIG_NAME, register_co
 from refine_verl.compose.naming import EXCLUDE_KEYS
 from refine_verl.compose.validate import ValidConfig, validate
 from refine_verl.config import ConfigError
-
-FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def run_jobs(
@@ -64,7 +62,8 @@ def _with_hydra(arguments: list[str], run: Callable[[DictConfig], int]) -> int:
         if code:
             raise SystemExit(code)
 
-    with _command_of_process(arguments):
+    process = mock.patch.object(sys, "argv", [sys.argv[0], *arguments])
+    with process, mock.patch.dict(os.environ, {"HYDRA_FULL_ERROR": "1"}):
         try:
             hydra.main(config_path=str(CONFIG_DIR), config_name=CONFIG_NAME, version_base=None)(job)()
         except SystemExit:
@@ -72,20 +71,6 @@ def _with_hydra(arguments: list[str], run: Callable[[DictConfig], int]) -> int:
                 raise failures[0] from None
             raise
     return 0
-
-
-@contextmanager
-def _command_of_process(arguments: list[str]) -> Iterator[None]:
-    """What Hydra reads of the process: its arguments, and that errors are to be raised."""
-    argv, full_error = sys.argv, os.environ.get(FULL_ERROR)
-    sys.argv = [argv[0], *arguments]
-    os.environ[FULL_ERROR] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        os.environ.pop(FULL_ERROR)
-        os.environ.update({} if full_error is None else {FULL_ERROR: full_error})
 
 
 def _checked_sweep(command: CommandLine, check: Callable[[ValidConfig], object]) -> list[str]:

@@ -17,11 +17,18 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from refine_verl.config import ConfigError, Settings, did_you_mean
+from refine_verl.config import ConfigError, Settings, did_you_mean, option
 
 S = TypeVar("S", bound=Settings)
 _SWITCH = {"true": True, "false": False}
 _KEY = re.compile(r"[A-Za-z_][\w.]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputSettings(Settings):
+    """Keys of a command that shows tables."""
+
+    json: bool = option(False, "one JSON object instead of tables (--json)")
 
 
 @dataclasses.dataclass(frozen=True)

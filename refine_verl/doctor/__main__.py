@@ -6,15 +6,13 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import ClassVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from refine_verl.command.front import run_command, show
-from refine_verl.command.keys import list_keys, read_keys
-from refine_verl.config import Settings, option
+from refine_verl.command.keys import OutputSettings, list_keys, read_keys
 from refine_verl.doctor.findings import FAIL, OK, WARN, Finding
 
 USAGE = """\
@@ -26,22 +24,13 @@ Whether this machine is ready to train, and if not, what to do. Exit code 0, or 
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DoctorSettings(Settings):
-    """How the findings are shown."""
-
-    SECTION: ClassVar[str] = "doctor"
-
-    json: bool = option(False, "findings as one JSON object instead of a table")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 1 if a check failed."""
-    return run_command(argv, help=lambda _: USAGE + list_keys(DoctorSettings), run=_run)
+    return run_command(argv, help=lambda _: USAGE + list_keys(OutputSettings), run=_run)
 
 
 def _run(arguments: list[str]) -> int:
-    settings, _ = read_keys(arguments, DoctorSettings)
+    settings, _ = read_keys(arguments, OutputSettings)
     from refine_verl.doctor.diagnosis import diagnose  # torch, verl and fla take seconds to load
 
     findings = diagnose()

@@ -8,12 +8,13 @@ import statistics
 from pathlib import Path
 from typing import ClassVar
 
-from refine_verl.config import ConfigError, Settings, option
+from refine_verl.command.keys import OutputSettings
+from refine_verl.config import ConfigError, option
 from refine_verl.record.metrics import merge_steps, read_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanSettings(Settings):
+class PlanSettings(OutputSettings):
     """Keys of `python -m refine_verl.plan` besides those of the run."""
 
     SECTION: ClassVar[str] = "plan"
@@ -26,7 +27,6 @@ class PlanSettings(Settings):
         None, "GiB of one GPU, where the run's GPUs are not in this machine (with trainer.device=cuda)", above=0
     )
     sample: int | None = option(None, "documents to tokenise of each file; the rest is estimated", at_least=1)
-    json: bool = option(False, "one JSON object instead of tables (--json)")
     all: bool = option(False, "every key of the configuration (--all)")
 
     def _check_rules(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
 import logging
 import os
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from refine_verl.models.loading import ModelInfo
 
 logger = logging.getLogger(__name__)
+
+_OFFERED = ("token_level_rewards", "response_mask", "index", "norm_adv_by_std_in_grpo", "config")
+"""What an advantage estimator may ask for."""
 
 BPE_TRAINING_CHARACTERS = 20_000_000
 """Text a tokenizer is trained on at most; more changes a small vocabulary little and costs minutes."""
@@ -113,7 +117,6 @@ def check_run(valid: ValidConfig) -> ModelInfo:
     """
     from refine_verl.models.loading import inspect_model
     from refine_verl.preflight.checkpoints import check_checkpoint
-    from refine_verl.preflight.estimator import check_estimator
 
     _check_device(valid.config.trainer.device)
     _import_external_lib(valid.config.actor_rollout_ref.model.external_lib)
@@ -183,6 +186,25 @@ def _check_architecture(info: ModelInfo) -> None:
             AutoModelForCausalLM.from_config(info.config)
     except Exception as error:  # model classes check their configuration with assert and raise as they like
         raise ModelError(f"no {info.model_type} can be made of this configuration: {error or repr(error)}") from error
+
+
+def check_estimator(name: str) -> None:
+    """Check that verl's advantage estimator ``name`` can work with what a rollout offers.
+
+    Raises:
+        ConfigError: it also needs values, log-probabilities or rewards of a baseline.
+    """
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    parameters = inspect.signature(get_adv_estimator_fn(name)).parameters.values()
+    named = (parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+    missing = [p.name for p in named if p.default is p.empty and p.name not in _OFFERED]
+    if missing:
+        raise ConfigError(
+            "algorithm.adv_estimator",
+            f"{name} needs {', '.join(missing)}, which REFINE's rollouts do not have; they have rewards and groups. "
+            "grpo is the paper's.",
+        )
 
 
 def _check_reward(name: str) -> None:

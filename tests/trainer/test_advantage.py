@@ -12,7 +12,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
 from refine_verl.config import ConfigError
 from refine_verl.nsp import group_standardise
-from refine_verl.preflight.estimator import check_estimator
+from refine_verl.preflight.run import check_estimator
 from refine_verl.trainer.advantage import answer_advantages, compute_advantages
 
 REWARDS = torch.tensor([[[1.0, 3.0], [5.0, 7.0]], [[2.0, 2.0], [2.0, 2.0]]])  # [B=2, c=2, n=2]
