@@ -91,7 +91,7 @@ def _automatic(what: str) -> str | int:
         "workers": lambda: _gpu_count() or 1,
         "dtype": automatic_dtype,
         "experiment": experiment_name,
-        "scratch": _scratch_directory,
+        "scratch": lambda: _scratch_directory().name,
     }
     return values[what]()
 
@@ -109,14 +109,9 @@ def _gpu_count() -> int:
 
 
 @functools.cache
-def _scratch_directory() -> str:
+def _scratch_directory() -> tempfile.TemporaryDirectory[str]:
     """A directory that goes away with this process, for what Hydra insists on writing in a multirun."""
-    directory = tempfile.TemporaryDirectory(prefix="refine_verl_")
-    _SCRATCH.append(directory)
-    return directory.name
-
-
-_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+    return tempfile.TemporaryDirectory(prefix="refine_verl_")
 
 
 # Composition inside a process

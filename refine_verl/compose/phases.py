@@ -82,7 +82,7 @@ def _check_ttt(config: DictConfig, refine: RefineSettings) -> None:
         raise ConfigError(
             "trainer.save_freq",
             f"{trainer.save_freq} would save the weights the run began with: refine.ttt.reset={refine.ttt.reset} "
-            "returns to them. Answers are kept as they come and an interrupted run goes on behind them; set it to -1.",
+            "returns to them. Answers are kept as they come and an interrupted run resumes after them; set it to -1.",
         )
 
 

@@ -79,6 +79,12 @@ def leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
     return _leaves(_plain(config))
 
 
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for each dotted key whose value differs; a key that is missing counts as None."""
+    keys = {**before, **after}
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
 _UNKNOWN = object()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.schema import leaves
+from refine_verl.compose.schema import changes, leaves
 from refine_verl.config import ConfigError, PromptSettings, RefineSettings
 from refine_verl.config.data import split_key
 
@@ -142,23 +142,18 @@ def _check_earlier_answers(config: DictConfig, prepared: Path | None) -> None:
         raise ConfigError(
             "trainer.default_local_dir",
             f"{directory} holds a run of refine.phase={phase}, which one of refine.phase={config.refine.phase} cannot "
-            "go on from. Name another directory (and that run's model with model.path=RUN/model).",
+            "resume. Name another directory (and that run's model with model.path=RUN/model).",
         )
     if prepared is None or not answers.is_file():
         return
     now = DictConfig(OmegaConf.create(OmegaConf.to_yaml(config)))
-    before, after = dict(_that_matter(earlier)), dict(_that_matter(now))
-    changed = [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    ]
+    changed = changes(dict(_that_matter(earlier)), dict(_that_matter(now)))
     if list(earlier.data.val_files or []) != [str(prepared)]:
         changed.append("data.val_files: other prompts, or files written anew")
     if changed:
         raise ConfigError(
             "trainer.default_local_dir",
-            f"{answers} holds answers of a run with other settings, which this one would go on from "
+            f"{answers} holds answers of a run with other settings, which this one would continue "
             f"({'; '.join(changed)}). Name another directory, or start over with trainer.resume_mode=disable.",
         )
 

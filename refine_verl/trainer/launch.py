@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from ray._private import ray_constants
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-from refine_verl.compose.schema import leaves
+from refine_verl.compose.schema import changes, leaves
 from refine_verl.config import ConfigError
 from refine_verl.plugin import check_plugin
 from refine_verl.preflight.checkpoints import checkpoint_to_resume
@@ -222,9 +222,7 @@ def _say_what_changed(path: Path, config: DictConfig) -> None:
     # as it will be read back: a tuple is a list then
     read_back = OmegaConf.create(OmegaConf.to_yaml(shareable(config)))
     before, now = (dict(leaves(DictConfig(item))) for item in (OmegaConf.load(path), read_back))
-    changed = [
-        f"{key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)
-    ]
+    changed = changes(before, now)
     if changed:
         logger.warning("%s was used before, with other settings: %s", path.parent, "; ".join(changed))
 
