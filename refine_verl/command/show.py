@@ -41,3 +41,8 @@ def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator
     with Progress(*columns, console=stderr, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(description, total=total, completed=done)
         yield lambda steps=1: progress.advance(task, steps)
+
+
+def spread(lengths: Sequence[int]) -> tuple[int | str, int | str, int | str]:
+    """Smallest, mean and largest, for three columns of a table; dashes for nothing."""
+    return (min(lengths), round(sum(lengths) / len(lengths)), max(lengths)) if lengths else ("-", "-", "-")

@@ -33,6 +33,13 @@ class ConfigFile:
     path: Path
     content: DictConfig
 
+    def own_key(self, key: str) -> str | None:
+        """A dotted key as the file has it: in a preset without `model.`; None where it cannot be in the file."""
+        package = GROUPS[self.group]
+        if package == "_global_":
+            return key
+        return key.removeprefix(f"{package}.") if key.startswith(f"{package}.") else None
+
     @property
     def summary(self) -> str:
         """The first sentence of the comment at the top of the file."""

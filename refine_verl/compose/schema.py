@@ -10,7 +10,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.recipes import GROUPS, ConfigFile
+from refine_verl.compose.recipes import ConfigFile
 from refine_verl.config import ConfigError
 
 Container = dict[str, Any]
@@ -174,11 +174,10 @@ def _leaves(container: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 def _origin(key: str, value: Any, files: Iterable[ConfigFile]) -> str:
     """` (in FILE)` for the recipe or preset that sets `key` to `value`; user files come after the shipped ones."""
     for file in reversed(list(files)):
-        package = GROUPS[file.group]
-        local = key if package == "_global_" else key.removeprefix(f"{package}.")
-        node: Any = _plain(file.content)
-        for part in local.split("."):
+        own_key = file.own_key(key)
+        node: Any = _UNKNOWN if own_key is None else _plain(file.content)
+        for part in (own_key or "").split("."):
             node = node.get(part, _UNKNOWN) if isinstance(node, dict) else _UNKNOWN
-        if node is not _UNKNOWN and node == value and (package == "_global_" or local != key):
+        if node is not _UNKNOWN and node == value:
             return f" (in {file.path})"
     return ""

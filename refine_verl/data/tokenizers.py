@@ -120,3 +120,17 @@ def _finish(tokenizer: backend.Tokenizer, out_dir: str | Path | None) -> PreTrai
         return wrapped
     wrapped.save_pretrained(str(out_dir))
     return AutoTokenizer.from_pretrained(str(out_dir), trust_remote_code=False)
+
+
+def load_finished_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """`load_tokenizer` where there are no documents to train one on.
+
+    Raises:
+        DataError: nothing loadable there, or `bpe:SIZE`, which would have to be trained first.
+    """
+    if is_made_of_documents(name):
+        raise DataError(
+            f"tokenizer={name} would be trained on a run's own documents. Give the tokenizer's directory (a run saves "
+            "it with its model), a hub id, or bytes."
+        )
+    return load_tokenizer(name)

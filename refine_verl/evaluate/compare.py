@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 
 from refine_verl.config import ConfigError
 from refine_verl.evaluate.console import INSTALL
-from refine_verl.evaluate.results import RESULTS_FILE, read_samples
-from refine_verl.evaluate.rows import aggregate
+from refine_verl.evaluate.results import RESULTS_FILE, read_results, read_samples
+from refine_verl.evaluate.rows import Row, aggregate
 from refine_verl.evaluate.tables import LABELS, Table, length_label
 
 RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
@@ -28,7 +27,7 @@ class Run:
 
     directory: Path
     content: dict[str, Any]
-    rows: dict[Key, dict[str, Any]]
+    rows: dict[Key, Row]
 
 
 def compare(directories: Sequence[str]) -> tuple[list[Table], list[str]]:
@@ -114,12 +113,11 @@ def _interval(
 def _read(directory: Path) -> Run:
     path = directory / RESULTS_FILE
     try:
-        content = json.loads(path.read_text())
-        rows = {(row["group"], row["task"], row["length"], row["metric"]): row for row in content["results"]}
+        content, rows = read_results(path)
         content["convention"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("compare", f"{path} cannot be read as results ({error}).") from error
-    return Run(directory, content, rows)
+    return Run(directory, content, {(row.group, row.task, row.length, row.metric): row for row in rows})
 
 
 def _check(first: Run, other: Run) -> None:
@@ -134,11 +132,11 @@ def _check(first: Run, other: Run) -> None:
     if not common:
         raise ConfigError("compare", f"{first.directory} and {other.directory} have no task and length in common.")
     for key in sorted(common, key=str):
-        if first.rows[key]["fingerprint"] != other.rows[key]["fingerprint"]:
-            counts = [run.rows[key]["samples"] for run in (first, other)]
+        if first.rows[key].fingerprint != other.rows[key].fingerprint:
+            counts = [run.rows[key].samples for run in (first, other)]
             raise ConfigError(
                 "compare",
-                f"{first.rows[key]['task']}: {first.directory} has {counts[0]} samples and {other.directory} "
+                f"{first.rows[key].task}: {first.directory} has {counts[0]} samples and {other.directory} "
                 f"{counts[1]}, and they are not the same ones (limit, lengths, data, tokenizer or seed differ). "
                 "Evaluate both on the same samples.",
             )
@@ -146,9 +144,8 @@ def _check(first: Run, other: Run) -> None:
 
 def _values(run: Run, key: Key) -> tuple[list[str], np.ndarray]:
     """Ids and scores of a task's samples, in the order in which they were asked."""
-    _, task, length, metric = key
-    name = task if length is None else f"{task}_{length}"
-    wanted = run.rows[key]["samples"]
+    name, metric = run.rows[key].name, key[-1]
+    wanted = run.rows[key].samples
     records = read_samples(run.directory, name)[:wanted]
     if len(records) < wanted or any(metric not in record for record in records):
         raise ConfigError("compare", f"{run.directory} lacks samples of {name}: {len(records)} of {wanted} are there.")
@@ -171,7 +168,7 @@ def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
     parts: dict[str, list[np.ndarray]] = {}
     for key in common:
         group, _, _, metric = key
-        kind = first.rows[key]["aggregate"]
+        kind = first.rows[key].aggregate
         before, after = _pairs(first, other, key)
         scale = 100.0 if kind == "mean" and metric != "ntp_loss" else 1.0
         values = aggregate(kind, before), aggregate(kind, after)
@@ -183,12 +180,12 @@ def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
     for group, differences in parts.items():
         if len(differences) > 1:
             means = [
-                float(np.mean([run.rows[key]["value"] for key in common if key[0] == group])) for run in (first, other)
+                float(np.mean([run.rows[key].value for key in common if key[0] == group])) for run in (first, other)
             ]
             interval = bootstrap_average(differences)
             count = sum(map(len, differences))
             if interval is None:
-                single = [_where(key) for key in common if key[0] == group and first.rows[key]["samples"] < 2]
+                single = [_where(key) for key in common if key[0] == group and first.rows[key].samples < 2]
                 notes.append(
                     f"No interval for the average of {group}: of a single sample ({', '.join(single)}) there is none."
                 )

@@ -135,7 +135,7 @@ class Results:
         if not path.exists():
             return []
         try:
-            rows = [Row(**row) for row in json.loads(path.read_text())["results"]]
+            _, rows = read_results(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError("out", f"{path} cannot be read ({error}); delete it.") from error
         again = set(names)
@@ -155,6 +155,16 @@ class Results:
         }
         _write_json(self.directory / RESULTS_FILE, content)
         (self.directory / "results.md").write_text(tables)
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """All of a `results.json`, and its rows.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is no such file.
+    """
+    content = json.loads(path.read_text())
+    return content, [Row(**row) for row in content["results"]]
 
 
 def read_samples(directory: Path, name: str, *, torn: bool = False) -> list[dict[str, Any]]:

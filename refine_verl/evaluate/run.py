@@ -15,10 +15,11 @@ from refine_verl.adaptation import AdaptSettings
 from refine_verl.command.show import progress_bar
 from refine_verl.config import DataError
 from refine_verl.data.tokenize import tokenizer_fingerprint
+from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.evaluate import needles, short_context
 from refine_verl.evaluate.console import require_lm_eval
 from refine_verl.evaluate.files import check_data_dir, find_documents, find_longbench, find_ruler_qa, refuse_missing
-from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, named_tokenizer, ttt_settings
+from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, ttt_settings
 from refine_verl.evaluate.results import Results, model_fingerprint
 from refine_verl.evaluate.rows import Row, make_row
 from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_documents
@@ -104,7 +105,7 @@ class _Plan:
         self.settings, self.groups = settings, settings.by_group()
         niah, short = self.groups.get("ruler_niah", []), self.groups.get("short_context", [])
         info = inspect_model(settings.model)
-        self.tokenizer = named_tokenizer(settings.tokenizer or settings.model)
+        self.tokenizer = load_finished_tokenizer(settings.tokenizer or settings.model)
         check_data_dir(settings, self.groups)
         self.ruler, no_ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type)
         self.longbench, no_longbench = find_longbench(settings, self.groups.get("longbench", []))

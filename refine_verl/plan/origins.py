@@ -78,8 +78,7 @@ def _source(key: str, typed: set[str], contents: Sequence[tuple[ConfigFile, dict
     if any(key == name or key.startswith(f"{name}.") for name in typed):
         return COMMAND_LINE
     for file, content in reversed(contents):
-        local = key if GROUPS[file.group] == "_global_" else key.removeprefix(f"{GROUPS[file.group]}.")
-        belongs = GROUPS[file.group] == "_global_" or local != key
-        if belongs and any(local == name or local.startswith(f"{name}.") for name in content):
+        own_key = file.own_key(key)
+        if own_key and any(own_key == name or own_key.startswith(f"{name}.") for name in content):
             return f"{'preset' if file.group == 'model' else 'recipe'} {file.name}"
     return DEFAULT

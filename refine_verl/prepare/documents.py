@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.command.show import progress_bar, show_table
+from refine_verl.command.show import progress_bar, show_table, spread
 from refine_verl.config import DataError
 from refine_verl.data.sources import DocumentSource, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.prepare.console import command_tokenizer, spread
+from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.prepare.output import COMPRESSION, Output
 from refine_verl.prepare.settings import DocumentSettings
 
@@ -31,7 +31,7 @@ def run(settings: DocumentSettings) -> None:
     Raises:
         DataError: bad arguments, unreadable files, or no document that is long enough.
     """
-    tokenizer = command_tokenizer(settings.tokenizer)
+    tokenizer = load_finished_tokenizer(settings.tokenizer)
     sources = resolve_sources(settings.input, key="--input", default_split="train")
     arguments = {
         **{key: value for key, value in dataclasses.asdict(settings).items() if key not in ("out", "tokenizer")},

@@ -10,14 +10,14 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.command.show import progress_bar, show_table
+from refine_verl.command.show import progress_bar, show_table, spread
 from refine_verl.config import DataError, require_choice
 from refine_verl.data.cache import make_key
 from refine_verl.data.prompts_read import read_records
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.sources import DocumentSource, FileSource, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.prepare.console import command_tokenizer, existing, spread
+from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.prepare.output import Output, write_table
 from refine_verl.prepare.settings import LongBenchSettings
 
@@ -129,7 +129,7 @@ def run(settings: LongBenchSettings) -> None:
     tasks = dict.fromkeys(settings.tasks or DEFAULT_TASKS)
     for task in tasks:
         require_choice("tasks", task, TASKS, kind="task")
-    tokenizer = command_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    tokenizer = load_finished_tokenizer(settings.tokenizer) if settings.tokenizer else None
     sources = {task: _find(settings.input, task) for task in tasks}
     arguments = {
         "length": settings.length,
@@ -198,8 +198,8 @@ def _kind(record: Mapping[str, Any], column: str) -> str:
 
 
 def _find(name: str, task: str) -> DocumentSource:
-    path = existing(name)
-    if path is None:
+    path = Path(name).expanduser()
+    if not path.exists():  # a hub id, perhaps
         return resolve_sources([f"{name}:{task}:test"], key="--input", default_split="test")[0]
     if path.is_file():
         raise DataError(f"--input {path} is a file; give the directory that holds {task}.jsonl and the others.")

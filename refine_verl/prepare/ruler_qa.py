@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.command.show import progress_bar, show_table
+from refine_verl.command.show import progress_bar, show_table, spread
 from refine_verl.config import DataError
 from refine_verl.data.cache import make_key
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.prepare.console import command_tokenizer, spread
+from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.prepare.output import Output, join_parts, write_table
 from refine_verl.prepare.questions import Question, Questions, read_questions
 from refine_verl.prepare.ruler_split import split_questions
@@ -54,7 +54,7 @@ def run(settings: RulerSettings) -> None:
     Raises:
         DataError: bad arguments, an unreadable source, or one with too few questions or paragraphs.
     """
-    tokenizer = command_tokenizer(settings.tokenizer)
+    tokenizer = load_finished_tokenizer(settings.tokenizer)
     questions = read_questions(settings.source, settings.input)
     builder = PromptBuilder(questions, tokenizer, settings)
     plan = builder.plan()

@@ -170,7 +170,7 @@ def test_after_all_that_the_run_is_the_one_that_nobody_disturbed(runs: Runs) -> 
 def test_a_damaged_checkpoint_is_passed_over(runs: Runs) -> None:
     whole, run = ended(runs.whole, 0), ended(runs.damaged, 0)
     assert "global_step_8 is damaged: actor/model_world_size_2_rank_1.pt has " in run.output
-    assert f"goes on from {run.directory / 'global_step_6'} instead" in run.output
+    assert f"resumes from {run.directory / 'global_step_6'} instead" in run.output
     assert what_it_measured(run) == what_it_measured(whole)
     assert run.last_step == STEPS + 2 and run.checkpoints == [10, 8]
     assert damage(run.directory / "global_step_8") is None  # written again
