@@ -107,12 +107,12 @@ class _Plan:
         info = inspect_model(settings.model)
         self.tokenizer = load_finished_tokenizer(settings.tokenizer or settings.model)
         check_data_dir(settings, self.groups)
-        self.ruler, no_ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type)
-        self.longbench, no_longbench = find_longbench(settings, self.groups.get("longbench", []))
-        self.documents, no_documents = find_documents(settings) if "ntp" in self.groups else ([], [])
-        no_needles = needles.missing_files(settings, niah, self.tokenizer)
-        no_short = short_context.missing_files(settings, short)
-        refuse_missing([*no_needles, *no_ruler, *no_longbench, *no_short, *no_documents])
+        missing = needles.missing_files(settings, niah, self.tokenizer)
+        self.ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type, missing)
+        self.longbench = find_longbench(settings, self.groups.get("longbench", []), missing)
+        missing += short_context.missing_files(settings, short)
+        self.documents = find_documents(settings, missing) if "ntp" in self.groups else []
+        refuse_missing(missing)
         if short:
             require_lm_eval()
 
