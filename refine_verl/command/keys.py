@@ -147,7 +147,7 @@ def _value_after(word: str, key: Key, waiting: deque[str], keys: Mapping[str, Ke
         values.append(waiting.popleft())
     if not values:
         raise ConfigError("", f"{word} needs a value: {word} VALUE, or {key.name}=VALUE.")
-    return values if key.collection else values[0]
+    return values if len(values) > 1 else values[0]
 
 
 def _is_word(word: str) -> bool:

@@ -123,6 +123,7 @@ def read(*arguments: str) -> Example:
 
 def test_both_spellings_mean_the_same() -> None:
     one = read("name=a=b", "count=3", "share=1e-1", "on=true", "tasks=x,y", "text_key=1", "refine.nsp.chunks=2")
+    assert read("name=a", "--tasks", "x,y").tasks == one.tasks
     two = read(
         *("--name=a=b", "--count", "3", "--share", "1e-1", "--on", "--tasks", "x", "y", "--text-key", "1"),
         *("--refine.nsp.chunks", "2"),
