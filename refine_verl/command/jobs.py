@@ -89,21 +89,16 @@ def _checked_sweep(command: CommandLine, check: Callable[[ValidConfig], object])
     return [*command.arguments, apart]
 
 
-def shared_keys(overrides: Sequence[str]) -> list[str]:
-    """Keys of the overrides that are the same for all jobs of a sweep.
+def exclude_shared(overrides: Sequence[str]) -> str:
+    """The override that tells Hydra which keys are the same for all jobs of a sweep (see `naming.experiment_name`).
 
     Raises:
         hydra.errors.OverrideParseException: an override that cannot be read.
     """
     parsed = _parse(overrides)
     varying = {item.key_or_group for item in parsed if item.is_sweep_override()}
-    return sorted({item.key_or_group for item in parsed if not item.is_hydra_override()} - varying)
-
-
-def exclude_shared(overrides: Sequence[str]) -> str:
-    """The override that tells Hydra which overrides say nothing of a job (see `naming.experiment_name`)."""
-    quoted = ",".join(f"'{key}'" for key in shared_keys(overrides))
-    return f"{EXCLUDE_KEYS}=[{quoted}]"
+    shared = sorted({item.key_or_group for item in parsed if not item.is_hydra_override()} - varying)
+    return f"{EXCLUDE_KEYS}=[{','.join(repr(key) for key in shared)}]"
 
 
 def sweep_jobs(overrides: Sequence[str]) -> list[list[str]] | None:

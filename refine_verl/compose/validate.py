@@ -207,9 +207,8 @@ def _check_lengths(config: DictConfig, refine: RefineSettings) -> None:
     if config.data.min_length < needed:
         raise ConfigError(
             "data.min_length",
-            f"{config.data.min_length} would keep documents that are too short: {sum_of}. Set it to "
-            f"{needed} or "
-            "more, or leave it out.",
+            f"{config.data.min_length} would keep documents that are too short: {sum_of}. Set it to {needed} or more, "
+            "or leave it out.",
         )
 
 

@@ -117,13 +117,9 @@ def check_fixed(config: DictConfig) -> None:
         ConfigError: see `FOLLOWERS` and `FIXED`.
     """
     for follower, leader in FOLLOWERS.items():
-        if OmegaConf.select(config, follower) != OmegaConf.select(config, leader):
-            raise ConfigError(
-                follower,
-                f"{OmegaConf.select(config, follower)} contradicts "
-                f"{leader}={OmegaConf.select(config, leader)}, "
-                f"which it follows. Set {leader} instead.",
-            )
+        value, led = OmegaConf.select(config, follower), OmegaConf.select(config, leader)
+        if value != led:
+            raise ConfigError(follower, f"{value} contradicts {leader}={led}, which it follows. Set {leader} instead.")
     for name in OmegaConf.select(config, _OVERRIDES) or {}:
         if name != "attn_implementation":
             raise ConfigError(
