@@ -121,6 +121,8 @@ def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> An
     origins = tuple(typing.get_origin(kind) or kind for kind in allowed)
     if dict in origins and isinstance(value, Mapping):
         value = dict(value)
+    if tuple in origins and isinstance(value, list):
+        value = tuple(value)
     if not isinstance(value, origins) or (isinstance(value, bool) and bool not in origins):
         raise ConfigError(key, f"must be {_type_name(allowed)}, got {value!r}.")
     _check_bounds(key, value, metadata)
