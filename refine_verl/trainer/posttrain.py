@@ -13,10 +13,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
 from refine_verl.data.prompts_dataset import collate_columns
-from refine_verl.nsp import group_zero_std_share
+from refine_verl.nsp import reward_metrics
 from refine_verl.record.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
 from refine_verl.trainer.advantage import answer_advantages
 from refine_verl.trainer.prompts import Columns, PromptTrainer
+from refine_verl.workers.objective import Objective
 
 
 class PosttrainTrainer(PromptTrainer):
@@ -72,7 +73,7 @@ class PosttrainTrainer(PromptTrainer):
             "learn_from": batch["lengths"],
             "weight": batch["weight"],
         }
-        return self._learn_answers(self._message(answers, 1, None), metrics, timing_raw)
+        return self._learn_answers(self._message(answers, 1, None), Objective.REFERENCES, metrics, timing_raw)
 
     def _reinforce(self, columns: Columns, metrics: dict[str, float], timing_raw: dict[str, float]) -> float:
         """``outer: grpo``: sample answers, score them, compare the answers to one prompt with each other."""
@@ -88,20 +89,22 @@ class PosttrainTrainer(PromptTrainer):
                 ],
                 dtype=torch.float32,
             )
-        metrics.update(_reward_metrics(rewards, answers["answer_lengths"]))
+        metrics.update(reward_metrics("answer", rewards[:, None]))
+        metrics["answer/length/mean"] = answers["answer_lengths"].float().mean().item()
         batch = self.prompts(columns)
         batch.update(answers.select("answer_tokens", "answer_lengths", "old_log_probs"))
         batch["advantages"] = answer_advantages(
             rewards, answers["answer_lengths"], batch["answer_tokens"].shape[-1], self.config.algorithm
         )
         tu.assign_non_tensor(batch, temperature=settings.temperature)
-        return forward_tokens + self._learn_answers(batch, metrics, timing_raw)
+        return forward_tokens + self._learn_answers(batch, Objective.ANSWERS, metrics, timing_raw)
 
-    def _learn_answers(self, batch: TensorDict, metrics: dict[str, float], timing_raw: dict[str, float]) -> float:
+    def _learn_answers(
+        self, batch: TensorDict, objective: Objective, metrics: dict[str, float], timing_raw: dict[str, float]
+    ) -> float:
         """One optimiser step per mini-batch; returns the tokens put through the model."""
         with marked_timer("update_answers", timing_raw):
-            data = self._in_mini_batches(batch, objective="answers")
-            updated = tu.get(self.actor_rollout_wg.update(data).get(), "metrics")
+            updated = self._update(batch, objective)
         measured = self._update_metrics(updated)
         memory = measured.pop("perf/max_memory_gb")
         metrics["perf/max_memory_gb"] = max(memory, metrics.get("perf/max_memory_gb", memory))
@@ -115,14 +118,3 @@ class PosttrainTrainer(PromptTrainer):
         if self.predictions is not None:
             self.predictions.write([{"step": self.global_steps, **row} for row in rows])
         return mean_scores(rows)
-
-
-def _reward_metrics(rewards: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
-    return {
-        "answer/reward/mean": rewards.mean().item(),
-        "answer/reward/std": rewards.std().item(),
-        "answer/reward/min": rewards.min().item(),
-        "answer/reward/max": rewards.max().item(),
-        "answer/group_zero_std": group_zero_std_share(rewards[:, None]),
-        "answer/length/mean": lengths.float().mean().item(),
-    }

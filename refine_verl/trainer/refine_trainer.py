@@ -29,7 +29,7 @@ from verl.workers.config import TrainingWorkerConfig
 
 from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.data.dataset import collate_columns, pad_batch
-from refine_verl.nsp import group_zero_std_share
+from refine_verl.nsp import rollout_metrics
 from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.record.metrics import MetricsWriter, read_metrics
 from refine_verl.record.progress import TrainingProgress
@@ -38,6 +38,7 @@ from refine_verl.trainer.advantage import compute_advantages
 from refine_verl.trainer.resources import WorkerPoolManager
 from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.workers.loss import RefineLoss
+from refine_verl.workers.objective import Objective
 from refine_verl.workers.worker import NSPRolloutWorker, WorkerSettings, worker_threads
 
 logger = logging.getLogger(__name__)
@@ -251,10 +252,11 @@ class RefineTrainer(CheckpointingTrainer):
         Args:
             batch: of :meth:`_to_batch`; rows of weight 0 teach nothing.
             metrics, timing_raw: what was measured is added.
-            how: for :meth:`_in_mini_batches`.
+            how: for :meth:`_update`.
         """
         forward_tokens, rewards = 0.0, None
-        if self._uses_rollouts():
+        objective = Objective.ROLLOUTS if self._uses_rollouts() else Objective.DOCUMENTS
+        if objective is Objective.ROLLOUTS:
             # 1-3: choose positions, write rollouts, reward them, all next to the model
             with marked_timer("rollout", timing_raw):
                 rollouts = self.actor_rollout_wg.rollout_and_reward(batch).get()
@@ -266,11 +268,11 @@ class RefineTrainer(CheckpointingTrainer):
                 rewards, self.settings.nsp.rollout_length, self.settings.nsp.group, self.config.algorithm
             )
             forward_tokens += float(rollouts["forward_tokens"].sum())
-            metrics.update(self._rollout_metrics(rollouts[batch["weight"] > 0]))
+            metrics.update(rollout_metrics(rollouts[batch["weight"] > 0], self.settings.nsp.group))
             batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs", "advantages"))
         # 4: one optimiser step per mini-batch
         with marked_timer("update", timing_raw):
-            updated = tu.get(self.actor_rollout_wg.update(self._in_mini_batches(batch, **how)).get(), "metrics")
+            updated = self._update(batch, objective, **how)
         skipped = metrics.get("actor/skipped_updates", 0.0)  # of an earlier pass of this step
         metrics.update(self._update_metrics(updated))
         metrics["actor/skipped_updates"] += skipped
@@ -300,45 +302,36 @@ class RefineTrainer(CheckpointingTrainer):
             non_tensor_dict={"global_step": self.global_steps},
         )
 
-    def _in_mini_batches(self, batch: TensorDict, size: int | None = None, **how: Any) -> TensorDict:
-        """Order rows so that every mini-batch holds the same documents however many ranks share it.
+    def _update(
+        self, batch: TensorDict, objective: Objective, size: int | None = None, **how: Any
+    ) -> dict[str, list[float]]:
+        """One optimiser step per mini-batch; returns the workers' metrics.
 
-        Ranks get contiguous shares of the batch and cut them into mini-batches themselves.
+        Every mini-batch holds the same documents however many ranks share it: ranks get contiguous shares of the
+        batch and cut them into mini-batches themselves, so rows are ordered first.
 
         Args:
-            batch: a multiple of ``size`` rows.
+            batch: a multiple of ``size`` rows, with all that ``objective`` asks for.
+            objective: what is to be learned.
             size: rows of a mini-batch; None: ``refine.ppo_mini_batch_size``.
             how: more for the worker's ``update``.
         """
         size = size or self.settings.ppo_mini_batch_size
         order = mini_batch_order(len(batch), size, self.actor_rollout_wg.world_size)
         data = tu.index_select_tensor_dict(batch, order)
-        actor = self.config.actor_rollout_ref.actor
         tu.assign_non_tensor(
             data,
+            objective=objective,
             mini_batch_size=size,
-            epochs=actor.ppo_epochs,
+            epochs=self.config.actor_rollout_ref.actor.ppo_epochs,
             seed=self.config.data.seed,
             use_dynamic_bsz=False,
             **how,
         )
-        return data
+        metrics: dict[str, list[float]] = tu.get(self.actor_rollout_wg.update(data).get(), "metrics")
+        return metrics
 
     # Numbers
-
-    def _rollout_metrics(self, rollouts: TensorDict) -> dict[str, float]:
-        rewards = rollouts["rewards"]
-        return {
-            "nsp/reward/mean": rewards.mean().item(),
-            "nsp/reward/std": rewards.std().item() if rewards.numel() > 1 else 0.0,
-            "nsp/reward/min": rewards.min().item(),
-            "nsp/reward/max": rewards.max().item(),
-            "nsp/reward_cosine/mean": rollouts["reward_cosine"].mean().item(),
-            "nsp/reward_binary/mean": rollouts["reward_binary"].mean().item(),
-            "nsp/entropy/mean": rollouts["entropy_mean"].mean().item(),
-            "nsp/entropy/selected_mean": rollouts["entropy_selected"].mean().item(),
-            "nsp/group_zero_std": group_zero_std_share(rewards, self.settings.nsp.group),
-        }
 
     def _update_metrics(self, updated: dict[str, list[float]]) -> dict[str, float]:
         """Means over the step's mini-batches; skipped updates are counted and left out of the means."""

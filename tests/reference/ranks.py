@@ -195,7 +195,7 @@ class Session:
 
     def poisoned(self, value: float, rows: list[int]) -> dict[str, Any]:
         """Updates with a bad advantage in ``rows``, driven through the trainer's own accounting."""
-        from verl.utils import tensordict_utils as tu
+        from refine_verl.workers.objective import Objective
 
         batch = self.trainer._to_batch(columns(LENGTHS, 1))
         rollouts = self.group.rollout_and_reward(batch).get()
@@ -203,7 +203,7 @@ class Session:
         batch["advantages"] = torch.zeros(*rollouts["rewards"].shape)
         batch["advantages"][rows, 0, 0] = value
         before = self.parameters()
-        updated = tu.get(self.group.update(self.trainer._in_mini_batches(batch)).get(), "metrics")
+        updated = self.trainer._update(batch, Objective.ROLLOUTS)
         metrics = self.trainer._update_metrics(updated)
         return {
             "metrics": metrics,
