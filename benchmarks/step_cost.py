@@ -33,7 +33,7 @@ from transformers import AutoConfig
 from refine_verl.config import LossSettings, NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
 from refine_verl.models.reward_manager import HiddenStateRewardManager
-from refine_verl.models.step import Rollouts, in_parts, micro_batch_loss, write_and_reward
+from refine_verl.models.step import Rollouts, Step, in_parts
 from refine_verl.nsp import group_standardise, ppo_clip_loss
 
 KINDS = ("sft", "fork", "prefix")
@@ -177,13 +177,8 @@ class Bench:
         generator = torch.Generator().manual_seed(seed)
         vocabulary = preset.model["vocab_size"]
         tokens = torch.randint(0, vocabulary, (preset.documents, preset.length), generator=generator)
-        self.tokens = tokens.to(preset.device)
-        self.predicted = preset.documents * (preset.length - 1)
+        self.documents = Documents.from_tensors(tokens.to(preset.device), [preset.length] * preset.documents)
         self.rollouts = preset.documents * nsp.chunks * nsp.rollouts_per_position
-
-    def documents(self, rows: slice) -> Documents:
-        tokens = self.tokens[rows]
-        return Documents.from_tensors(tokens, (self.preset.length,) * len(tokens))
 
     def step(self, kind: str) -> None:
         """One optimiser step."""
@@ -193,30 +188,24 @@ class Bench:
 
     def write(self, kind: str) -> dict[str, Tensor]:
         """Rollouts of the whole batch, rewarded and compared."""
-        rollouts = write_and_reward(
-            self.actor,
-            HiddenStateRewardManager(self.nsp.reward),
-            self.documents(slice(None)),
-            range(self.preset.documents),
-            replace(self.nsp, rollout=kind),
-            seed=0,
-            step=1,
-            read_together=self.preset.rollout_micro_batch,
-        )
+        reward = HiddenStateRewardManager(self.nsp.reward)
+        rollouts = self.parts(kind).write_and_reward(1, self.documents, range(len(self.documents)), reward)
         return {**rollouts, "advantages": group_standardise(rollouts["rewards"])}
+
+    def parts(self, kind: str) -> Step:
+        nsp = self.nsp if kind == "sft" else replace(self.nsp, rollout=kind)
+        return Step(self.actor, nsp, seed=0, read_together=self.preset.rollout_micro_batch)
 
     def backward(self, kind: str, written: Rollouts | None) -> float:
         """Gradients of the batch, document by document. Returns the loss."""
         total = 0.0
-        for document, rollouts in in_parts(self.documents(slice(None)), written, 1):
-            loss, _ = micro_batch_loss(
-                self.actor,
+        for document, rollouts in in_parts(self.documents, written, 1):
+            loss, _ = self.parts(kind).loss(
                 document,
                 rollouts,
-                self.nsp if kind == "sft" else replace(self.nsp, rollout=kind),
                 LossSettings(rl_coef=0.2, sft_coef=1.0),
                 policy_loss=ppo_clip_loss,
-                global_tokens=self.predicted,
+                global_tokens=self.documents.predicted,
                 global_rollouts=self.rollouts,
             )
             loss.backward()
@@ -255,7 +244,7 @@ def _compare(bench: Bench) -> dict[str, float]:
         with torch.no_grad():
             output = bench.actor(
                 mode="update",
-                documents=bench.documents(slice(0, 1)),
+                documents=bench.documents.split(1)[0],
                 branches=Branches(written["positions"][:1], written["rollout_tokens"][:1]),
                 nsp=replace(bench.nsp, rollout=kind),
             )
@@ -298,7 +287,7 @@ def count_tokens(bench: Bench, kind: str) -> float:
     """Tokens put through the model per document token in one step."""
     bench.actor.forward_tokens = 0
     bench.step(kind)
-    return bench.actor.forward_tokens / bench.tokens.numel()
+    return bench.actor.forward_tokens / bench.documents.total
 
 
 def measure_memory(preset: Preset, nsp: NSPSettings, kind: str) -> dict[str, int]:

@@ -11,7 +11,7 @@ from examples.recall.task import Task
 from refine_verl.config import NSPSettings
 from refine_verl.models import FastWeightActor
 from refine_verl.models.reward_manager import HiddenStateRewardManager
-from refine_verl.models.step import write
+from refine_verl.models.step import Step
 
 REWARDS = ("cosine", "binary", "hybrid")
 # Uniform: the places do not move with a model's entropies, so that all models are judged at the same ones.
@@ -63,7 +63,8 @@ def _predictions(actor: FastWeightActor, tokens: Tensor) -> tuple[Tensor, float]
 
 
 def _rewards(actor: FastWeightActor, task: Task, tokens: Tensor) -> dict[str, float]:
-    rollouts = write(actor, task.documents(tokens), range(len(tokens)), JUDGED, seed=HELD_OUT_SEED, step=0)
+    step = Step(actor, JUDGED, HELD_OUT_SEED, read_together=len(tokens))
+    rollouts = step.write(0, task.documents(tokens), range(len(tokens)))
     rewards = HiddenStateRewardManager("hybrid", REWARDS)(rollouts)
     return {f"reward_{name}": rewards[f"reward_{name}"].mean().item() for name in REWARDS}
 

@@ -9,7 +9,7 @@ from examples.text.corpus import documents
 from refine_verl.config import NSPSettings
 from refine_verl.models import FastWeightActor
 from refine_verl.models.reward_manager import HiddenStateRewardManager
-from refine_verl.models.step import write_and_reward
+from refine_verl.models.step import Step
 
 BATCH = 16
 # Draws of the scores, which no training run uses.
@@ -67,8 +67,8 @@ def rollout_scores(
         selection="uniform",
         temperature=temperature,
     )
-    reward, ids = HiddenStateRewardManager("cosine"), range(len(windows))
-    scores = write_and_reward(actor, reward, documents(windows), ids, nsp, seed=SCORE_SEED, step=0, read_together=BATCH)
+    step = Step(actor, nsp, SCORE_SEED, read_together=BATCH)
+    scores = step.write_and_reward(0, documents(windows), range(len(windows)), HiddenStateRewardManager("cosine"))
     return {name: scores[name].mean().item() for name in ("reward_cosine", "reward_binary")}
 
 

@@ -14,7 +14,7 @@ from refine_verl.adaptation.guard import set_training
 from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.models import Documents, FastWeightActor
 from refine_verl.models.reward_manager import HiddenStateRewardManager
-from refine_verl.models.step import Rollouts, in_parts, micro_batch_loss, write_and_reward
+from refine_verl.models.step import Rollouts, Step, in_parts
 from refine_verl.nsp import group_standardise, ppo_clip_loss, rollout_metrics
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ class Loop:
             weight_decay=settings.weight_decay,
         )
         # not through __call__: hooks of the user's are for his own passes
-        self.run_actor = functools.partial(FastWeightActor.forward, actor)
+        run = functools.partial(FastWeightActor.forward, actor)
+        self.parts = Step(run, settings.nsp, settings.seed, read_together=settings.micro_batch_size)
         self.reward = HiddenStateRewardManager(settings.nsp.reward)
         self.policy_loss = functools.partial(ppo_clip_loss, clip_ratio=settings.clip_ratio)
 
@@ -69,21 +70,11 @@ class Loop:
         return [self.step(part, rollouts) for part, rollouts in mini_batches]
 
     def write(self, index: int, documents: Documents, ids: Sequence[int]) -> dict[str, Tensor]:
-        """Steps 1 to 3 for all documents: what `write_and_reward` returns, and ``advantages`` [N, c, n]."""
+        """Steps 1 to 3 for all documents: what `Step.write_and_reward` returns, and ``advantages`` [N, c, n]."""
         set_training(self.actor, False)
-        settings = self.settings
-        rollouts = write_and_reward(
-            self.run_actor,
-            self.reward,
-            documents,
-            ids,
-            settings.nsp,
-            seed=settings.seed,
-            step=index,
-            read_together=settings.micro_batch_size,
-        )
+        rollouts = self.parts.write_and_reward(index, documents, ids, self.reward)
         rollouts["advantages"] = group_standardise(
-            rollouts["rewards"], settings.nsp.group, divide_by_std=settings.norm_adv_by_std_in_grpo
+            rollouts["rewards"], self.settings.nsp.group, divide_by_std=self.settings.norm_adv_by_std_in_grpo
         )
         return rollouts
 
@@ -117,11 +108,9 @@ class Loop:
         total: list[Tensor | None] = [None] * len(self.parameters)
         metrics: dict[str, float] = {"actor/loss": 0.0}
         for part, rollouts in in_parts(documents, written, self.settings.micro_batch_size):
-            loss, shares = micro_batch_loss(
-                self.run_actor,
+            loss, shares = self.parts.loss(
                 part,
                 rollouts,
-                self.settings.nsp,
                 self.settings.loss,
                 policy_loss=self.policy_loss,
                 global_tokens=documents.predicted,

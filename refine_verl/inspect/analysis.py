@@ -14,7 +14,7 @@ from torch import nn
 from refine_verl.config import NSPSettings
 from refine_verl.models import Documents, FastWeightActor, RolloutBatch
 from refine_verl.models.reward_manager import HiddenStateRewardManager
-from refine_verl.models.step import write
+from refine_verl.models.step import Step
 from refine_verl.nsp import (
     ANCHORS,
     align_entropy,
@@ -100,7 +100,7 @@ def analyse(actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: i
     device = next(actor.parameters()).device
     documents = Documents.from_tensors(torch.tensor([tokens], device=device), [len(tokens)])
     with _recorded(actor, "entropy") as entropies:
-        batch = write(actor, documents, [_DOCUMENT], nsp, seed=seed, step=_STEP)
+        batch = Step(actor, nsp, seed).write(_STEP, documents, [_DOCUMENT])
     with _recorded(actor, "score") as scores:
         actor(mode="score", documents=documents)
     (entropy,), ((loss, correct),) = entropies, scores

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
@@ -17,6 +16,7 @@ from refine_verl.nsp import reward_metrics
 from refine_verl.record.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
 from refine_verl.trainer.advantage import answer_advantages
 from refine_verl.trainer.prompts import Columns, PromptTrainer
+from refine_verl.trainer.refine_trainer import Record
 from refine_verl.workers.objective import Objective
 
 
@@ -34,7 +34,7 @@ class PosttrainTrainer(PromptTrainer):
         self.predictions = None
 
     @contextmanager
-    def _recorder(self, resume_step: int | None, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    def _recorder(self, resume_step: int | None) -> Iterator[Record]:
         def still_holds(row: Mapping[str, Any]) -> bool:
             # validation alone makes the answers of its step again and leaves all others
             if "step" not in row:  # of a test-time run, with resume_mode=disable
@@ -46,7 +46,7 @@ class PosttrainTrainer(PromptTrainer):
 
         self.predictions = PredictionsFile(self.run_dir / PREDICTIONS_FILE, still_holds)
         try:
-            with super()._recorder(resume_step, total) as record:
+            with super()._recorder(resume_step) as record:
                 yield record
         finally:
             self.predictions.close()
@@ -73,7 +73,8 @@ class PosttrainTrainer(PromptTrainer):
             "learn_from": batch["lengths"],
             "weight": batch["weight"],
         }
-        return self._learn_answers(self._message(answers, 1, None), Objective.REFERENCES, metrics, timing_raw)
+        with marked_timer("update_answers", timing_raw):
+            return self._update(self._message(answers), Objective.REFERENCES, metrics, "answer")
 
     def _reinforce(self, columns: Columns, metrics: dict[str, float], timing_raw: dict[str, float]) -> float:
         """``outer: grpo``: sample answers, score them, compare the answers to one prompt with each other."""
@@ -97,20 +98,8 @@ class PosttrainTrainer(PromptTrainer):
             rewards, answers["answer_lengths"], batch["answer_tokens"].shape[-1], self.config.algorithm
         )
         tu.assign_non_tensor(batch, temperature=settings.temperature)
-        return forward_tokens + self._learn_answers(batch, Objective.ANSWERS, metrics, timing_raw)
-
-    def _learn_answers(
-        self, batch: TensorDict, objective: Objective, metrics: dict[str, float], timing_raw: dict[str, float]
-    ) -> float:
-        """One optimiser step per mini-batch; returns the tokens put through the model."""
         with marked_timer("update_answers", timing_raw):
-            updated = self._update(batch, objective)
-        measured = self._update_metrics(updated)
-        memory = measured.pop("perf/max_memory_gb")
-        metrics["perf/max_memory_gb"] = max(memory, metrics.get("perf/max_memory_gb", memory))
-        metrics["actor/lr"] = measured.pop("actor/lr")
-        metrics.update({name.replace("actor/", "answer/"): value for name, value in measured.items()})
-        return float(updated["forward_tokens"][0])
+            return forward_tokens + self._update(batch, Objective.ANSWERS, metrics, "answer")
 
     def _validate(self, *_: Any) -> dict[str, float]:
         """Greedy answers to every validation prompt, each scored once; kept in predictions.jsonl."""

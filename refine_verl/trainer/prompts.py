@@ -13,7 +13,6 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.model import get_generation_config
 
-from refine_verl.data.dataset import pad_batch
 from refine_verl.data.prompts_dataset import collate_columns
 from refine_verl.scoring import score
 from refine_verl.trainer.refine_trainer import RefineTrainer
@@ -114,9 +113,3 @@ class PromptTrainer(RefineTrainer):
             }
             for row, (text,) in enumerate(texts)
         ]
-
-    def _message(self, tensors: dict[str, Tensor], multiple: int, step: int | None) -> TensorDict:
-        return tu.get_tensordict(
-            tensor_dict=pad_batch(tensors, multiple),
-            non_tensor_dict={"global_step": self.global_steps if step is None else step},
-        )

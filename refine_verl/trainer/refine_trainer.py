@@ -43,6 +43,8 @@ from refine_verl.workers.worker import NSPRolloutWorker, WorkerSettings, worker_
 
 logger = logging.getLogger(__name__)
 
+Record = Callable[[dict[str, float]], None]
+
 MAX_SKIPPED_UPDATES = 5
 """So many updates in a row with a NaN or infinite gradient end the run."""
 
@@ -151,16 +153,12 @@ class RefineTrainer(CheckpointingTrainer):
             TrainingDiverged: see :data:`MAX_SKIPPED_UPDATES`.
         """
         trainer = self.config.trainer
-        resumed = self.global_steps > 0
         if not trainer.val_only:
-            self._say_if_past(self.total_training_steps)
+            self._warn_if_past_the_last_step()
         # a fresh run measures step 0 again too; validation alone takes nothing away
-        resume_step = None if trainer.val_only else self.global_steps if resumed else -1
-        with self._recorder(resume_step, self.total_training_steps) as record:
-            if (trainer.val_only or trainer.val_before_train and not resumed) and len(self.val_dataset):
-                record(self._validate())
-            elif self.lost_metrics is not None:
-                record(self._completed(self.lost_metrics))
+        resume_step = None if trainer.val_only else self.global_steps or -1
+        with self._recorder(resume_step) as record:
+            self._before_the_first_step(record)
             self.on_train_begin()
             with self.signals.deferred():
                 while self.global_steps < self.total_training_steps and not trainer.val_only:
@@ -168,20 +166,27 @@ class RefineTrainer(CheckpointingTrainer):
                     record(self._train_one_step())
                     saved = self._is_due(trainer.save_freq)
                     self._stop_if_diverged(saved)
-                    self._stop_if_asked(saved, self.total_training_steps)
+                    self._stop_if_asked(saved)
             self.on_train_end()
         self._shutdown_dump_executor()
         if not trainer.val_only:
             with self.signals.deferred():
                 self._export()
 
+    def _before_the_first_step(self, record: Record) -> None:
+        """Validate a fresh run; of a resumed one record the step whose line an interruption took."""
+        trainer = self.config.trainer
+        if (trainer.val_only or trainer.val_before_train and not self.global_steps) and len(self.val_dataset):
+            record(self._validate())
+        elif self.lost_metrics is not None:
+            record(self._completed(self.lost_metrics))
+
     @contextmanager
-    def _recorder(self, resume_step: int | None, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    def _recorder(self, resume_step: int | None) -> Iterator[Record]:
         """A function that records the metrics of the current step: in metrics.jsonl, loggers and the display.
 
         Args:
             resume_step: see :class:`MetricsWriter`.
-            total: steps of the whole run.
         """
         trainer = self.config.trainer
         path = self.run_dir / "metrics.jsonl"
@@ -194,7 +199,7 @@ class RefineTrainer(CheckpointingTrainer):
         )
         self._start_profile_schedule()
         history = read_metrics(path) if self.global_steps > 0 else []
-        with TrainingProgress(total, initial=self.global_steps, history=history) as progress:
+        with TrainingProgress(self.total_training_steps, initial=self.global_steps, history=history) as progress:
 
             def record(metrics: dict[str, float]) -> None:
                 writer.log(metrics, step=self.global_steps)
@@ -272,11 +277,8 @@ class RefineTrainer(CheckpointingTrainer):
             batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs", "advantages"))
         # 4: one optimiser step per mini-batch
         with marked_timer("update", timing_raw):
-            updated = self._update(batch, objective, **how)
-        skipped = metrics.get("actor/skipped_updates", 0.0)  # of an earlier pass of this step
-        metrics.update(self._update_metrics(updated))
-        metrics["actor/skipped_updates"] += skipped
-        return Learned(forward_tokens + updated["forward_tokens"][0], rewards)
+            forward_tokens += self._update(batch, objective, metrics, **how)
+        return Learned(forward_tokens, rewards)
 
     def _uses_rollouts(self) -> bool:
         return self.settings.uses_rollouts and self.global_steps > self.settings.warmup_steps
@@ -297,15 +299,25 @@ class RefineTrainer(CheckpointingTrainer):
 
     def _to_batch(self, columns: dict[str, Any], multiple: int = 1) -> TensorDict:
         """Padded tensors of one batch; dummies of weight 0 fill it up to ``multiple`` rows."""
+        return self._message(collate_columns(columns), multiple)
+
+    def _message(self, tensors: dict[str, Tensor], multiple: int = 1, step: int | None = None) -> TensorDict:
+        """Tensors for the workers; random draws depend on ``step``, unless given the step of the run."""
         return tu.get_tensordict(
-            tensor_dict=pad_batch(collate_columns(columns), multiple),
-            non_tensor_dict={"global_step": self.global_steps},
+            tensor_dict=pad_batch(tensors, multiple),
+            non_tensor_dict={"global_step": self.global_steps if step is None else step},
         )
 
     def _update(
-        self, batch: TensorDict, objective: Objective, size: int | None = None, **how: Any
-    ) -> dict[str, list[float]]:
-        """One optimiser step per mini-batch; returns the workers' metrics.
+        self,
+        batch: TensorDict,
+        objective: Objective,
+        metrics: dict[str, float],
+        name: str = "actor",
+        size: int | None = None,
+        **how: Any,
+    ) -> float:
+        """One optimiser step per mini-batch; returns the number of tokens put through the model.
 
         Every mini-batch holds the same documents however many ranks share it: ranks get contiguous shares of the
         batch and cut them into mini-batches themselves, so rows are ordered first.
@@ -313,6 +325,8 @@ class RefineTrainer(CheckpointingTrainer):
         Args:
             batch: a multiple of ``size`` rows, with all that ``objective`` asks for.
             objective: what is to be learned.
+            metrics: what was measured is added, to earlier passes of the same step.
+            name: what its names begin with.
             size: rows of a mini-batch; None: ``refine.ppo_mini_batch_size``.
             how: more for the worker's ``update``.
         """
@@ -328,12 +342,15 @@ class RefineTrainer(CheckpointingTrainer):
             use_dynamic_bsz=False,
             **how,
         )
-        metrics: dict[str, list[float]] = tu.get(self.actor_rollout_wg.update(data).get(), "metrics")
-        return metrics
+        updated = tu.get(self.actor_rollout_wg.update(data).get(), "metrics")
+        skipped = metrics.get(f"{name}/skipped_updates", 0.0)
+        metrics.update(self._update_metrics(updated, name))
+        metrics[f"{name}/skipped_updates"] += skipped
+        return float(updated["forward_tokens"][0])
 
     # Numbers
 
-    def _update_metrics(self, updated: dict[str, list[float]]) -> dict[str, float]:
+    def _update_metrics(self, updated: dict[str, list[float]], name: str) -> dict[str, float]:
         """Means over the step's mini-batches; skipped updates are counted and left out of the means."""
         norms = updated["grad_norm"]
         for norm in norms:
@@ -347,11 +364,15 @@ class RefineTrainer(CheckpointingTrainer):
                 skipped,
                 len(norms),
             )
-        metrics = {name: _finite_mean(values) for name, values in updated.items() if name.startswith("actor/")}
+        means = {
+            f"{name}/{key.removeprefix('actor/')}": _finite_mean(values)
+            for key, values in updated.items()
+            if key.startswith("actor/")
+        }
         return {
-            **metrics,
-            "actor/grad_norm": _finite_mean(norms),
-            "actor/skipped_updates": float(skipped),
+            **means,
+            f"{name}/grad_norm": _finite_mean(norms),
+            f"{name}/skipped_updates": float(skipped),
             "actor/lr": float(updated["lr"][-1]),
             "perf/max_memory_gb": float(max(updated["perf/max_memory_allocated_gb"])),
         }

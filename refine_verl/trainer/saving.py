@@ -131,14 +131,14 @@ class CheckpointingTrainer(PPOTrainer):
             trainer.resume_mode, trainer.resume_from_path = asked
         self.lost_metrics = None if folder is None else self._metrics_without_a_line(folder)
 
-    def _say_if_past(self, last: int) -> None:
+    def _warn_if_past_the_last_step(self) -> None:
         """Say why a run that was asked for fewer steps than its checkpoint has ends at once."""
-        if self.global_steps > last:
+        if self.global_steps > self.total_training_steps:
             logger.warning(
                 "the checkpoint of step %d is past the %d steps asked for (trainer.total_training_steps): nothing is "
                 "trained, and %s is the model of step %d",
                 self.global_steps,
-                last,
+                self.total_training_steps,
                 self.run_dir / "model",
                 self.global_steps,
             )
@@ -153,18 +153,17 @@ class CheckpointingTrainer(PPOTrainer):
         metrics: dict[str, float] = json.loads(file.read_text())
         return metrics
 
-    def _stop_if_asked(self, saved: bool, last: int, where: str | None = None) -> None:
+    def _stop_if_asked(self, saved: bool, where: str | None = None) -> None:
         """End a run that got SIGTERM or SIGINT, unless it ends by itself.
 
         Args:
             saved: whether all of this step is on disk already.
-            last: the last step.
-            where: what the next start goes on from; None: the checkpoint of this step.
+            where: from where the next start continues; None: the checkpoint of this step.
 
         Raises:
             Stopped: with a checkpoint of this step.
         """
-        if self.signals.received is None or self.global_steps >= last:
+        if self.signals.received is None or self.global_steps >= self.total_training_steps:
             return
         if not saved:
             self._save_checkpoint()

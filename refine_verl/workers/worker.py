@@ -25,7 +25,7 @@ from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.models import RolloutBatch
 from refine_verl.models.answers import Answers
 from refine_verl.models.reward_manager import HiddenStateRewardManager
-from refine_verl.models.step import write_and_reward
+from refine_verl.models.step import Step
 from refine_verl.nsp import generation_uniforms
 from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.record.checkpoint_files import FileRecord, flushed
@@ -97,18 +97,16 @@ class NSPRolloutWorker(TrainingWorker):
         """
         settings, counted = self.settings, self.engine.module.forward_tokens
         self.reward_seconds = 0.0
+        step = Step(
+            self.engine.module,
+            settings.refine.nsp,
+            settings.seed,
+            read_together=settings.rollout_micro_batch_size,
+            longest=settings.max_length,
+        )
+        documents, ids = documents_of(data.to(get_device_id())), data["document_id"].tolist()
         with self.engine.eval_mode(), self.engine.gathered():
-            rollouts = write_and_reward(
-                self.engine.module,
-                self._reward,
-                documents_of(data.to(get_device_id())),
-                data["document_id"].tolist(),
-                settings.refine.nsp,
-                seed=settings.seed,
-                step=tu.get(data, "global_step"),
-                longest=settings.max_length,
-                read_together=settings.rollout_micro_batch_size,
-            )
+            rollouts = step.write_and_reward(tu.get(data, "global_step"), documents, ids, self._reward)
         output = {
             name: (values.float() if values.is_floating_point() else values).cpu() for name, values in rollouts.items()
         }

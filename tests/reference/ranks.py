@@ -195,6 +195,8 @@ class Session:
 
     def poisoned(self, value: float, rows: list[int]) -> dict[str, Any]:
         """Updates with a bad advantage in ``rows``, driven through the trainer's own accounting."""
+        from verl.utils import tensordict_utils as tu
+
         from refine_verl.workers.objective import Objective
 
         batch = self.trainer._to_batch(columns(LENGTHS, 1))
@@ -203,8 +205,9 @@ class Session:
         batch["advantages"] = torch.zeros(*rollouts["rewards"].shape)
         batch["advantages"][rows, 0, 0] = value
         before = self.parameters()
-        updated = self.trainer._update(batch, Objective.ROLLOUTS)
-        metrics = self.trainer._update_metrics(updated)
+        metrics: dict[str, float] = {}
+        self.trainer._update(batch, Objective.ROLLOUTS, metrics)
+        updated = tu.get(self.group.last["update"], "metrics")
         return {
             "metrics": metrics,
             "grad_norms": list(updated["grad_norm"]),
