@@ -1,4 +1,4 @@
-"""Attempts of a run: what ends one cleanly, and when the next one goes on from the last checkpoint by itself."""
+"""Attempts of a run: what ends one cleanly, and when the next one resumes from the last checkpoint by itself."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
                 raise
             if trainer.signals.received is not None:  # sent to every process, workers too
                 raise Stopped(
-                    f"stopped by {trainer.signals.received.name} within a step ({lost}); the same command goes on from "
+                    f"stopped by {trainer.signals.received.name} within a step ({lost}); the same command resumes from "
                     "the last checkpoint, if there is one"
                 ) from error
             allowed = config.trainer.max_restarts
             if restarts >= allowed:
                 tried = f" after {restarts} restart(s)" if restarts else ""
                 raise WorkerLost(
-                    f"{lost}. The run ends{tried} (trainer.max_restarts={allowed}); the same command goes on from the "
+                    f"{lost}. The run ends{tried} (trainer.max_restarts={allowed}); the same command resumes from the "
                     "last checkpoint."
                 ) from error
             restarts += 1
@@ -98,7 +98,7 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
 
 
 @contextlib.contextmanager
-def losses_said_once() -> Iterator[None]:
+def silence_further_losses() -> Iterator[None]:
     """What the other workers raise because one was lost is not printed; use it for as long as Ray is up.
 
     A call goes to all workers and the driver raises the first error, which ends the attempt. Ray prints those of the
@@ -131,7 +131,7 @@ class _Debug(io.TextIOBase):
 
 
 def of_the_next_attempt(config: DictConfig, trainer: RefineTrainer) -> DictConfig:
-    """A run told to start over, or from elsewhere, has what its last attempt left to go on from."""
+    """A run told to start over, or from elsewhere, resumes from what its last attempt left."""
     config = copy.deepcopy(config)
     if trainer.left_something:
         config.trainer.resume_mode = "auto"
@@ -209,7 +209,7 @@ def wait_for_capacity(workers: int) -> None:
             raise ResourceError(
                 f"a node left the Ray cluster and did not come back within {CAPACITY_SECONDS:.0f} s: {there:g} "
                 f"{resource}s are left, the run needs {workers} (trainer.n_gpus_per_node * trainer.nnodes). Bring it "
-                "or another one back (`ray status`); the same command then goes on from the last checkpoint."
+                "or another one back (`ray status`); the same command then resumes from the last checkpoint."
             )
         if not said:
             logger.warning("waiting up to %.0f s for %d %ss", CAPACITY_SECONDS, workers, resource)

@@ -41,7 +41,7 @@ class CheckpointingTrainer(PPOTrainer):
     Attributes:
         run_dir: the run directory.
         signals: what asks the run to stop; nothing does unless it is replaced by one that is installed.
-        left_something: whether a next attempt can go on from what this one wrote.
+        left_something: whether a next attempt can resume from what this one wrote.
         lost_metrics: on resume, what the step of the checkpoint had measured, if an interruption came between the
             checkpoint and its line in metrics.jsonl.
     """
@@ -58,7 +58,7 @@ class CheckpointingTrainer(PPOTrainer):
         """Write ``global_step_N``, then the note of the last step, then remove checkpoints that are too many.
 
         Raises:
-            CheckpointError: with the free space, and what the run can go on from.
+            CheckpointError: with the free space, and what the run can resume from.
         """
         step = self.global_steps
         try:
@@ -92,7 +92,7 @@ class CheckpointingTrainer(PPOTrainer):
         left = (
             "there is no earlier checkpoint"
             if good is None
-            else f"{good} is whole, and the same command goes on from it"
+            else f"{good} is whole, and the same command resumes from it"
         )
         what = f"the checkpoint of step {self.global_steps} could not be written"
         cure = "Free some space, or keep fewer checkpoints with trainer.max_actor_ckpt_to_keep"
@@ -113,7 +113,7 @@ class CheckpointingTrainer(PPOTrainer):
             reason = getattr(error, "cause", error)
             full = f"the file system of {self.run_dir} is full: " if isinstance(reason, DiskFullError) else ""
             raise CheckpointError(
-                f"{full}the trained model could not be written to {final}. Free some space; the same command goes on "
+                f"{full}the trained model could not be written to {final}. Free some space; the same command resumes "
                 f"from the last checkpoint and writes it ({reason})"
             ) from error
 
@@ -168,6 +168,6 @@ class CheckpointingTrainer(PPOTrainer):
         if not saved:
             self._save_checkpoint()
         raise Stopped(
-            f"stopped by {self.signals.received.name} after step {self.global_steps}; the same command goes on "
+            f"stopped by {self.signals.received.name} after step {self.global_steps}; the same command resumes "
             f"{where or f'from {self.run_dir / STEP}{self.global_steps}'}"
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import refine_verl
 from refine_verl.adaptation import AdaptSettings, Prompts
-from refine_verl.adaptation.guard import Guise
+from refine_verl.adaptation.guard import TemporaryActor
 from refine_verl.adaptation.settings import read_settings
 from refine_verl.adaptation.training import Loop
 from refine_verl.models import Documents
@@ -89,7 +89,7 @@ def test_rollouts_do_not_depend_on_company_or_order() -> None:
 
     def write(chosen: list[Tensor], micro_batch_size: int) -> list[Rollouts]:
         settings = settings_of(micro_batch_size=micro_batch_size)
-        with Guise(model, checkpoint_segments=False).worn(0) as actor:
+        with TemporaryActor(model, checkpoint_segments=False).active(0) as actor:
             documents, ids = read(chosen)
             written = Loop(actor, settings).write(1, documents, ids)
         return [rollouts for _, rollouts in in_parts(documents, written, 1) if rollouts is not None]
@@ -112,7 +112,7 @@ def test_advantages_are_the_trainers(group: str, divide: bool) -> None:
     from refine_verl.trainer.advantage import compute_advantages
 
     settings = settings_of(nsp={**CONFIG["nsp"], "group": group}, norm_adv_by_std_in_grpo=divide)
-    with Guise(build(), checkpoint_segments=False).worn(0) as actor:
+    with TemporaryActor(build(), checkpoint_segments=False).active(0) as actor:
         written = Loop(actor, settings).write(1, *read(prompts()))
     rewards = written["rewards"]
     algorithm = OmegaConf.create({"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": divide})
@@ -147,7 +147,7 @@ def test_the_gradient_is_that_of_verls_policy_loss() -> None:
         )
 
     documents, ids = read(prompts())
-    with Guise(build(dtype=torch.float64), checkpoint_segments=False).worn(0) as actor:
+    with TemporaryActor(build(dtype=torch.float64), checkpoint_segments=False).active(0) as actor:
         ours = Loop(actor, settings_of(loss={"sft_coef": 0.0}))
         written = ours.write(1, documents, ids)
         # off the policy that wrote, or the ratio would be 1 everywhere
