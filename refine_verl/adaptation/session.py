@@ -18,7 +18,8 @@ from refine_verl.adaptation.training import Loop
 from refine_verl.config import ConfigError
 from refine_verl.models import FastWeightActor
 from refine_verl.models.answers import Answers
-from refine_verl.nsp import generation_uniforms, validate_reward_name
+from refine_verl.models.step import answer_draws
+from refine_verl.nsp import validate_reward_name
 
 
 def adapt(
@@ -146,37 +147,21 @@ class Adapted:
             set_training(actor, False)
             for start in range(0, len(prompts), batch_size):
                 rows = range(start, min(start + batch_size, len(prompts)))
-                written += self._write(actor, prompts, rows, limits, temperature, stops, key)
+                mine = [limits[row] for row in rows]
+                ids = [prompts.ids[row] for row in rows]
+                answers: Answers = FastWeightActor.forward(
+                    actor,
+                    mode="generate",
+                    prompts=prompts.documents(rows, self._actor.device),
+                    limits=mine,
+                    length=max(mine),
+                    temperature=temperature,
+                    draws=answer_draws(key, 0, ids, 1, max(mine)) if temperature > 0 else None,
+                    stop_tokens=stops,
+                )
+                lengths = answers.lengths[:, 0].tolist()
+                written += [row[:length].clone() for row, length in zip(answers.tokens[:, 0], lengths, strict=True)]
         return written
-
-    def _write(
-        self,
-        actor: FastWeightActor,
-        prompts: Prompts,
-        rows: range,
-        limits: list[int],
-        temperature: float,
-        stops: list[int],
-        seed: int,
-    ) -> Iterator[Tensor]:
-        longest = max(limits[row] for row in rows)
-        draws = None
-        if temperature > 0:
-            draws = torch.stack(
-                [torch.from_numpy(generation_uniforms(seed, 0, prompts.ids[row], 1, longest)) for row in rows]
-            )
-        answers: Answers = FastWeightActor.forward(
-            actor,
-            mode="generate",
-            prompts=prompts.documents(rows, self._actor.device),
-            limits=[limits[row] for row in rows],
-            length=longest,
-            temperature=temperature,
-            draws=draws,
-            stop_tokens=stops,
-        )
-        for ids, length in zip(answers.tokens[:, 0], answers.lengths[:, 0].tolist(), strict=True):
-            yield ids[:length].clone()
 
 
 def _vocabulary(model: Any) -> int:

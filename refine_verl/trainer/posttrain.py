@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
 from refine_verl.data.prompts_dataset import collate_columns
 from refine_verl.nsp import reward_metrics
-from refine_verl.record.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
+from refine_verl.record.predictions import mean_scores
 from refine_verl.trainer.advantage import answer_advantages
 from refine_verl.trainer.prompts import Columns, PromptTrainer
-from refine_verl.trainer.refine_trainer import Record
 from refine_verl.workers.objective import Objective
 
 
@@ -27,29 +24,13 @@ class PosttrainTrainer(PromptTrainer):
     optimiser. The learning rate's schedule moves once per batch.
     """
 
-    predictions: PredictionsFile | None
-
-    def __init__(self, config: DictConfig) -> None:
-        super().__init__(config)
-        self.predictions = None
-
-    @contextmanager
-    def _recorder(self, resume_step: int | None) -> Iterator[Record]:
-        def still_holds(row: Mapping[str, Any]) -> bool:
-            # validation alone makes the answers of its step again and leaves all others
-            if "step" not in row:  # of a test-time run, with resume_mode=disable
-                return False
-            if resume_step is None:
-                return bool(row["step"] != self.global_steps)
-            # nor does a validation stay that is made again because its line in metrics.jsonl was lost
-            return bool(row["step"] <= resume_step - (self.lost_metrics is not None))
-
-        self.predictions = PredictionsFile(self.run_dir / PREDICTIONS_FILE, still_holds)
-        try:
-            with super()._recorder(resume_step) as record:
-                yield record
-        finally:
-            self.predictions.close()
+    def _still_holds(self, row: Mapping[str, Any]) -> bool:
+        if "step" not in row:  # of a test-time run, with resume_mode=disable
+            return False
+        if self.config.trainer.val_only:  # makes the answers of its step again and leaves all others
+            return bool(row["step"] != self.global_steps)
+        # nor does a validation stay that is made again because its line in metrics.jsonl was lost
+        return bool(row["step"] <= (self.global_steps or -1) - (self.lost_metrics is not None))
 
     def step(self, metrics: dict[str, float], timing_raw: dict[str, float]) -> int:
         """One batch, prompts first. Returns the number of tokens of its prompts and reference answers."""
@@ -80,8 +61,7 @@ class PosttrainTrainer(PromptTrainer):
         """``outer: grpo``: sample answers, score them, compare the answers to one prompt with each other."""
         settings = self.settings.answers
         with marked_timer("answer", timing_raw):
-            answers = self.answer(columns, samples=settings.samples, temperature=settings.temperature)
-        forward_tokens = float(answers["forward_tokens"].sum())
+            answers, forward_tokens = self.answer(columns, samples=settings.samples, temperature=settings.temperature)
         with marked_timer("score", timing_raw):
             rewards = torch.tensor(
                 [
@@ -104,6 +84,5 @@ class PosttrainTrainer(PromptTrainer):
     def _validate(self, *_: Any) -> dict[str, float]:
         """Greedy answers to every validation prompt, each scored once; kept in predictions.jsonl."""
         rows = [row for columns in self.val_dataloader for row in self.answered(columns)]
-        if self.predictions is not None:
-            self.predictions.write([{"step": self.global_steps, **row} for row in rows])
+        self.predictions.write([{"step": self.global_steps, **row} for row in rows])
         return mean_scores(rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from verl.utils.debug import marked_timer
 
 from refine_verl.data.verl_dataset import VerlDocumentDataset
 from refine_verl.record.metrics import read_metrics
-from refine_verl.record.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
+from refine_verl.record.predictions import PREDICTIONS_FILE, mean_scores
 from refine_verl.trainer.prompts import Columns, PromptTrainer
 from refine_verl.trainer.refine_trainer import Record
 
@@ -34,7 +33,6 @@ class TTTTrainer(PromptTrainer):
     val_dataset: VerlDocumentDataset
     ids: list[str]
     rows_of: list[list[int]]
-    predictions: PredictionsFile
     answers: list[dict[str, Any]]
 
     def __init__(self, config: DictConfig) -> None:
@@ -46,15 +44,10 @@ class TTTTrainer(PromptTrainer):
         """Whether every batch starts from the same weights."""
         return self.ttt.reset != "none"
 
-    def fit(self) -> None:
-        """Answer every test prompt that has no line in ``predictions.jsonl`` yet.
-
-        Raises:
-            TrainingDiverged: with ``reset: none``, see `refine_trainer.MAX_SKIPPED_UPDATES`.
-        """
+    def _begin(self) -> None:
+        """Every test prompt that has no line in ``predictions.jsonl`` yet is to be answered."""
         self.rows_of = self.batches()
         self.total_training_steps = len(self.rows_of)
-        self.predictions = PredictionsFile(self.run_dir / PREDICTIONS_FILE, self._still_holds)
         self.finished = {row["id"] for row in self.predictions.rows}
         if self.resets:
             # batches are finished one after the other; a batch that was interrupted is adapted to again
@@ -62,8 +55,6 @@ class TTTTrainer(PromptTrainer):
             self.global_steps = next((step for step, done in enumerate(complete) if not done), len(self.rows_of))
         if self.global_steps:
             logger.info("%d of %d batches are answered already", self.global_steps, len(self.rows_of))
-        super().fit()
-        self.predictions.close()
 
     def _before_the_first_step(self, record: Record) -> None:
         history = read_metrics(self.run_dir / "metrics.jsonl")
@@ -89,23 +80,13 @@ class TTTTrainer(PromptTrainer):
 
     def batches(self) -> list[list[int]]:
         """Rows of the test set that are adapted to together."""
-        keys = []
-        for row in range(len(self.val_dataset)):
-            values = self.val_dataset[row]
-            keys.append((values["document_id"], str(values["id"])))
+        rows = list(range(len(self.val_dataset)))
+        keys = [(row["document_id"], str(row["id"])) for row in map(self.val_dataset.__getitem__, rows)]
         self.ids = [name for _, name in keys]
-        rows = list(range(len(keys)))
         if self.resets:
             rows.sort(key=lambda row: keys[row])
         size = 1 if self.ttt.reset == "sample" else self.config.data.train_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-    def _columns(self, rows: list[int]) -> Columns:
-        columns: dict[str, list[Any]] = defaultdict(list)
-        for row in rows:
-            for name, value in self.val_dataset[row].items():
-                columns[name].append(value)
-        return columns
 
     def _still_holds(self, row: Mapping[str, Any]) -> bool:
         """Not if the run starts over; where adaptation carries on, not what came after the checkpoint."""
@@ -123,7 +104,8 @@ class TTTTrainer(PromptTrainer):
         Returns:
             The number of tokens of its prompts.
         """
-        columns = self._columns(self.rows_of[self.global_steps - 1])
+        rows = [self.val_dataset[row] for row in self.rows_of[self.global_steps - 1]]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
         before = self._timed_answers("answer_before", columns, timing_raw) if self.ttt.baseline else None
         try:
             curves = self._adapt(columns, metrics, timing_raw)
