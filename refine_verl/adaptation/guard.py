@@ -22,10 +22,10 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class _Saved:
-    """One parameter as it was: its tensor, a copy of what it held (None: never written to), gradient and flag."""
+    """One parameter as it was: its tensor, a copy of what that held (None: never written to), gradient and flag."""
 
     parameter: nn.Parameter
-    tensor: Tensor | None
+    tensor: Tensor
     copy: Tensor | None
     device: torch.device
     grad: Tensor | None
@@ -33,13 +33,9 @@ class _Saved:
 
     def restore(self) -> None:
         self.parameter.grad = None  # its dtype may not fit the tensor that is about to come
-        if self.tensor is None:
-            assert self.copy is not None
-            self.parameter.data = self.copy.to(self.device)
-        else:
-            self.parameter.data = self.tensor
-            if self.copy is not None:
-                self.tensor.copy_(self.copy)
+        self.parameter.data = self.tensor.to(self.device)
+        if self.copy is not None:
+            self.tensor.copy_(self.copy)
         self.parameter.requires_grad_(self.requires_grad)
         self.parameter.grad = self.grad
 
@@ -66,25 +62,16 @@ class SavedModel:
             backup: ``cpu`` or ``device``, where the copies lie.
         """
         for parameter in self._model.parameters():
-            data = parameter.data
+            data, low = parameter.data, parameter.dtype in LOW_PRECISION
             place = data.device if backup == "device" else torch.device("cpu")
-            low = data.dtype in LOW_PRECISION
-            self.widened = self.widened or low
-            keeps_tensor = not low or place == data.device
-            copy = data.to(place, copy=not low) if low or parameter.requires_grad else None
-            self._parameters.append(
-                _Saved(
-                    parameter,
-                    data if keeps_tensor else None,
-                    None if low and keeps_tensor else copy,
-                    data.device,
-                    parameter.grad,
-                    parameter.requires_grad,
-                )
-            )
+            # a low-precision tensor is its own copy, as training writes to another one; it may have to wait elsewhere
+            tensor = data.to(place) if low else data
+            copy = data.to(place, copy=True) if parameter.requires_grad and not low else None
+            saved = _Saved(parameter, tensor, copy, data.device, parameter.grad, parameter.requires_grad)
+            self._parameters.append(saved)
             parameter.grad = None
             if low:
-                parameter.data = data.float()
+                parameter.data, self.widened = data.float(), True
         self._save_buffers()
         if self.widened and next(self._model.parameters()).device.type == "cuda":
             # fla's kernels want low-precision activations, which these weights no longer give them by themselves

@@ -181,16 +181,14 @@ def dead_workers(group: RayWorkerGroup, seconds: float) -> dict[int, RayActorErr
 
 def end_processes(trainer: RefineTrainer) -> None:
     """End the workers of an attempt and give back their places; those that hang in a collective, too."""
-    group = getattr(trainer, "actor_rollout_wg", None)
-    pools = getattr(getattr(trainer, "resource_pool_manager", None), "resource_pool_dict", {})
+    group, pool = (getattr(trainer, name, None) for name in ("actor_rollout_wg", "pool"))
     if not ray.is_initialized():
         return
     try:
         for worker in group.workers if group is not None else ():
             ray.kill(worker, no_restart=True)
-        for pool in pools.values():
-            for placement in pool.pgs or ():
-                ray.util.remove_placement_group(placement)
+        for placement in (pool.pgs if pool is not None else None) or ():
+            ray.util.remove_placement_group(placement)
     except (RayError, ConnectionError) as error:
         logger.warning("workers could not be ended: %s", error)
 

@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
-from verl.trainer.ppo.utils import Role
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
@@ -35,7 +34,7 @@ from refine_verl.record.metrics import MetricsWriter, read_metrics
 from refine_verl.record.progress import TrainingProgress
 from refine_verl.record.redaction import redacted
 from refine_verl.trainer.advantage import compute_advantages
-from refine_verl.trainer.resources import WorkerPoolManager
+from refine_verl.trainer.resources import worker_pool
 from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.workers.loss import RefineLoss
 from refine_verl.workers.objective import Objective
@@ -80,26 +79,16 @@ class RefineTrainer(CheckpointingTrainer):
     def _build_replay_buffer(self) -> None:
         return None
 
-    def _init_resource_pool_mgr(self) -> None:
-        trainer = self.config.trainer
-        self.role_worker_mapping = {Role.Actor: ray.remote(NSPRolloutWorker)}
-        self.mapping = {Role.Actor: "workers"}
-        self.resource_pool_manager = WorkerPoolManager(
-            resource_pool_spec={"workers": [trainer.n_gpus_per_node] * trainer.nnodes}, mapping=self.mapping
-        )
-
     def _setup(self) -> None:
         self._init_tokenizer()
         self._init_dataloader()
         self._init_dump_executor()
-        self._init_resource_pool_mgr()
-        self.resource_pool_manager.create_resource_pool()
+        trainer = self.config.trainer
+        self.pool = worker_pool(trainer.n_gpus_per_node, trainer.nnodes)
         self.actor_rollout_wg = RayWorkerGroup(
-            resource_pool=self.resource_pool_manager.get_resource_pool(Role.Actor),
-            ray_cls_with_init=RayClassWithInitArgs(
-                cls=self.role_worker_mapping[Role.Actor], config=self._worker_config()
-            ),
-            device_name=self.config.trainer.device,
+            resource_pool=self.pool,
+            ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(NSPRolloutWorker), config=self._worker_config()),
+            device_name=trainer.device,
         )
         self.actor_rollout_wg.reset()
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)

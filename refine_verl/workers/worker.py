@@ -141,15 +141,12 @@ class NSPRolloutWorker(TrainingWorker):
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def score(self, data: TensorDict) -> TensorDict:
         """Next-token loss (sum) and number of right argmaxes of each document: ``loss`` [b], ``correct`` [b]."""
-        losses, correct = [], []
+        documents = documents_of(data.to(get_device_id()))
         with self.engine.eval_mode(), self.engine.gathered():
-            for part in data.split(self.settings.rollout_micro_batch_size):
-                loss, right = self.engine.module(mode="score", documents=documents_of(part.to(get_device_id())))
-                losses.append(loss)
-                correct.append(right)
-        return tu.get_tensordict(
-            tensor_dict={"loss": torch.cat(losses).double().cpu(), "correct": torch.cat(correct).cpu()}
-        )
+            parts = documents.split(self.settings.rollout_micro_batch_size)
+            scores = [self.engine.module(mode="score", documents=part) for part in parts]
+        loss, correct = (torch.cat(values).cpu() for values in zip(*scores, strict=True))
+        return tu.get_tensordict(tensor_dict={"loss": loss.double(), "correct": correct})
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def answer(self, data: TensorDict) -> TensorDict:

@@ -216,6 +216,13 @@ def test_methods(family: str) -> None:
     assert torch.equal(zero, sft) and history == same
 
 
+def test_metrics_have_the_names_of_training() -> None:
+    _, history = adapted_weights(build(), prompts(), CONFIG)
+    names = {"nsp/reward/std", "nsp/reward/min", "nsp/reward/max", "nsp/entropy/mean", "nsp/entropy/selected_mean"}
+    assert names <= history[0].keys()
+    assert not any(name.startswith("nsp/entropy_selected") for name in history[0])
+
+
 def test_adapting_learns_the_prompt() -> None:
     model, rows = build(), prompts((40, 40))
     _, history = adapted_weights(model, rows, {**CONFIG, "steps": 20, "lr": 3e-3})
