@@ -189,10 +189,11 @@ class Bench:
     def write(self, kind: str) -> dict[str, Tensor]:
         """Rollouts of the whole batch, rewarded and compared."""
         reward = HiddenStateRewardManager(self.nsp.reward)
-        rollouts = self.parts(kind).write_and_reward(1, self.documents, range(len(self.documents)), reward)
+        rollouts = self.model_step(kind).write_and_reward(1, self.documents, range(len(self.documents)), reward)
         return {**rollouts, "advantages": group_standardise(rollouts["rewards"])}
 
-    def parts(self, kind: str) -> Step:
+    def model_step(self, kind: str) -> Step:
+        """How the model makes a step of this kind."""
         nsp = self.nsp if kind == "sft" else replace(self.nsp, rollout=kind)
         return Step(self.actor, nsp, seed=0, read_together=self.preset.rollout_micro_batch)
 
@@ -200,7 +201,7 @@ class Bench:
         """Gradients of the batch, document by document. Returns the loss."""
         total = 0.0
         for document, rollouts in in_parts(self.documents, written, 1):
-            loss, _ = self.parts(kind).loss(
+            loss, _ = self.model_step(kind).loss(
                 document,
                 rollouts,
                 LossSettings(rl_coef=0.2, sft_coef=1.0),

@@ -42,7 +42,7 @@ class Loop:
         )
         # not through __call__: hooks of the user's are for his own passes
         run = functools.partial(FastWeightActor.forward, actor)
-        self.parts = Step(run, settings.nsp, settings.seed, read_together=settings.micro_batch_size)
+        self.model_step = Step(run, settings.nsp, settings.seed, read_together=settings.micro_batch_size)
         self.reward = HiddenStateRewardManager(settings.nsp.reward)
         self.policy_loss = functools.partial(ppo_clip_loss, clip_ratio=settings.clip_ratio)
 
@@ -72,7 +72,7 @@ class Loop:
     def write(self, index: int, documents: Documents, ids: Sequence[int]) -> dict[str, Tensor]:
         """Steps 1 to 3 for all documents: what `Step.write_and_reward` returns, and ``advantages`` [N, c, n]."""
         set_training(self.actor, False)
-        rollouts = self.parts.write_and_reward(index, documents, ids, self.reward)
+        rollouts = self.model_step.write_and_reward(index, documents, ids, self.reward)
         rollouts["advantages"] = group_standardise(
             rollouts["rewards"], self.settings.nsp.group, divide_by_std=self.settings.norm_adv_by_std_in_grpo
         )
@@ -108,7 +108,7 @@ class Loop:
         total: list[Tensor | None] = [None] * len(self.parameters)
         metrics: dict[str, float] = {"actor/loss": 0.0}
         for part, rollouts in in_parts(documents, written, self.settings.micro_batch_size):
-            loss, shares = self.parts.loss(
+            loss, shares = self.model_step.loss(
                 part,
                 rollouts,
                 self.settings.loss,

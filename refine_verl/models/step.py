@@ -90,7 +90,7 @@ class Step:
         self,
         documents: Documents,
         rollouts: Rollouts | None,
-        loss: LossSettings,
+        coefficients: LossSettings,
         *,
         policy_loss: PolicyLoss,
         global_tokens: int,
@@ -101,7 +101,7 @@ class Step:
         Args:
             documents: the micro-batch.
             rollouts: theirs; None for the next-token loss alone.
-            loss: the two coefficients.
+            coefficients: lambda_RL and lambda_SFT.
             policy_loss, global_tokens, global_rollouts: see `refine_objective`.
         """
         branches = None if rollouts is None else Branches(rollouts["positions"], rollouts["rollout_tokens"])
@@ -113,8 +113,8 @@ class Step:
             None if rollouts is None else rollouts["old_log_probs"].flatten(0, 2),
             None if rollouts is None else rollouts["advantages"].flatten(),
             policy_loss=policy_loss,
-            rl_coef=0.0 if rollouts is None else loss.rl_coef,
-            sft_coef=loss.sft_coef,
+            rl_coef=0.0 if rollouts is None else coefficients.rl_coef,
+            sft_coef=coefficients.sft_coef,
             global_tokens=global_tokens,
             global_rollouts=global_rollouts,
         )
