@@ -37,8 +37,7 @@ class PosttrainTrainer(PromptTrainer):
         columns = self._next_columns()
         forward_tokens = 0.0
         if self.settings.inner != "none":
-            inner = self.learn(self.prompts(columns), metrics, timing_raw, hold_learning_rate=True)
-            forward_tokens += inner.forward_tokens
+            forward_tokens, _ = self.learn(self.prompts(columns), metrics, timing_raw, hold_learning_rate=True)
         outer = {"sft": self._imitate, "grpo": self._reinforce}[self.settings.outer]
         forward_tokens += outer(columns, metrics, timing_raw)
         tokens = int(collate_columns(columns)["joined_lengths"].sum())

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -50,14 +49,6 @@ MAX_SKIPPED_UPDATES = 5
 
 class TrainingDiverged(RuntimeError):
     """Gradients stayed NaN or infinite; a checkpoint of the last good weights was written."""
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What a pass over a batch cost and showed: tokens put through the model, rewards [B, c, n] of the rollouts."""
-
-    forward_tokens: float
-    rewards: Tensor | None
 
 
 class RefineTrainer(CheckpointingTrainer):
@@ -235,18 +226,23 @@ class RefineTrainer(CheckpointingTrainer):
     def step(self, metrics: dict[str, float], timing_raw: dict[str, float]) -> int:
         """The paper's four steps on one batch of documents. Returns the number of document tokens."""
         batch = self._next_batch()
-        forward_tokens = self.learn(batch, metrics, timing_raw).forward_tokens
+        forward_tokens, _ = self.learn(batch, metrics, timing_raw)
         document_tokens = int(batch["lengths"].sum())
         metrics["perf/forward_tokens_per_token"] = forward_tokens / document_tokens
         return document_tokens
 
-    def learn(self, batch: TensorDict, metrics: dict[str, float], timing_raw: dict[str, float], **how: Any) -> Learned:
+    def learn(
+        self, batch: TensorDict, metrics: dict[str, float], timing_raw: dict[str, float], **how: Any
+    ) -> tuple[float, Tensor | None]:
         """The paper's four steps on documents or prompts.
 
         Args:
             batch: of :meth:`_to_batch`; rows of weight 0 teach nothing.
             metrics, timing_raw: what was measured is added.
             how: for :meth:`_update`.
+
+        Returns:
+            Tokens put through the model, and the rewards [B, c, n] of the rollouts.
         """
         forward_tokens, rewards = 0.0, None
         objective = Objective.ROLLOUTS if self._uses_rollouts() else Objective.DOCUMENTS
@@ -267,7 +263,7 @@ class RefineTrainer(CheckpointingTrainer):
         # 4: one optimiser step per mini-batch
         with marked_timer("update", timing_raw):
             forward_tokens += self._update(batch, objective, metrics, **how)
-        return Learned(forward_tokens, rewards)
+        return forward_tokens, rewards
 
     def _uses_rollouts(self) -> bool:
         return self.settings.uses_rollouts and self.global_steps > self.settings.warmup_steps
@@ -291,7 +287,7 @@ class RefineTrainer(CheckpointingTrainer):
         return self._message(collate_columns(columns), multiple)
 
     def _message(self, tensors: dict[str, Tensor], multiple: int = 1, step: int | None = None) -> TensorDict:
-        """Tensors for the workers; random draws depend on ``step``, unless given the step of the run."""
+        """A batch for the workers; random draws depend on ``step`` (None: the step of the run)."""
         return tu.get_tensordict(
             tensor_dict=pad_batch(tensors, multiple),
             non_tensor_dict={"global_step": self.global_steps if step is None else step},

@@ -142,10 +142,10 @@ class TTTTrainer(PromptTrainer):
             batch = tu.index_select_tensor_dict(self.prompts(columns, step=step + 1), order)
             batch["weight"] = weight
             points = self._losses(batch, timing)
-            learned = self.learn(batch, metrics, timing, **how)
-            forward_tokens += learned.forward_tokens
-            if learned.rewards is not None:
-                means = learned.rewards.flatten(1).mean(dim=1)[weight > 0].tolist()
+            forwarded, rewards = self.learn(batch, metrics, timing, **how)
+            forward_tokens += forwarded
+            if rewards is not None:
+                means = rewards.flatten(1).mean(dim=1)[weight > 0].tolist()
                 points = [{**point, "reward": mean} for point, mean in zip(points, means, strict=True)]
             for curve, point in zip(curves, points, strict=True):
                 curve.append({"step": step, **point})
