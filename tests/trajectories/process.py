@@ -105,7 +105,9 @@ def package_directory(scratch: Path) -> Path:
 
 _CHANGING: tuple[tuple[str, str], ...] = (
     (r"\d+:\d\d:\d\d left", "TIME left"),
-    (r"tokens/s \d+", "tokens/s N"),
+    (r"tokens/s \S+", "tokens/s N"),
+    # the name holds the path and the time of the file
+    (r"(sequences|prompts)-[0-9a-f]{12,}", r"\1-HASH"),
     (r"[\d.]+ [KMGT]iB free at", "SIZE free at"),
     (r"(free  +)[\d,.]+ [KMGT]iB at", r"\1SIZE at"),
     (r"has [\d.]+ GiB", "has SIZE"),
@@ -118,6 +120,8 @@ _CHANGING: tuple[tuple[str, str], ...] = (
 _LINES_LEFT_OUT = (
     # of Ray, where its release says it
     "Token authentication is enabled",
+    # on a busy machine
+    "WARNING refine_verl.trainer.launch: Ray was not up",
     # a progress bar of transformers, with its speed
     "Loading weights",
 )

@@ -137,7 +137,8 @@ def versions() -> dict[str, str]:
     """Of all that has a say in the last bits."""
     import torch
 
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    there = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
+    found = {name: there[name] for name in _PACKAGES if name in there}
     return {"python": platform.python_version(), **found, "processor": _processor(torch.backends.cpu)}
 
 
@@ -174,18 +175,19 @@ def _lines(file: Path) -> list[Any]:
 
 
 def read_weights(file: Path) -> dict[str, Any]:
-    """The hash of all tensors, and of each its shape, norm and hash."""
+    """Norms of all tensors, and what is equal only where every bit is: the hash of each and of all."""
     from safetensors import safe_open
 
-    whole, tensors = hashlib.sha256(), {}
+    whole = hashlib.sha256()
+    norms, tensors = {}, {}
     with safe_open(file, framework="np") as content:
         for name in sorted(content.keys()):
             tensor = np.ascontiguousarray(content.get_tensor(name))
             data = tensor.tobytes()
             whole.update(f"{name} {tensor.dtype} {tensor.shape} ".encode() + data)
-            norm = float(np.linalg.norm(tensor.astype(np.float64)))
-            tensors[name] = f"{tensor.dtype} {list(tensor.shape)} norm {norm!r} {hashlib.sha256(data).hexdigest()[:12]}"
-    return {"sha256": whole.hexdigest(), "tensors": tensors}
+            norms[name] = float(np.linalg.norm(tensor.astype(np.float64)))
+            tensors[name] = f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()[:12]}"
+    return {"norms": norms, "hashes": {"sha256": whole.hexdigest(), **tensors}}
 
 
 # A run directory for later versions

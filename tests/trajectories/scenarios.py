@@ -157,12 +157,17 @@ SCENARIOS = (
         "recipe=midtrain_grouped from the weights of the run directory that is kept here",
         midtrain(SEGMENTS, *GROUPED, *steps(3, save=-1), recipe="midtrain_grouped", model=("model.path=DATA/model",)),
     ),
-    one("posttrain_nested", "post-training: REFINE on the prompts, next-token loss on the answers", posttrain()),
+    one(
+        "posttrain_nested",
+        "post-training: REFINE on the prompts, no gradient through their states, next-token loss on the answers",
+        posttrain("refine.nsp.grad_scope=branch", "refine.nsp.anchor=token"),
+    ),
     one("posttrain_grpo", "post-training: REFINE on the prompts, GRPO on sampled answers", posttrain(*GRPO)),
     one(
         "test_time",
         "test-time training: three batches of prompts, weights back after each",
-        ("recipe=ttt", *DELTANET, *TEST_PROMPTS, *COMMON, UNCUT, *SMALL_BATCHES),
+        # of random weights the recipe's binary reward would be 0
+        ("recipe=ttt", *DELTANET, *TEST_PROMPTS, *COMMON, UNCUT, *SMALL_BATCHES, "refine.nsp.reward=hybrid"),
     ),
 )
 
