@@ -1,4 +1,4 @@
-"""Tables of a comparison, and the keys in which runs differ."""
+"""The keys in which runs differ."""
 
 from __future__ import annotations
 
@@ -6,21 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.page import flatten, setting_text
+from refine_verl.report.page import flatten, setting_text, table_card
 
-__all__ = ["comparison_table", "differences"]
+__all__ = ["differences"]
 
 FOLD_FROM = 60  # more rows are unfolded by who wants to read them
 
 Flat = Mapping[str, Any]
-
-
-def comparison_table(head: Sequence[object], rows: Sequence[Markup], *, numbers: bool) -> Markup:
-    """A card with a table; all columns but the first are numbers or texts."""
-    style = "number" if numbers else None
-    cells = [el("th", head[0]), *(el("th", name, class_=style) for name in head[1:])]
-    table = el("table", el("thead", el("tr", *cells)), el("tbody", *rows))
-    return el("div", el("div", table, class_="panel"), class_="card")
 
 
 def differences(
@@ -57,7 +49,7 @@ def differences(
     if len(differ) > FOLD_FROM:
         table: Markup | None = _folded(f"{len(differ)} keys", None, _rows(differ, flat), names)
     else:
-        table = comparison_table(("key", *names), _rows(differ, flat), numbers=False) if differ else None
+        table = _table(_rows(differ, flat), names) if differ else None
     return el("section", heading, table, note, rest)
 
 
@@ -70,5 +62,9 @@ def _rows(keys: Iterable[str], flat: Sequence[Flat]) -> list[Markup]:
     return rows
 
 
+def _table(rows: Sequence[Markup], names: Sequence[str]) -> Markup:
+    return table_card(("key", *names), rows, numbers=False)
+
+
 def _folded(title: str, style: str | None, rows: Sequence[Markup], names: Sequence[str]) -> Markup:
-    return el("details", el("summary", title), comparison_table(("key", *names), rows, numbers=False), class_=style)
+    return el("details", el("summary", title), _table(rows, names), class_=style)

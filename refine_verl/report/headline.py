@@ -52,19 +52,11 @@ def _task_scores(records: Sequence[dict[str, Any]]) -> list[Headline | None]:
         task, _, metric = key.removeprefix("val/").rpartition("/")
         name = ", ".join(filter(None, (task, metric.replace("_", " "))))
         before = finite(column(records, f"val/{task}/before/{metric}"))
-        if not before:
+        if before:
+            without, (_, value) = before[-1][1], finite(column(records, key))[-1]
+            found.append(_changed(name, without, value, 1, "{} without adaptation", percent=True))
+        else:
             found.append(_first_to_last(records, key, name, better=1, percent=True))
-            continue
-        without, (_, value) = before[-1][1], finite(column(records, key))[-1]
-        found.append(
-            Headline(
-                name=name,
-                value=format_number(value, percent=True),
-                change=format_change(without, value, percent=True),
-                verdict=_verdict(value - without, 1),
-                detail=f"from {format_number(without, percent=True)} without adaptation",
-            )
-        )
     return found
 
 
@@ -75,16 +67,10 @@ def _first_to_last(
     if not points:
         return None
     (first_step, first), (last_step, last) = points[0], points[-1]
-    value = format_number(last, percent=percent)
     if len(points) == 1:
+        value = format_number(last, percent=percent)
         return Headline(name=name, value=value, detail=f"at step {last_step}, measured once")
-    return Headline(
-        name=name,
-        value=value,
-        change=format_change(first, last, percent=percent),
-        verdict=_verdict(last - first, better),
-        detail=f"from {format_number(first, percent=percent)} at step {first_step}",
-    )
+    return _changed(name, first, last, better, f"{{}} at step {first_step}", percent=percent)
 
 
 def _start_to_end(records: Sequence[dict[str, Any]], key: str, name: str, better: int) -> Headline | None:
@@ -96,12 +82,17 @@ def _start_to_end(records: Sequence[dict[str, Any]], key: str, name: str, better
     if len(finite(points)) == 1:
         return Headline(name=name, value=format_number(last), detail="measured once")
     ends = f"means of the first and last {count} steps" if count > 1 else "first and last step"
+    return _changed(name, first, last, better, f"{{}}; {ends}")
+
+
+def _changed(name: str, first: float, last: float, better: int, since: str, *, percent: bool = False) -> Headline:
+    """The last value and its change; `since` says, after `{}` for the first value, where that was measured."""
     return Headline(
         name=name,
-        value=format_number(last),
-        change=format_change(first, last),
-        verdict=_verdict(last - first, better),
-        detail=f"from {format_number(first)}; {ends}",
+        value=format_number(last, percent=percent),
+        change=format_change(first, last, percent=percent),
+        verdict="" if first == last else "good" if (last - first) * better > 0 else "poor",
+        detail="from " + since.format(format_number(first, percent=percent)),
     )
 
 
@@ -127,7 +118,3 @@ def _cost(records: Sequence[dict[str, Any]]) -> Headline | None:
 
 def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count} steps"
-
-
-def _verdict(change: float, better: int) -> str:
-    return "" if change == 0 else "good" if change * better > 0 else "poor"

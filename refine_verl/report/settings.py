@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 
 from refine_verl.record.run import CONFIG_FILE
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.page import flatten, key_table
+from refine_verl.report.page import card, flatten, folded, key_table
 
 __all__ = ["settings_section"]
 
@@ -30,16 +30,13 @@ def settings_section(config: Mapping[str, Any]) -> Markup | None:
     rest = {key: value for key, value in flatten(others) if key not in named}
     parts = [el("h2", "Settings")]
     if own:
-        parts.append(el("div", el("div", key_table({"refine": own}), class_="panel"), class_="card"))
+        parts.append(card(key_table({"refine": own})))
     if named:
-        parts.append(_folded(f"Model, data and training ({len(named)})", named, "card"))
+        parts.append(folded(f"Model, data and training ({len(named)})", key_table(named), "card"))
     if rest:
-        parts.append(_folded(f"verl's other settings ({len(rest)}), also in {CONFIG_FILE}", rest, "card screen"))
+        title = f"verl's other settings ({len(rest)}), also in {CONFIG_FILE}"
+        parts.append(folded(title, key_table(rest), "card screen"))
     return el("section", *parts)
-
-
-def _folded(title: str, tree: Mapping[str, Any], style: str) -> Markup:
-    return el("details", el("summary", title), el("div", key_table(tree), class_="panel"), class_=style)
 
 
 def _is_named(key: str) -> bool:
@@ -50,9 +47,5 @@ def _is_named(key: str) -> bool:
 @cache
 def _named() -> frozenset[str]:
     """Dotted keys to which the package's configuration and recipes give a value."""
-    return frozenset(key for path in _files() for key, _ in flatten(yaml.safe_load(path.read_text("utf-8")) or {}))
-
-
-def _files() -> Iterator[Path]:
-    for pattern in NAMED_IN:
-        yield from PACKAGE.glob(pattern)
+    files = (path for pattern in NAMED_IN for path in PACKAGE.glob(pattern))
+    return frozenset(key for path in files for key, _ in flatten(yaml.safe_load(path.read_text("utf-8")) or {}))
