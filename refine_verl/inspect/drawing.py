@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 from refine_verl.inspect.analysis import Inspection
+from refine_verl.inspect.view import finite
 from refine_verl.record.format import format_number
 from refine_verl.report.axes import BOTTOM, TOP, Frame, number, padded
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.series import Point, moving_average
+from refine_verl.report.series import Point, buckets, moving_average
 
 __all__ = ["averaged_tokens", "render_curve"]
 
@@ -23,7 +24,7 @@ MAX_NUMBERED = 40  # more numbers would lie on one another
 def render_curve(inspection: Inspection) -> Markup:
     """An `<svg>`: raw entropy faint, smoothed entropy above it; pins are links to the rollouts."""
     count = len(inspection.tokens)
-    top = max((value for value in inspection.entropy if math.isfinite(value)), default=0.0)
+    top = max(finite(inspection.entropy), default=0.0)
     frame = Frame(
         x_range=padded(0, count - 1, share=0.004, minimum=0.5),
         y_range=(0.0, top * 1.05 or 1.0),
@@ -70,12 +71,9 @@ def _points(values: Sequence[float]) -> list[Point]:
 
 def _columns(inspection: Inspection, frame: Frame) -> list[Markup]:
     """Invisible columns that show the numbers of their tokens."""
-    count = len(inspection.tokens)
-    columns = min(count, MAX_COLUMNS)
     drawn = []
-    for index in range(columns):
-        first, stop = index * count // columns, (index + 1) * count // columns
-        values = [value for value in inspection.smoothed[first:stop] if math.isfinite(value)]
+    for first, stop in buckets(len(inspection.tokens), MAX_COLUMNS):
+        values = finite(inspection.smoothed[first:stop])
         if not values:
             continue
         name = f"token {first}" if stop - first == 1 else f"tokens {first}–{stop - 1}"

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from refine_verl.report.series import Point, column, finite, warmup_spans
 from refine_verl.report.svg import Band, Chart, Line
-
-__all__ = [
-    "ANSWERS",
-    "COST",
-    "LEARNING",
-    "POLICY",
-    "SECTIONS",
-    "SPECS",
-    "STABILITY",
-    "ChartSpec",
-    "build_charts",
-    "task_keys",
-]
 
 LEARNING, ANSWERS, POLICY, STABILITY, COST = "Learning", "Answers", "Policy", "Stability", "Cost"
 SECTIONS = (LEARNING, ANSWERS, POLICY, STABILITY, COST)
@@ -31,13 +18,13 @@ MAX_COLORS = 6
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """A chart by the names of its metrics: (metric, label) pairs."""
+    """A chart by the names of its metrics, each with its label; a noisy one is smoothed, validation never is."""
 
     section: str
     title: str
     unit: str
-    lines: tuple[tuple[str, str], ...]
-    noisy: bool = False
+    lines: Mapping[str, str]
+    noisy: bool = True
     percent: bool = False
     from_zero: bool = False
     unless_zero: bool = False  # left out where every value is 0
@@ -60,59 +47,48 @@ SPECS = (
         LEARNING,
         "Reward by kind",
         "mean over rollouts",
-        (("nsp/reward_cosine/mean", "cosine"), ("nsp/reward_binary/mean", "binary")),
-        noisy=True,
+        {"nsp/reward_cosine/mean": "cosine", "nsp/reward_binary/mean": "binary"},
         first_color=3,
     ),
     ChartSpec(
-        LEARNING,
-        "Next-token loss",
-        "nats per token",
-        (("actor/ntp_loss", "training"), ("val/ntp_loss", "validation")),
-        noisy=True,
+        LEARNING, "Next-token loss", "nats per token", {"actor/ntp_loss": "training", "val/ntp_loss": "validation"}
     ),
     ChartSpec(
         LEARNING,
         "Next-token accuracy",
         "share of validation tokens",
-        (("val/ntp_accuracy", "validation"),),
+        {"val/ntp_accuracy": "validation"},
         percent=True,
         first_color=2,
+        noisy=False,
     ),
     ChartSpec(
         LEARNING,
         "Loss around test-time training",
         "nats per token of the batch's prompts",
-        (("ttt/loss_before", "before"), ("ttt/loss_after", "after")),
-        noisy=True,
+        {"ttt/loss_before": "before", "ttt/loss_after": "after"},
     ),
-    ChartSpec(ANSWERS, "Score of sampled answers", "mean over answers", (("answer/reward/mean", "mean"),), noisy=True),
-    ChartSpec(ANSWERS, "Loss on answers", "nats per answer token", (("answer/ntp_loss", "training"),), noisy=True),
+    ChartSpec(ANSWERS, "Score of sampled answers", "mean over answers", {"answer/reward/mean": "mean"}),
+    ChartSpec(ANSWERS, "Loss on answers", "nats per answer token", {"answer/ntp_loss": "training"}),
     ChartSpec(
         ANSWERS,
         "Lost signal of answers",
         "share",
-        (("answer/pg_clipfrac", "clipped ratios"), ("answer/group_zero_std", "prompts of equal scores")),
-        noisy=True,
+        {"answer/pg_clipfrac": "clipped ratios", "answer/group_zero_std": "prompts of equal scores"},
         percent=True,
         from_zero=True,
     ),
-    ChartSpec(ANSWERS, "Length of answers", "tokens", (("answer/length/mean", "mean"),), noisy=True, from_zero=True),
+    ChartSpec(ANSWERS, "Length of answers", "tokens", {"answer/length/mean": "mean"}, from_zero=True),
     ChartSpec(
-        POLICY,
-        "Entropy",
-        "nats",
-        (("nsp/entropy/mean", "all positions"), ("nsp/entropy/selected_mean", "selected")),
-        noisy=True,
+        POLICY, "Entropy", "nats", {"nsp/entropy/mean": "all positions", "nsp/entropy/selected_mean": "selected"}
     ),
-    ChartSpec(POLICY, "Policy loss", "mean over generated tokens", (("actor/pg_loss", "policy loss"),), noisy=True),
-    ChartSpec(POLICY, "KL to the rollout policy", "nats", (("actor/ppo_kl", "KL"),), noisy=True),
+    ChartSpec(POLICY, "Policy loss", "mean over generated tokens", {"actor/pg_loss": "policy loss"}),
+    ChartSpec(POLICY, "KL to the rollout policy", "nats", {"actor/ppo_kl": "KL"}),
     ChartSpec(
         POLICY,
         "Lost signal",
         "share",
-        (("actor/pg_clipfrac", "clipped ratios"), ("nsp/group_zero_std", "groups of equal rewards")),
-        noisy=True,
+        {"actor/pg_clipfrac": "clipped ratios", "nsp/group_zero_std": "groups of equal rewards"},
         percent=True,
         from_zero=True,
     ),
@@ -120,34 +96,32 @@ SPECS = (
         STABILITY,
         "Gradient norm",
         "before clipping",
-        (("actor/grad_norm", "gradient norm"), ("answer/grad_norm", "of answers")),
+        {"actor/grad_norm": "gradient norm", "answer/grad_norm": "of answers"},
         from_zero=True,
+        noisy=False,
     ),
     ChartSpec(
         STABILITY,
         "Updates left out",
         "gradients that were not finite, per step",
-        (("actor/skipped_updates", "updates"), ("answer/skipped_updates", "of answers")),
+        {"actor/skipped_updates": "updates", "answer/skipped_updates": "of answers"},
         from_zero=True,
         unless_zero=True,
+        noisy=False,
     ),
-    ChartSpec(STABILITY, "Learning rate", "per optimiser step", (("actor/lr", "learning rate"),), from_zero=True),
     ChartSpec(
-        COST,
-        "Throughput",
-        "document tokens per second",
-        (("perf/tokens_per_second", "tokens/s"),),
-        noisy=True,
-        from_zero=True,
+        STABILITY, "Learning rate", "per optimiser step", {"actor/lr": "learning rate"}, from_zero=True, noisy=False
     ),
+    ChartSpec(COST, "Throughput", "document tokens per second", {"perf/tokens_per_second": "tokens/s"}, from_zero=True),
     ChartSpec(
         COST,
         "Forward tokens per token",
         "model tokens per document token",
-        (("perf/forward_tokens_per_token", "forward tokens"),),
+        {"perf/forward_tokens_per_token": "forward tokens"},
         from_zero=True,
+        noisy=False,
     ),
-    ChartSpec(COST, "Peak memory", "GB", (("perf/max_memory_gb", "peak"),), from_zero=True),
+    ChartSpec(COST, "Peak memory", "GB", {"perf/max_memory_gb": "peak"}, from_zero=True, noisy=False),
 )
 TIMES: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("rollout", ("rollout",), 1),
@@ -181,7 +155,7 @@ def build_charts(records: Sequence[dict[str, Any]]) -> dict[str, list[Chart]]:
 def _from_spec(spec: ChartSpec, records: Sequence[dict[str, Any]]) -> Chart | None:
     lines = [
         Line(label, points, spec.first_color + index, noisy=spec.noisy and not is_validation(key))
-        for index, (key, label) in enumerate(spec.lines)
+        for index, (key, label) in enumerate(spec.lines.items())
         if (points := column(records, key))
     ]
     return spec.chart(spec.title, lines)

@@ -12,11 +12,11 @@ from refine_verl.record.format import format_duration, format_number
 from refine_verl.record.metrics import METRICS_FILE
 from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
 from refine_verl.report.charts import COST, LEARNING, SECTIONS, SPECS, ChartSpec, is_validation, task_keys
-from refine_verl.report.differences import differences
 from refine_verl.report.html import chart_section
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.page import header, number_cells, render_page, sample, table_card, write_page
 from refine_verl.report.series import Point, column, final_value, finite
+from refine_verl.report.settings import differences
 from refine_verl.report.svg import Axis, Chart, Line, line_marker, line_style
 
 __all__ = ["AXES", "COMPARISON_FILE", "write_comparison"]
@@ -160,16 +160,16 @@ def _charts(entries: Sequence[Entry], axis: Axis) -> dict[str, list[Chart]]:
 
 def _metrics(entries: Sequence[Entry]) -> Iterator[tuple[ChartSpec, str, str]]:
     """(how to draw, metric, title) of every chart, in the order of a single run's report."""
-    reward = ChartSpec(LEARNING, "Reward", "reward that trains, mean over rollouts", (), noisy=True)
+    reward = ChartSpec(LEARNING, "Reward", "reward that trains, mean over rollouts", {})
     yield reward, "nsp/reward/mean", reward.title
     for spec in SPECS:
-        for key, label in spec.lines:
+        for key, label in spec.lines.items():
             alone = len(spec.lines) == 1 or label == spec.title.lower()
             yield spec, key, spec.title if alone else f"{spec.title}: {label}"
     for key in dict.fromkeys(key for entry in entries for key in task_keys(entry.records)):
         name = key.removeprefix("val/")
-        yield ChartSpec(LEARNING, name, "validation", ()), key, f"Validation: {name}"
-    step = ChartSpec(COST, "Time per step", "seconds", (), noisy=True, from_zero=True)
+        yield ChartSpec(LEARNING, name, "validation", {}), key, f"Validation: {name}"
+    step = ChartSpec(COST, "Time per step", "seconds", {}, from_zero=True)
     yield step, "timing_s/step", step.title
 
 

@@ -25,7 +25,6 @@ from refine_verl.report.page import (
     render_page,
     sample,
     table_card,
-    tile,
     write_page,
 )
 from refine_verl.report.series import column, final_value, finite
@@ -64,7 +63,7 @@ def render_report(directory: Path) -> str:
     return render_page(
         f"{run.name} · REFINE run",
         _header(run),
-        el("section", *map(tile, headlines(run.records)), class_="tiles", aria_label="Key figures"),
+        el("section", *headlines(run.records), class_="tiles", aria_label="Key figures"),
         *(chart_section(section, charts) for section, charts in build_charts(run.records).items()),
         _numbers(run.records),
         settings_section(run.config),

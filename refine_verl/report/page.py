@@ -13,24 +13,8 @@ from typing import Any
 
 from refine_verl.record.files import write_atomically
 from refine_verl.record.redaction import redacted
-from refine_verl.report.headline import Headline
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.style import STYLE
-
-__all__ = [
-    "card",
-    "flatten",
-    "folded",
-    "header",
-    "key_table",
-    "number_cells",
-    "render_page",
-    "sample",
-    "setting_text",
-    "table_card",
-    "tile",
-    "write_page",
-]
 
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -65,15 +49,21 @@ def header(kicker: str, title: object, facts: Iterable[str]) -> Markup:
     )
 
 
-def tile(headline: Headline) -> Markup:
-    """A figure that is seen first."""
-    unit = el("small", " " + headline.unit) if headline.unit else None
-    change = join(" ", el("small", headline.change, class_=headline.verdict or None)) if headline.change else None
+def tile(
+    name: str, value: str, *, unit: str = "", change: str = "", verdict: str | None = None, detail: str = ""
+) -> Markup:
+    """A figure that is seen first, with its unit, its change (`verdict`: good, poor or none) and a line of detail."""
     return el(
         "div",
-        el("p", headline.name, class_="name"),
-        el("p", headline.value, unit, change, class_="value"),
-        el("p", headline.detail, class_="detail"),
+        el("p", name, class_="name"),
+        el(
+            "p",
+            value,
+            el("small", " " + unit) if unit else None,
+            join(" ", el("small", change, class_=verdict)) if change else None,
+            class_="value",
+        ),
+        el("p", detail, class_="detail"),
         class_="tile",
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from refine_verl.record.format import format_number
 from refine_verl.report.axes import BOTTOM, HEIGHT, TOP, WIDTH, Frame, number, padded
 from refine_verl.report.markup import Markup, el, join
-from refine_verl.report.series import Point, finite, moving_average, segments, thin
+from refine_verl.report.series import Point, buckets, finite, moving_average, segments, thin
 
 __all__ = ["Axis", "Band", "Chart", "Line", "line_marker", "line_style", "render_chart", "smoothing_window"]
 
@@ -149,10 +149,9 @@ def _y_range(chart: Chart, columns: Sequence[Column]) -> tuple[float, float]:
 def _columns(lines: Sequence[Line]) -> list[Column]:
     steps = sorted({step for line in lines for step, _ in line.points})
     tables = [dict(finite(line.points)) for line in lines]
-    count = min(len(steps), MAX_COLUMNS)
     columns = []
-    for index in range(count):
-        part = steps[index * len(steps) // count : (index + 1) * len(steps) // count]
+    for start, stop in buckets(len(steps), MAX_COLUMNS):
+        part = steps[start:stop]
         values = [[table[step] for step in part if step in table] for table in tables]
         columns.append(Column(first=part[0], last=part[-1], values=values))
     return columns
