@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -241,13 +241,14 @@ def damage(folder: Path, *, checksums: bool = True) -> str | None:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     with ThreadPoolExecutor(max_workers=8) as pool:  # checksums leave the interpreter's lock alone
         for content in (False, True) if checksums else (False,):  # names and sizes of all files take no time
-            problems = pool.map(lambda item, content=content: _problem(folder, *item, content), files.items())
+            problems = pool.map(partial(_problem, folder, content), files.items())
             if problem := next(filter(None, problems), None):
                 return problem
     return None
 
 
-def _problem(folder: Path, name: str, record: FileRecord, content: bool) -> str | None:
+def _problem(folder: Path, content: bool, entry: tuple[str, FileRecord]) -> str | None:
+    name, record = entry
     file = folder / name
     try:
         state = file.stat()
