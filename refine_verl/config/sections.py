@@ -1,4 +1,4 @@
-"""Typed settings of the `refine:` and `model:` sections (C7, C9). Loads no torch, ray, verl or transformers.
+"""Typed settings of the `refine:` and `model:` sections, and the list of all keys. Loads no torch, ray or verl.
 
 Every class is frozen and keyword-only, checks itself when it is made, and names the dotted key in each error.
 `list_settings` yields every key with its default, meaning and paper value; docs/recipes.md is held to it.
@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from refine_verl.config.data import DataSettings, PromptSettings
 from refine_verl.config.options import Settings, did_you_mean, option
 from refine_verl.config.refusals import ConfigError
 
@@ -336,6 +337,8 @@ SECTIONS: tuple[type[Settings], ...] = (
     AnswerSettings,
     TTTSettings,
     ModelSettings,
+    DataSettings,
+    PromptSettings,
 )
 
 
@@ -352,16 +355,18 @@ class SettingInfo:
 
 
 def list_settings(*sections: type[Settings]) -> Iterator[SettingInfo]:
-    """Every key of `sections` (default: all), in the order of the code; docs/recipes.md must agree."""
+    """Every key of `sections` (default: all) once, in the order of the code; docs/recipes.md must agree."""
+    listed = set()
     for section in sections or SECTIONS:
         for field in dataclasses.fields(section):
-            if "help" not in field.metadata:
+            key = f"{section.SECTION}.{field.name}"
+            if "help" not in field.metadata or key in listed:
                 continue
-            factory = field.default_factory
+            listed.add(key)
             yield SettingInfo(
-                key=f"{section.SECTION}.{field.name}",
+                key=key,
                 type=str(field.type),
-                default=field.default if factory is dataclasses.MISSING else factory(),
+                default=field.metadata["configured"],
                 paper=field.metadata["paper"],
                 help=field.metadata["help"],
                 choices=field.metadata["choices"],

@@ -1,12 +1,11 @@
-"""Texts to tokens and tokens to sequences, as memory-mapped Hugging Face datasets on disk."""
+"""Rows to tokens and tokens to sequences, as memory-mapped Hugging Face datasets on disk."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from refine_verl.config import DataError
-from refine_verl.data.readers import BATCH_ROWS
-from refine_verl.data.sources import DocumentSource, write_texts
+from refine_verl.config.data import FileSettings
+from refine_verl.data.readers import BATCH_ROWS, batched
 from refine_verl.data.windows import WindowPlan
 
-logger = logging.getLogger(__name__)
-
+TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string()), ("row", pa.int64())])
+"""Documents before they are tokens: the text, the file it came from, its 0-based row (line, for json lines)."""
 TOKEN_FEATURES = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
@@ -34,6 +33,12 @@ TOKEN_FEATURES = datasets.Features(
 SEQUENCE_FEATURES = datasets.Features(
     {**TOKEN_FEATURES, "window": datasets.Value("int64"), "document_id": datasets.Value("int64")}
 )
+_IN_BATCHES: dict[str, Any] = {
+    "batched": True,
+    "batch_size": BATCH_ROWS,
+    "writer_batch_size": BATCH_ROWS,
+    "load_from_cache_file": False,
+}
 # Below this much text per process, starting another one costs more than it saves.
 _BYTES_PER_PROCESS = 16 << 20
 
@@ -51,46 +56,70 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     return [type(tokenizer).__name__, tokenizer.eos_token_id, rules]
 
 
-def tokenize_sources(
-    sources: Sequence[DocumentSource],
-    tokenizer: PreTrainedTokenizerBase,
+def tokenize_rows(
+    rows: Iterable[Mapping[str, Any]],
+    schema: pa.Schema,
+    encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+    features: datasets.Features,
     directory: Path,
-    *,
-    text_key: str,
-    append_eos: bool,
-    num_workers: int | None,
-    progress: bool | None,
-) -> None:
-    """Read, check and tokenise all documents into a dataset of `TOKEN_FEATURES` at `directory`.
+    settings: FileSettings,
+    nothing: str,
+) -> datasets.Dataset:
+    """Write rows to an Arrow file and make tokens of them, by several processes where there is much text.
 
-    Special tokens are those the tokenizer adds by its own defaults (a Llama tokenizer's BOS, say).
+    Args:
+        rows: with the fields of `schema`.
+        schema: of the rows as they are written.
+        encode: makes the columns of `features` that rows do not have, for a batch; runs in the processes.
+        features: of the result; fields of `schema` that are not among them are left out.
+        directory: holds intermediate files, until `save_dataset` removes them.
+        settings: number of processes, progress bars.
+        nothing: what is said where there are no rows.
 
     Raises:
-        DataError: a file or row is bad, or `append_eos` without an end-of-sequence token.
+        DataError: there are no rows, or reading them says so.
     """
-    if append_eos and tokenizer.eos_token_id is None:
-        raise DataError("data.append_eos=true, but the tokenizer has no end-of-sequence token; set it to false.")
     texts = directory / "texts.arrow"
-    documents = write_texts(sources, text_key, texts)
-    if not documents:
-        raise DataError(f"{sources[0].name} holds no documents at all: there is nothing to tokenise.")
-    processes = num_workers or suggest_processes(texts.stat().st_size)
-    with progress_bars(progress), one_thread_each(processes):
-        tokens = datasets.Dataset.from_file(str(texts)).map(
-            _encode,
-            fn_kwargs={"tokenizer": tokenizer, "eos": tokenizer.eos_token_id if append_eos else None},
-            batched=True,
-            batch_size=BATCH_ROWS,
-            writer_batch_size=BATCH_ROWS,
-            num_proc=min(processes, documents) if processes > 1 else None,
-            remove_columns=["text"],
-            features=TOKEN_FEATURES,
+    count = write_rows(rows, schema, texts)
+    if not count:
+        raise DataError(nothing)
+    processes = settings.num_workers or suggest_processes(texts.stat().st_size)
+    with progress_bars(settings.progress), one_thread_each(processes):
+        return datasets.Dataset.from_file(str(texts)).map(
+            encode,
+            num_proc=min(processes, count) if processes > 1 else None,
+            remove_columns=[name for name in schema.names if name not in features],
+            features=features,
             cache_file_name=str(directory / "tokens.arrow"),
-            load_from_cache_file=False,
             new_fingerprint="tokens",
             desc="tokenising",
+            **_IN_BATCHES,
         )
-    save_dataset(tokens, directory)
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, path: Path) -> int:
+    """Write rows to an Arrow stream file; returns how many there were."""
+    count = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in batched(rows):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+            count += len(batch)
+    return count
+
+
+def encode_documents(
+    batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, eos: int | None
+) -> dict[str, list[Any]]:
+    """Tokens of a batch of documents (column `text`), for `tokenize_rows`.
+
+    Special tokens are those the tokenizer adds by its own defaults (a Llama tokenizer's BOS, say), and `eos` behind
+    each document that does not end with it (None: nowhere).
+    """
+    encoded = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    input_ids = encoded["input_ids"]
+    if eos is not None:
+        input_ids = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in input_ids]
+    return {"input_ids": input_ids, "length": [len(ids) for ids in input_ids]}
 
 
 def cut_sequences(tokens: datasets.Dataset, plan: WindowPlan, directory: Path) -> None:
@@ -103,20 +132,17 @@ def cut_sequences(tokens: datasets.Dataset, plan: WindowPlan, directory: Path) -
             _cut,
             fn_kwargs={"plan": plan},
             with_indices=True,
-            batched=True,
-            batch_size=BATCH_ROWS,
-            writer_batch_size=BATCH_ROWS,
             features=SEQUENCE_FEATURES,
             cache_file_name=str(directory / "cut.arrow"),
-            load_from_cache_file=False,
             new_fingerprint="sequences",
+            **_IN_BATCHES,
         )
     save_dataset(sequences, directory)
 
 
-def document_lengths(tokens: datasets.Dataset) -> np.ndarray:
-    """int64 [D], tokens of each document (or sequence)."""
-    return tokens.with_format("arrow").select_columns(["length"])[:].column(0).to_numpy()
+def column(table: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of numbers, [N]."""
+    return table.with_format("arrow").select_columns([name])[:].column(0).to_numpy()
 
 
 def save_dataset(dataset: datasets.Dataset, directory: Path) -> None:
@@ -128,14 +154,6 @@ def save_dataset(dataset: datasets.Dataset, directory: Path) -> None:
     for path in (directory / "saved").iterdir():
         path.rename(directory / path.name)
     (directory / "saved").rmdir()
-
-
-def _encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, eos: int | None) -> dict[str, list[Any]]:
-    encoded = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    input_ids = encoded["input_ids"]
-    if eos is not None:
-        input_ids = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in input_ids]
-    return {"input_ids": input_ids, "length": [len(ids) for ids in input_ids]}
 
 
 def _cut(batch: pa.Table, indices: list[int], plan: WindowPlan) -> pa.Table:

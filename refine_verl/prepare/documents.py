@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from refine_verl.config import DataError
-from refine_verl.data.sources import DocumentSource, resolve_sources
+from refine_verl.data.readers import batched
+from refine_verl.data.sources import DocumentSource, iterate_documents, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.prepare.console import command_tokenizer, progress_bar, require_at_least, show_table, spread
 from refine_verl.prepare.output import COMPRESSION, Output
@@ -121,18 +122,20 @@ class Collector:
             self.output.remove(name)
         return [self.output.done[name] for name in present]
 
-    def _documents(self, skip: int) -> Iterator[pa.RecordBatch]:
-        """Batches of `readers.TEXT_SCHEMA` without the first `skip` documents."""
+    def _documents(self, skip: int) -> Iterator[list[Mapping[str, Any]]]:
+        """Batches of checked documents (see `iterate_documents`) without the first `skip`."""
         for source in self.sources:
-            for batch in source.batches(self.settings.text_key):
-                if skip >= len(batch):
-                    skip -= len(batch)
-                    continue
-                yield batch.slice(skip)
-                skip = 0
+            for batch in batched(iterate_documents([source], self.settings.text_key)):
+                if skip < len(batch):
+                    yield batch[skip:]
+                skip = max(0, skip - len(batch))
 
     def _write_shard(
-        self, number: int, documents: Iterator[pa.RecordBatch], before: dict[str, int], step: Callable[[int], None]
+        self,
+        number: int,
+        documents: Iterator[list[Mapping[str, Any]]],
+        before: dict[str, int],
+        step: Callable[[int], None],
     ) -> dict[str, Any]:
         """Fill one shard; returns its counts, and whether it is the last.
 
@@ -167,9 +170,11 @@ class Collector:
             )
         return {**counts, "last": last}
 
-    def _select(self, batch: pa.RecordBatch, counts: dict[str, int], before: dict[str, int]) -> list[dict[str, Any]]:
+    def _select(
+        self, batch: list[Mapping[str, Any]], counts: dict[str, int], before: dict[str, int]
+    ) -> list[dict[str, Any]]:
         """The rows of a batch to keep, as `SCHEMA`; adds to `counts`."""
-        candidates = [(place, row) for place, row in enumerate(batch.to_pylist()) if self._sampled(row["text"])]
+        candidates = [(place, row) for place, row in enumerate(batch) if self._sampled(row["text"])]
         rows: list[dict[str, Any]] = []
         encoded = self.tokenizer([row["text"] for _, row in candidates])["input_ids"] if candidates else []
         for (place, row), ids in zip(candidates, encoded, strict=True):

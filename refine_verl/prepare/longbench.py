@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from refine_verl.config import DataError
 from refine_verl.config.options import did_you_mean
 from refine_verl.data.cache import make_key
-from refine_verl.data.prompts_read import read_records
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.sources import DocumentSource, FileSource, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
@@ -246,7 +245,7 @@ def _write_task(
     tokenizer: PreTrainedTokenizerBase | None,
     settings: LongBenchSettings,
 ) -> dict[str, Any]:
-    rows = [make_row(task, record, where) for _, where, record in read_records(source)]
+    rows = [make_row(task, record.columns, record.where) for record in source.records()]
     if not rows:
         raise DataError(f"{source.name} holds no records.")
     kept = []

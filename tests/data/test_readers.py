@@ -7,15 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from refine_verl.data import DataError
-from refine_verl.data.readers import read_file
+from refine_verl.data.readers import checked_text, read_file
 
 DOCUMENTS = ["first document", "zweites Dokument: äöü", "third\nwith a second line"]
 
 
 def read(path, text_key="text"):
-    batches = list(read_file(path, str(path), text_key))
-    table = pa.Table.from_batches(batches)
-    return table.column("text").to_pylist(), table.column("row").to_pylist()
+    records = list(read_file(path, str(path), text_key))
+    return [checked_text(record, text_key) for record in records], [record.row for record in records]
 
 
 def json_lines(texts):
@@ -111,7 +110,7 @@ def test_parquet_row_without_text(tmp_path, value, what):
 
 @pytest.mark.parametrize(
     ("value", "what"),
-    [(None, "is a json null"), (7, "is a json number"), (["x"], "is a json array"), ("  ", "empty text")],
+    [(None, "no text .null."), (7, "is a json number"), (["x"], "is a json array"), ("  ", "empty text")],
 )
 def test_json_line_without_text(tmp_path, value, what):
     path = write(tmp_path / "a.jsonl", json_lines(["good", "good", value, "good"]))
