@@ -9,7 +9,7 @@ from typing import Any
 
 from refine_verl.config import DataError, PromptSettings
 from refine_verl.config.data import ANSWER_KEYS, CLASSES_KEY, MAX_NEW_TOKENS_KEY
-from refine_verl.data.readers import Record, require_column, require_unicode
+from refine_verl.data.readers import Record, require_column, require_text, require_unicode, wrong_text
 from refine_verl.data.sources import DocumentSource, FileSource
 
 
@@ -102,7 +102,7 @@ def _prompt(record: Record, settings: PromptSettings) -> str | list[dict[str, st
             "Otherwise give a string."
         )
     cure = "Every row needs a prompt: repair or remove it, or choose another column with data.prompt_key."
-    return _text(value, f"{where}: the prompt in column {key!r}", cure, f"{where}: {key!r}")
+    return require_text(value, f"{where}: the prompt in column {key!r}", cure)
 
 
 def _messages(value: list[Any], where: str, key: str) -> list[dict[str, str]]:
@@ -114,8 +114,8 @@ def _messages(value: list[Any], where: str, key: str) -> list[dict[str, str]]:
                 f"{where}: {key!r} holds {str(message)[:80]!r}; a chat prompt is a list of objects with the strings "
                 "'role' and 'content'."
             )
+        require_unicode(message["content"], f"{where}: the prompt in column {key!r}")
         messages.append({"role": message["role"], "content": message["content"]})
-        require_unicode(message["content"], f"{where}: {key!r}")
     if not messages or not messages[-1]["content"].strip():
         raise DataError(f"{where}: the chat prompt in column {key!r} is empty. Repair or remove the row.")
     return messages
@@ -127,12 +127,12 @@ def _answers(record: Record, settings: PromptSettings) -> list[str]:
     value = require_column(columns, key, where, "data.answer_key", "the answer")
     references = [value] if isinstance(value, str) else value
     if not isinstance(references, list):
-        raise DataError(f"{where}: {key!r} {_wrong_text(value)}; an answer is a string or a list of strings.")
+        raise DataError(f"{where}: {key!r} {wrong_text(value)}; an answer is a string or a list of strings.")
     if not references:
         raise DataError(f"{where}: {key!r} is an empty list. Every row needs an answer: repair or remove the row.")
     cure = "Every reference must be a text: repair or remove the row, or choose another column with data.answer_key."
     return [
-        _text(reference, f"{where}: answer {number} in column {key!r}", cure, f"{where}: {key!r}")
+        require_text(reference, f"{where}: answer {number} in column {key!r}", cure)
         for number, reference in enumerate(references)
     ]
 
@@ -178,19 +178,3 @@ def _max_new_tokens(record: Record, settings: PromptSettings) -> int:
             f"{record.where}: {MAX_NEW_TOKENS_KEY!r} is {value!r}; it must be an integer of at least 1, or null."
         )
     return value
-
-
-def _text(value: Any, what: str, cure: str, column: str) -> str:
-    """`value`, if it is a text; `what` and `column` name it in messages."""
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{what} {_wrong_text(value)}. {cure}")
-    require_unicode(value, column)
-    return value
-
-
-def _wrong_text(value: Any) -> str:
-    if value is None:
-        return "is missing (null)"
-    if isinstance(value, str):
-        return "is empty or only white space"
-    return f"is a {type(value).__name__} ({str(value)[:60]}), not a text"

@@ -84,33 +84,35 @@ def batched(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any
         yield batch
 
 
-def checked_text(record: Record, text_key: str) -> str:
-    """The text of a document.
+def require_text(value: Any, what: str, cure: str) -> str:
+    """Refuse what is no text, is empty or only white space, or is not valid Unicode (a lone surrogate of json).
 
-    Raises:
-        DataError: it is missing, null, no string, empty, only white space, or not valid Unicode.
+    Args:
+        value: any.
+        what: names it in messages, with its place.
+        cure: a sentence for messages.
     """
-    text = require_column(record.columns, text_key, record.where, "data.text_key", "the text")
-    if text is not None and not isinstance(text, str):
-        raise DataError(
-            f"{record.where}: {text_key!r} is a json {json_type(text)}, not a string. Repair or remove the line, "
-            "or choose another column with data.text_key."
-        )
-    if not text or text.isspace():
-        raise DataError(
-            f"{record.where} has {'no text (null)' if text is None else 'empty text or only white space'}. Every "
-            "document needs text: remove such rows, or choose another column with data.text_key."
-        )
-    require_unicode(text, record.where)
-    return text
+    if not isinstance(value, str) or not value or value.isspace():
+        raise DataError(f"{what} {wrong_text(value)}. {cure}")
+    require_unicode(value, what)
+    return value
 
 
-def require_unicode(text: str, subject: str) -> None:
-    """Refuse a text that no file can hold (a lone surrogate, which json can write)."""
+def require_unicode(text: str, what: str) -> None:
+    """Refuse a text that is not valid Unicode (see `require_text`)."""
     try:
         text.encode("utf-8")
     except UnicodeError as error:
-        raise DataError(f"{subject} is not valid Unicode text ({error}). Repair or remove the row.") from error
+        raise DataError(f"{what} is not valid Unicode text ({error}). Repair or remove the row.") from error
+
+
+def wrong_text(value: Any) -> str:
+    """What keeps a value from being a text, for messages."""
+    if value is None:
+        return "is missing (null)"
+    if isinstance(value, str):
+        return "is empty or only white space"
+    return f"is a {type(value).__name__} ({str(value)[:60]}), not a text"
 
 
 def require_column(columns: Mapping[str, Any], name: str, where: str, key: str, what: str) -> Any:
@@ -208,8 +210,9 @@ def _object_of_line(line: bytes, row: int, where: str, example: str) -> dict[str
             f"{where} is not valid json: {error}. Each line must hold one json object; repair or remove the line."
         ) from error
     if not isinstance(record, dict):
+        kinds = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
         raise DataError(
-            f"{where} holds a json {json_type(record)}, not an object. Each line must be an object such as "
+            f"{where} holds a json {kinds.get(type(record), 'null')}, not an object. Each line must be an object such as "
             f'{{"{example}": "..."}}; write the file as json lines.'
         )
     return record
@@ -227,9 +230,3 @@ def _read_text(path: Path, name: str) -> str:
 def place(row: int, unit: str) -> str:
     """The place of a row in a message: rows count from 0, lines from 1."""
     return f"line {row + 1}" if unit == "line" else f"row {row}"
-
-
-def json_type(value: Any) -> str:
-    """What json calls the type of a decoded value."""
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return "null" if value is None else names[type(value)]

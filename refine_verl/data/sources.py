@@ -20,10 +20,11 @@ from refine_verl.data.readers import (
     SUPPORTED,
     Record,
     check_column,
-    checked_text,
     file_format,
     read_file,
+    require_column,
     require_plain_text,
+    require_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ STDLIB_NAME = "python_stdlib"
 STDLIB_SPLITS = ("train", "validation")
 STDLIB_VALIDATION_PERCENT = 5
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_EVERY_DOCUMENT = "Every document needs text: remove such rows, or choose another column with data.text_key."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+){0,2}")
 
 
@@ -165,11 +167,13 @@ def iterate_documents(sources: Iterable[DocumentSource], text_key: str) -> Itera
     """Checked documents in order: `text`, `source` (the file) and `row` (0-based).
 
     Raises:
-        DataError: see `DocumentSource.records` and `readers.checked_text`.
+        DataError: see `DocumentSource.records` and `readers.require_text`.
     """
     for source in sources:
         for record in source.records(text_key):
-            yield {"text": checked_text(record, text_key), "source": record.source, "row": record.row}
+            value = require_column(record.columns, text_key, record.where, "data.text_key", "the text")
+            text = require_text(value, f"{record.where}: the text in column {text_key!r}", _EVERY_DOCUMENT)
+            yield {"text": text, "source": record.source, "row": record.row}
 
 
 def iterate_texts(sources: Iterable[DocumentSource], text_key: str) -> Iterator[str]:

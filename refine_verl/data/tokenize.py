@@ -128,7 +128,7 @@ def cut_sequences(tokens: datasets.Dataset, plan: WindowPlan, directory: Path) -
     `document_id` is the sequence's place in the plan, so it depends on the documents and the cutting only.
     """
     with progress_bars(False):
-        sequences = tokens.with_format("arrow").map(
+        sequences = tokens.with_format("numpy").map(
             _cut,
             fn_kwargs={"plan": plan},
             with_indices=True,
@@ -156,34 +156,23 @@ def save_dataset(dataset: datasets.Dataset, directory: Path) -> None:
     (directory / "saved").rmdir()
 
 
-def _cut(batch: pa.Table, indices: list[int], plan: WindowPlan) -> pa.Table:
+def _cut(batch: dict[str, Any], indices: list[int], plan: WindowPlan) -> dict[str, Any]:
     first, last = np.searchsorted(plan.document, [indices[0], indices[-1] + 1])
-    document = plan.document[first:last] - indices[0]
-    column = batch.column("input_ids").combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # an empty or multi-chunk result, by pyarrow version
-        column = pa.concat_arrays(column.chunks)
-    begin = column.offsets.to_numpy()[document] + plan.start[first:last]
-    length = plan.length[first:last]
-    values = column.values.to_numpy()
-    pieces = [values[b : b + n] for b, n in zip(begin, length, strict=True)]
-    offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
-    flat = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-    columns = {
-        "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32())),
-        "source": batch.column("source").take(pa.array(document)),
-        "row": batch.column("row").take(pa.array(document)),
-        "length": pa.array(length, pa.int64()),
-        "window": pa.array(plan.window[first:last], pa.int64()),
-        "document_id": pa.array(np.arange(first, last), pa.int64()),
+    documents = plan.document[first:last] - indices[0]
+    pieces = zip(documents, plan.start[first:last], plan.length[first:last], strict=True)
+    return {
+        "input_ids": [batch["input_ids"][document][start : start + length] for document, start, length in pieces],
+        "source": [batch["source"][document] for document in documents],
+        "row": batch["row"][documents],
+        "length": plan.length[first:last],
+        "window": plan.window[first:last],
+        "document_id": np.arange(first, last),
     }
-    return pa.table(columns)
 
 
 def suggest_processes(size: int) -> int:
     """How many processes are worth starting for `size` bytes of text."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cores, size // _BYTES_PER_PROCESS))
+    return max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_PER_PROCESS))
 
 
 @contextmanager
