@@ -5,7 +5,7 @@ Loads no torch, ray, verl or transformers. `options` is what sections are made o
 """
 
 from refine_verl.config.data import DataSettings, FileSettings, PromptSettings, split_key
-from refine_verl.config.options import Settings, did_you_mean, option, refuse_repeats, require_choice
+from refine_verl.config.options import Settings, did_you_mean, nearest, option, refuse_repeats, require_choice
 from refine_verl.config.refusals import ConfigError, DataError, ModelError, Refusal
 from refine_verl.config.sections import (
     ACTIVATION_CHECKPOINTING,
@@ -48,6 +48,7 @@ __all__ = [
     "did_you_mean",
     "is_made_of_documents",
     "list_settings",
+    "nearest",
     "option",
     "refuse_repeats",
     "require_choice",

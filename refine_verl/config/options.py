@@ -18,9 +18,14 @@ from refine_verl.config.refusals import ConfigError
 S = TypeVar("S", bound="Settings")
 
 
+def nearest(value: object, known: Iterable[str], *, most: int = 1, cutoff: float = 0.5) -> list[str]:
+    """Those of `known` that are like `value`, the nearest first."""
+    return difflib.get_close_matches(str(value), list(known), n=most, cutoff=cutoff)
+
+
 def did_you_mean(value: object, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """` Did you mean 'x'?` for the nearest of `known`, or an empty string if none is near."""
-    near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=cutoff)
+    near = nearest(value, known, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

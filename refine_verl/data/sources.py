@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import logging
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from refine_verl.config import DataError, FileSettings, split_key
+from refine_verl.config import DataError, FileSettings, nearest, split_key
 from refine_verl.data.hub import OFFLINE_VARIABLE, hub_is_reachable
 from refine_verl.data.readers import (
     SUPPORTED,
@@ -238,7 +237,7 @@ def nearest_paths(path: Path) -> str:
         existing = sorted(os.listdir(parent))
     except OSError:
         return ""
-    near = difflib.get_close_matches(missing, existing, n=3, cutoff=0.5)
+    near = nearest(missing, existing, most=3)
     if near:
         return " Nearest existing: " + ", ".join(str(parent / name) for name in near) + "."
     return f" {parent} exists, but holds nothing with a name like {missing!r}."
