@@ -220,24 +220,21 @@ class RefineSettings(Settings):
         if loss.sft_coef == 0 and self.warmup_steps > 0:
             raise ConfigError(
                 "refine.warmup_steps",
-                f"{self.warmup_steps} warm-up steps train on the next-token loss only, but "
-                f"refine.loss.sft_coef=0. "
-                "Set one of them to another value.",
+                f"{self.warmup_steps} warm-up steps train on the next-token loss only, but refine.loss.sft_coef=0. Set "
+                "one of them to another value.",
             )
         if not self.uses_rollouts:
             return
         if nsp.group == "position" and nsp.rollouts_per_position == 1:
             raise ConfigError(
                 "refine.nsp.group",
-                "'position' compares the rollouts of one position, but "
-                "refine.nsp.rollouts_per_position=1 leaves "
+                "'position' compares the rollouts of one position, but refine.nsp.rollouts_per_position=1 leaves "
                 "nothing to compare. Set refine.nsp.rollouts_per_position to 2 or more, or group=sequence.",
             )
         if nsp.chunks * nsp.rollouts_per_position == 1:
             raise ConfigError(
                 "refine.nsp.chunks",
-                "one chunk with one rollout leaves nothing to compare a reward with. Raise "
-                "refine.nsp.chunks or "
+                "one chunk with one rollout leaves nothing to compare a reward with. Raise refine.nsp.chunks or "
                 "refine.nsp.rollouts_per_position, or set refine.loss.rl_coef=0.",
             )
 
@@ -256,7 +253,7 @@ class RefineSettings(Settings):
             raise ConfigError(
                 "refine.warmup_steps",
                 f"{self.warmup_steps} has no effect with refine.phase={self.phase}: set it to 0, or warm up in a "
-                "run on documents and go on from its model.",
+                "run on documents and start from its model.",
             )
         if self.inner == "refine" and self.loss.rl_coef == 0:
             raise ConfigError(
@@ -319,8 +316,7 @@ class ModelSettings(Settings):
         if self.random_weights and not self.config:
             raise ConfigError(
                 "model.path",
-                "no model given. Set model.path=DIR_OR_HUB_ID, or choose a preset with random "
-                "weights, such as "
+                "no model given. Set model.path=DIR_OR_HUB_ID, or choose a preset with random weights, such as "
                 "model=tiny_deltanet.",
             )
         if self.tokenizer_source is None:

@@ -60,9 +60,8 @@ def read_file(path: Path, name: str, text_key: str | None = None) -> Iterator[Re
 
 def file_format(path: Path) -> str:
     """The supported suffix of `path`, or a `DataError` that lists the supported ones."""
-    lowered = path.name.lower()
-    for suffix in sorted(SUPPORTED, key=len, reverse=True):
-        if lowered.endswith(suffix):
+    for suffix in SUPPORTED:
+        if path.name.lower().endswith(suffix):
             return suffix
     raise DataError(
         f"{path} has an unsupported suffix {path.suffix or '(none)'!r}; documents are read from "
@@ -212,8 +211,8 @@ def _object_of_line(line: bytes, row: int, where: str, example: str) -> dict[str
     if not isinstance(record, dict):
         kinds = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
         raise DataError(
-            f"{where} holds a json {kinds.get(type(record), 'null')}, not an object. Each line must be an object such as "
-            f'{{"{example}": "..."}}; write the file as json lines.'
+            f"{where} holds a json {kinds.get(type(record), 'null')}, not an object. Each line must be an object such "
+            f'as {{"{example}": "..."}}; write the file as json lines.'
         )
     return record
 

@@ -66,7 +66,7 @@ class VerlDocumentDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`input_ids` (int64 array [T]), `document_id` (int) and `length` (int)."""
-        if self.documents is None:
-            raise IndexError("this dataset is empty")
-        row = self.documents[int(self.indices[index])]
+        place = int(self.indices[index])  # an IndexError where there are no documents
+        assert self.documents is not None
+        row = self.documents[place]
         return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in row.items()}

@@ -255,8 +255,7 @@ def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) ->
         tokenizer,
         minimum_length=nsp.shortest_document,
         reason=(
-            f"refine.nsp.chunks={nsp.chunks} positions need "
-            f"refine.nsp.rollout_length={nsp.rollout_length} tokens "
+            f"refine.nsp.chunks={nsp.chunks} positions need refine.nsp.rollout_length={nsp.rollout_length} tokens "
             "after each"
         ),
         minimum_sequences=batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ class Task:
 
     template: str
     max_gen_tokens: int
+
+    def prompt(self, context: str, question: str) -> str:
+        """The prompt with both filled in. Not by str.format: code and articles are full of braces."""
+        texts = {"{context}": context, "{input}": question}
+        return "".join(texts.get(part, part) for part in re.split(r"(\{context\}|\{input\})", self.template))
 
 
 TASKS: dict[str, Task] = {
@@ -136,23 +142,14 @@ def make_row(task: str, record: Mapping[str, Any], where: str) -> dict[str, Any]
     if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise DataError(f"{where}: 'answers' holds {str(answers)[:80]}; it must be a list of at least one text.")
     fixed = TASKS[task]
-    # Not str.format: code and articles are full of braces.
-    prompt = "".join(
-        record[part[1:-1]] if part in ("{context}", "{input}") else part for part in _split(fixed.template)
-    )
     return {
         "id": f"{task}:{record.get('_id') or where.rpartition(' ')[2]}",
-        "prompt": prompt,
+        "prompt": fixed.prompt(record["context"], record["input"]),
         "answers": list(answers),
         "max_gen_tokens": fixed.max_gen_tokens,
         "task": task,
         "all_classes": list(record.get("all_classes") or []) or None,
     }
-
-
-def _split(template: str) -> list[str]:
-    parts = template.replace("{context}", "\0{context}\0").replace("{input}", "\0{input}\0")
-    return parts.split("\0")
 
 
 def _kind(record: Mapping[str, Any], column: str) -> str:

@@ -21,13 +21,11 @@ from refine_verl.data.cache import make_key
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.prepare.console import command_tokenizer, progress_bar, require_at_least, show_table, spread
+from refine_verl.prepare.longbench import TASKS as PUBLISHED
 from refine_verl.prepare.output import Output, join_parts, write_table
 from refine_verl.prepare.questions import Question, Questions, read_questions
 from refine_verl.prepare.ruler_split import split_questions
 
-INSTRUCTION = (
-    "Answer the question based on the given passages. Only give me the answer and do not output any other words."
-)
 TASKS = {"squad": "ruler_squadqa", "hotpotqa": "ruler_hotpotqa"}
 SCHEMA = pa.schema(
     [
@@ -236,12 +234,9 @@ class PromptBuilder:
 
 
 def make_prompt(documents: Sequence[str], question: Question) -> str:
-    """The prompt as the published files have it."""
+    """The prompt as the published files have it: that of LongBench's hotpotqa."""
     passages = "\n\n".join(f"Document {number}:\n{text}" for number, text in enumerate(documents, 1))
-    return (
-        f"{INSTRUCTION}\n\nThe following are given passages.\n{passages}\n\n{INSTRUCTION}\n\n"
-        f"Question: {question.text}\nAnswer:"
-    )
+    return PUBLISHED["hotpotqa"].prompt(passages, question.text)
 
 
 def fit(order: np.ndarray, sizes: np.ndarray, room: int) -> np.ndarray:
