@@ -9,8 +9,6 @@ from typing import Any, ClassVar, TypeVar
 from refine_verl.config.options import Settings, option
 from refine_verl.config.refusals import ConfigError, DataError
 
-LONG_DOCUMENT_POLICIES = ("window", "head")
-OVERLONG_POLICIES = ("error", "middle", "left", "right")
 ANSWER_KEYS = ("answer", "answers", "outputs")
 """Columns tried, in this order, where `data.answer_key` is not set."""
 MAX_NEW_TOKENS_KEY = "max_gen_tokens"
@@ -73,7 +71,7 @@ class DataSettings(FileSettings):
     long_documents: str = option(
         "window",
         "a document longer than data.max_length: window cuts it into consecutive sequences, head keeps the first",
-        choices=LONG_DOCUMENT_POLICIES,
+        choices=("window", "head"),
     )
     append_eos: bool = option(False, "put the end-of-sequence token after each document, unless it is there")
 
@@ -119,7 +117,7 @@ class PromptSettings(FileSettings):
         "error",
         "a prompt longer than data.max_prompt_length: refuse it, or cut tokens out of the middle, from the left or "
         "from the right, counted and reported",
-        choices=OVERLONG_POLICIES,
+        choices=("error", "middle", "left", "right"),
     )
     max_new_tokens: int = option(
         32, f"most tokens to generate, for rows without a column {MAX_NEW_TOKENS_KEY}", at_least=1

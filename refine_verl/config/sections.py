@@ -15,17 +15,11 @@ from refine_verl.config.options import Settings, did_you_mean, option
 from refine_verl.config.refusals import ConfigError
 
 SELECTIONS = ("entropy", "uniform", "max_entropy", "min_entropy")
-ANCHORS = ("prediction", "token")
-GROUPS = ("sequence", "position")
-GRAD_SCOPES = ("full", "branch")
-ROLLOUTS = ("fork", "prefix")
 REWARDS = ("cosine", "binary", "hybrid")
 ACTIVATION_CHECKPOINTING = ("none", "segment")
-PHASES = ("documents", "posttrain", "ttt")
 INNER = ("none", "sft", "refine")
 OUTER = ("none", "sft", "grpo")
 CONVENTIONS = ("paper", "lm_eval")
-RESETS = ("batch", "sample", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +39,7 @@ class NSPSettings(Settings):
     anchor: str = option(
         "prediction",
         "which token the entropy belongs to: the rollout's first token (prediction) or the prefix's last (token)",
-        choices=ANCHORS,
+        choices=("prediction", "token"),
         paper="token (Eq. 5-7); the authors' code: prediction",
     )
     entropy_temperature: float = option(
@@ -66,19 +60,19 @@ class NSPSettings(Settings):
     group: str = option(
         "sequence",
         "rollouts whose rewards are standardised together: all of a sequence's, or one position's",
-        choices=GROUPS,
+        choices=("sequence", "position"),
         paper="sequence",
     )
     grad_scope: str = option(
         "full",
         "full: the RL gradient flows through the prefix's state; branch: the state is detached",
-        choices=GRAD_SCOPES,
+        choices=("full", "branch"),
         paper="full",
     )
     rollout: str = option(
         "fork",
         "fork the state at each position, or recompute every prefix (slow; the oracle of the tests)",
-        choices=ROLLOUTS,
+        choices=("fork", "prefix"),
         paper="prefix",
     )
 
@@ -158,7 +152,7 @@ class TTTSettings(Settings):
         "batch",
         "when weights and optimiser state return to the start: after each batch, after each sample (which is "
         "then adapted to alone), or never (none)",
-        choices=RESETS,
+        choices=("batch", "sample", "none"),
         paper="not stated; the authors' code: none",
     )
     steps: int = option(1, "passes over the batch's prompts before it is answered", at_least=1, paper="1")
@@ -178,7 +172,7 @@ class RefineSettings(Settings):
     phase: str = option(
         "documents",
         "what is trained on: documents, prompts with answers (posttrain), or test prompts (ttt)",
-        choices=PHASES,
+        choices=("documents", "posttrain", "ttt"),
     )
     inner: str = option(
         "none",
@@ -340,10 +334,9 @@ SECTIONS: tuple[type[Settings], ...] = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SettingInfo:
-    """One key for the documentation: dotted key, type, default, paper value (or None) and meaning."""
+    """One key for the documentation: dotted key, default, paper value (or None), meaning and allowed values."""
 
     key: str
-    type: str
     default: Any
     paper: str | None
     help: str
@@ -361,7 +354,6 @@ def list_settings(*sections: type[Settings]) -> Iterator[SettingInfo]:
             listed.add(key)
             yield SettingInfo(
                 key=key,
-                type=str(field.type),
                 default=field.metadata["configured"],
                 paper=field.metadata["paper"],
                 help=field.metadata["help"],

@@ -16,6 +16,8 @@ from refine_verl.data.dataset import PreparedDataset, integers, pad, rows_of
 from refine_verl.data.statistics import PromptStatistics
 from refine_verl.data.verl_dataset import VerlDocumentDataset
 
+_COLUMNS = ("id", "source", "row", "task", "answers", "classes", "max_new_tokens", "document_id", "length")
+
 
 class PromptDataset(PreparedDataset):
     """The rows of a directory made by `prepare_prompts`.
@@ -27,10 +29,7 @@ class PromptDataset(PreparedDataset):
 
     kind = PromptStatistics
     tokens = ("prompt_ids", "answer_ids")
-    others = (
-        *("id", "source", "row", "task", "answers", "classes"),
-        *("max_new_tokens", "document_id", "length", "full_length"),
-    )
+    others = (*_COLUMNS, "full_length")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row."""
