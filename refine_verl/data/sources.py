@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from refine_verl.config import DataError, FileSettings, nearest, split_key
-from refine_verl.data.hub import OFFLINE_VARIABLE, hub_is_reachable
+from refine_verl.config.hub import OFFLINE_VARIABLE, hub_is_reachable
 from refine_verl.data.readers import (
     SUPPORTED,
     Record,
