@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from refine_verl.adaptation.checks import check_model
-from refine_verl.adaptation.guard import Guise, SavedModel, set_training
+from refine_verl.adaptation.guard import SavedModel, TemporaryActor, set_training
 from refine_verl.adaptation.prompts import PromptError, Prompts
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
 from refine_verl.config import ConfigError
 from refine_verl.models import FastWeightActor
 from refine_verl.models.answers import Answers
-from refine_verl.nsp import end_tokens, generation_uniforms, validate_reward_name
+from refine_verl.models.step import answer_draws
+from refine_verl.nsp import end_tokens, validate_reward_name
 
 
 def adapt(
@@ -60,8 +61,9 @@ def _session(model: nn.Module, prompts: Prompts, settings: AdaptSettings) -> Ite
     try:
         if settings.method != "none":
             saved.save(settings.backup)
-        guise = Guise(model, checkpoint_segments=settings.activation_checkpointing == "segment", widened=saved.widened)
-        adapted = Adapted(guise, prompts, settings)
+        segments = settings.activation_checkpointing == "segment"
+        actor = TemporaryActor(model, checkpoint_segments=segments, widened=saved.widened)
+        adapted = Adapted(actor, prompts, settings)
         adapted._train()
         yield adapted
     finally:
@@ -80,19 +82,19 @@ class Adapted:
             ``actor/grad_norm``, ``nsp/reward/mean`` and others, by their names in a run's ``metrics.jsonl``.
     """
 
-    def __init__(self, guise: Guise, prompts: Prompts, settings: AdaptSettings) -> None:
-        self.model: Any = guise.model
+    def __init__(self, actor: TemporaryActor, prompts: Prompts, settings: AdaptSettings) -> None:
+        self.model: Any = actor.model
         self.settings = settings
         self.history: list[dict[str, float]] = []
-        self._guise = guise
+        self._actor = actor
         self._prompts = prompts
         self._closed = False
 
     def _train(self) -> None:
         if self.settings.method == "none":
             return
-        with self._guise.worn(self.settings.seed) as actor:
-            documents = self._prompts.documents(range(len(self._prompts)), self._guise.device)
+        with self._actor.active(self.settings.seed) as actor:
+            documents = self._prompts.documents(range(len(self._prompts)), self._actor.device)
             self.history = Loop(actor, self.settings).run(documents, self._prompts.ids)
         torch.clear_autocast_cache()  # an autocast block of the caller may have cached the original weights
 
@@ -142,41 +144,25 @@ class Adapted:
         if batch_size < 1:
             raise PromptError(f"batch_size must be at least 1, got {batch_size}.")
         written: list[Tensor] = []
-        with self._guise.worn(key) as actor:
+        with self._actor.active(key) as actor:
             set_training(actor, False)
             for start in range(0, len(prompts), batch_size):
                 rows = range(start, min(start + batch_size, len(prompts)))
-                written += self._write(actor, prompts, rows, limits, temperature, stops, key)
+                mine = [limits[row] for row in rows]
+                ids = [prompts.ids[row] for row in rows]
+                answers: Answers = FastWeightActor.forward(
+                    actor,
+                    mode="generate",
+                    prompts=prompts.documents(rows, self._actor.device),
+                    limits=mine,
+                    length=max(mine),
+                    temperature=temperature,
+                    draws=answer_draws(key, 0, ids, 1, max(mine)) if temperature > 0 else None,
+                    stop_tokens=stops,
+                )
+                lengths = answers.lengths[:, 0].tolist()
+                written += [row[:length].clone() for row, length in zip(answers.tokens[:, 0], lengths, strict=True)]
         return written
-
-    def _write(
-        self,
-        actor: FastWeightActor,
-        prompts: Prompts,
-        rows: range,
-        limits: list[int],
-        temperature: float,
-        stops: list[int],
-        seed: int,
-    ) -> Iterator[Tensor]:
-        longest = max(limits[row] for row in rows)
-        draws = None
-        if temperature > 0:
-            draws = torch.stack(
-                [torch.from_numpy(generation_uniforms(seed, 0, prompts.ids[row], 1, longest)) for row in rows]
-            )
-        answers: Answers = FastWeightActor.forward(
-            actor,
-            mode="generate",
-            prompts=prompts.documents(rows, self._guise.device),
-            limits=[limits[row] for row in rows],
-            length=longest,
-            temperature=temperature,
-            draws=draws,
-            stop_tokens=stops,
-        )
-        for ids, length in zip(answers.tokens[:, 0], answers.lengths[:, 0].tolist(), strict=True):
-            yield ids[:length].clone()
 
 
 def _vocabulary(model: Any) -> int:

@@ -22,7 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from refine_verl.compose.naming import experiment_name
 from refine_verl.compose.recipes import GROUPS, PACKAGE, ConfigFile, find_configs
-from refine_verl.config import ConfigError, ModelSettings, RefineSettings
+from refine_verl.config import (
+    ConfigError,
+    DataSettings,
+    ModelSettings,
+    PromptSettings,
+    RefineSettings,
+    Settings,
+    list_settings,
+)
 
 CONFIG_DIR = PACKAGE / "conf"
 CONFIG_NAME = "refine"
@@ -56,17 +64,18 @@ def _register_sections() -> None:
     """What `conf/*.yaml` refers to: the resolvers, and our sections with the defaults of the dataclasses."""
     OmegaConf.register_new_resolver("verl_config_dir", verl_config_dir, replace=True)
     OmegaConf.register_new_resolver("refine_auto", _automatic, replace=True)
-    sections = {"refine": dataclasses.asdict(RefineSettings()), "model": _model_defaults()}
+    sections = {
+        "refine": dataclasses.asdict(RefineSettings()),
+        "model": _defaults(ModelSettings),
+        "data": _defaults(DataSettings, PromptSettings),
+    }
     store = ConfigStore.instance()
     store.store(name="refine_sections", node=OmegaConf.create(sections), provider="refine_verl")
 
 
-def _model_defaults() -> dict[str, Any]:
-    """ModelSettings' defaults, unchecked: without a preset or a path they are no model yet."""
-    return {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(ModelSettings)
-    }
+def _defaults(*sections: type[Settings]) -> dict[str, Any]:
+    """The defaults of keys, unchecked: without a preset or a path, `model:` is no model yet."""
+    return {setting.key.rpartition(".")[2]: setting.default for setting in list_settings(*sections)}
 
 
 # What the YAML files ask for by interpolation

@@ -79,7 +79,6 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
 
     Raises:
         ConfigError: unknown key, wrong value, contradiction; the message has key, value and cure.
-        DataError: the same for keys of the document pipeline.
     """
     schema = base_schema()
     _check_groups(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterable
@@ -80,17 +81,11 @@ def _train_bpe(size: int, corpus_texts: Iterable[str] | None) -> backend.Tokeniz
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    read = 0
-
-    def counted() -> Iterable[str]:
-        nonlocal read
-        for text in corpus_texts or ():
-            read += 1
-            yield text
-
-    tokenizer.train_from_iterator(counted(), trainer)
-    if not read:
+    texts = iter(corpus_texts or ())
+    first = next(texts, None)
+    if first is None:
         raise DataError(f"tokenizer bpe:{size} is trained on documents, but there are none: set data.train_files.")
+    tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
     if tokenizer.get_vocab_size() < size:
         logger.warning(
             "tokenizer bpe:%d has only %d entries: the documents hold no more repeated pairs",

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_verl.config import ConfigError, DataError
 from refine_verl.data.cache import default_cache_dir, make_key
-from refine_verl.data.prompts_read import read_records
 from refine_verl.data.sources import resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.evaluate.console import INSTALL, require_lm_eval
@@ -202,10 +201,10 @@ def _essay_words(settings: EvaluateSettings) -> list[str]:
         raise DataError(f"{_essay_files(settings)[0]} is no longer there.")
     texts = []
     for source in resolve_sources((str(path),), key="data_dir", default_split="train"):
-        for _, where, record in read_records(source):
-            if not isinstance(record.get("text"), str):
-                raise DataError(f"{where} has no text in a column text.")
-            texts.append(record["text"])
+        for record in source.records():
+            if not isinstance(record.columns.get("text"), str):
+                raise DataError(f"{record.where} has no text in a column text.")
+            texts.append(record.columns["text"])
     return re.sub(r"\s+", " ", " ".join(texts)).split(" ")
 
 

@@ -17,6 +17,7 @@ from refine_verl.nsp.entropy import (
     smooth_entropy,
     smooth_token_entropy,
 )
+from refine_verl.nsp.metrics import reward_metrics, rollout_metrics
 from refine_verl.nsp.objective import (
     GROUPS,
     PolicyLoss,
@@ -82,6 +83,8 @@ __all__ = [
     "ppo_clip_loss",
     "refine_objective",
     "register_reward",
+    "reward_metrics",
+    "rollout_metrics",
     "rollout_uniforms",
     "sample_from_logits",
     "scaled_log_softmax",

@@ -11,13 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from refine_verl.compose.schema import changes, leaves
 from refine_verl.config import ConfigError, PromptSettings, RefineSettings
-from refine_verl.config.data import split_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from refine_verl.compose.validate import ValidConfig
-    from refine_verl.data.prompts import PreparedPrompts
+    from refine_verl.data.prepare import Prepared
+    from refine_verl.data.statistics import PromptStatistics
 
 PROMPT_DATASET = {"path": "pkg://refine_verl.data.prompts_dataset", "name": "VerlPromptDataset"}
 
@@ -47,11 +47,10 @@ _MAY_CHANGE: tuple[str, ...] = (
 def prompt_texts(settings: PromptSettings, characters: int) -> Iterator[str]:
     """Prompts to train a tokenizer on, the test prompts where there are no others; at most so many characters."""
     from refine_verl.data.prompts_read import read_prompts
-    from refine_verl.data.sources import resolve_sources
+    from refine_verl.data.sources import split_sources
 
     split = "train" if settings.train_files else "validation"
-    sources = resolve_sources(settings.files(split), key=split_key(split), default_split=split)
-    for row in read_prompts(sources, settings):
+    for row in read_prompts(split_sources(settings, split), settings):
         texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
         yield from texts
         characters -= sum(map(len, texts))
@@ -61,7 +60,7 @@ def prompt_texts(settings: PromptSettings, characters: int) -> Iterator[str]:
 
 def prepare_prompt_splits(
     valid: ValidConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreparedPrompts, PreparedPrompts | None]:
+) -> tuple[Prepared[PromptStatistics], Prepared[PromptStatistics] | None]:
     """Prompts and answers of both splits, checked and tokenised; for test-time training the test set is both.
 
     Raises:

@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -27,8 +27,8 @@ from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from refine_verl.data.prepare import PreparedData
-    from refine_verl.data.prompts import PreparedPrompts
+    from refine_verl.data.prepare import Prepared
+    from refine_verl.data.statistics import DataStatistics
     from refine_verl.models.loading import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class PreparedRun:
     valid: ValidConfig
     model: ModelInfo
     tokenizer: PreTrainedTokenizerBase
-    train: PreparedData | PreparedPrompts
-    validation: PreparedData | PreparedPrompts | None
+    train: Prepared[Any]
+    validation: Prepared[Any] | None
 
     def launch_config(self) -> DictConfig:
         """The configuration with everything in files: what `trainer.launch.train` takes.
@@ -99,8 +99,8 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
     _say_where_weights_come_from(valid, info)
     _say_if_all_is_warm_up(valid)
     tokenizer = load_run_tokenizer(valid, info)
-    train: PreparedData | PreparedPrompts
-    validation: PreparedData | PreparedPrompts | None
+    train: Prepared[Any]
+    validation: Prepared[Any] | None
     if isinstance(valid.data, DataSettings):
         train = _prepare_training(valid, tokenizer)
         validation = _prepare_validation(valid.data, tokenizer)
@@ -264,15 +264,14 @@ def load_run_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokeniz
 
 def _find_documents(data: DataSettings | PromptSettings) -> None:
     """Refuse a wrong name in either split before the other one is tokenised."""
-    from refine_verl.config.data import split_key
-    from refine_verl.data.sources import resolve_sources
+    from refine_verl.data.sources import split_sources
 
     for split in ("train", "validation"):
         if data.files(split):
-            resolve_sources(data.files(split), key=split_key(split), default_split=split)
+            split_sources(data, split)
 
 
-def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared[DataStatistics]:
     from refine_verl.data.prepare import prepare
 
     assert isinstance(valid.data, DataSettings)
@@ -283,8 +282,7 @@ def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) ->
         tokenizer,
         minimum_length=nsp.shortest_document,
         reason=(
-            f"refine.nsp.chunks={nsp.chunks} positions need "
-            f"refine.nsp.rollout_length={nsp.rollout_length} tokens "
+            f"refine.nsp.chunks={nsp.chunks} positions need refine.nsp.rollout_length={nsp.rollout_length} tokens "
             "after each"
         ),
         minimum_sequences=batch,
@@ -292,7 +290,7 @@ def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) ->
     )
 
 
-def _prepare_validation(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PreparedData | None:
+def _prepare_validation(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Prepared[DataStatistics] | None:
     """Every document counts that has a token to predict, whatever rollouts need."""
     from refine_verl.data.prepare import prepare
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_verl.command.show import progress_bar, show_table, spread
 from refine_verl.config import DataError
-from refine_verl.data.sources import DocumentSource, resolve_sources
+from refine_verl.data.readers import batched
+from refine_verl.data.sources import DocumentSource, iterate_documents, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.prepare.output import COMPRESSION, Output
@@ -64,25 +66,25 @@ class Collector:
         settings: DocumentSettings,
     ) -> None:
         self.output, self.sources, self.tokenizer, self.settings = output, sources, tokenizer, settings
+        self.totals: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
 
-    def run(self) -> dict[str, int]:
+    def run(self) -> Counter[str]:
         """Write what is missing (nothing, where everything is there).
 
         Returns:
             Counts over all shards.
         """
         entries = self._resume()
-        totals = {key: sum(entry[key] for entry in entries) for key in _COUNTS}
+        for entry in entries:
+            self.totals.update({key: entry[key] for key in _COUNTS})
         if entries and entries[-1]["last"]:
-            return totals
-        documents = self._documents(skip=totals["read"])
-        with progress_bar("documents kept", self.settings.limit, done=totals["kept"]) as step:
+            return self.totals
+        documents = self._documents(skip=self.totals["read"])
+        with progress_bar("documents kept", self.settings.limit, done=self.totals["kept"]) as step:
             for number in itertools.count(len(entries)):
-                entry = self._write_shard(number, documents, totals, step)
-                totals = {key: totals[key] + entry[key] for key in _COUNTS}
-                if entry["last"]:
-                    break
-        return totals
+                if self._write_shard(number, documents, step):
+                    return self.totals
+        raise AssertionError  # there is no end to the numbers
 
     def _resume(self) -> list[dict[str, Any]]:
         """What is recorded of the shards up to the first that is missing; forgets those behind it."""
@@ -91,72 +93,68 @@ class Collector:
             self.output.remove(name)
         return [self.output.done[name] for name in present]
 
-    def _documents(self, skip: int) -> Iterator[pa.RecordBatch]:
-        """Batches of `readers.TEXT_SCHEMA` without the first `skip` documents."""
+    def _documents(self, skip: int) -> Iterator[list[Mapping[str, Any]]]:
+        """Batches of checked documents (see `iterate_documents`) without the first `skip`."""
         for source in self.sources:
-            for batch in source.batches(self.settings.text_key):
-                if skip >= len(batch):
-                    skip -= len(batch)
-                    continue
-                yield batch.slice(skip)
-                skip = 0
+            for batch in batched(iterate_documents([source], self.settings.text_key)):
+                if skip < len(batch):
+                    yield batch[skip:]
+                skip = max(0, skip - len(batch))
 
     def _write_shard(
-        self, number: int, documents: Iterator[pa.RecordBatch], before: dict[str, int], step: Callable[[int], None]
-    ) -> dict[str, Any]:
-        """Fill one shard; returns its counts, and whether it is the last.
+        self, number: int, documents: Iterator[list[Mapping[str, Any]]], step: Callable[[int], None]
+    ) -> bool:
+        """Fill one shard; returns whether it is the last.
 
         A shard ends where a batch of documents does, so that a restart knows where to go on.
         """
-        counts = dict.fromkeys(_COUNTS, 0)
+        before = Counter(self.totals)
         lengths: list[int] = []
         last = True
         name = _shard_name(number)
         with self.output.writing(name) as path:
             with pq.ParquetWriter(path, SCHEMA, compression=COMPRESSION) as writer:
                 for batch in documents:
-                    rows = self._select(batch, counts, before)
+                    rows = self._select(batch)
                     if rows:
                         writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
                     lengths += [row["tokens"] for row in rows]
                     step(len(rows))
-                    if self._enough(counts, before):
+                    last = self._enough()
+                    if last or len(lengths) >= self.settings.shard_size:
                         break
-                    if counts["kept"] >= self.settings.shard_size:
-                        last = False
-                        break
+                else:
+                    last = True
             if not lengths:
                 path.unlink()
+        counts = {key: self.totals[key] - before[key] for key in _COUNTS}
         if lengths:
             self.output.finish(name, {**counts, "last": last, "spread": list(spread(lengths))})
         elif number:
-            previous = self.output.done[_shard_name(number - 1)]
-            self.output.finish(
-                _shard_name(number - 1),
-                {**previous, **{key: previous[key] + counts[key] for key in _COUNTS}, "last": last},
-            )
-        return {**counts, "last": last}
+            name = _shard_name(number - 1)
+            previous = self.output.done[name]
+            together = {key: previous[key] + counts[key] for key in _COUNTS}
+            self.output.finish(name, {**previous, **together, "last": last})
+        return last
 
-    def _select(self, batch: pa.RecordBatch, counts: dict[str, int], before: dict[str, int]) -> list[dict[str, Any]]:
-        """The rows of a batch to keep, as `SCHEMA`; adds to `counts`."""
-        candidates = [(place, row) for place, row in enumerate(batch.to_pylist()) if self._sampled(row["text"])]
+    def _select(self, batch: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a batch to keep, as `SCHEMA`; adds to the counts."""
+        candidates = [(place, row) for place, row in enumerate(batch) if self._sampled(row["text"])]
         rows: list[dict[str, Any]] = []
         encoded = self.tokenizer([row["text"] for _, row in candidates])["input_ids"] if candidates else []
         for (place, row), ids in zip(candidates, encoded, strict=True):
-            if self._enough(counts, before):
-                counts["read"] += place
+            if self._enough():
+                self.totals["read"] += place
                 return rows
-            counts["sampled"] += 1
-            counts["read_tokens"] += len(ids)
+            self.totals.update(sampled=1, read_tokens=len(ids))
             if len(ids) < self.settings.min_tokens:
-                counts["short"] += 1
+                self.totals["short"] += 1
             elif self.settings.max_tokens is not None and len(ids) > self.settings.max_tokens:
-                counts["long"] += 1
+                self.totals["long"] += 1
             else:
-                counts["kept"] += 1
-                counts["kept_tokens"] += len(ids)
+                self.totals.update(kept=1, kept_tokens=len(ids))
                 rows.append({**row, "tokens": len(ids)})
-        counts["read"] += len(batch)
+        self.totals["read"] += len(batch)
         return rows
 
     def _sampled(self, text: str) -> bool:
@@ -165,17 +163,16 @@ class Collector:
         digest = hashlib.sha256(f"{self.settings.seed}\0{text}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64 < self.settings.sample
 
-    def _enough(self, counts: dict[str, int], before: dict[str, int]) -> bool:
-        kept, tokens = (before[key] + counts[key] for key in ("kept", "kept_tokens"))
-        limit, limit_tokens = self.settings.limit, self.settings.limit_tokens
-        return (limit is not None and kept >= limit) or (limit_tokens is not None and tokens >= limit_tokens)
+    def _enough(self) -> bool:
+        limits = (("kept", self.settings.limit), ("kept_tokens", self.settings.limit_tokens))
+        return any(limit is not None and self.totals[key] >= limit for key, limit in limits)
 
 
 def _shard_name(number: int) -> str:
     return f"documents-{number:05d}.parquet"
 
 
-def _report(output: Output, totals: dict[str, int], settings: DocumentSettings) -> None:
+def _report(output: Output, totals: Counter[str], settings: DocumentSettings) -> None:
     rows = []
     for name, entry in sorted(output.done.items()):
         rows.append((name, entry["read"], entry["kept"], entry["kept_tokens"], *(entry["spread"] or ("-",) * 3)))

@@ -32,7 +32,7 @@ from refine_verl.record.redaction import redacted
 from refine_verl.record.run import ReportError
 from refine_verl.record.versions import installed_versions
 from refine_verl.report import write_report
-from refine_verl.trainer.attempts import losses_said_once, run_attempts
+from refine_verl.trainer.attempts import run_attempts, silence_further_losses
 from refine_verl.trainer.posttrain import PosttrainTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.trainer.signals import StopSignals, group_of_its_own
@@ -141,7 +141,7 @@ def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
             workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
             options.setdefault("num_cpus", max(workers, os.cpu_count() or 1))
     with contextlib.ExitStack() as until_the_end:
-        until_the_end.enter_context(losses_said_once())
+        until_the_end.enter_context(silence_further_losses())
         until_the_end.callback(ray.shutdown)
         with contextlib.ExitStack() as stack:
             if local:

@@ -17,7 +17,7 @@ from refine_verl.record.run import ReportError
 from refine_verl.report import write_comparison
 from refine_verl.report.__main__ import main
 from refine_verl.report.compare import MAX_RUNS
-from refine_verl.report.differences import FOLD_FROM
+from refine_verl.report.settings import FOLD_FROM
 
 
 def run_of(

@@ -1,4 +1,4 @@
-"""Runs of two workers that are stopped, killed, damaged and starved of disk, and go on as if nothing had happened."""
+"""Runs of two workers that are stopped, killed, damaged and starved of disk, and resume as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Runs:
         )
 
     def _lose(self) -> Run:
-        """The stopped run goes on and loses a worker twice: one time more than it may."""
+        """The stopped run resumes and loses a worker twice: one time more than it may."""
         self.stopped.result()
         notes = self.corpus / "notes"
         notes.mkdir()
@@ -141,7 +141,7 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(runs: Runs) -> None:
     assert 1 <= run.last_step < STEPS, "the signal came too late to show anything"
     assert run.checkpoints == [run.last_step]
     folder = run.directory / f"global_step_{run.last_step}"
-    assert f"SIGTERM after step {run.last_step}; the same command goes on from {folder}" in run.output
+    assert f"SIGTERM after step {run.last_step}; the same command resumes from {folder}" in run.output
     assert not (run.directory / "model").exists()
 
 
@@ -186,7 +186,7 @@ def test_a_full_disk_is_an_error_and_nothing_else(runs: Runs) -> None:
     full = f"error: the file system of {run.directory} is full: the checkpoint of step {failed} could not be written. "
     assert full in run.output
     assert f"GiB are free in {run.directory}" in run.output
-    assert f"global_step_{failed - 1} is whole, and the same command goes on from it" in run.output
+    assert f"global_step_{failed - 1} is whole, and the same command resumes from it" in run.output
     assert run.checkpoints == list(range(failed - 1, 0, -1)) and (copy / TRACKER).read_text() == str(failed - 1)
     for step in run.checkpoints:
         folder = copy / f"global_step_{step}"
@@ -194,5 +194,5 @@ def test_a_full_disk_is_an_error_and_nothing_else(runs: Runs) -> None:
         for shard in folder.rglob("*_rank_*.pt"):
             assert torch.load(shard, weights_only=False)
     assert list(read_steps(copy)) == list(range(failed))
-    # that is a run which can go on
+    # that is a run which can resume
     assert torch.load(copy / f"global_step_{failed - 1}" / "data.pt", weights_only=False)
