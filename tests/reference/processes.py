@@ -7,6 +7,7 @@ as users start them.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import runpy
@@ -14,11 +15,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from reference import nursery
-from reference.nursery import offer
 
 _context: Any = multiprocessing.get_context("forkserver")
 # multiprocessing polls all its processes whenever one is started; two threads must not read one exit code
@@ -29,29 +28,21 @@ _started_by: list[int] = []
 class Forked:
     """What is used of `subprocess.Popen`; standard output and error go to one file."""
 
-    def __init__(
-        self,
-        module: str,
-        arguments: list[str],
-        env: dict[str, str],
-        cwd: Path,
-        output: Path,
-        nursery_at: Path | None = None,
-    ) -> None:
-        """
+    def __init__(self, module: str, arguments: Sequence[str], env: dict[str, str], cwd: Path, output: Path) -> None:
+        """In a process group of its own.
+
         Args:
             module: what to run.
             arguments: of the command line.
             env: the whole environment.
             cwd: the working directory.
             output: the file.
-            nursery_at: a socket to be made, if the workers of a Ray that it starts are to be forked, too.
         """
         output.touch()
         self.args = [sys.executable, "-m", module, *arguments]
         self.stdout = output.open()
         self.returncode: int | None = None
-        self._process = _context.Process(target=_become, args=(module, arguments, env, cwd, output, nursery_at))
+        self._process = _context.Process(target=_become, args=(module, list(arguments), env, cwd, output))
         with _lock:
             _start_server(env)
             self._process.start()
@@ -101,23 +92,7 @@ def _start_server(env: dict[str, str]) -> None:
         os.environ.update(before)
 
 
-def _fork_workers_too(address: str) -> None:
-    """Let the Ray that is started here fork its workers."""
-    import ray
-
-    offer(address)
-    start = ray.init
-    program = f"{sys.executable} -S {Path(nursery.__file__)}"
-
-    def init(*args: Any, runtime_env: dict[str, Any] | None = None, **options: Any) -> Any:
-        return start(*args, runtime_env={**(runtime_env or {}), "py_executable": program}, **options)
-
-    ray.init = init
-
-
-def _become(
-    module: str, arguments: list[str], env: dict[str, str], cwd: Path, output: Path, nursery_at: Path | None
-) -> None:
+def _become(module: str, arguments: list[str], env: dict[str, str], cwd: Path, output: Path) -> None:
     """Be `python -m module arguments`."""
     os.setsid()
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
@@ -128,8 +103,7 @@ def _become(
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    logging.root.handlers.clear()  # of an import: the command sets up logging before it imports that
     sys.argv = [module, *arguments]
-    if nursery_at is not None:
-        _fork_workers_too(str(nursery_at))
     sys.path[:0] = [str(cwd), *(entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry)]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -103,11 +103,7 @@ Process: TypeAlias = "subprocess.Popen[str] | Forked"
 
 @contextmanager
 def started(
-    overrides: list[str],
-    cwd: Path,
-    prefix: tuple[str, ...] | None = None,
-    fork_workers: bool = False,
-    **variables: str,
+    overrides: list[str], cwd: Path, prefix: tuple[str, ...] | None = None, **variables: str
 ) -> Iterator[Process]:
     """`python -m refine_verl.main OVERRIDES` with a Ray of its own; whatever is left of it is killed afterwards.
 
@@ -116,7 +112,6 @@ def started(
         cwd: the working directory.
         prefix: a command that starts it, such as `timeout 600`, or () to start it as users do; None: forked from a
             process that has imported everything already.
-        fork_workers: Ray's workers of a forked run are forked, too.
         variables: more environment variables.
     """
     # sockets lie below this directory and their paths are limited to about 100 characters
@@ -124,9 +119,7 @@ def started(
     env = {**environment(), "RAY_TMPDIR": str(scratch), **variables}
     process: Process
     if prefix is None:
-        process = Forked(
-            "refine_verl.main", overrides, env, cwd, scratch / "output", scratch / "nursery" if fork_workers else None
-        )
+        process = Forked("refine_verl.main", overrides, env, cwd, scratch / "output")
     else:
         process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "refine_verl.main", *overrides],
@@ -164,14 +157,10 @@ def kill_tree(process: Process) -> None:
 
 
 def run_to_the_end(
-    overrides: list[str],
-    cwd: Path,
-    prefix: tuple[str, ...] | None = None,
-    fork_workers: bool = True,
-    **variables: str,
+    overrides: list[str], cwd: Path, prefix: tuple[str, ...] | None = None, **variables: str
 ) -> tuple[int, str]:
     """Exit code and everything that was printed; arguments as of `started`."""
-    with started(overrides, cwd, prefix, fork_workers, **variables) as process:
+    with started(overrides, cwd, prefix, **variables) as process:
         output, _ = process.communicate(timeout=TIMEOUT)
         return process.returncode, output
 

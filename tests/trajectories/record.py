@@ -17,8 +17,9 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -87,8 +88,14 @@ def write(file: Path, recording: dict[str, Any]) -> None:
     file.write_text(json.dumps(recording, indent=1, ensure_ascii=False) + "\n")
 
 
-def record(scenario: Scenario) -> dict[str, Any]:
+Run: TypeAlias = Callable[[str, Sequence[str], Path, Path], Done]
+
+
+def record(scenario: Scenario, run: Run = run_module) -> dict[str, Any]:
     """Run all commands of a scenario, in a directory of its own.
+
+    Args:
+        run: runs a module with arguments, in a directory and with one for its caches.
 
     Raises:
         RuntimeError: a command failed.
@@ -102,7 +109,7 @@ def record(scenario: Scenario) -> dict[str, Any]:
         for command in scenario.commands:
             if command.killed_after is not None:
                 cut_back(runs / command.run, command.killed_after)
-            done = _train(command.resolve(data, runs), scratch)
+            done = _train(command.resolve(data, runs), scratch, run)
             output = normal_lines(done.stdout, scratch, package), normal_lines(done.stderr, scratch, package)
             parts.append({**read_run(runs / command.run), "stdout": output[0], "stderr": output[1]})
     recording = {"about": scenario.about, "versions": versions(), "run": parts[0]}
@@ -124,8 +131,8 @@ def cut_back(run: Path, step: int) -> None:
     (run / "metrics.jsonl").write_text("".join(lines[: step + 2]) + lines[step + 2][:40])
 
 
-def _train(arguments: list[str], scratch: Path) -> Done:
-    done = run_module("refine_verl.main", arguments, scratch, scratch)
+def _train(arguments: list[str], scratch: Path, run: Run = run_module) -> Done:
+    done = run("refine_verl.main", arguments, scratch, scratch)
     if done.code:
         raise RuntimeError(
             f"{shlex.join(arguments)}: exit code {done.code}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
