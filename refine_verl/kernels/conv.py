@@ -7,7 +7,7 @@ of width W looks back W - 1 tokens only, so slot 0 is carried along but never re
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,22 @@ from refine_verl.kernels.delta_rule import check_unknown
 from refine_verl.kernels.recording import ConvHistory, Kept, RowGradients, active_recorder
 
 
-@functools.lru_cache(maxsize=32)
-def _packed_index(lengths: tuple[int, ...], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Index a row where every sequence is preceded by its ``width`` state rows.
+class _PackedIndex(NamedTuple):
+    """A row where every sequence is preceded by its ``width`` state rows.
 
-    Returns:
-        ``source`` ``[tokens + n * width]``: row of ``cat(tokens, states)`` that each row comes from;
-        ``tokens``: row of each token; ``last`` ``[n * width]``: the last ``width`` rows of each sequence.
+    Attributes:
+        source: ``[tokens + n * width]``, row of ``cat(tokens, states)`` that each row comes from.
+        tokens: row of each token.
+        last: ``[n * width]``, the last ``width`` rows of each sequence.
     """
+
+    source: torch.Tensor
+    tokens: torch.Tensor
+    last: torch.Tensor
+
+
+@functools.lru_cache(maxsize=32)
+def _packed_index(lengths: tuple[int, ...], width: int) -> _PackedIndex:
     with torch.inference_mode(False):
         sizes = torch.tensor(lengths)
         total, count = int(sizes.sum()), len(lengths)
@@ -36,7 +44,7 @@ def _packed_index(lengths: tuple[int, ...], width: int) -> tuple[torch.Tensor, t
         source[state_rows] = torch.arange(count * width) + total
         source[token_rows] = torch.arange(total)
         last = (start + sizes)[:, None] + torch.arange(width)
-        return source, token_rows, last.flatten()
+        return _PackedIndex(source, token_rows, last.flatten())
 
 
 def _convolve(padded: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -129,9 +137,8 @@ def causal_conv1d(
         output_final_state: whether to return the last W inputs of each sequence, older state included where a
             sequence is shorter than W.
         activation: ``"silu"``, ``"swish"`` or ``None``.
-        backend: accepted for fla's signature; there is one implementation.
         cu_seqlens: ``[N + 1]`` bounds of the sequences packed into the one row (B = 1).
-        cu_seqlens_cpu, chunk_indices: accepted for fla's signature and not needed here.
+        backend, cu_seqlens_cpu, chunk_indices: accepted for fla's signature and not needed here.
         **kwargs: refused unless ``None`` or ``False``.
 
     Returns:
@@ -147,46 +154,63 @@ def causal_conv1d(
     check_unknown("causal_conv1d", kwargs)
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"causal_conv1d: activation must be None, 'silu' or 'swish', got {activation!r}")
-    batch, tokens, channels = x.shape
-    width = weight.shape[1]
-    lengths = sequence_lengths(batch, tokens, cu_seqlens)
-    count = len(lengths)
+    width, lengths = weight.shape[1], sequence_lengths(x.shape[0], x.shape[1], cu_seqlens)
+    packed = _packed_index(lengths, width) if len(lengths) > len(x) else None  # several sequences in the one row
+    padded = _with_states(x, _rows_before(x, initial_state, len(lengths), width), packed)
+    y, kept = _differentiable_conv(padded, weight, bias, activation is not None)
+    if packed is not None:
+        # Row r of y ends at row r + W of the padded input.
+        y = y.index_select(1, packed.tokens - width)
+    if residual is not None:
+        y = y + residual
+    return y, _final_state(padded, packed, lengths, width, kept) if output_final_state else None
+
+
+def _rows_before(x: torch.Tensor, initial_state: torch.Tensor | None, count: int, width: int) -> torch.Tensor:
+    """The inputs that precede each of ``count`` sequences, ``[N, W, D]`` in x's dtype."""
+    channels = x.shape[2]
     if initial_state is None:
-        state = x.new_zeros(count, width, channels)
-    elif initial_state.shape == (count, channels, width):
-        state = initial_state.to(x.dtype).transpose(1, 2)
-    else:
+        return x.new_zeros(count, width, channels)
+    if initial_state.shape != (count, channels, width):
         raise ValueError(
             f"causal_conv1d: initial_state must be [sequences, D, W] = {[count, channels, width]}, "
             f"got {list(initial_state.shape)}"
         )
-    packed = count > batch  # several sequences in the one row
-    if packed:
-        source, token_rows, last = _packed_index(lengths, width)
-        padded = torch.cat([x[0], state.flatten(0, 1)]).index_select(0, source).unsqueeze(0)
+    return initial_state.to(x.dtype).transpose(1, 2)
+
+
+def _with_states(x: torch.Tensor, states: torch.Tensor, packed: _PackedIndex | None) -> torch.Tensor:
+    """``[B, T, D]`` with the W rows of its state in front of every sequence."""
+    if packed is None:
+        return torch.cat([states, x], 1)
+    return torch.cat([x[0], states.flatten(0, 1)]).index_select(0, packed.source).unsqueeze(0)
+
+
+def _differentiable_conv(
+    padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
+) -> tuple[torch.Tensor, Kept]:
+    """The convolution, and its inputs for a `ConvHistory`."""
+    inputs = {"inputs": padded.detach().flatten(0, 1)}
+    if not (torch.is_grad_enabled() and (padded.requires_grad or weight.requires_grad)):
+        return _conv_forward(padded, weight, bias, silu), Kept(inputs)
+    waiting = RowGradients()
+    y, handle = _CausalConv.apply(padded, weight, bias, silu, waiting)
+    return y, Kept(inputs, handle, waiting) if padded.requires_grad else Kept(inputs)
+
+
+def _final_state(
+    padded: torch.Tensor, packed: _PackedIndex | None, lengths: tuple[int, ...], width: int, kept: Kept
+) -> torch.Tensor:
+    """The last W inputs of each sequence, ``[N, D, W]``; recorded where a recorder is in use."""
+    if packed is None:
+        rows = padded[:, -width:]
     else:
-        padded = torch.cat([state, x], 1)
-    kept = Kept({"inputs": padded.detach().flatten(0, 1)})
-    if torch.is_grad_enabled() and (padded.requires_grad or weight.requires_grad):
-        waiting = RowGradients()
-        y, handle = _CausalConv.apply(padded, weight, bias, activation is not None, waiting)
-        if padded.requires_grad:
-            kept = Kept(kept.tensors, handle, waiting)
-    else:
-        y = _conv_forward(padded, weight, bias, activation is not None)
-    if packed:
-        # Row r of y ends at row r + W of the padded input.
-        y = y.index_select(1, token_rows - width)
-    if residual is not None:
-        y = y + residual
-    if not output_final_state:
-        return y, None
-    final = padded[0].index_select(0, last).view(count, width, channels) if packed else padded[:, tokens:]
-    final = final.transpose(1, 2).contiguous()
+        rows = padded[0].index_select(0, packed.last).view(len(lengths), width, padded.shape[2])
+    final = rows.transpose(1, 2).contiguous()
     if (recorder := active_recorder()) is not None:
         sizes = torch.tensor(lengths) + width
         recorder.add(final, ConvHistory(kept=kept, start=sizes.cumsum(0) - sizes, width=width))
-    return y, final
+    return final
 
 
 def causal_conv1d_update(
