@@ -10,15 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from refine_verl.adaptation.checks import check_model
+from refine_verl.adaptation.checks import check_model, check_settings
 from refine_verl.adaptation.guard import Guise, SavedModel, set_training
 from refine_verl.adaptation.prompts import PromptError, Prompts
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
-from refine_verl.config import ConfigError
 from refine_verl.models import FastWeightActor
-from refine_verl.models.answers import Answers
-from refine_verl.nsp import generation_uniforms, validate_reward_name
+from refine_verl.models.answers import Answers, answer_draws
 
 
 def adapt(
@@ -43,10 +41,7 @@ def adapt(
     """
     settings = read_settings(config)
     check_model(model, trains=settings.method != "none")
-    try:
-        validate_reward_name(settings.nsp.reward)
-    except ValueError as error:
-        raise ConfigError("refine.nsp.reward", str(error)) from error
+    check_settings(settings)
     prompts = Prompts.read(
         input_ids, vocabulary=_vocabulary(model), shortest=settings.shortest_prompt, needs=_needs(settings)
     )
@@ -161,9 +156,7 @@ class Adapted:
         longest = max(limits[row] for row in rows)
         draws = None
         if temperature > 0:
-            draws = torch.stack(
-                [torch.from_numpy(generation_uniforms(seed, 0, prompts.ids[row], 1, longest)) for row in rows]
-            )
+            draws = answer_draws(seed, 0, [prompts.ids[row] for row in rows], 1, longest)
         answers: Answers = FastWeightActor.forward(
             actor,
             mode="generate",

@@ -96,4 +96,4 @@ def _nearest(key: str) -> str:
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(InspectSettings) if field.name != "nsp")
-TEXTS = ("model", "text", "out", "tokenizer", "external_lib", "refine.nsp.reward")
+TEXTS = ("model", "text", "out", "tokenizer", "external_lib", "refine.nsp.reward", "refine.nsp.selection")

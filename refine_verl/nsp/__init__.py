@@ -17,6 +17,7 @@ from refine_verl.nsp.entropy import (
     smooth_entropy,
     smooth_token_entropy,
 )
+from refine_verl.nsp.functions import check_functions
 from refine_verl.nsp.objective import (
     GROUPS,
     PolicyLoss,
@@ -49,9 +50,14 @@ from refine_verl.nsp.sampling import (
 from refine_verl.nsp.selection import (
     ANCHORS,
     STRATEGIES,
+    SelectionFunction,
+    SelectionInputs,
     chunk_bounds,
+    known_selections,
     minimum_length,
+    register_selection,
     select_positions,
+    validate_selection_name,
 )
 
 __all__ = [
@@ -61,8 +67,11 @@ __all__ = [
     "PolicyLoss",
     "RewardFunction",
     "RewardInputs",
+    "SelectionFunction",
+    "SelectionInputs",
     "align_entropy",
     "binary_reward",
+    "check_functions",
     "chunk_bounds",
     "chunked_entropy",
     "cosine_reward",
@@ -75,11 +84,13 @@ __all__ = [
     "group_zero_std_share",
     "hybrid_reward",
     "known_rewards",
+    "known_selections",
     "minimum_length",
     "position_uniforms",
     "ppo_clip_loss",
     "refine_objective",
     "register_reward",
+    "register_selection",
     "rollout_uniforms",
     "sample_from_logits",
     "scaled_log_softmax",
@@ -88,4 +99,5 @@ __all__ = [
     "smooth_token_entropy",
     "uniforms",
     "validate_reward_name",
+    "validate_selection_name",
 ]

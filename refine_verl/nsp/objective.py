@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from refine_verl.nsp.entropy import accumulation_dtype
+from refine_verl.nsp.registry import unknown_choice
 from refine_verl.nsp.sampling import scaled_log_softmax
-from refine_verl.nsp.selection import unknown_choice
 
 GROUPS: tuple[str, ...] = ("sequence", "position")
 """Which rollouts are compared with each other: all c*n of a document, or the n of a position."""

@@ -23,9 +23,8 @@ from verl.workers.engine_workers import TrainingWorker
 
 from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.models import RolloutBatch, RolloutDraws, documents_together, snapshot_count
-from refine_verl.models.answers import Answers
+from refine_verl.models.answers import Answers, answer_draws
 from refine_verl.models.reward_manager import HiddenStateRewardManager
-from refine_verl.nsp import generation_uniforms
 from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.record.checkpoint_files import FileRecord, flushed
 from refine_verl.record.disk_space import could_not_write
@@ -194,10 +193,7 @@ class NSPRolloutWorker(TrainingWorker):
         )
         draws = None
         if temperature > 0:
-            draws = _stack(
-                generation_uniforms(self.settings.seed, step, document, samples, width)
-                for document in data["document_id"].tolist()
-            )
+            draws = answer_draws(self.settings.seed, step, data["document_id"].tolist(), samples, width)
         answers: Answers = self.engine.module(
             mode="generate",
             prompts=documents_of(data.to(get_device_id())),
@@ -288,7 +284,3 @@ def worker_threads(workers_per_node: int) -> int:
     """CPU threads for each of several workers on one node: OMP_NUM_THREADS, or an equal share of the cores."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return int(wanted) if wanted.isdigit() and int(wanted) else max(1, (os.cpu_count() or 1) // workers_per_node)
-
-
-def _stack(rows: object) -> Tensor:
-    return torch.stack([torch.from_numpy(row) for row in rows])  # type: ignore[attr-defined]

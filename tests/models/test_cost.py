@@ -145,6 +145,6 @@ def test_logits_of_a_long_document_never_exist_at_once(make: Make, monkeypatch: 
         hidden = torch.randn(600, 32, dtype=torch.float64)
         targets = documents.tokens[0]
         with LiveBytes() as live, torch.no_grad():
-            actor._head(hidden, "score", targets=targets)
+            actor.apply_head(hidden, "score", targets=targets)
         sizes.append(live.peak)
     assert sizes[1] < 0.5 * sizes[0]

@@ -31,7 +31,7 @@ class LaCTAdapter:
     def trace(self, model: nn.Module, documents: Documents) -> tuple[list[Tensor], LaCTTrace]:
         """See `TracingAdapter.trace`: one ordinary pass, in which every state lies ready."""
         trunk = cast(LaCTModel, model.base_model)
-        packed = documents.cut([0] * len(documents), documents.lengths)
+        packed = documents.whole
         done = trunk.run(trunk.embeddings(packed.tokens.flatten()), packed.lengths, trace=True)
         assert done.plan is not None
         config = trunk.config
