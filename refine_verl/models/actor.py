@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -36,29 +35,19 @@ def snapshot_count(chunks: int, max_length: int) -> int:
     return min(SNAPSHOTS_PER_CHUNK * chunks, max_length)
 
 
-_MODES = {
-    "rollout": "rollout",
-    "update": "update",
-    "score": "score",
-    "generate": "answer",
-    "answer_log_probs": "answer_log_probs",
-}
-_TRAINED = ("update", "answer_log_probs")
-
-
 class FastWeightActor(Passes):
     """Mixed into a model's class by :func:`make_actor`; state-dict keys and export stay those of the model.
 
-    ``forward(mode=...)`` runs :meth:`rollout`, :meth:`update`, :meth:`score`, (``generate``) :meth:`answer` or
-    :meth:`answer_log_probs`; without a mode it is the model's own forward pass.
+    ``forward(mode=...)`` runs :meth:`rollout`, :meth:`update`, :meth:`score`, (``generate``)
+    :func:`refine_verl.models.answers.write` or (``answer_log_probs``) :func:`refine_verl.models.answers.log_probs`;
+    without a mode it is the model's own forward pass.
     """
 
     def forward(self, *args: Any, mode: str | None = None, **kwargs: Any) -> Any:
         if mode is None:
             return super().forward(*args, **kwargs)
-        run: Callable[..., Any] = getattr(self, _MODES[mode])
         with self.autocast(), nullcontext() if mode in _TRAINED else torch.no_grad():
-            return run(*args, **kwargs)
+            return _MODES[mode](self, *args, **kwargs)
 
     def rollout(
         self,
@@ -80,23 +69,14 @@ class FastWeightActor(Passes):
         size = read_together or len(documents)
         parts = zip(documents.split(size), draws.positions.split(size), strict=True)
         readings = [self._read_and_select(part, nsp, uniforms, snapshots) for part, uniforms in parts]
-        positions = torch.cat([reading.positions for reading in readings])
+        found = {name: torch.cat([fields[name] for fields, _, _ in readings]) for name in readings[0][0]}
         if nsp.rollout == "prefix":
-            tokens, log_probs, predicted = reference.rollout(self, documents, positions, nsp, draws.tokens)
+            tokens, log_probs, predicted = reference.rollout(self, documents, found["positions"], nsp, draws.tokens)
         else:
-            last = torch.cat([reading.last for reading in readings])
-            state = FastWeightState.stack([reading.state for reading in readings if reading.state is not None])
+            last = torch.cat([part for _, part, _ in readings])
+            state = FastWeightState.stack([part for _, _, part in readings if part is not None])
             tokens, log_probs, predicted = self._continue(last, state, nsp, draws.tokens)
-        return RolloutBatch(
-            positions=positions,
-            tokens=tokens,
-            log_probs=log_probs,
-            predicted_hidden=predicted,
-            target_hidden=torch.cat([reading.target_hidden for reading in readings]),
-            target_tokens=torch.cat([reading.target_tokens for reading in readings]),
-            entropy_mean=torch.cat([reading.entropy_mean for reading in readings]),
-            entropy_selected=torch.cat([reading.entropy_selected for reading in readings]),
-        )
+        return RolloutBatch(tokens=tokens, log_probs=log_probs, predicted_hidden=predicted, **found)
 
     def update(self, documents: Documents, branches: Branches | None, nsp: NSPSettings) -> dict[str, Tensor]:
         """The pass that is trained (step 4): the document as a trunk, the rollouts as branches of its states.
@@ -133,33 +113,34 @@ class FastWeightActor(Passes):
             torch.stack([part.sum() for part in correct.split(documents.lengths)]),
         )
 
-    def answer(self, prompts: Documents, **kwargs: Any) -> answers.Answers:
-        """Write answers to prompts; see :func:`refine_verl.models.answers.write`."""
-        return answers.write(self, prompts, **kwargs)
+    def _read_and_select(
+        self, documents: Documents, nsp: NSPSettings, uniforms: Tensor, snapshots: int
+    ) -> tuple[dict[str, Tensor], Tensor, FastWeightState | None]:
+        """Read documents and choose positions in them; ``uniforms`` [N, c] decide.
 
-    def answer_log_probs(
-        self, prompts: Documents, tokens: Tensor, lengths: Tensor, temperature: float, segments: int
-    ) -> dict[str, Tensor]:
-        """``log_probs`` [N * n, A] of answers, to be trained; see :func:`refine_verl.models.answers.log_probs`."""
-        return {"log_probs": answers.log_probs(self, prompts, tokens, lengths, temperature, segments)}
-
-    def _read_and_select(self, documents: Documents, nsp: NSPSettings, uniforms: Tensor, snapshots: int) -> _Reading:
-        """Read documents and choose positions in them; ``uniforms`` [N, c] decide."""
+        Returns:
+            The fields of `RolloutBatch` that this decides, and at every position x_t the hidden state [N * c, d] and
+            the state ([N * c] rows; None where prefixes are run again).
+        """
         hidden, trace = self.read(documents, snapshots if nsp.rollout == "fork" else 0)
         entropy = list(self.apply_head(torch.cat(hidden), "entropy").split(documents.lengths))
         rows = range(len(documents))
-        chosen = [_select(entropy[b], hidden[b], documents.tokens[b], nsp, uniforms[b]) for b in rows]
+        tokens = [documents.tokens[b, :length] for b, length in enumerate(documents.lengths)]
+        chosen = [
+            select_positions(align_entropy(entropy[b]), nsp, uniforms[b], hidden=hidden[b], tokens=tokens[b])
+            for b in rows
+        ]
         positions = torch.stack(chosen).to(documents.tokens.device)
         places = positions[..., None] + torch.arange(1, nsp.rollout_length + 1, device=positions.device)
-        return _Reading(
-            positions=positions,
-            last=torch.cat([hidden[b][positions[b]] for b in rows]),
-            state=None if trace is None else trace.after(positions),
-            target_hidden=torch.stack([hidden[b][places[b]] for b in rows]),
-            target_tokens=torch.stack([documents.tokens[b][places[b]] for b in rows]),
-            entropy_mean=torch.stack([part[:-1].mean() for part in entropy]),
-            entropy_selected=torch.stack([part[at] for part, at in zip(entropy, positions, strict=True)]),
-        )
+        fields = {
+            "positions": positions,
+            "target_hidden": torch.stack([hidden[b][places[b]] for b in rows]),
+            "target_tokens": torch.stack([tokens[b][places[b]] for b in rows]),
+            "entropy_mean": torch.stack([part[:-1].mean() for part in entropy]),
+            "entropy_selected": torch.stack([part[at] for part, at in zip(entropy, positions, strict=True)]),
+        }
+        last = torch.cat([hidden[b][positions[b]] for b in rows])
+        return fields, last, None if trace is None else trace.after(positions)
 
     def _continue(
         self, last: Tensor, state: FastWeightState, nsp: NSPSettings, draws: Tensor
@@ -182,35 +163,14 @@ class FastWeightActor(Passes):
         return written.tokens.view(shape), written.log_probs.view(shape), written.hidden.view(*shape, -1)
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What stays of a pass over S: the fields of `RolloutBatch` that it decides, and at every position x_t the hidden
-    state ``last`` [N * c, d] and the ``state`` ([N * c] rows; None where prefixes are run again)."""
-
-    positions: Tensor
-    last: Tensor
-    state: FastWeightState | None
-    target_hidden: Tensor
-    target_tokens: Tensor
-    entropy_mean: Tensor
-    entropy_selected: Tensor
-
-
-def _select(entropy: Tensor, hidden: Tensor, tokens: Tensor, nsp: NSPSettings, draws: Tensor) -> Tensor:
-    """Positions [c] of one document, from entropies [T] of what follows each token, hidden states and tokens."""
-    return select_positions(
-        align_entropy(entropy),
-        chunks=nsp.chunks,
-        rollout_length=nsp.rollout_length,
-        strategy=nsp.selection,
-        anchor=nsp.anchor,
-        temperature=nsp.entropy_temperature,
-        window=nsp.smoothing_window,
-        uniforms=draws,
-        hidden=hidden,
-        tokens=tokens[: len(entropy)],
-    )
-
+_MODES: dict[str, Callable[..., Any]] = {
+    "rollout": FastWeightActor.rollout,
+    "update": FastWeightActor.update,
+    "score": FastWeightActor.score,
+    "generate": answers.write,
+    "answer_log_probs": answers.log_probs,
+}
+_TRAINED = ("update", "answer_log_probs")
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -116,7 +116,7 @@ def write(
 
 def log_probs(
     actor: Passes, prompts: Documents, tokens: Tensor, lengths: Tensor, temperature: float, segments: int
-) -> Tensor:
+) -> dict[str, Tensor]:
     """Log-probabilities of answers under the current policy, with the gradient through the whole prompt.
 
     Args:
@@ -127,7 +127,7 @@ def log_probs(
         segments: in how many passes to read the prompts; the same on all ranks.
 
     Returns:
-        [N * n, A], 0 after the end of an answer.
+        ``log_probs``: [N * n, A], 0 after the end of an answer.
     """
     copies, width = tokens.shape[1:]
     last, state = _read(actor, prompts, segments)
@@ -142,7 +142,7 @@ def log_probs(
     ]
     mask = torch.arange(width, device=rows.device) < lengths.flatten()[:, None]
     values = actor.apply_head(torch.cat(pieces), "log_probs", targets=rows[mask], temperature=temperature)
-    return values.new_zeros(rows.shape).masked_scatter(mask, values)
+    return {"log_probs": values.new_zeros(rows.shape).masked_scatter(mask, values)}
 
 
 def _read(actor: Passes, prompts: Documents, segments: int) -> tuple[Tensor, FastWeightState]:

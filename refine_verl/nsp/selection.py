@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refine_verl.config import NSPSettings
 from refine_verl.nsp.entropy import smooth_token_entropy
-from refine_verl.nsp.registry import Registry, path_of, unknown_choice
+from refine_verl.nsp.registry import Registry, path_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,11 +121,6 @@ def validate_selection_name(name: str) -> None:
     SELECTIONS.find(name)
 
 
-def minimum_length(chunks: int, rollout_length: int) -> int:
-    """Shortest document, in tokens, that offers one position per chunk: `chunks + rollout_length`."""
-    return chunks + rollout_length
-
-
 def chunk_bounds(num_valid: int, chunks: int) -> list[tuple[int, int]]:
     """Split the positions `0 ... num_valid-1` into contiguous half-open ranges, equal up to one position.
 
@@ -145,20 +141,6 @@ def chunk_bounds(num_valid: int, chunks: int) -> list[tuple[int, int]]:
     return [(i * num_valid // chunks, (i + 1) * num_valid // chunks) for i in range(chunks)]
 
 
-def _check_settings(chunks: int, rollout_length: int, anchor: str, temperature: float) -> None:
-    if chunks < 1:
-        raise ValueError(f"chunks must be at least 1, got {chunks}")
-    if rollout_length < 1:
-        raise ValueError(f"rollout_length must be at least 1, got {rollout_length}")
-    if anchor not in ANCHORS:
-        raise unknown_choice("anchor", anchor, ANCHORS)
-    if not temperature > 0:
-        raise ValueError(
-            f"entropy temperature must be greater than 0, got {temperature}; for the most uncertain position "
-            "of every chunk use the strategy 'max_entropy'"
-        )
-
-
 def _as_uniforms(uniforms: Tensor | np.ndarray | Sequence[float], chunks: int) -> np.ndarray:
     values = uniforms.detach().cpu().numpy() if isinstance(uniforms, Tensor) else np.asarray(uniforms)
     values = values.astype(np.float64)
@@ -171,14 +153,9 @@ def _as_uniforms(uniforms: Tensor | np.ndarray | Sequence[float], chunks: int) -
 
 def select_positions(
     entropy: Tensor,
-    *,
-    chunks: int,
-    rollout_length: int,
-    strategy: str = "entropy",
-    anchor: str = "prediction",
-    temperature: float = 1.0,
-    window: int | None = None,
+    nsp: NSPSettings,
     uniforms: Tensor | np.ndarray | Sequence[float],
+    *,
     hidden: Tensor | None = None,
     tokens: Tensor | None = None,
 ) -> Tensor:
@@ -190,12 +167,7 @@ def select_positions(
 
     Args:
         entropy: `[T]`, aligned (`H[j]` is about token j; `H[0]` is ignored), any floating dtype and device.
-        chunks: c.
-        rollout_length: k.
-        strategy: a registered name (`STRATEGIES` are the paper's), or an import path; see `SelectionInputs`.
-        anchor: a key of `ANCHORS`: weigh position t by H[t+1] (`prediction`) or H[t] (`token`).
-        temperature: tau of Eq. 6.
-        window: smoothing window; None means k, as in the paper.
+        nsp: chunks, rollout length, strategy, anchor (position t is weighed by H[t+1] or H[t]), temperature, window.
         uniforms: `[c]` numbers in [0, 1), one per chunk (`sampling.position_uniforms`).
         hidden, tokens: `[T, d]` and `[T]`, for strategies that look at them.
 
@@ -203,35 +175,32 @@ def select_positions(
         positions: int64 `[c]` on the CPU, increasing.
 
     Raises:
-        ValueError: a setting is out of range or unknown, T < `minimum_length(c, k)`, or the strategy returned
-            something else than c valid positions in increasing order.
+        ValueError: an unknown strategy, T < c + k, or the strategy returned something else than c valid positions in
+            increasing order.
     """
-    _check_settings(chunks, rollout_length, anchor, temperature)
-    length = entropy.shape[0]
-    needed = minimum_length(chunks, rollout_length)
-    if length < needed:
+    length, num_valid = entropy.shape[0], entropy.shape[0] - nsp.rollout_length
+    if length < nsp.shortest_document:
         raise ValueError(
-            f"a document of {length} tokens is too short: at least {needed} are needed (chunks + "
-            f"rollout_length), one position in each of {chunks} chunks plus {rollout_length} tokens after "
+            f"a document of {length} tokens is too short: at least {nsp.shortest_document} are needed (chunks + "
+            f"rollout_length), one position in each of {nsp.chunks} chunks plus {nsp.rollout_length} tokens after "
             "the last one"
         )
     raw = entropy.detach().to("cpu", torch.float64)
-    smoothed = smooth_token_entropy(raw, rollout_length if window is None else window)
-    offset, num_valid = ANCHORS[anchor], length - rollout_length
+    smoothed, offset = smooth_token_entropy(raw, nsp.pooling_window), ANCHORS[nsp.anchor]
     inputs = SelectionInputs(
         entropy=raw,
         smoothed=smoothed,
         weights=smoothed[offset : offset + num_valid].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),
-        chunks=chunk_bounds(num_valid, chunks),
-        uniforms=torch.from_numpy(_as_uniforms(uniforms, chunks)),
-        temperature=temperature,
-        rollout_length=rollout_length,
+        chunks=chunk_bounds(num_valid, nsp.chunks),
+        uniforms=torch.from_numpy(_as_uniforms(uniforms, nsp.chunks)),
+        temperature=nsp.entropy_temperature,
+        rollout_length=nsp.rollout_length,
         hidden=hidden,
         tokens=tokens,
     )
-    choose = SELECTIONS.find(strategy)
+    choose = SELECTIONS.find(nsp.selection)
     positions = torch.as_tensor(choose(inputs)).cpu()
-    _check_positions(positions, inputs, f"selection strategy {strategy!r} ({path_of(choose)})")
+    _check_positions(positions, inputs, f"selection strategy {nsp.selection!r} ({path_of(choose)})")
     return positions.to(torch.int64)
 
 

@@ -8,22 +8,42 @@ import torch
 from reference import nsp as reference
 from scipy.stats import chisquare
 
+from refine_verl.config import NSPSettings
 from refine_verl.nsp import (
     STRATEGIES,
     SelectionInputs,
     chunk_bounds,
     known_selections,
-    minimum_length,
     position_uniforms,
     register_selection,
-    select_positions,
     smooth_token_entropy,
     validate_selection_name,
 )
+from refine_verl.nsp import select_positions as select
 from refine_verl.nsp.selection import SELECTIONS
 
 # Documents; with three chunks each that is 30 000 draws.
 DRAWS = 10_000
+
+
+def select_positions(
+    entropy: torch.Tensor,
+    *,
+    uniforms: object,
+    strategy: str = "entropy",
+    temperature: float = 1.0,
+    window: int | None = None,
+    hidden: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+    **settings: object,
+) -> torch.Tensor:
+    nsp = NSPSettings(
+        selection=strategy,
+        entropy_temperature=temperature,
+        smoothing_window=window,
+        **settings,  # type: ignore[arg-type]
+    )
+    return select(entropy, nsp, uniforms, hidden=hidden, tokens=tokens)  # type: ignore[arg-type]
 
 
 def counts(entropy: torch.Tensor, documents: int = DRAWS, **settings: object) -> np.ndarray:
@@ -135,8 +155,7 @@ def test_first_and_last_valid_positions_are_reachable(strategy: str, anchor: str
 @pytest.mark.parametrize("anchor", ["prediction", "token"])
 @pytest.mark.parametrize(("chunks", "rollout_length"), [(1, 1), (1, 5), (8, 5)])
 def test_shortest_document_leaves_no_choice(strategy: str, anchor: str, chunks: int, rollout_length: int) -> None:
-    length = minimum_length(chunks, rollout_length)
-    assert length == chunks + rollout_length
+    length = chunks + rollout_length
     positions = select_positions(
         torch.rand(length),
         chunks=chunks,
@@ -196,12 +215,12 @@ def test_extreme_temperature_and_broken_entropies_stay_valid() -> None:
             {"strategy": "max_entopy"},
             r"'max_entopy'. Known: entropy, max_entropy.*Did you mean 'max_entropy'",
         ),
-        ({"anchor": "tokens"}, "Known: prediction, token. Did you mean 'token'"),
-        ({"temperature": 0.0}, "greater than 0, got 0.0.*max_entropy"),
-        ({"temperature": math.nan}, "greater than 0"),
-        ({"chunks": 0}, "chunks must be at least 1, got 0"),
-        ({"rollout_length": 0}, "rollout_length must be at least 1, got 0"),
-        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"anchor": "tokens"}, "Allowed: prediction, token. Did you mean 'token'"),
+        ({"temperature": 0.0}, "greater than 0, got 0.0"),
+        ({"temperature": math.nan}, "finite number"),
+        ({"chunks": 0}, "chunks: must be at least 1, got 0"),
+        ({"rollout_length": 0}, "rollout_length: must be at least 1, got 0"),
+        ({"window": 0}, "window: must be at least 1, got 0"),
         ({"uniforms": [0.5]}, r"shape \[2\], one per chunk, got \[1\]"),
         ({"uniforms": [0.5, 1.0]}, r"\[0, 1\)"),
     ],
