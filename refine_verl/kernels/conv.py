@@ -16,6 +16,9 @@ from refine_verl.kernels.chunking import sequence_lengths
 from refine_verl.kernels.delta_rule import check_unknown
 from refine_verl.kernels.recording import ConvHistory, Kept, RowGradients, active_recorder
 
+_UNUSED = ("backend", "cu_seqlens_cpu", "chunk_indices")
+"""Arguments of fla's signature that choose a kernel or spare it a look at the GPU."""
+
 
 class _PackedIndex(NamedTuple):
     """A row where every sequence is preceded by its ``width`` state rows.
@@ -120,10 +123,7 @@ def causal_conv1d(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool | None = False,
     activation: str | None = None,
-    backend: str | None = "triton",
     cu_seqlens: torch.Tensor | None = None,
-    cu_seqlens_cpu: torch.Tensor | None = None,
-    chunk_indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Depthwise causal convolution ``y_t = act(sum_j weight[:, j] * x_{t-W+1+j} + bias) + residual_t``.
@@ -138,8 +138,7 @@ def causal_conv1d(
             sequence is shorter than W.
         activation: ``"silu"``, ``"swish"`` or ``None``.
         cu_seqlens: ``[N + 1]`` bounds of the sequences packed into the one row (B = 1).
-        backend, cu_seqlens_cpu, chunk_indices: accepted for fla's signature and not needed here.
-        **kwargs: refused unless ``None`` or ``False``.
+        **kwargs: fla's others; refused unless ``None``, ``False`` or without meaning here (`_UNUSED`).
 
     Returns:
         ``y`` ``[B, T, D]`` in x's dtype and the final state ``[N, D, W]`` in x's dtype, or ``None``; both
@@ -150,20 +149,29 @@ def causal_conv1d(
         ValueError: for an unknown activation or shapes that do not fit together.
         NotImplementedError: for an argument that has no CPU implementation.
     """
-    del backend, cu_seqlens_cpu, chunk_indices
-    check_unknown("causal_conv1d", kwargs)
+    check_unknown("causal_conv1d", {name: value for name, value in kwargs.items() if name not in _UNUSED})
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"causal_conv1d: activation must be None, 'silu' or 'swish', got {activation!r}")
     width, lengths = weight.shape[1], sequence_lengths(x.shape[0], x.shape[1], cu_seqlens)
-    packed = _packed_index(lengths, width) if len(lengths) > len(x) else None  # several sequences in the one row
-    padded = _with_states(x, _rows_before(x, initial_state, len(lengths), width), packed)
+    index = _packed_index(lengths, width) if len(lengths) > len(x) else None  # several sequences in the one row
+    state = _rows_before(x, initial_state, len(lengths), width)
+    if index is None:
+        padded = torch.cat([state, x], 1)
+    else:
+        padded = torch.cat([x[0], state.flatten(0, 1)]).index_select(0, index.source).unsqueeze(0)
     y, kept = _differentiable_conv(padded, weight, bias, activation is not None)
-    if packed is not None:
-        # Row r of y ends at row r + W of the padded input.
-        y = y.index_select(1, packed.tokens - width)
+    if index is not None:
+        y = y.index_select(1, index.tokens - width)  # row r of y ends at row r + W of the padded input
     if residual is not None:
         y = y + residual
-    return y, _final_state(padded, packed, lengths, width, kept) if output_final_state else None
+    if not output_final_state:
+        return y, None
+    final = padded[:, -width:] if index is None else padded[0].index_select(0, index.last).view(state.shape)
+    final = final.transpose(1, 2).contiguous()
+    if (recorder := active_recorder()) is not None:
+        sizes = torch.tensor(lengths) + width
+        recorder.add(final, ConvHistory(kept=kept, start=sizes.cumsum(0) - sizes, width=width))
+    return y, final
 
 
 def _rows_before(x: torch.Tensor, initial_state: torch.Tensor | None, count: int, width: int) -> torch.Tensor:
@@ -179,13 +187,6 @@ def _rows_before(x: torch.Tensor, initial_state: torch.Tensor | None, count: int
     return initial_state.to(x.dtype).transpose(1, 2)
 
 
-def _with_states(x: torch.Tensor, states: torch.Tensor, packed: _PackedIndex | None) -> torch.Tensor:
-    """``[B, T, D]`` with the W rows of its state in front of every sequence."""
-    if packed is None:
-        return torch.cat([states, x], 1)
-    return torch.cat([x[0], states.flatten(0, 1)]).index_select(0, packed.source).unsqueeze(0)
-
-
 def _differentiable_conv(
     padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
 ) -> tuple[torch.Tensor, Kept]:
@@ -196,21 +197,6 @@ def _differentiable_conv(
     waiting = RowGradients()
     y, handle = _CausalConv.apply(padded, weight, bias, silu, waiting)
     return y, Kept(inputs, handle, waiting) if padded.requires_grad else Kept(inputs)
-
-
-def _final_state(
-    padded: torch.Tensor, packed: _PackedIndex | None, lengths: tuple[int, ...], width: int, kept: Kept
-) -> torch.Tensor:
-    """The last W inputs of each sequence, ``[N, D, W]``; recorded where a recorder is in use."""
-    if packed is None:
-        rows = padded[:, -width:]
-    else:
-        rows = padded[0].index_select(0, packed.last).view(len(lengths), width, padded.shape[2])
-    final = rows.transpose(1, 2).contiguous()
-    if (recorder := active_recorder()) is not None:
-        sizes = torch.tensor(lengths) + width
-        recorder.add(final, ConvHistory(kept=kept, start=sizes.cumsum(0) - sizes, width=width))
-    return final
 
 
 def causal_conv1d_update(

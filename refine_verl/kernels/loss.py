@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fla.modules.l2warp import l2_warp
 
 from refine_verl.kernels.delta_rule import check_unknown
 
@@ -51,16 +50,15 @@ def fused_linear_cross_entropy_loss(
     target: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
+    *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
-    logit_softcapping: float | None = None,
     num_chunks: int = 8,
     reduction: str = "mean",
     use_l2warp: bool = False,
     l2_penalty_factor: float = 1e-4,
     accumulate_grad_in_fp32: bool = True,
-    process_group: Any = None,
+    **options: Any,
 ) -> torch.Tensor:
     """Cross-entropy of ``linear(x, weight, bias)``; on the CPU all logits are held at once.
 
@@ -69,10 +67,10 @@ def fused_linear_cross_entropy_loss(
         target: ``[N]``.
         weight, bias: ``[V, D]`` and ``[V]``.
         ignore_index, label_smoothing: as in torch.
-        logit_scale, logit_softcapping, process_group: refused unless without effect.
         num_chunks, accumulate_grad_in_fp32: accepted for fla's signature and not needed here.
         reduction: ``"mean"`` over the targets that count, or ``"sum"``.
         use_l2warp, l2_penalty_factor: pull the largest logit of each row towards zero (gradient only).
+        **options: fla's others, refused unless without effect.
 
     Returns:
         The scalar loss.
@@ -81,16 +79,17 @@ def fused_linear_cross_entropy_loss(
         NotImplementedError: for an option that has no CPU implementation.
     """
     del num_chunks, accumulate_grad_in_fp32
-    options = {"logit_scale": logit_scale, "logit_softcapping": logit_softcapping, "process_group": process_group}
     _refuse("fused_linear_cross_entropy_loss", options)
     logits = F.linear(x, weight, bias)
     loss = _cross_entropy(
         logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
     if use_l2warp:
+        from fla.modules.l2warp import l2_warp
+
         loss = l2_warp(loss, logits.unsqueeze(0), l2_penalty_factor)
     return loss
 
 
 def _refuse(name: str, options: dict[str, Any]) -> None:
-    check_unknown(name, {key: value for key, value in options.items() if value != _UNSUPPORTED[key]})
+    check_unknown(name, {key: value for key, value in options.items() if value != _UNSUPPORTED.get(key)})
