@@ -19,8 +19,6 @@ from refine_verl.nsp.entropy import (
 )
 from refine_verl.nsp.functions import check_functions
 from refine_verl.nsp.objective import (
-    GROUPS,
-    PolicyLoss,
     gather_log_probs,
     group_ids,
     group_standardise,
@@ -31,10 +29,8 @@ from refine_verl.nsp.objective import (
 from refine_verl.nsp.rewards import (
     RewardFunction,
     RewardInputs,
-    binary_reward,
     cosine_reward,
     get_reward,
-    hybrid_reward,
     known_rewards,
     register_reward,
     validate_reward_name,
@@ -44,7 +40,6 @@ from refine_verl.nsp.sampling import (
     position_uniforms,
     rollout_uniforms,
     sample_from_logits,
-    scaled_log_softmax,
     uniforms,
 )
 from refine_verl.nsp.selection import (
@@ -61,15 +56,12 @@ from refine_verl.nsp.selection import (
 
 __all__ = [
     "ANCHORS",
-    "GROUPS",
     "STRATEGIES",
-    "PolicyLoss",
     "RewardFunction",
     "RewardInputs",
     "SelectionFunction",
     "SelectionInputs",
     "align_entropy",
-    "binary_reward",
     "check_functions",
     "chunk_bounds",
     "chunked_entropy",
@@ -81,7 +73,6 @@ __all__ = [
     "group_ids",
     "group_standardise",
     "group_zero_std_share",
-    "hybrid_reward",
     "known_rewards",
     "known_selections",
     "position_uniforms",
@@ -91,7 +82,6 @@ __all__ = [
     "register_selection",
     "rollout_uniforms",
     "sample_from_logits",
-    "scaled_log_softmax",
     "select_positions",
     "smooth_entropy",
     "smooth_token_entropy",
