@@ -1,6 +1,6 @@
 # make quickstart   install, then train a small DeltaNet with REFINE on this machine
 # make test         the tests that need no GPU (ARGS="tests/nsp -k entropy" narrows them)
-# make check        style, types and known vulnerabilities of dependencies
+# make check        style, types, layers and known vulnerabilities of dependencies
 # make venv         only the virtual environment with the package in it
 # make clean        remove what make built; outputs/ is left alone
 #
@@ -40,6 +40,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/python .ci/audit.py
 
 venv: $(VENV)/.package

@@ -55,7 +55,15 @@ EXTRAS = {
     "vllm": [f"verl[vllm]=={VERL}"],
     "eval": EVAL,
     # Exact pins: a formatter or type checker that changes under a contributor is a broken build.
-    "dev": ["mypy==2.4.1", "pip-audit==2.10.1", "pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.5", *EVAL],
+    "dev": [
+        "import-linter==2.17",
+        "mypy==2.4.1",
+        "pip-audit==2.10.1",
+        "pytest==9.2.0",
+        "pytest-xdist==3.8.0",
+        "ruff==0.17.5",
+        *EVAL,
+    ],
 }
 
 setup(

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from refine_verl.config import DataError
-from refine_verl.data.hub import OFFLINE_VARIABLE, hub_is_reachable
+from refine_verl.config.hub import OFFLINE_VARIABLE, hub_is_reachable
 from refine_verl.data.readers import (
     BATCH_CHARACTERS,
     BATCH_ROWS,

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from refine_verl.config import DataError, is_made_of_documents
-from refine_verl.data.hub import local_files_only, why_not
+from refine_verl.config.hub import local_files_only, why_not
 from refine_verl.data.sources import nearest_paths
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import refine_verl.models.lact  # noqa: F401  registers LaCT
 from refine_verl.config import ModelError, did_you_mean
-from refine_verl.data.hub import local_files_only, why_not
+from refine_verl.config.hub import local_files_only, why_not
 from refine_verl.kernels import ensure_kernels
 from refine_verl.models.adapters import FLA_VERIFIED_ON_CPU, FlaAdapter, get_adapter, known_model_types
 from refine_verl.models.weights import check_configuration, describe_problems, misfit

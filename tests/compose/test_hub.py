@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from refine_verl.data.hub import OFFLINE_VARIABLE, hub_is_reachable, local_files_only
+from refine_verl.config.hub import OFFLINE_VARIABLE, hub_is_reachable, local_files_only
 from refine_verl.main import main
 
 
