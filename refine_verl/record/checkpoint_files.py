@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from refine_verl.config import RunFailed
 from refine_verl.record.files import write_atomically
 
 MANIFEST = "manifest.json"
@@ -31,7 +32,7 @@ _SAVING, _REPLACED, _REMOVED = ".saving_", ".replaced_", ".removed_"
 _CHUNK = 1 << 22
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunFailed):
     """A checkpoint or the final model could not be written; those written before are as they were."""
 
 

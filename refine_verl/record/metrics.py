@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from refine_verl.config import Refusal
 from refine_verl.record.lines import keep_lines, read_lines
 
 __all__ = ["METRICS_FILE", "MetricsError", "MetricsWriter", "merge_steps", "read_metrics"]
@@ -27,7 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 logger = logging.getLogger(__name__)
 
 
-class MetricsError(ValueError):
+class MetricsError(Refusal):
     """A metrics file that cannot be read: the message names the file, the line and the cure."""
 
 

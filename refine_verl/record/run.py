@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from refine_verl.config import Refusal
 from refine_verl.record.metrics import METRICS_FILE, merge_steps, read_metrics
 
 __all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "ReportError", "Run", "read_run"]
@@ -21,7 +22,7 @@ CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 logger = logging.getLogger(__name__)
 
 
-class ReportError(ValueError):
+class ReportError(Refusal):
     """There is nothing to report on: the message says what is missing and where it was looked for."""
 
 
