@@ -26,6 +26,7 @@ class Case:
         names: what a refusal must name, one of them at least.
         may_act: going ahead is right as well.
         must_act: only going ahead is right.
+        says: what one that goes ahead must say, one of them at least.
         key, value: what the configuration that runs must then hold.
         front: by the command itself; else what it does behind its command line, which is quicker.
         always: in every run of the tests, not only where it is drawn.
@@ -38,6 +39,7 @@ class Case:
     names: tuple[str, ...] = ()
     may_act: bool = False
     must_act: bool = False
+    says: tuple[str, ...] = ()
     key: str = ""
     value: Any = _NOTHING
     front: bool = False

@@ -139,7 +139,7 @@ COMMON: dict[str, Domain] = {
     "actor_rollout_ref.actor.fsdp_config.model_dtype": _text("fp32", "float32"),
     "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": _text("fp32", "float32"),
     "actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype": _text("fp32", "bf16", "fp16"),
-    "actor_rollout_ref.model.external_lib": _text(null=True),
+    "actor_rollout_ref.model.external_lib": Domain(kind="names", null=True),
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": _integer(1),
     "algorithm.adv_estimator": _text("grpo", "rloo", "reinforce_plus_plus"),
     "algorithm.norm_adv_by_std_in_grpo": _BOOL,

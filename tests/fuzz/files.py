@@ -114,8 +114,8 @@ PROMPT_FILES: dict[str, Write] = {
     "empty_answers.jsonl": lambda p: p.write_bytes(b'{"prompt": "a", "answers": [], "task": "hotpotqa"}\n'),
     "number_answer.jsonl": lambda p: p.write_bytes(b'{"prompt": "a", "answers": 7, "task": "hotpotqa"}\n'),
     "null_answers.jsonl": lambda p: p.write_bytes(b'{"prompt": "a", "answers": [null], "task": "hotpotqa"}\n'),
-    "unknown_task.jsonl": lambda p: p.write_bytes(b'{"prompt": "a", "answers": ["a"], "task": "nonsense"}\n'),
-    "null_task.jsonl": lambda p: p.write_bytes(b'{"prompt": "a", "answers": ["a"], "task": null}\n'),
+    "unknown_task.jsonl": lambda p: p.write_bytes(_lines([{**row, "task": "nonsense"} for row in _PROMPTS])),
+    "null_task.jsonl": lambda p: p.write_bytes(_lines([{**row, "task": None} for row in _PROMPTS])),
     "bad_length.jsonl": lambda p: p.write_bytes(
         b'{"prompt": "a", "answers": ["a"], "task": "hotpotqa", "max_gen_tokens": -3}\n'
     ),
@@ -162,7 +162,7 @@ METRICS: dict[str, Write] = {
 }
 """What metrics.jsonl is not."""
 
-MAY_ACT = ("altered_1.parquet", "altered_2.parquet", "nan", "utf16.txt", "two_answers.jsonl")
+MAY_ACT = ("altered_1.parquet", "altered_2.parquet", "utf16.txt", "two_answers.jsonl", "text_value")
 """Whether these can be told from sound files depends on where the harm is."""
 
 
@@ -230,7 +230,14 @@ def _report(name: str, write: Write) -> Case:
         (world.inputs / "run").mkdir()
         write(world.inputs / "run" / "metrics.jsonl")
 
-    return Case(id=f"report: metrics are {name}", base="report", changed=("{inputs}/run",), make=make, names=("run",))
+    return Case(
+        id=f"report: metrics are {name}",
+        base="report",
+        changed=("{inputs}/run",),
+        make=make,
+        names=("run",),
+        may_act=name in MAY_ACT,
+    )
 
 
 def _readable() -> list[Case]:
@@ -241,8 +248,9 @@ def _readable() -> list[Case]:
 
     def linked_folder(world: World) -> None:
         (world.inputs / "all").mkdir()
+        (world.inputs / "all" / "documents.jsonl").write_bytes(_lines(_ROWS))
         (world.inputs / "elsewhere").mkdir()
-        (world.inputs / "elsewhere" / "documents.jsonl").write_bytes(_lines(_ROWS))
+        (world.inputs / "elsewhere" / "more.jsonl").write_bytes(_lines(_ROWS[:30]))
         (world.inputs / "all" / "linked").symlink_to(world.inputs / "elsewhere")
 
     def byte_order_mark(world: World) -> None:
@@ -263,6 +271,14 @@ def _readable() -> list[Case]:
         "a folder with spaces": (spaces, "data.train_files='{inputs}/my own ü'"),
     }
     return [
-        Case(id=f"main: reads {name}", base="main", changed=(changed,), make=make, must_act=True, always=True)
+        Case(
+            id=f"main: reads {name}",
+            base="main",
+            changed=(changed,),
+            make=make,
+            must_act=True,
+            says=("70 documents", "symbolic link") if make is linked_folder else ("40 documents",),
+            always=True,
+        )
         for name, (make, changed) in made.items()
     ]

@@ -14,7 +14,7 @@ from refine_verl.compose.schema import leaves
 
 SEED = 13
 WRONG_PER_KEY = 2
-INERT_KEYS = 45
+INERT_SHARE = 0.07
 
 VALUES: tuple[tuple[str, Any], ...] = (
     ("null", None),
@@ -130,15 +130,14 @@ LATE: tuple[tuple[str, str], ...] = (
 
 def key_cases() -> list[Case]:
     """All of them, the same ones every time."""
-    rng = random.Random(SEED)
     cases: list[Case] = []
     for base, domains in (("main", {**COMMON, **DOCUMENTS}), ("posttrain", PROMPTS), ("ttt", TTT)):
         for key, domain in domains.items():
-            cases += _mutations(base, key, domain, rng)
+            cases += _mutations(base, key, domain)
     for base, domains in (("evaluate", EVALUATE), ("inspect", INSPECT)):
         for key, domain in domains.items():
-            cases += _mutations(base, key, domain, rng)
-    cases += _inert(rng)
+            cases += _mutations(base, key, domain)
+    cases += _inert()
     for key, value in TYPOS:
         cases.append(_refused("main", key, value, front=True))
     for section in SECTIONS:
@@ -147,8 +146,14 @@ def key_cases() -> list[Case]:
     return cases
 
 
-def _mutations(base: str, key: str, domain: Domain, rng: random.Random) -> Iterator[Case]:
+def drawn(name: str, share: float) -> bool:
+    """Whether this one is among the share that is drawn, whatever others there are."""
+    return random.Random(f"{SEED} {name}").random() < share
+
+
+def _mutations(base: str, key: str, domain: Domain) -> Iterator[Case]:
     """Wrong values of the key, which must be refused, and one that may act."""
+    rng = random.Random(f"{SEED} {base} {key}")
     values = [*VALUES, *((choice[:-1] + "z", choice[:-1] + "z") for choice in domain.choices[:1] if choice.strip())]
     wrong = [text for text, value in values if not domain.allows(value)]
     for text in rng.sample(wrong, min(WRONG_PER_KEY, len(wrong))):
@@ -163,7 +168,7 @@ def _mutations(base: str, key: str, domain: Domain, rng: random.Random) -> Itera
         )
 
 
-def _inert(rng: random.Random) -> Iterator[Case]:
+def _inert() -> Iterator[Case]:
     """Keys that are not known to act, with another value than their default."""
     for key, value in EXPECTED_BY_USERS:
         yield _refused("posttrain", key, value, always=True)
@@ -176,8 +181,9 @@ def _inert(rng: random.Random) -> Iterator[Case]:
         and not key.endswith("_target_")
         and not any(key == place or key.startswith(f"{place}.") for place in NOT_JUDGED)
     ]
-    for key, default in rng.sample(schema, INERT_KEYS):
-        yield _refused("posttrain", key, _another(default))
+    for key, default in schema:
+        if drawn(key, INERT_SHARE):
+            yield _refused("posttrain", key, _another(default))
 
 
 def _another(default: Any) -> str:

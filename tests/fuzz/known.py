@@ -2,5 +2,91 @@
 
 from __future__ import annotations
 
-KNOWN: dict[str, str] = {}
-"""Case to kind of fault."""
+BY_KIND: dict[str, tuple[str, ...]] = {
+    "values that are accepted and should not be": (
+        "main: actor_rollout_ref.actor.optim.lr_warmup_steps=-99999999999999999999999",
+        "main: trainer.resume_from_path=[]",
+        "main: data.cache_dir=[]",
+        "main: data.progress=nan",
+        "main: data.progress={a:1}",
+    ),
+    "keys that end in a traceback": (
+        "main: actor_rollout_ref.actor.checkpoint.load_contents=nan",
+        "main: data.cache_dir=true",
+        "main: data.cache_dir=-0.5",
+    ),
+    "refusals that do not name what is wrong, or say more than one thing": (
+        "main: actor_rollout_ref.actor.optim.betas=[1,2]",
+        "main: model.tokenizer=''",
+        "prepare: --input is empty.jsonl",
+        "prepare: --input is empty.jsonl.zst",
+        "prepare: --input is blank_lines.jsonl",
+        "prepare: --input is no_rows.parquet",
+        "main: a model with hidden_size text",
+        "plan: a model with hidden_size text",
+        "main: a model with hidden_size null",
+        "main: a model with hidden_size negative",
+        "main: a model with num_heads that do not divide",
+        "main: a model with num_heads 0",
+        "main: a model with vocab_size 0",
+        "plan: a model with vocab_size 0",
+        "main: a model with num_hidden_layers text",
+    ),
+    "models that only some commands refuse, or that end in a traceback": (
+        "evaluate: a model with weights cut in half",
+        "evaluate: a model with weights cut in the header",
+        "evaluate: a model with empty weights",
+        "evaluate: a model with weights that are a pointer of Git LFS",
+        "evaluate: a model with weights that are noise",
+        "evaluate: a model with weights that are a web page",
+        "evaluate: a model with weights that are not numbers",
+        "inspect: a model with weights that are not numbers",
+        "main: a model with model_type of attention",
+        "evaluate: a model with model_type of attention",
+        "inspect: a model with model_type of attention",
+        "evaluate: a model with hidden_size text",
+        "inspect: a model with hidden_size text",
+        "evaluate: a model with hidden_size null",
+        "inspect: a model with hidden_size null",
+        "evaluate: a model with hidden_size negative",
+        "inspect: a model with hidden_size negative",
+        "evaluate: a model with num_heads that do not divide",
+        "inspect: a model with num_heads that do not divide",
+        "evaluate: a model with num_heads 0",
+        "inspect: a model with num_heads 0",
+        "evaluate: a model with num_hidden_layers text",
+        "inspect: a model with num_hidden_layers text",
+        "main: a model with quantization_config",
+        "evaluate: a model with quantization_config",
+        "inspect: a model with quantization_config",
+        "main: a model with quantization_config unknown",
+        "evaluate: a model with quantization_config unknown",
+        "inspect: a model with quantization_config unknown",
+        "main: a model with tie_word_embeddings with a head of its own",
+        "plan: a model with tie_word_embeddings with a head of its own",
+        "evaluate: a model with tie_word_embeddings with a head of its own",
+        "inspect: a model with tie_word_embeddings with a head of its own",
+    ),
+    "files that end in a traceback, or are not read": (
+        "main: data.train_files is two_columns.parquet",
+        "prepare: --input is two_columns.parquet",
+        "main: data.val_files is two_columns.parquet",
+        "evaluate: ntp reads two_columns.parquet",
+        "main: reads documents.jsonl.gz",
+    ),
+    "checkpoints whose code would be run": (
+        "main: resumes with actor/model_world_size_1_rank_0.pt crafted",
+        "main: resumes with actor/optim_world_size_1_rank_0.pt crafted",
+        "main: resumes with actor/extra_state_world_size_1_rank_0.pt crafted",
+        "main: resumes with data.pt crafted",
+    ),
+    "checkpoints that end in a traceback, or are taken": (
+        "main: resumes with manifest of no files",
+        "main: resumes with notes a list",
+        "main: resumes with notes null",
+        "main: resumes with model a list",
+    ),
+}
+
+KNOWN = {case: kind for kind, cases in BY_KIND.items() for case in cases}
+"""Case to kind."""
