@@ -17,6 +17,7 @@ from refine_verl.nsp.entropy import (
     smooth_entropy,
     smooth_token_entropy,
 )
+from refine_verl.nsp.metrics import reward_metrics, rollout_metrics
 from refine_verl.nsp.objective import (
     GROUPS,
     PolicyLoss,
@@ -39,6 +40,7 @@ from refine_verl.nsp.rewards import (
     validate_reward_name,
 )
 from refine_verl.nsp.sampling import (
+    end_tokens,
     generation_uniforms,
     position_uniforms,
     rollout_uniforms,
@@ -55,6 +57,7 @@ from refine_verl.nsp.selection import (
 )
 
 __all__ = [
+    "end_tokens",
     "ANCHORS",
     "GROUPS",
     "STRATEGIES",
@@ -80,6 +83,8 @@ __all__ = [
     "ppo_clip_loss",
     "refine_objective",
     "register_reward",
+    "reward_metrics",
+    "rollout_metrics",
     "rollout_uniforms",
     "sample_from_logits",
     "scaled_log_softmax",

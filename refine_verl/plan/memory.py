@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import Trace
 from refine_verl.nsp.selection import chunk_bounds
 from refine_verl.plan.gpu_kernels import gpu_delta_rules
-from refine_verl.plan.hollow import LABELS, LOGITS, STATES, HollowRun, replaced, tensors_in
+from refine_verl.plan.hollow import LABELS, LOGITS, STATES, HollowRun, tensors_in
 
 FP32 = 4
 PROBED_LAYERS = (1, 2)
@@ -225,7 +226,7 @@ def _count(config: PretrainedConfig, shape: Shape, run: Any) -> dict[str, dict[s
         with counter.labelled(LOGITS):
             return forward(*args, **kwargs)
 
-    with replaced(head, "forward", labelled), _chosen(actor, shape), counter:
+    with mock.patch.object(head, "forward", labelled), _chosen(actor, shape), counter:
         run(actor, shape)
     return counter.peaks
 
@@ -260,7 +261,7 @@ def _positions(shape: Shape) -> Tensor:
 @contextmanager
 def _chosen(actor: FastWeightActor, shape: Shape) -> Iterator[None]:
     """There are no entropies to choose by."""
-    with replaced(actor, "_select", lambda *_: _positions(shape)):
+    with mock.patch.object(actor, "_select", lambda *_: _positions(shape)):
         yield
 
 

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,10 +13,12 @@ import pytest
 import torch
 from reference.runs import read_steps, run_to_the_end, toy_overrides, write_corpus
 
-from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.command.keys import take_keys
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.validate import validate
 from refine_verl.nsp import RewardInputs, get_reward
-from refine_verl.plan.options import read_options
+from refine_verl.plan.options import PlanSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -152,6 +154,6 @@ def test_plans_of_the_docs_are_of_runs_that_would_start() -> None:
     plans = re.findall(r"-m refine_verl\.plan (recipe=[^\n`]*)", text)
     assert len(plans) >= 2
     for plan in plans:
-        _, overrides, _ = read_options(shlex.split(plan))
+        _, overrides = take_keys(shlex.split(plan), PlanSettings)
         assert len(overrides) >= 3
         validate(compose_config(overrides), find_configs())

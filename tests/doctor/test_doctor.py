@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from refine_verl.doctor import __main__ as command
-from refine_verl.doctor import installation, kernels, machine
+from refine_verl.doctor import diagnosis, installation, kernels, machine
 from refine_verl.doctor.findings import FAIL, OK, WARN, Finding
 from refine_verl.doctor.machine import GIB
 
@@ -230,8 +230,8 @@ def test_exit_status_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def fine() -> Iterator[Finding]:
         yield Finding("fine", WARN, "so so", "a fix")
 
-    findings, crashed = command.diagnose([fine]), command.diagnose([broken])
-    monkeypatch.setattr(command, "diagnose", lambda: findings)
+    findings, crashed = diagnosis.diagnose([fine]), diagnosis.diagnose([broken])
+    monkeypatch.setattr(diagnosis, "diagnose", lambda: findings)
     assert command.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
     findings += crashed
@@ -245,5 +245,5 @@ def test_exit_status_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_every_check_is_run() -> None:
     names = {name for module in (installation, machine, kernels) for name in vars(module) if name.startswith("check_")}
-    assert {check.__name__ for check in command.CHECKS} == names
+    assert {check.__name__ for check in diagnosis.CHECKS} == names
     assert sys.modules["refine_verl.doctor.machine"] is machine

@@ -1,4 +1,4 @@
-"""Runs of two workers that are stopped, killed, damaged and starved of disk, and go on as if nothing had happened."""
+"""Runs of two workers that are stopped, killed, damaged and starved of disk, and resume as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Runs:
         )
 
     def _lose(self) -> Run:
-        """The stopped run goes on and loses a worker twice: one time more than it may."""
+        """The stopped run resumes and loses a worker twice: one time more than it may."""
         self.stopped.result()
         notes = self.corpus / "notes"
         notes.mkdir()
@@ -141,7 +141,7 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(runs: Runs) -> None:
     assert 1 <= run.last_step < STEPS, "the signal came too late to show anything"
     assert run.checkpoints == [run.last_step]
     folder = run.directory / f"global_step_{run.last_step}"
-    assert f"SIGTERM after step {run.last_step}; the same command goes on from {folder}" in run.output
+    assert f"SIGTERM after step {run.last_step}; the same command resumes from {folder}" in run.output
     assert not (run.directory / "model").exists()
 
 
@@ -170,7 +170,7 @@ def test_after_all_that_the_run_is_the_one_that_nobody_disturbed(runs: Runs) -> 
 def test_a_damaged_checkpoint_is_passed_over(runs: Runs) -> None:
     whole, run = ended(runs.whole, 0), ended(runs.damaged, 0)
     assert "global_step_8 is damaged: actor/model_world_size_2_rank_1.pt has " in run.output
-    assert f"goes on from {run.directory / 'global_step_6'} instead" in run.output
+    assert f"resumes from {run.directory / 'global_step_6'} instead" in run.output
     assert what_it_measured(run) == what_it_measured(whole)
     assert run.last_step == STEPS + 2 and run.checkpoints == [10, 8]
     assert damage(run.directory / "global_step_8") is None  # written again
@@ -186,7 +186,7 @@ def test_a_full_disk_is_an_error_and_nothing_else(runs: Runs) -> None:
     full = f"error: the file system of {run.directory} is full: the checkpoint of step {failed} could not be written. "
     assert full in run.output
     assert f"GiB are free in {run.directory}" in run.output
-    assert f"global_step_{failed - 1} is whole, and the same command goes on from it" in run.output
+    assert f"global_step_{failed - 1} is whole, and the same command resumes from it" in run.output
     assert run.checkpoints == list(range(failed - 1, 0, -1)) and (copy / TRACKER).read_text() == str(failed - 1)
     for step in run.checkpoints:
         folder = copy / f"global_step_{step}"
@@ -194,5 +194,5 @@ def test_a_full_disk_is_an_error_and_nothing_else(runs: Runs) -> None:
         for shard in folder.rglob("*_rank_*.pt"):
             assert torch.load(shard, weights_only=False)
     assert list(read_steps(copy)) == list(range(failed))
-    # that is a run which can go on
+    # that is a run which can resume
     assert torch.load(copy / f"global_step_{failed - 1}" / "data.pt", weights_only=False)

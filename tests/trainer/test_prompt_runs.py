@@ -80,7 +80,7 @@ class Runs:
             lambda: predictions.is_file() and predictions.stat().st_size > 0,
             signal.SIGTERM,
         )
-        assert code == 143 and "the same command goes on behind the last answer" in output, output[-4000:]
+        assert code == 143 and "the same command resumes behind the last answer" in output, output[-4000:]
         lines = predictions.read_text().splitlines(keepends=True)
         assert (
             len(lines) in (3, 6)
