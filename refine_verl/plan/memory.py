@@ -260,7 +260,7 @@ def _positions(shape: Shape) -> Tensor:
 @contextmanager
 def _chosen(actor: FastWeightActor, shape: Shape) -> Iterator[None]:
     """There are no entropies to choose by."""
-    with replaced(actor, "_select", lambda *_: _positions(shape)):
+    with replaced(actor, "select", lambda *_: _positions(shape)):
         yield
 
 
