@@ -15,7 +15,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def unknown_choice(setting: str, value: object, known: Iterable[str], otherwise: str = "") -> ValueError:
     """The error for a name not among `known`: lists them, and what is allowed `otherwise`; names the nearest."""
     names = sorted(known)
-    return ValueError(f"unknown {setting} {value!r}. Known: {', '.join(names)}{otherwise}.{did_you_mean(value, names)}")
+    return ValueError(
+        f"unknown {setting} {value!r}. Allowed: {', '.join(names)}{otherwise}.{did_you_mean(value, names)}"
+    )
 
 
 class Registry(Generic[F]):

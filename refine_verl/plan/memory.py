@@ -261,7 +261,7 @@ def _positions(shape: Shape) -> Tensor:
 @contextmanager
 def _chosen(actor: FastWeightActor, shape: Shape) -> Iterator[None]:
     """There are no entropies to choose by."""
-    with mock.patch.object(actor, "_select", lambda *_: _positions(shape)):
+    with mock.patch.object(actor, "select", lambda *_: _positions(shape)):
         yield
 
 

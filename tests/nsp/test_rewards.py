@@ -80,7 +80,7 @@ def test_shapes_must_fit() -> None:
 
 def test_unknown_name_is_refused_with_the_nearest() -> None:
     for lookup in (get_reward, validate_reward_name):
-        with pytest.raises(ValueError, match=r"'cosin'. Known: binary, cosine, hybrid, .* Did you mean 'cosine'"):
+        with pytest.raises(ValueError, match=r"'cosin'. Allowed: binary, cosine, hybrid, .* Did you mean 'cosine'"):
             lookup("cosin")
 
 

@@ -213,7 +213,7 @@ def test_extreme_temperature_and_broken_entropies_stay_valid() -> None:
     [
         (
             {"strategy": "max_entopy"},
-            r"'max_entopy'. Known: entropy, max_entropy.*Did you mean 'max_entropy'",
+            r"'max_entopy'. Allowed: entropy, max_entropy.*Did you mean 'max_entropy'",
         ),
         ({"anchor": "tokens"}, "Allowed: prediction, token. Did you mean 'token'"),
         ({"temperature": 0.0}, "greater than 0, got 0.0"),
