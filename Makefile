@@ -38,7 +38,7 @@ quickstart: $(VENV)/.package
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m "not gpu" \
-	  -n $(TEST_WORKERS) --dist loadfile --durations=15 $(ARGS)
+	  -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

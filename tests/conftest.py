@@ -9,6 +9,12 @@ from collections.abc import Iterator
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole runs first: what is left to share at the end are files of seconds."""
+    slow = {item.path for item in items if item.get_closest_marker("dist")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def root_logger_as_it_was() -> Iterator[None]:
     """Commands run in this process set up logging for it (Hydra's do), with handlers that hold a captured stream."""

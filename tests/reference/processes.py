@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
+
 _context: Any = multiprocessing.get_context("forkserver")
 # multiprocessing polls all its processes whenever one is started; two threads must not read one exit code
 _lock = threading.Lock()
@@ -44,7 +46,7 @@ class Forked:
         self.returncode: int | None = None
         self._process = _context.Process(target=_become, args=(module, list(arguments), env, cwd, output))
         with _lock:
-            _start_server(env)
+            _start_server()
             self._process.start()
         self.pid: int = self._process.pid
 
@@ -77,13 +79,14 @@ class Forked:
         self._process.kill()
 
 
-def _start_server(env: dict[str, str]) -> None:
+def _start_server() -> None:
     """Once; torch reads the number of its threads when it is imported."""
     if _started_by == [os.getpid()]:
         return
     _started_by[:] = [os.getpid()]
     before = dict(os.environ)
-    os.environ.update({name: env[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")})
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before.get("PYTHONPATH", "")])
+    os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1")
     try:
         _context.set_forkserver_preload(["reference.preloaded"])
         multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reference.processes import Forked
+from reference.runs import kill_tree
 from trajectories.compare import differences
-from trajectories.process import ROOT
+from trajectories.process import ROOT, TIMEOUT, Done, environment
 
 RECORDED = Path(__file__).parent / "recorded"
 FIRST_STEPS = 2e-5
@@ -24,6 +27,16 @@ def recorded(name: str) -> dict[str, Any]:
 def this_checkout() -> str:
     """PYTHONPATH of commands that import the package from here."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def run_forked(module: str, arguments: Sequence[str], cwd: Path, scratch: Path) -> Done:
+    """As `trajectories.process.run_module` does it, by a fork; standard output and error come together."""
+    process = Forked(module, arguments, environment(scratch), cwd, scratch / "output")
+    try:
+        output, _ = process.communicate(TIMEOUT)
+    finally:
+        kill_tree(process)
+    return Done(process.wait(), output, "")
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:

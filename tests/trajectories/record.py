@@ -216,10 +216,10 @@ def make_old_run(directory: Path) -> dict[str, Any]:
     return {"versions": versions(), "run": expected}
 
 
-def resume_old_run(directory: Path) -> dict[str, Any]:
+def resume_old_run(directory: Path, run: Run = run_module) -> dict[str, Any]:
     """Go on from such a directory, in place."""
     with scratch_directory() as scratch:
-        _train(OLD_RUN_RESUMED.resolve(directory / "data", directory), scratch)
+        _train(OLD_RUN_RESUMED.resolve(directory / "data", directory), scratch, run)
     return {"versions": versions(), "run": read_run(directory / "run")}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from trajectories.held import assert_same, recorded, this_checkout
+from trajectories.held import assert_same, recorded, run_forked, this_checkout
 from trajectories.record import resume_old_run
 from trajectories.scenarios import unpack_old_run
 
@@ -25,6 +25,6 @@ def test_an_old_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     metrics = tmp_path / "run" / "metrics.jsonl"
     before = metrics.read_text().splitlines()
     assert len(before) == DONE
-    found = resume_old_run(tmp_path)["run"]
+    found = resume_old_run(tmp_path, run_forked)["run"]
     assert metrics.read_text().splitlines()[:DONE] == before, "times and all: they were not done again"
     assert_same(found, recorded("old_run")["run"])

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from trajectories.held import LATER_STEPS, assert_same, recorded, this_checkout
+from trajectories.held import LATER_STEPS, assert_same, recorded, run_forked, this_checkout
 from trajectories.record import record, versions
 from trajectories.scenarios import SCENARIOS
 
@@ -31,7 +31,7 @@ def runs() -> Iterator[dict[str, Future[dict[str, Any]]]]:
         pytest.skip(f"the random weights may be others: {', '.join(others)}")
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(max_workers=2) as pool:
         patch.setenv("PYTHONPATH", this_checkout())
-        yield {item.name: pool.submit(record, item) for item in SCENARIOS if item.name in HELD}
+        yield {item.name: pool.submit(record, item, run_forked) for item in SCENARIOS if item.name in HELD}
         pool.shutdown(wait=True, cancel_futures=True)
 
 
