@@ -13,8 +13,9 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.config import DataError, DataSettings, FileSettings, split_key
+from refine_verl.config import DataError, DataSettings, FileSettings, PromptSettings, split_key
 from refine_verl.data.cache import cached_directory, default_cache_dir, make_key
+from refine_verl.data.prompts_read import read_prompts
 from refine_verl.data.sources import DocumentSource, iterate_documents, iterate_texts, split_sources
 from refine_verl.data.statistics import DataStatistics, S
 from refine_verl.data.tokenize import (
@@ -120,10 +121,22 @@ def prepare_directory(
     return Prepared(path=path, statistics=statistics, reused=reused)
 
 
-def iterate_split_texts(settings: DataSettings, split: str, limit_characters: int | None = None) -> Iterator[str]:
-    """The texts of a split in document order, to train a tokenizer on; stops after `limit_characters`."""
+def iterate_split_texts(
+    settings: DataSettings | PromptSettings, split: str, limit_characters: int | None = None
+) -> Iterator[str]:
+    """The texts of a split in order (of prompts, the prompts), to train a tokenizer on; stops after `limit_characters`.
+
+    Raises:
+        DataError: as `prepare` and `prompts.prepare_prompts`, of the rows that are read.
+    """
+    sources = split_sources(settings, split)
+    texts: Iterator[str] = (
+        iterate_texts(sources, settings.text_key)
+        if isinstance(settings, DataSettings)
+        else (text for row in read_prompts(sources, settings) for text in row.texts)
+    )
     seen = 0
-    for text in iterate_texts(split_sources(settings, split), settings.text_key):
+    for text in texts:
         yield text
         seen += len(text)
         if limit_characters is not None and seen >= limit_characters:

@@ -38,6 +38,11 @@ class PromptRow:
     classes: list[str]
     max_new_tokens: int
 
+    @property
+    def texts(self) -> list[str]:
+        """What is in the prompt: one text, or those of the messages."""
+        return [self.prompt] if isinstance(self.prompt, str) else [message["content"] for message in self.prompt]
+
 
 def read_prompts(sources: Sequence[DocumentSource], settings: PromptSettings) -> Iterator[PromptRow]:
     """All rows of all sources in order, checked.

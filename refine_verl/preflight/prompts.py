@@ -44,20 +44,6 @@ _MAY_CHANGE: tuple[str, ...] = (
 )
 
 
-def prompt_texts(settings: PromptSettings, characters: int) -> Iterator[str]:
-    """Prompts to train a tokenizer on, the test prompts where there are no others; at most so many characters."""
-    from refine_verl.data.prompts_read import read_prompts
-    from refine_verl.data.sources import split_sources
-
-    split = "train" if settings.train_files else "validation"
-    for row in read_prompts(split_sources(settings, split), settings):
-        texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
-        yield from texts
-        characters -= sum(map(len, texts))
-        if characters <= 0:
-            return
-
-
 def prepare_prompt_splits(
     valid: ValidConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Prepared[PromptStatistics], Prepared[PromptStatistics] | None]:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from refine_verl.compose.validate import ValidConfig, check_against_verl
 from refine_verl.config import ConfigError, DataSettings, ModelError, PromptSettings
 from refine_verl.preflight.cluster import check_cluster
-from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits, prompt_texts
+from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -236,11 +236,8 @@ def load_run_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokeniz
 
     source = valid.model.tokenizer_source
     assert source is not None  # ModelSettings has refused it
-    if isinstance(valid.data, DataSettings):
-        corpus = iterate_split_texts(valid.data, "train", BPE_TRAINING_CHARACTERS)
-    else:
-        corpus = prompt_texts(valid.data, BPE_TRAINING_CHARACTERS)
-    tokenizer = load_tokenizer(source, corpus)
+    split = "train" if valid.data.train_files else "validation"  # test-time training reads test prompts only
+    tokenizer = load_tokenizer(source, iterate_split_texts(valid.data, split, BPE_TRAINING_CHARACTERS))
     if len(tokenizer) > info.vocab_size:
         raise ConfigError(
             "model.tokenizer",

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from refine_verl.config import ConfigError
 from refine_verl.data import DataError
+from refine_verl.data.prepare import iterate_split_texts
 from refine_verl.data.prompts import PromptDataset, PromptSettings, prepare_prompts
 from refine_verl.data.prompts_tokenize import cut_prompt, encode_continuations, encode_prompts
 
@@ -248,6 +249,13 @@ def test_ids(make, bytes_tokenizer):
         prepare_prompts(make([{**ROWS[0], "id": 1.5}], id_key="id"), "train", bytes_tokenizer)
     with pytest.raises(DataError, match="no column 'key'.*data.id_key"):
         prepare_prompts(make(ROWS, id_key="key"), "train", bytes_tokenizer)
+
+
+def test_a_tokenizer_is_trained_on_the_prompts(make):
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    settings = make([{"prompt": "one", "answer": "x"}, {"prompt": messages, "answer": "y"}], chat_template=True)
+    assert list(iterate_split_texts(settings, "train")) == ["one", "be kind", "hi"]
+    assert list(iterate_split_texts(settings, "train", limit_characters=4)) == ["one", "be kind"]
 
 
 def test_document_ids_do_not_depend_on_place(make, bytes_tokenizer):
