@@ -16,8 +16,7 @@ from refine_verl.adaptation.prompts import PromptError, Prompts
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
 from refine_verl.models import FastWeightActor
-from refine_verl.models.answers import Answers, answer_draws
-from refine_verl.nsp import end_tokens
+from refine_verl.models.answers import Answers, answer_draws, end_tokens_of
 
 
 def adapt(
@@ -131,7 +130,7 @@ class Adapted:
                 input_ids, vocabulary=_vocabulary(self.model), shortest=1, needs="there is nothing to continue."
             )
         limits = _limits(max_new_tokens, len(prompts))
-        given = end_tokens(getattr(self.model, "generation_config", None)) if stop_tokens is None else stop_tokens
+        given = end_tokens_of(self.model) if stop_tokens is None else stop_tokens
         stops = [int(token) for token in given]
         key = self.settings.seed if seed is None else seed
         if temperature < 0:

@@ -20,7 +20,7 @@ from refine_verl.adaptation.settings import METHODS, read_settings
 from refine_verl.config import ConfigError, DataError, require_choice
 from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.models import Documents, FastWeightActor, ModelError, inspect_model, load_model, make_actor
-from refine_verl.nsp import end_tokens
+from refine_verl.models.answers import end_tokens_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,7 +54,7 @@ class EvaluatedModel:
         self.actor, self.tokenizer = actor, tokenizer
         self.ttt = ttt or AdaptSettings(method="none")
         self.device = next(actor.parameters()).device
-        self.stop_tokens = end_tokens(getattr(actor, "generation_config", None), tokenizer.eos_token_id)
+        self.stop_tokens = end_tokens_of(actor, tokenizer.eos_token_id)
 
     def likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """Score what follows a context, all pairs in one pass (one by one with test-time training).

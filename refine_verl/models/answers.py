@@ -16,7 +16,7 @@ from refine_verl.models.packing import Documents, pack
 from refine_verl.models.passes import Passes
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import read_segments
-from refine_verl.nsp import generation_uniforms
+from refine_verl.nsp import end_tokens, generation_uniforms
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ def answer_draws(seed: int, step: int, prompts: Sequence[int], copies: int, leng
     """Uniforms [N, n, A] for answers to the prompts of these ids; see `refine_verl.nsp.generation_uniforms`."""
     rows = [torch.from_numpy(generation_uniforms(seed, step, prompt, copies, length)) for prompt in prompts]
     return torch.stack(rows)
+
+
+def end_tokens_of(model: object, *more: int | None) -> tuple[int, ...]:
+    """Ids that end an answer of a model; see `refine_verl.nsp.end_tokens`."""
+    return end_tokens(getattr(model, "generation_config", None), *more)
 
 
 def every_row(done: Tensor) -> bool:
