@@ -30,22 +30,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
-from refine_verl.config import NSPSettings
-from refine_verl.models import (
-    Branches,
-    Documents,
-    FastWeightActor,
-    RolloutDraws,
-    documents_together,
-    load_model,
-    make_actor,
-    snapshot_count,
-)
-from refine_verl.nsp import (
-    get_reward,
-    group_standardise,
-    refine_objective,
-)
+from refine_verl.config import LossSettings, NSPSettings
+from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
+from refine_verl.models.reward_manager import HiddenStateRewardManager
+from refine_verl.models.step import Rollouts, Step, in_parts
+from refine_verl.nsp import group_standardise, ppo_clip_loss
 
 KINDS = ("sft", "fork", "prefix")
 
@@ -188,13 +177,8 @@ class Bench:
         generator = torch.Generator().manual_seed(seed)
         vocabulary = preset.model["vocab_size"]
         tokens = torch.randint(0, vocabulary, (preset.documents, preset.length), generator=generator)
-        self.tokens = tokens.to(preset.device)
-        self.predicted = preset.documents * (preset.length - 1)
+        self.documents = Documents.from_tensors(tokens.to(preset.device), [preset.length] * preset.documents)
         self.rollouts = preset.documents * nsp.chunks * nsp.rollouts_per_position
-
-    def documents(self, rows: slice) -> Documents:
-        tokens = self.tokens[rows]
-        return Documents.from_tensors(tokens, (self.preset.length,) * len(tokens))
 
     def step(self, kind: str) -> None:
         """One optimiser step."""
@@ -202,47 +186,27 @@ class Bench:
         self.backward(kind, None if kind == "sft" else self.write(kind))
         self.optimizer.step()
 
-    def write(self, kind: str) -> tuple[Branches, Tensor, Tensor]:
-        """Rollouts of the whole batch: branches, their log-probabilities [B, c, n, k] and advantages [B, c, n]."""
-        nsp = replace(self.nsp, rollout=kind)
-        size = documents_together(nsp, self.preset.rollout_micro_batch)
-        parts = []
-        for start in range(0, self.preset.documents, size):
-            rows = range(start, min(start + size, self.preset.documents))
-            rollouts = self.actor(
-                mode="rollout",
-                documents=self.documents(slice(rows.start, rows.stop)),
-                nsp=nsp,
-                draws=RolloutDraws.of(0, 1, rows, nsp),
-                snapshots=snapshot_count(nsp.chunks, self.preset.length),
-                read_together=self.preset.rollout_micro_batch,
-            )
-            rewards = get_reward(nsp.reward)(rollouts.reward_inputs())
-            advantages = group_standardise(rewards.view(rollouts.tokens.shape[:3]))
-            parts.append((rollouts.positions, rollouts.tokens, rollouts.log_probs, advantages))
-        positions, tokens, log_probs, advantages = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Branches(positions, tokens), log_probs, advantages
+    def write(self, kind: str) -> dict[str, Tensor]:
+        """Rollouts of the whole batch, rewarded and compared."""
+        reward = HiddenStateRewardManager(self.nsp.reward)
+        rollouts = self.model_step(kind).write_and_reward(1, self.documents, range(len(self.documents)), reward)
+        return {**rollouts, "advantages": group_standardise(rollouts["rewards"])}
 
-    def backward(self, kind: str, written: tuple[Branches, Tensor, Tensor] | None) -> float:
-        """Gradients of the batch, document by document. Returns the loss."""
+    def model_step(self, kind: str) -> Step:
+        """How the model makes a step of this kind."""
         nsp = self.nsp if kind == "sft" else replace(self.nsp, rollout=kind)
+        return Step(self.actor, nsp, seed=0, read_together=self.preset.rollout_micro_batch)
+
+    def backward(self, kind: str, written: Rollouts | None) -> float:
+        """Gradients of the batch, document by document. Returns the loss."""
         total = 0.0
-        for b in range(self.preset.documents):
-            rows = slice(b, b + 1)
-            branches, rl = None, ()
-            if written is not None:
-                all_branches, old, advantages = written
-                branches = Branches(all_branches.positions[rows], all_branches.tokens[rows])
-                rl = (old[rows].flatten(0, 2), advantages[rows].flatten())
-            output = self.actor(mode="update", documents=self.documents(rows), branches=branches, nsp=nsp)
-            loss, _ = refine_objective(
-                output["ntp_loss_sum"],
-                self.preset.length - 1,
-                output.get("log_probs"),
-                *rl,
-                rl_coef=0.2,
-                sft_coef=1.0,
-                global_tokens=self.predicted,
+        for document, rollouts in in_parts(self.documents, written, 1):
+            loss, _ = self.model_step(kind).loss(
+                document,
+                rollouts,
+                LossSettings(rl_coef=0.2, sft_coef=1.0),
+                policy_loss=ppo_clip_loss,
+                global_tokens=self.documents.predicted,
                 global_rollouts=self.rollouts,
             )
             loss.backward()
@@ -272,17 +236,17 @@ def _precise_updates(config: Any) -> Iterator[None]:
 
 
 def _compare(bench: Bench) -> dict[str, float]:
-    branches, old, advantages = bench.write("fork")
+    written = bench.write("fork")
     gradients, losses, log_probs = [], [], []
     for kind in ("fork", "prefix"):
         bench.optimizer.zero_grad()
-        losses.append(bench.backward(kind, (branches, old, advantages)))
+        losses.append(bench.backward(kind, written))
         gradients.append([parameter.grad.double().cpu() for parameter in bench.actor.parameters()])
         with torch.no_grad():
             output = bench.actor(
                 mode="update",
-                documents=bench.documents(slice(0, 1)),
-                branches=Branches(branches.positions[:1], branches.tokens[:1]),
+                documents=bench.documents.split(1)[0],
+                branches=Branches(written["positions"][:1], written["rollout_tokens"][:1]),
                 nsp=replace(bench.nsp, rollout=kind),
             )
         log_probs.append(output["log_probs"].double().cpu())
@@ -324,7 +288,7 @@ def count_tokens(bench: Bench, kind: str) -> float:
     """Tokens put through the model per document token in one step."""
     bench.actor.forward_tokens = 0
     bench.step(kind)
-    return bench.actor.forward_tokens / bench.tokens.numel()
+    return bench.actor.forward_tokens / bench.documents.total
 
 
 def measure_memory(preset: Preset, nsp: NSPSettings, kind: str) -> dict[str, int]:

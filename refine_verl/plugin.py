@@ -13,7 +13,7 @@ door                                                   used by
 ``EngineRegistry`` (model type ``refine_lm``)          ``workers.engine.RefineEngine``
 ``TrainingWorker`` (subclass)                          ``workers.worker.NSPRolloutWorker``
 ``PPOTrainer`` of trainer v1 (subclass)                ``trainer.refine_trainer.RefineTrainer``
-``ResourcePoolManager`` (subclass)                     ``trainer.resources.WorkerPoolManager``
+``RayResourcePool``, ``RayWorkerGroup`` (called)       ``trainer.resources``, ``trainer.refine_trainer``
 ``data.custom_cls``                                    ``data.verl_dataset``
 advantage and policy-loss registries (called)          ``trainer.advantage``, ``workers.loss``
 =====================================================  =====================================================
@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
+
+from refine_verl.config import RunFailed
 
 ENGINE_MODEL_TYPE = "refine_lm"
 """Model type our engine is registered under; ``language_model`` belongs to verl's own engine."""
@@ -173,7 +175,7 @@ class CpuPlatform(PlatformBase):
         return None
 
 
-class PluginError(RuntimeError):
+class PluginError(RunFailed):
     """verl does not see our platform or engine; the message says why and what to do."""
 
 

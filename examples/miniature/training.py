@@ -21,8 +21,8 @@ from torch import Tensor
 
 from refine_verl.adaptation import training
 from refine_verl.adaptation.settings import AdaptSettings
-from refine_verl.adaptation.training import Written
 from refine_verl.models import Documents, FastWeightActor
+from refine_verl.models.step import Rollouts
 
 
 @dataclass
@@ -76,21 +76,21 @@ class Loop(training.Loop):
         self.compute.processor_seconds += time.process_time() - started
         return {name: sum(one[name] for one in history) / len(history) for name in history[0]}
 
-    def write(self, index: int, documents: Documents, ids: Sequence[int]) -> Written:
+    def write(self, index: int, documents: Documents, ids: Sequence[int]) -> dict[str, Tensor]:
         """As its parent's; counts the tokens."""
         before = self.actor.forward_tokens
         written = super().write(index, documents, ids)
         self.compute.rollout_tokens += self.actor.forward_tokens - before
         return written
 
-    def gradients(self, documents: Documents, written: Written | None) -> tuple[list[Tensor | None], dict[str, float]]:
+    def gradients(self, documents: Documents, written: Rollouts | None) -> tuple[list[Tensor | None], dict[str, float]]:
         """As its parent's; counts the tokens."""
         before = self.actor.forward_tokens
         found = super().gradients(documents, written)
         self.compute.trained_tokens += self.actor.forward_tokens - before
         return found
 
-    def flat_gradient(self, documents: Documents, written: Written | None) -> tuple[Tensor, dict[str, float]]:
+    def flat_gradient(self, documents: Documents, written: Rollouts | None) -> tuple[Tensor, dict[str, float]]:
         """All of it in one row [P], 0 where the loss does not depend on a parameter; and the metrics."""
         found, metrics = self.gradients(documents, written)
         rows = [
@@ -99,7 +99,7 @@ class Loop(training.Loop):
         ]
         return torch.cat([row.flatten() for row in rows]), metrics
 
-    def step(self, documents: Documents, written: Written | None) -> dict[str, float]:
+    def step(self, documents: Documents, written: Rollouts | None) -> dict[str, float]:
         """As its parent's, but a gradient that is not finite ends the training."""
         metrics = super().step(documents, written)
         if metrics["actor/skipped_updates"]:

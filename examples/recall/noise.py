@@ -6,7 +6,6 @@ deviation) the gradient of the policy loss alone is computed for independent dra
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,9 +95,9 @@ def _draws(
     for index in range(first, first + count):
         written = loop.write(index, documents, range(len(documents)))
         for name, group, divide in kinds:
-            rewards = written.rewards["rewards"]
+            rewards = written["rewards"]
             advantages = group_standardise(rewards, group, divide_by_std=divide)
-            scored = dataclasses.replace(written, advantages=advantages)
+            scored = {**written, "advantages": advantages}
             gradients[name].append(loop.flat_gradient(documents, scored)[0])
             zero[name] += group_zero_std_share(rewards, group) / count
     return {name: (torch.stack(parts), zero[name]) for name, parts in gradients.items()}

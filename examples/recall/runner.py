@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -19,6 +18,7 @@ import torch
 from examples.recall.arms import BATCH, HEADLINE, LEARNING_RATES
 from examples.recall.bases import MODELS
 from examples.recall.jobs import ARMS, Amount, Job, run_job
+from refine_verl.record.files import replacing, write_atomically
 
 
 def fingerprint(job: Job, amount: Amount) -> str:
@@ -85,7 +85,8 @@ def _run(job: Job, amount: Amount, out: Path) -> float:
     weights = {} if job.kind == "base" else torch.load(_weights_file(_base_of(job), out), weights_only=True)
     result = run_job(job, amount, weights)
     if job.kind == "base":
-        _replace(_weights_file(job, out), lambda path: torch.save(result.pop("weights"), path))
+        with replacing(_weights_file(job, out)) as path:
+            torch.save(result.pop("weights"), path)
     record = {
         **dataclasses.asdict(job),
         "fingerprint": fingerprint(job, amount),
@@ -93,7 +94,7 @@ def _run(job: Job, amount: Amount, out: Path) -> float:
         "processor_seconds": round(time.process_time() - used, 2),
         "result": result,
     }
-    _replace(_record_file(job, out), lambda path: path.write_text(json.dumps(rounded(record)) + "\n"))
+    write_atomically(_record_file(job, out), json.dumps(rounded(record)) + "\n")
     return time.process_time() - used
 
 
@@ -118,13 +119,6 @@ def _record_file(job: Job, out: Path) -> Path:
 
 def _weights_file(job: Job, out: Path) -> Path:
     return out / "jobs" / f"{job.name}.pt"
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write beside ``path`` and move it there, so that no half file is ever read."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(part)
-    part.replace(path)
 
 
 def rounded(value: Any, digits: int = 5) -> Any:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from examples.recall.task import Task
 from refine_verl.config import NSPSettings
-from refine_verl.models import FastWeightActor, RolloutBatch, RolloutDraws, snapshot_count
-from refine_verl.nsp import get_reward
+from refine_verl.models import FastWeightActor
+from refine_verl.models.reward_manager import HiddenStateRewardManager
+from refine_verl.models.step import Step
 
 REWARDS = ("cosine", "binary", "hybrid")
 # Uniform: the places do not move with a model's entropies, so that all models are judged at the same ones.
@@ -62,16 +63,10 @@ def _predictions(actor: FastWeightActor, tokens: Tensor) -> tuple[Tensor, float]
 
 
 def _rewards(actor: FastWeightActor, task: Task, tokens: Tensor) -> dict[str, float]:
-    documents = task.documents(tokens)
-    rollouts: RolloutBatch = actor(
-        mode="rollout",
-        documents=documents,
-        nsp=JUDGED,
-        draws=RolloutDraws.of(HELD_OUT_SEED, 0, range(len(tokens)), JUDGED),
-        snapshots=snapshot_count(JUDGED.chunks, max(documents.lengths)),
-    )
-    inputs = rollouts.reward_inputs()
-    return {f"reward_{name}": get_reward(name)(inputs).mean().item() for name in REWARDS}
+    step = Step(actor, JUDGED, HELD_OUT_SEED, read_together=len(tokens))
+    rollouts = step.write(0, task.documents(tokens), range(len(tokens)))
+    rewards = HiddenStateRewardManager("hybrid", REWARDS)(rollouts)
+    return {f"reward_{name}": rewards[f"reward_{name}"].mean().item() for name in REWARDS}
 
 
 def batches(task: Task, seed: int, size: int, steps: int) -> Sequence[Tensor]:

@@ -17,6 +17,7 @@ from examples.text.corpus import Corpus, documents
 from examples.text.scores import next_token_scores
 from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.models import FastWeightActor, load_model, make_actor
+from refine_verl.record.files import replacing
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,8 @@ def train_base(settings: BaseSettings, corpus: Corpus, seed: int) -> Base:
 
 def save_base(base: Base, path: Any) -> None:
     """Weights and account in one file, whole or not at all."""
-    partial = path.with_suffix(".part")
-    torch.save({"weights": base.weights, **base.record()}, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        torch.save({"weights": base.weights, **base.record()}, partial)
 
 
 def load_base(path: Any) -> Base:

@@ -20,6 +20,7 @@ from examples.text.base import Base, BaseSettings, load_base, save_base, train_b
 from examples.text.corpus import Corpus, load_corpus
 from examples.text.scores import all_scores
 from examples.text.signal import gradient_signal
+from refine_verl.record.files import write_atomically
 
 VERSIONS = ("torch", "transformers", "flash-linear-attention")
 
@@ -227,6 +228,4 @@ def _digest(settings: Any) -> str:
 
 
 def _write(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

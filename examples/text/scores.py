@@ -7,8 +7,9 @@ from torch import Tensor
 
 from examples.text.corpus import documents
 from refine_verl.config import NSPSettings
-from refine_verl.models import FastWeightActor, RolloutDraws, snapshot_count
+from refine_verl.models import FastWeightActor
 from refine_verl.models.reward_manager import HiddenStateRewardManager
+from refine_verl.models.step import Step
 
 BATCH = 16
 # Draws of the scores, which no training run uses.
@@ -66,16 +67,9 @@ def rollout_scores(
         selection="uniform",
         temperature=temperature,
     )
-    reward = HiddenStateRewardManager("cosine")
-    found: dict[str, list[Tensor]] = {"reward_cosine": [], "reward_binary": []}
-    for first in range(0, len(windows), BATCH):
-        part = windows[first : first + BATCH]
-        draws = RolloutDraws.of(SCORE_SEED, 0, range(first, first + len(part)), nsp)
-        cuts = snapshot_count(nsp.chunks, windows.shape[1])
-        rewards = reward(actor(mode="rollout", documents=documents(part), nsp=nsp, draws=draws, snapshots=cuts))
-        for name, values in found.items():
-            values.append(rewards[name].flatten())
-    return {name: torch.cat(values).mean().item() for name, values in found.items()}
+    step = Step(actor, nsp, SCORE_SEED, read_together=BATCH)
+    scores = step.write_and_reward(0, documents(windows), range(len(windows)), HiddenStateRewardManager("cosine"))
+    return {name: scores[name].mean().item() for name in ("reward_cosine", "reward_binary")}
 
 
 def all_scores(

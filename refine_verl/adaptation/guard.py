@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,10 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class _Saved:
-    """One parameter as it was: its tensor, a copy of what it held (None: never written to), gradient and flag."""
+    """One parameter as it was: its tensor, a copy of what that held (None: never written to), gradient and flag."""
 
     parameter: nn.Parameter
-    tensor: Tensor | None
+    tensor: Tensor
     copy: Tensor | None
     device: torch.device
     grad: Tensor | None
@@ -33,13 +33,9 @@ class _Saved:
 
     def restore(self) -> None:
         self.parameter.grad = None  # its dtype may not fit the tensor that is about to come
-        if self.tensor is None:
-            assert self.copy is not None
-            self.parameter.data = self.copy.to(self.device)
-        else:
-            self.parameter.data = self.tensor
-            if self.copy is not None:
-                self.tensor.copy_(self.copy)
+        self.parameter.data = self.tensor.to(self.device)
+        if self.copy is not None:
+            self.tensor.copy_(self.copy)
         self.parameter.requires_grad_(self.requires_grad)
         self.parameter.grad = self.grad
 
@@ -66,25 +62,16 @@ class SavedModel:
             backup: ``cpu`` or ``device``, where the copies lie.
         """
         for parameter in self._model.parameters():
-            data = parameter.data
+            data, low = parameter.data, parameter.dtype in LOW_PRECISION
             place = data.device if backup == "device" else torch.device("cpu")
-            low = data.dtype in LOW_PRECISION
-            self.widened = self.widened or low
-            keeps_tensor = not low or place == data.device
-            copy = data.to(place, copy=not low) if low or parameter.requires_grad else None
-            self._parameters.append(
-                _Saved(
-                    parameter,
-                    data if keeps_tensor else None,
-                    None if low and keeps_tensor else copy,
-                    data.device,
-                    parameter.grad,
-                    parameter.requires_grad,
-                )
-            )
+            # a low-precision tensor is its own copy, as training writes to another one; it may have to wait elsewhere
+            tensor = data.to(place) if low else data
+            copy = data.to(place, copy=True) if parameter.requires_grad and not low else None
+            saved = _Saved(parameter, tensor, copy, data.device, parameter.grad, parameter.requires_grad)
+            self._parameters.append(saved)
             parameter.grad = None
             if low:
-                parameter.data = data.float()
+                parameter.data, self.widened = data.float(), True
         self._save_buffers()
         if self.widened and next(self._model.parameters()).device.type == "cuda":
             # fla's kernels want low-precision activations, which these weights no longer give them by themselves
@@ -141,19 +128,19 @@ def _in_autocast(forward: Any) -> Any:
     return run
 
 
-class Guise:
+class TemporaryActor:
     """Makes a model a `FastWeightActor` while our own passes run, and leaves no trace of that afterwards."""
 
     def __init__(self, model: nn.Module, *, checkpoint_segments: bool, widened: bool = False) -> None:
         """Args:
         model: a model that passed `check_model`, or a `FastWeightActor` (it keeps its adapter and precision).
-        checkpoint_segments: recompute segments in the backward pass (a `FastWeightActor` that does so goes on).
+        checkpoint_segments: recompute segments in the backward pass (a `FastWeightActor` that does so keeps doing so).
         widened: its weights were low precision until a moment ago.
         """
         self.model = model
         self.device = next(model.parameters()).device
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        self._own = self._look()
+        self._own = self._identity()
         autocast = torch.bfloat16 if self.device.type == "cuda" else None
         adapter = None
         if isinstance(model, FastWeightActor):
@@ -161,38 +148,40 @@ class Guise:
             checkpoint_segments = checkpoint_segments or model.checkpoint_segments
         try:
             make_actor(model, adapter=adapter, autocast_dtype=autocast, checkpoint_segments=checkpoint_segments)
-            self._actor = self._look()
+            self._actor = self._identity()
         finally:
-            self._wear(self._own)
+            self._become(self._own)
 
-    def _look(self) -> tuple[type, type, dict[str, Any]]:
+    def _identity(self) -> tuple[type, type, dict[str, Any]]:
+        """Class of the model, class of its head, and what an actor has beyond a model."""
         attributes = {name: self.model.__dict__.get(name, _MISSING) for name in _ACTOR_ATTRIBUTES}
         return type(self.model), type(self._head), attributes
 
-    def _wear(self, look: tuple[type, type, dict[str, Any]]) -> None:
-        self.model.__class__, self._head.__class__, attributes = look
+    def _become(self, identity: tuple[type, type, dict[str, Any]]) -> None:
+        self.model.__class__, self._head.__class__, attributes = identity
         for name, value in attributes.items():
             _put(self.model, name, value)
 
     @contextmanager
-    def worn(self, seed: int) -> Iterator[FastWeightActor]:
+    def active(self, seed: int) -> Iterator[FastWeightActor]:
         """The actor, for a ``with`` block in which no global state of torch is touched.
 
         A user's autocast, ``no_grad`` and random state neither enter nor change; afterwards class, attributes and
         training flags are as before.
         """
         training = [(module, module.training) for module in self.model.modules()]
-        with ExitStack() as stack:
-            stack.enter_context(_kernels(self.device))
-            stack.enter_context(_own_random_state(self.device, seed))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+        with (
+            _kernels(self.device),
+            _own_random_state(self.device, seed),
+            torch.enable_grad(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
             try:
-                self._wear(self._actor)
+                self._become(self._actor)
                 assert isinstance(self.model, FastWeightActor)
                 yield self.model
             finally:
-                self._wear(self._own)
+                self._become(self._own)
                 for module, flag in training:
                     module.training = flag
 

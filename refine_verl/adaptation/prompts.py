@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refine_verl.config import Refusal
 from refine_verl.models import Documents
 
 
-class PromptError(ValueError):
+class PromptError(Refusal):
     """Prompts that cannot be used: which row, what is wrong with it and what would work."""
 
 

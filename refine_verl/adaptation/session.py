@@ -5,18 +5,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refine_verl.adaptation.checks import check_model, check_settings
-from refine_verl.adaptation.guard import Guise, SavedModel, set_training
+from refine_verl.adaptation.guard import SavedModel, TemporaryActor, set_training
 from refine_verl.adaptation.prompts import PromptError, Prompts
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
 from refine_verl.models import FastWeightActor
 from refine_verl.models.answers import Answers, answer_draws
+from refine_verl.nsp import end_tokens
 
 
 def adapt(
@@ -55,8 +56,9 @@ def _session(model: nn.Module, prompts: Prompts, settings: AdaptSettings) -> Ite
     try:
         if settings.method != "none":
             saved.save(settings.backup)
-        guise = Guise(model, checkpoint_segments=settings.activation_checkpointing == "segment", widened=saved.widened)
-        adapted = Adapted(guise, prompts, settings)
+        segments = settings.activation_checkpointing == "segment"
+        actor = TemporaryActor(model, checkpoint_segments=segments, widened=saved.widened)
+        adapted = Adapted(actor, prompts, settings)
         adapted._train()
         yield adapted
     finally:
@@ -75,19 +77,19 @@ class Adapted:
             ``actor/grad_norm``, ``nsp/reward/mean`` and others, by their names in a run's ``metrics.jsonl``.
     """
 
-    def __init__(self, guise: Guise, prompts: Prompts, settings: AdaptSettings) -> None:
-        self.model: Any = guise.model
+    def __init__(self, actor: TemporaryActor, prompts: Prompts, settings: AdaptSettings) -> None:
+        self.model: Any = actor.model
         self.settings = settings
         self.history: list[dict[str, float]] = []
-        self._guise = guise
+        self._actor = actor
         self._prompts = prompts
         self._closed = False
 
     def _train(self) -> None:
         if self.settings.method == "none":
             return
-        with self._guise.worn(self.settings.seed) as actor:
-            documents = self._prompts.documents(range(len(self._prompts)), self._guise.device)
+        with self._actor.active(self.settings.seed) as actor:
+            documents = self._prompts.documents(range(len(self._prompts)), self._actor.device)
             self.history = Loop(actor, self.settings).run(documents, self._prompts.ids)
         torch.clear_autocast_cache()  # an autocast block of the caller may have cached the original weights
 
@@ -129,46 +131,33 @@ class Adapted:
                 input_ids, vocabulary=_vocabulary(self.model), shortest=1, needs="there is nothing to continue."
             )
         limits = _limits(max_new_tokens, len(prompts))
-        stops = _stop_tokens(self.model) if stop_tokens is None else [int(token) for token in stop_tokens]
+        given = end_tokens(getattr(self.model, "generation_config", None)) if stop_tokens is None else stop_tokens
+        stops = [int(token) for token in given]
         key = self.settings.seed if seed is None else seed
         if temperature < 0:
             raise PromptError(f"temperature must be 0 (greedy) or greater, got {temperature}.")
         if batch_size < 1:
             raise PromptError(f"batch_size must be at least 1, got {batch_size}.")
         written: list[Tensor] = []
-        with self._guise.worn(key) as actor:
+        with self._actor.active(key) as actor:
             set_training(actor, False)
             for start in range(0, len(prompts), batch_size):
                 rows = range(start, min(start + batch_size, len(prompts)))
-                written += self._write(actor, prompts, rows, limits, temperature, stops, key)
+                mine = [limits[row] for row in rows]
+                ids = [prompts.ids[row] for row in rows]
+                answers: Answers = FastWeightActor.forward(
+                    actor,
+                    mode="generate",
+                    prompts=prompts.documents(rows, self._actor.device),
+                    limits=mine,
+                    length=max(mine),
+                    temperature=temperature,
+                    draws=answer_draws(key, 0, ids, 1, max(mine)) if temperature > 0 else None,
+                    stop_tokens=stops,
+                )
+                lengths = answers.lengths[:, 0].tolist()
+                written += [row[:length].clone() for row, length in zip(answers.tokens[:, 0], lengths, strict=True)]
         return written
-
-    def _write(
-        self,
-        actor: FastWeightActor,
-        prompts: Prompts,
-        rows: range,
-        limits: list[int],
-        temperature: float,
-        stops: list[int],
-        seed: int,
-    ) -> Iterator[Tensor]:
-        longest = max(limits[row] for row in rows)
-        draws = None
-        if temperature > 0:
-            draws = answer_draws(seed, 0, [prompts.ids[row] for row in rows], 1, longest)
-        answers: Answers = FastWeightActor.forward(
-            actor,
-            mode="generate",
-            prompts=prompts.documents(rows, self._guise.device),
-            limits=[limits[row] for row in rows],
-            length=longest,
-            temperature=temperature,
-            draws=draws,
-            stop_tokens=stops,
-        )
-        for ids, length in zip(answers.tokens[:, 0], answers.lengths[:, 0].tolist(), strict=True):
-            yield ids[:length].clone()
 
 
 def _vocabulary(model: Any) -> int:
@@ -198,11 +187,3 @@ def _limits(max_new_tokens: Any, rows: int) -> list[int]:
         if limit < 1:
             raise PromptError(f"max_new_tokens: must be at least 1, got {limit} for row {row}.")
     return limits
-
-
-def _stop_tokens(model: Any) -> list[int]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        return []
-    return [int(token) for token in cast(Sequence[int], eos)] if isinstance(eos, (list, tuple)) else [int(eos)]

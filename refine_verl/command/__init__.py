@@ -1,1 +1,3 @@
-"""What all commands share: their command line, and what they show."""
+"""What all commands share: `front` has help, exit codes and messages, `keys` the one grammar of options, `show` tables
+and progress, `quiet` what other packages are not to say. `commandline` and `jobs` are for the commands that compose a
+run with Hydra."""

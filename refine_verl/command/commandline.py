@@ -1,18 +1,25 @@
-"""Options of Hydra's command line, and the jobs of a sweep, looked at before Hydra acts on them."""
+"""Hydra's command line, looked at before Hydra acts on it, and its errors put for a person."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from refine_verl.compose.naming import EXCLUDE_KEYS
-from refine_verl.config import ConfigError, did_you_mean
+from refine_verl.command.keys import unknown_option
+from refine_verl.compose.composition import base_schema, compose_config
+from refine_verl.compose.messages import readable
+from refine_verl.compose.recipes import ConfigFile, find_configs, read_config_dir
+from refine_verl.compose.validate import ValidConfig, validate
+from refine_verl.config import ConfigError, Refusal
 
 _COMPLETION = ("install=", "uninstall=", "query=")
 
@@ -35,16 +42,26 @@ class CommandLine:
     shows: bool
     config_dir: str | None
 
+    def files(self) -> list[ConfigFile]:
+        """Recipes and presets that may contribute, for messages."""
+        return find_configs() + (read_config_dir(Path(self.config_dir)) if self.config_dir else [])
 
-def read_command_line(
-    arguments: Sequence[str], *, suggest: Sequence[str] | None = None, help_option: str = "--hydra-help"
-) -> CommandLine:
+    def compose(self, overrides: Sequence[str]) -> tuple[ValidConfig, DictConfig]:
+        """The checked configuration of ``overrides``, and what it was composed to before.
+
+        Raises:
+            ConfigError, DataError, hydra.errors.HydraException: see `compose_config` and `validate`.
+        """
+        composed = compose_config(overrides, [self.config_dir] if self.config_dir else [])
+        return validate(composed, self.files()), composed
+
+
+def read_command_line(arguments: Sequence[str], *, known: Sequence[str] | None = None) -> CommandLine:
     """Parse with Hydra's own parser, and refuse what Hydra would answer with a traceback or not at all.
 
     Args:
         arguments: as typed.
-        suggest: options to suggest for an unknown one; None: Hydra's.
-        help_option: what lists them.
+        known: options to suggest for an unknown one; None: Hydra's.
 
     Raises:
         ConfigError: an unknown option, or options that do not go together.
@@ -54,11 +71,10 @@ def read_command_line(
     try:
         given, rest = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise ConfigError("", f"{error}. See {help_option}.") from error
+        raise ConfigError("", f"{error}. See --help.") from error
     options = [item for item in rest if item.startswith("-")]
     if options:
-        known = list(parser._option_string_actions) if suggest is None else suggest
-        raise ConfigError("", f"unknown option {options[0]}.{did_you_mean(options[0], known)} See {help_option}.")
+        raise unknown_option(options[0], parser._option_string_actions if known is None else known)
     overrides = [*given.overrides, *rest]  # argparse gives up on overrides that follow an option
     _check_options(given, overrides)
     flags = list(arguments)
@@ -95,69 +111,31 @@ def _check_options(given: argparse.Namespace, overrides: list[str]) -> None:
             raise ConfigError("", f"--{name} only means something with --cfg job: it is about what --cfg shows.")
     if given.experimental_rerun is not None:
         raise ConfigError(
-            "", "--experimental-rerun is not supported: a command that is given again goes on from its checkpoint."
+            "", "--experimental-rerun is not supported: a command that is given again resumes from its checkpoint."
         )
     if given.shell_completion and not any(item.startswith(_COMPLETION) for item in overrides):
         raise ConfigError("", "--shell-completion needs install=SHELL, uninstall=SHELL or query=SHELL.")
 
 
-# Sweeps
-
-
-def shared_keys(overrides: Sequence[str]) -> list[str]:
-    """Keys of the overrides that are the same for all jobs of a sweep.
-
-    Raises:
-        hydra.errors.OverrideParseException: an override that cannot be read.
-    """
-    parsed = _parse(overrides)
-    varying = {item.key_or_group for item in parsed if item.is_sweep_override()}
-    return sorted({item.key_or_group for item in parsed if not item.is_hydra_override()} - varying)
-
-
-def exclude_shared(overrides: Sequence[str]) -> str:
-    """The override that tells Hydra which overrides say nothing of a job (see `naming.experiment_name`)."""
-    quoted = ",".join(f"'{key}'" for key in shared_keys(overrides))
-    return f"{EXCLUDE_KEYS}=[{quoted}]"
-
-
-def sweep_jobs(overrides: Sequence[str]) -> list[list[str]] | None:
-    """The overrides of each job, in the order they run; None if Hydra's basic sweeper is not the one that decides.
-
-    Raises:
-        hydra.errors.OverrideParseException: an override that cannot be read.
-    """
-    parsed = _parse(overrides)
-    if any(item.key_or_group == "hydra/sweeper" for item in parsed):
-        return None
-    if any(item.value_type == ValueType.GLOB_CHOICE_SWEEP for item in parsed):
-        return None  # means the files of a group, which Hydra looks up later
-    (jobs,) = BasicSweeper.split_arguments(parsed, None)
-    return [list(job) for job in jobs]
-
-
-def refuse_shared_directory(jobs: Sequence[Sequence[str]], directories: Sequence[str]) -> None:
-    """Two jobs with one run directory would go on from each other's checkpoints.
+@contextmanager
+def readable_errors(*, own_words: Sequence[str] = (), one_run: str | None = None) -> Iterator[None]:
+    """Errors of Hydra, OmegaConf and YAML within become refusals.
 
     Args:
-        jobs: their overrides.
-        directories: their run directories, in the same order.
+        own_words, one_run: see `messages.readable`.
 
     Raises:
-        ConfigError: names both jobs.
+        ConfigError: the same in one message for a person.
     """
-    seen: dict[str, Sequence[str]] = {}
-    for job, directory in zip(jobs, directories, strict=True):
-        other = seen.setdefault(directory, job)
-        if other is not job:
-            apart = [item for item in job if item not in other] or list(job)
-            raise ConfigError(
-                "trainer.default_local_dir",
-                f"the runs of this sweep would share {directory} (one with {' '.join(apart)}). Leave it and "
-                "trainer.experiment_name out, so that each run gets a name of its own, or put what varies into it: "
-                "'trainer.default_local_dir=DIR/${trainer.experiment_name}'.",
-            )
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(overrides))
+    try:
+        yield
+    except Refusal:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        text = readable(error, base_schema(), own_words=own_words, one_run=one_run)
+        raise ConfigError("", text) from error
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):
+            raise
+        cure = "recipe=, model= and verl's groups take names: recipe=midtrain, model=tiny_deltanet."
+        raise ConfigError("", cure) from error

@@ -1,9 +1,7 @@
 """From recipe names and `key=value` overrides to one configuration, with Hydra.
 
 The primary configuration is `conf/refine.yaml`: verl's own tree, then REFINE's sections, then a model preset,
-then a recipe. Recipes (group `recipe`) and presets (group `model`) are plain YAML files, shipped with the
-package or found in the directories of REFINE_RECIPES_PATH: `DIR/NAME.yaml` is a recipe, `DIR/model/NAME.yaml`
-a preset. Nothing here imports torch, ray or verl, except to look for GPUs.
+then a recipe (`refine_verl.compose.recipes`). Nothing here imports torch, ray or verl, except to look for GPUs.
 """
 
 from __future__ import annotations
@@ -11,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,38 +19,21 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
 
 from refine_verl.compose.naming import experiment_name
-from refine_verl.config import ConfigError, ModelSettings, RefineSettings
+from refine_verl.compose.recipes import GROUPS, PACKAGE, ConfigFile, find_configs
+from refine_verl.config import (
+    ConfigError,
+    DataSettings,
+    ModelSettings,
+    PromptSettings,
+    RefineSettings,
+    Settings,
+    list_settings,
+)
 
-PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_DIR = PACKAGE / "conf"
 CONFIG_NAME = "refine"
-RECIPES_PATH_VARIABLE = "REFINE_RECIPES_PATH"
-GROUPS = {"recipe": "_global_", "model": "model"}
-"""Hydra groups of ours, with the place in the configuration that their files describe."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConfigFile:
-    """A recipe or preset on disk."""
-
-    group: str
-    name: str
-    path: Path
-    content: DictConfig
-
-    @property
-    def summary(self) -> str:
-        """The first sentence of the comment at the top of the file."""
-        lines = []
-        for line in self.path.read_text().splitlines():
-            if not line.startswith("#"):
-                break
-            lines.append(line.lstrip("# ").strip())
-        return re.split(r"\.\s+(?=[A-Z])", " ".join(lines))[0].removesuffix(".")
 
 
 def register_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFile]:
@@ -85,85 +64,18 @@ def _register_sections() -> None:
     """What `conf/*.yaml` refers to: the resolvers, and our sections with the defaults of the dataclasses."""
     OmegaConf.register_new_resolver("verl_config_dir", verl_config_dir, replace=True)
     OmegaConf.register_new_resolver("refine_auto", _automatic, replace=True)
-    sections = {"refine": dataclasses.asdict(RefineSettings()), "model": _model_defaults()}
+    sections = {
+        "refine": dataclasses.asdict(RefineSettings()),
+        "model": _defaults(ModelSettings),
+        "data": _defaults(DataSettings, PromptSettings),
+    }
     store = ConfigStore.instance()
     store.store(name="refine_sections", node=OmegaConf.create(sections), provider="refine_verl")
 
 
-def find_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFile]:
-    """All recipes and presets that can be read: the shipped ones, then those of REFINE_RECIPES_PATH.
-
-    Raises:
-        ConfigError: a directory of REFINE_RECIPES_PATH does not exist, or two files of a group have the same name.
-    """
-    return [item for item in _read_configs(environment).values() if isinstance(item, ConfigFile)]
-
-
-def broken_configs(environment: Mapping[str, str] | None = None) -> dict[tuple[str, str], ConfigError]:
-    """(group, name) of the files that are no YAML mapping, with file, line and reason; they stop nobody else's run."""
-    return {key: item for key, item in _read_configs(environment).items() if isinstance(item, ConfigError)}
-
-
-def _read_configs(environment: Mapping[str, str] | None) -> dict[tuple[str, str], ConfigFile | ConfigError]:
-    places = [("recipe", PACKAGE / "recipes"), ("model", PACKAGE / "presets")]
-    for entry in (os.environ if environment is None else environment).get(RECIPES_PATH_VARIABLE, "").split(os.pathsep):
-        if not entry.strip():
-            continue
-        directory = Path(entry.strip()).expanduser()
-        if not directory.is_dir():
-            raise ConfigError(RECIPES_PATH_VARIABLE, f"{directory} is not a directory.")
-        places += [("recipe", directory), ("model", directory / "model")]
-    paths: dict[tuple[str, str], Path] = {}
-    for group, directory in places:
-        for path in sorted(directory.glob("*.yaml")):
-            other = paths.setdefault((group, path.stem), path)
-            if other.resolve() != path.resolve():
-                raise ConfigError(
-                    RECIPES_PATH_VARIABLE,
-                    f"{group} {path.stem!r} is defined twice, in {other} and {path}. Rename one of them.",
-                )
-    return {(group, name): _read_config(group, path) for (group, name), path in paths.items()}
-
-
-def _read_config(group: str, path: Path) -> ConfigFile | ConfigError:
-    try:
-        return ConfigFile(group=group, name=path.stem, path=path, content=_load_mapping(path))
-    except ConfigError as error:
-        return error
-
-
-def read_config_dir(directory: Path) -> list[ConfigFile]:
-    """The recipes and presets of a directory in Hydra's own layout (`--config-dir`), without those that are broken."""
-    found = [_read_config(group, path) for group in GROUPS for path in sorted((directory / group).glob("*.yaml"))]
-    return [item for item in found if isinstance(item, ConfigFile)]
-
-
-def _load_mapping(path: Path) -> DictConfig:
-    try:
-        content = OmegaConf.load(path)
-    except YAMLError as error:
-        raise ConfigError(str(path), yaml_problem(error)) from error
-    except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, DictConfig):
-        raise ConfigError(str(path), "must hold keys and values, as a mapping.")
-    return content
-
-
-def yaml_problem(error: YAMLError) -> str:
-    """What is wrong with a YAML file, and in which line."""
-    mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-    if mark is None:
-        return f"is not valid YAML: {' '.join(str(error).split())}."
-    return f"is not valid YAML: line {mark.line + 1}: {error.problem or error.context}."
-
-
-def _model_defaults() -> dict[str, Any]:
-    """ModelSettings' defaults, unchecked: without a preset or a path they are no model yet."""
-    return {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(ModelSettings)
-    }
+def _defaults(*sections: type[Settings]) -> dict[str, Any]:
+    """The defaults of keys, unchecked: without a preset or a path, `model:` is no model yet."""
+    return {setting.key.rpartition(".")[2]: setting.default for setting in list_settings(*sections)}
 
 
 # What the YAML files ask for by interpolation
@@ -188,7 +100,7 @@ def _automatic(what: str) -> str | int:
         "workers": lambda: _gpu_count() or 1,
         "dtype": automatic_dtype,
         "experiment": experiment_name,
-        "scratch": _scratch_directory,
+        "scratch": lambda: _scratch_directory().name,
     }
     return values[what]()
 
@@ -206,14 +118,9 @@ def _gpu_count() -> int:
 
 
 @functools.cache
-def _scratch_directory() -> str:
+def _scratch_directory() -> tempfile.TemporaryDirectory[str]:
     """A directory that goes away with this process, for what Hydra insists on writing in a multirun."""
-    directory = tempfile.TemporaryDirectory(prefix="refine_verl_")
-    _SCRATCH.append(directory)
-    return directory.name
-
-
-_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+    return tempfile.TemporaryDirectory(prefix="refine_verl_")
 
 
 # Composition inside a process

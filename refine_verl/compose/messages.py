@@ -9,7 +9,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from yaml import YAMLError
 
-from refine_verl.compose.composition import GROUPS, broken_configs, find_configs, yaml_problem
+from refine_verl.compose.recipes import GROUPS, broken_configs, find_configs, yaml_problem
 from refine_verl.compose.schema import nearest_key
 from refine_verl.config import did_you_mean
 

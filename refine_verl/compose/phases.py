@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.config import ConfigError, DataSettings, PromptSettings, RefineSettings
+from refine_verl.config import ConfigError, DataSettings, FileSettings, PromptSettings, RefineSettings
 
-DOCUMENT_KEYS: tuple[str, ...] = ("text_key", "min_length", "long_documents", "append_eos")
-PROMPT_KEYS: tuple[str, ...] = (
-    "prompt_key",
-    "answer_key",
-    "task_key",
-    "task",
-    "id_key",
-    "chat_template",
-    "answer_separator",
-    "max_answer_length",
-    "overlong_prompts",
-    "max_new_tokens",
-)
+
+def _keys(section: type[FileSettings], other: type[FileSettings]) -> tuple[str, ...]:
+    """Keys of `section` without those of `other`, and without the limits, of which one follows the other."""
+    left_out = {"max_length", "max_prompt_length", *(field.name for field in dataclasses.fields(other))}
+    return tuple(field.name for field in dataclasses.fields(section) if field.name not in left_out)
+
+
+DOCUMENT_KEYS = _keys(DataSettings, PromptSettings)
+PROMPT_KEYS = _keys(PromptSettings, DataSettings)
 
 
 def check_phase(config: DictConfig, refine: RefineSettings, schema: DictConfig) -> None:
@@ -82,7 +79,7 @@ def _check_ttt(config: DictConfig, refine: RefineSettings) -> None:
         raise ConfigError(
             "trainer.save_freq",
             f"{trainer.save_freq} would save the weights the run began with: refine.ttt.reset={refine.ttt.reset} "
-            "returns to them. Answers are kept as they come and an interrupted run goes on behind them; set it to -1.",
+            "returns to them. Answers are kept as they come and an interrupted run resumes after them; set it to -1.",
         )
 
 
@@ -90,7 +87,7 @@ def data_settings(config: DictConfig, refine: RefineSettings) -> DataSettings | 
     """The typed ``data:`` section of the phase.
 
     Raises:
-        DataError: a value that is not allowed.
+        ConfigError: a value that is not allowed.
     """
     section: Any = OmegaConf.to_container(config.data)
     return (DataSettings if refine.phase == "documents" else PromptSettings).from_mapping(section)

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import GROUPS, ConfigFile
+from refine_verl.compose.recipes import ConfigFile
 from refine_verl.config import ConfigError
 
 Container = dict[str, Any]
@@ -77,6 +77,12 @@ def missing_values(config: DictConfig) -> set[str]:
 def leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything that is no section, interpolations as they are written."""
     return _leaves(_plain(config))
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for each dotted key whose value differs; a key that is missing counts as None."""
+    keys = {**before, **after}
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 
 _UNKNOWN = object()
@@ -168,11 +174,10 @@ def _leaves(container: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 def _origin(key: str, value: Any, files: Iterable[ConfigFile]) -> str:
     """` (in FILE)` for the recipe or preset that sets `key` to `value`; user files come after the shipped ones."""
     for file in reversed(list(files)):
-        package = GROUPS[file.group]
-        local = key if package == "_global_" else key.removeprefix(f"{package}.")
-        node: Any = _plain(file.content)
-        for part in local.split("."):
+        own_key = file.own_key(key)
+        node: Any = _UNKNOWN if own_key is None else _plain(file.content)
+        for part in (own_key or "").split("."):
             node = node.get(part, _UNKNOWN) if isinstance(node, dict) else _UNKNOWN
-        if node is not _UNKNOWN and node == value and (package == "_global_" or local != key):
+        if node is not _UNKNOWN and node == value:
             return f" (in {file.path})"
     return ""

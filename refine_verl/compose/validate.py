@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a configuration, said before a model, Ray or a file is touched (C7).
+"""Everything that can be wrong with a configuration, said before a model, Ray or a file is touched.
 
 `validate` needs neither torch nor verl; `check_against_verl` asks verl's own checks and registries.
 """
@@ -18,14 +18,39 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from refine_verl.compose.composition import ConfigFile, base_schema
+from refine_verl.compose.composition import base_schema
 from refine_verl.compose.phases import check_phase, data_settings
+from refine_verl.compose.recipes import ConfigFile
 from refine_verl.compose.schema import check_keys, leaves, missing_values
-from refine_verl.compose.verl_keys import UNSUPPORTED_LOSSES, check_fixed, check_optimizer, check_verl_keys
+from refine_verl.compose.verl_keys import (
+    ACTOR,
+    UNSUPPORTED_LOSSES,
+    check_fixed,
+    check_optimizer,
+    check_verl_keys,
+    require_number,
+)
 from refine_verl.config import ConfigError, DataSettings, ModelSettings, PromptSettings, RefineSettings, require_choice
 
 STRATEGIES = ("fsdp2",)
 DEVICES = ("cuda", "cpu")
+_INTEGERS = {
+    "trainer.n_gpus_per_node": 1,
+    "trainer.nnodes": 1,
+    "trainer.total_epochs": 1,
+    "trainer.max_restarts": 0,
+    "trainer.save_freq": -1,
+    "trainer.test_freq": -1,
+    "data.seed": 0,
+    "data.train_batch_size": 1,
+    "data.train_max_samples": -1,
+    "data.val_max_samples": -1,
+    "data.val_batch_size": 1,
+    f"{ACTOR}.ppo_epochs": 1,
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu": 1,
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 1,
+}
+"""Keys of verl that hold an integer, and the smallest it may be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +79,6 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
 
     Raises:
         ConfigError: unknown key, wrong value, contradiction; the message has key, value and cure.
-        DataError: the same for keys of the document pipeline.
     """
     schema = base_schema()
     _check_groups(config)
@@ -169,7 +193,7 @@ def _check_lengths(config: DictConfig, refine: RefineSettings) -> None:
     )
     longest = config.data.max_length
     if longest is not None:
-        _require_integer("data.max_length", longest, at_least=1)
+        require_number("data.max_length", longest, whole=True, at_least=1)
         if longest < needed:
             raise ConfigError(
                 "data.max_length",
@@ -178,13 +202,12 @@ def _check_lengths(config: DictConfig, refine: RefineSettings) -> None:
             )
     if config.data.min_length is None:
         config.data.min_length = needed
-    _require_integer("data.min_length", config.data.min_length, at_least=1)
+    require_number("data.min_length", config.data.min_length, whole=True, at_least=1)
     if config.data.min_length < needed:
         raise ConfigError(
             "data.min_length",
-            f"{config.data.min_length} would keep documents that are too short: {sum_of}. Set it to "
-            f"{needed} or "
-            "more, or leave it out.",
+            f"{config.data.min_length} would keep documents that are too short: {sum_of}. Set it to {needed} or more, "
+            "or leave it out.",
         )
 
 
@@ -199,20 +222,12 @@ def _check_trainer(config: DictConfig) -> int:
         raise ConfigError("trainer.val_only", "true needs something to validate on: set data.val_files.")
     if trainer.logger is None:
         raise ConfigError("trainer.logger", "null is no list of loggers. Write [] for none.")
-    for name in ("n_gpus_per_node", "nnodes", "total_epochs"):
-        _require_integer(f"trainer.{name}", trainer[name], at_least=1)
-    if trainer.total_training_steps is not None:
-        _require_integer("trainer.total_training_steps", trainer.total_training_steps, at_least=1)
-    _require_integer("trainer.max_restarts", trainer.max_restarts, at_least=0)
-    if trainer.max_actor_ckpt_to_keep is not None:
-        _require_integer("trainer.max_actor_ckpt_to_keep", trainer.max_actor_ckpt_to_keep, at_least=1)
-    for name in ("save_freq", "test_freq"):
-        _require_integer(f"trainer.{name}", trainer[name], at_least=-1)
-    _require_integer("data.seed", config.data.seed, at_least=0)
-    _require_integer("actor_rollout_ref.actor.ppo_epochs", config.actor_rollout_ref.actor.ppo_epochs, at_least=1)
-    rate = config.actor_rollout_ref.actor.optim.lr
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
-        raise ConfigError("actor_rollout_ref.actor.optim.lr", f"must be a number greater than 0, got {rate!r}.")
+    for key, at_least in _INTEGERS.items():
+        require_number(key, OmegaConf.select(config, key), whole=True, at_least=at_least)
+    for name in ("total_training_steps", "max_actor_ckpt_to_keep"):
+        if trainer[name] is not None:
+            require_number(f"trainer.{name}", trainer[name], whole=True, at_least=1)
+    require_number(f"{ACTOR}.optim.lr", config.actor_rollout_ref.actor.optim.lr, above=0)
     _check_run_directory(Path(str(trainer.default_local_dir)).expanduser())
     require_choice("trainer.device", trainer.device, DEVICES, kind="device")
     strategy = config.actor_rollout_ref.actor.strategy
@@ -233,7 +248,6 @@ def _check_run_directory(path: Path) -> None:
 def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> None:
     """The batch falls into mini-batches, a mini-batch into workers, a worker's share into micro-batches."""
     batch, mini = config.data.train_batch_size, refine.ppo_mini_batch_size
-    _require_integer("data.train_batch_size", batch, at_least=1)
     if mini > batch:
         raise ConfigError(
             "refine.ppo_mini_batch_size",
@@ -252,9 +266,6 @@ def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> 
             f"{config.trainer.n_gpus_per_node} x trainer.nnodes={config.trainer.nnodes}). Make it, and "
             f"data.train_batch_size={batch}, a multiple of {workers}, or change the number of workers.",
         )
-    for name in ("train_max_samples", "val_max_samples"):
-        _require_integer(f"data.{name}", config.data[name], at_least=-1)
-    _require_integer("data.val_batch_size", config.data.val_batch_size, at_least=1)
     at_most = config.data.train_max_samples
     if refine.phase != "ttt" and 0 < at_most < batch:
         raise ConfigError(
@@ -262,18 +273,13 @@ def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> 
             f"{at_most} sequences do not fill a batch of data.train_batch_size={batch}. Raise it or lower the batch.",
         )
     share = -(-mini // workers)
-    key = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
     micro = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
-    _require_integer(key, micro, at_least=1)
     if share % micro:
         raise ConfigError(
-            key,
-            f"{micro} does not divide a worker's share of a mini-batch, {share} "
-            f"(refine.ppo_mini_batch_size={mini} "
+            f"{ACTOR}.ppo_micro_batch_size_per_gpu",
+            f"{micro} does not divide a worker's share of a mini-batch, {share} (refine.ppo_mini_batch_size={mini} "
             f"over {workers} workers).{_near_divisors(share, micro)}",
         )
-    key = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"
-    _require_integer(key, config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu, at_least=1)
 
 
 def _near_divisors(number: int, wanted: int) -> str:
@@ -293,10 +299,3 @@ def _make_paths_absolute(config: DictConfig) -> None:
         if isinstance(value, str) and Path(value).expanduser().is_dir():
             config.model[key] = str(Path(value).expanduser().absolute())
     config.actor_rollout_ref.model.path = config.model.path
-
-
-def _require_integer(key: str, value: Any, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(key, f"must be an integer, got {value!r}.")
-    if value < at_least:
-        raise ConfigError(key, f"must be at least {at_least}, got {value}.")

@@ -17,9 +17,9 @@ _FLOAT32 = ("fp32", "float32", "32")
 _BFLOAT16 = ("bf16", "bfloat16")
 _PRECISIONS = (*_FLOAT32, *_BFLOAT16, "fp16", "float16", "16")
 
-_ACTOR = "actor_rollout_ref.actor"
-_OPTIM = f"{_ACTOR}.optim"
-_FSDP = f"{_ACTOR}.fsdp_config"
+ACTOR = "actor_rollout_ref.actor"
+_OPTIM = f"{ACTOR}.optim"
+_FSDP = f"{ACTOR}.fsdp_config"
 _OVERRIDES = "actor_rollout_ref.model.override_config"
 
 
@@ -95,13 +95,13 @@ def check_verl_keys(config: DictConfig) -> None:
     """
     actor = config.actor_rollout_ref.actor
     _check_schedule(actor.optim)
-    _require_number(f"{_OPTIM}.clip_grad", actor.optim.clip_grad, above=0)
-    _require_number(f"{_ACTOR}.clip_ratio_c", actor.clip_ratio_c, above=1)
+    require_number(f"{_OPTIM}.clip_grad", actor.optim.clip_grad, above=0)
+    require_number(f"{ACTOR}.clip_ratio_c", actor.clip_ratio_c, above=1)
     for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high"):
         if actor[name] is not None:
-            _require_number(f"{_ACTOR}.{name}", actor[name], at_least=0)
+            require_number(f"{ACTOR}.{name}", actor[name], at_least=0)
     for name in ("save_contents", "load_contents"):
-        _check_contents(f"{_ACTOR}.checkpoint.{name}", actor.checkpoint[name])
+        _check_contents(f"{ACTOR}.checkpoint.{name}", actor.checkpoint[name])
     _check_dtypes(actor.fsdp_config, config.trainer.device)
     workers, size = config.trainer.n_gpus_per_node * config.trainer.nnodes, actor.fsdp_config.fsdp_size
     if isinstance(size, bool) or not isinstance(size, int) or size == 0 or (0 < size < workers and workers % size):
@@ -117,13 +117,9 @@ def check_fixed(config: DictConfig) -> None:
         ConfigError: see `FOLLOWERS` and `FIXED`.
     """
     for follower, leader in FOLLOWERS.items():
-        if OmegaConf.select(config, follower) != OmegaConf.select(config, leader):
-            raise ConfigError(
-                follower,
-                f"{OmegaConf.select(config, follower)} contradicts "
-                f"{leader}={OmegaConf.select(config, leader)}, "
-                f"which it follows. Set {leader} instead.",
-            )
+        value, led = OmegaConf.select(config, follower), OmegaConf.select(config, leader)
+        if value != led:
+            raise ConfigError(follower, f"{value} contradicts {leader}={led}, which it follows. Set {leader} instead.")
     for name in OmegaConf.select(config, _OVERRIDES) or {}:
         if name != "attn_implementation":
             raise ConfigError(
@@ -142,14 +138,12 @@ def _check_schedule(optim: DictConfig) -> None:
     require_choice(f"{_OPTIM}.lr_scheduler_type", optim.lr_scheduler_type, SCHEDULES, kind="schedule")
     if optim.warmup_style is not None:
         require_choice(f"{_OPTIM}.warmup_style", optim.warmup_style, SCHEDULES, kind="schedule")
-    _require_number(f"{_OPTIM}.lr_warmup_steps_ratio", optim.lr_warmup_steps_ratio, at_least=0, at_most=1)
+    require_number(f"{_OPTIM}.lr_warmup_steps_ratio", optim.lr_warmup_steps_ratio, at_least=0, at_most=1)
     if optim.min_lr_ratio is not None:
-        _require_number(f"{_OPTIM}.min_lr_ratio", optim.min_lr_ratio, at_least=0, at_most=1)
+        require_number(f"{_OPTIM}.min_lr_ratio", optim.min_lr_ratio, at_least=0, at_most=1)
     if len(optim.betas) != 2:
         raise ConfigError(f"{_OPTIM}.betas", f"takes two numbers, such as [0.9,0.999], got {list(optim.betas)}.")
-    steps = optim.lr_warmup_steps
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise ConfigError(f"{_OPTIM}.lr_warmup_steps", f"must be an integer (-1: by the ratio), got {steps!r}.")
+    require_number(f"{_OPTIM}.lr_warmup_steps", optim.lr_warmup_steps, whole=True)
 
 
 def _check_contents(key: str, contents: Any) -> None:
@@ -182,11 +176,23 @@ def _require_dtype(key: str, value: object, allowed: tuple[str, ...], reason: st
         raise ConfigError(key, f"{value!r} cannot be used: {reason}. The only value is {allowed[0]}.")
 
 
-def _require_number(
-    key: str, value: Any, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+def require_number(
+    key: str,
+    value: Any,
+    *,
+    whole: bool = False,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(key, f"must be a number, got {value!r}.")
+    """Refuse what is not a finite (or whole) number within these bounds.
+
+    Raises:
+        ConfigError: with the key, the value and the bound.
+    """
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        raise ConfigError(key, f"must be {'an integer' if whole else 'a number'}, got {value!r}.")
     if above is not None and value <= above:
         raise ConfigError(key, f"must be greater than {above:g}, got {value}.")
     if at_least is not None and value < at_least:

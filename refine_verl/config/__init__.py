@@ -1,13 +1,12 @@
 """Typed settings: what keys exist, what they may hold, and what is said of those that cannot be used.
 
 Loads no torch, ray, verl or transformers. `options` is what sections are made of, `sections` has `refine:` and
-`model:`, `data` and `prompts` the `data:` section of documents and of prompts, `refusals` the errors.
+`model:`, `data` has `data:`, of documents and of prompts, and `refusals` the errors.
 """
 
-from refine_verl.config.data import DataSettings
-from refine_verl.config.options import Settings, did_you_mean, option, refuse_repeats, require_choice
-from refine_verl.config.prompts import PromptSettings
-from refine_verl.config.refusals import ConfigError, DataError, ModelError, Refusal
+from refine_verl.config.data import DataSettings, FileSettings, PromptSettings, split_key
+from refine_verl.config.options import Settings, did_you_mean, nearest, option, require_choice
+from refine_verl.config.refusals import ConfigError, DataError, ModelError, Refusal, RunFailed
 from refine_verl.config.sections import (
     ACTIVATION_CHECKPOINTING,
     CONVENTIONS,
@@ -35,6 +34,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DataSettings",
+    "FileSettings",
     "LossSettings",
     "ModelError",
     "ModelSettings",
@@ -42,13 +42,15 @@ __all__ = [
     "PromptSettings",
     "Refusal",
     "RefineSettings",
+    "RunFailed",
     "SettingInfo",
     "Settings",
     "TTTSettings",
     "did_you_mean",
     "is_made_of_documents",
     "list_settings",
+    "nearest",
     "option",
-    "refuse_repeats",
     "require_choice",
+    "split_key",
 ]

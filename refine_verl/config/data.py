@@ -1,79 +1,148 @@
-"""Settings of the document pipeline (the part of the `data:` section that decides what the model reads)."""
+"""Settings of the `data:` section: the files, then how documents, or prompts with answers, are made of them."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
-from refine_verl.config.refusals import DataError
+from refine_verl.config.options import Settings, option
+from refine_verl.config.refusals import ConfigError, DataError
 
-LONG_DOCUMENT_POLICIES = ("window", "head")
+ANSWER_KEYS = ("answer", "answers", "outputs")
+"""Columns tried, in this order, where `data.answer_key` is not set."""
+MAX_NEW_TOKENS_KEY = "max_gen_tokens"
+CLASSES_KEY = "all_classes"
+
+F = TypeVar("F", bound="FileSettings")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What to read and how to cut it. Field names are the keys under `data.`.
+class FileSettings(Settings):
+    """What documents and prompts have in common: which files, and how they are prepared."""
 
-    Attributes:
-        train_files: files, directories, globs, hub dataset ids or `python_stdlib` (one or several).
-        val_files: the same, for validation; may be empty.
-        text_key: column that holds the text. Plain text files and `python_stdlib` only have `text`.
-        max_length: most tokens a sequence may have; None leaves documents whole.
-        min_length: fewest tokens a sequence must have; shorter ones are left out and counted.
-        long_documents: `window` cuts longer documents into consecutive pieces, `head` keeps the first piece.
-        append_eos: put the tokenizer's end-of-sequence token after each document, unless it is there.
-        cache_dir: where tokenised documents are kept; default `$XDG_CACHE_HOME/refine_verl/data`.
-        num_workers: processes that tokenise; None chooses by the amount of text and the cores.
-        progress: progress bars on or off; None shows them on a terminal only.
+    SECTION: ClassVar[str] = "data"
 
-    Raises:
-        DataError: a value that is not allowed.
-    """
-
-    train_files: tuple[str, ...] = ()
-    val_files: tuple[str, ...] = ()
-    text_key: str = "text"
-    max_length: int | None = None
-    min_length: int = 1
-    long_documents: str = "window"
-    append_eos: bool = False
-    cache_dir: str | None = None
-    num_workers: int | None = None
-    progress: bool | None = None
-
-    def __post_init__(self) -> None:
-        for field in ("train_files", "val_files"):
-            object.__setattr__(self, field, as_names(getattr(self, field), f"data.{field}"))
-        require_integer("data.min_length", self.min_length, at_least=1)
-        if self.max_length is not None:
-            require_integer("data.max_length", self.max_length, at_least=1)
-            if self.max_length < self.min_length:
-                raise DataError(
-                    f"data.max_length={self.max_length} is smaller than data.min_length={self.min_length}: "
-                    "no sequence could be kept. Raise data.max_length or lower data.min_length."
-                )
-        if self.num_workers is not None:
-            require_integer("data.num_workers", self.num_workers, at_least=1)
-        if not isinstance(self.text_key, str) or not self.text_key:
-            raise DataError(f"data.text_key={self.text_key!r} must be the name of a column.")
-        if self.long_documents not in LONG_DOCUMENT_POLICIES:
-            near = difflib.get_close_matches(str(self.long_documents), LONG_DOCUMENT_POLICIES, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise DataError(
-                f"data.long_documents={self.long_documents!r} is not one of: {', '.join(LONG_DOCUMENT_POLICIES)}.{hint}"
-            )
+    train_files: tuple[str, ...] = option(
+        (),
+        "files, directories, globs, hub data set ids (org/name[:config][:split]) or python_stdlib:train; one or a list",
+        configured=None,
+        paper="Long-Data-Collections",
+    )
+    val_files: tuple[str, ...] = option((), "the same, for validation; null: none", configured=None, paper="Booksum")
+    cache_dir: str | None = option(
+        None, "where tokenised documents are kept; null: refine_verl/data in the user's cache directory"
+    )
+    num_workers: int | None = option(
+        None, "processes that tokenise; null: by the amount of text and the cores", at_least=1
+    )
+    progress: bool | None = option(None, "progress bars; null: on a terminal only")
 
     @classmethod
-    def from_mapping(cls, data: Mapping[str, Any]) -> DataSettings:
+    def from_mapping(cls: type[F], mapping: Mapping[str, Any]) -> F:
         """Take this class's keys out of a `data:` section (plain or OmegaConf mapping); leave the others."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: data[key] for key in data if key in names})
+        return super().from_mapping({key: mapping[key] for key in mapping if key in names})
 
     def files(self, split: str) -> tuple[str, ...]:
         """The names given for `split` ("train" or "validation")."""
         return self.train_files if split_key(split) == "data.train_files" else self.val_files
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings(FileSettings):
+    """What to read as documents, and how to cut them."""
+
+    text_key: str = option("text", "column that holds the text; plain text has only text", empty=False)
+    max_length: int | None = option(
+        None,
+        "T: most tokens of a sequence; null: documents stay whole",
+        at_least=1,
+        configured=16384,
+        paper="16,384",
+    )
+    min_length: int = option(
+        1,
+        "fewest tokens of a sequence, shorter documents are left out and counted; null: refine.nsp.chunks + "
+        "refine.nsp.rollout_length",
+        at_least=1,
+        configured=None,
+    )
+    long_documents: str = option(
+        "window",
+        "a document longer than data.max_length: window cuts it into consecutive sequences, head keeps the first",
+        choices=("window", "head"),
+    )
+    append_eos: bool = option(False, "put the end-of-sequence token after each document, unless it is there")
+
+    def _check_rules(self) -> None:
+        if self.max_length is not None and self.max_length < self.min_length:
+            raise ConfigError(
+                "data.max_length",
+                f"{self.max_length} is smaller than data.min_length={self.min_length}: no sequence could be kept. "
+                "Raise data.max_length or lower data.min_length.",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptSettings(FileSettings):
+    """What to read as prompts with answers (post-training and test-time training), and how to make tokens of them."""
+
+    prompt_key: str = option("prompt", "prompts with answers: column with the prompt", empty=False)
+    answer_key: str | None = option(
+        None,
+        "column with the answer, or with the list of references, of which the first is trained on; null: answer, "
+        "answers or outputs",
+        empty=False,
+    )
+    task_key: str = option("task", "column with the task, which chooses the metric", empty=False)
+    task: str | None = option(None, "the task of all rows, for files without that column", empty=False)
+    id_key: str | None = option(None, "column that names each row; null: by file and row", empty=False)
+    chat_template: bool = option(False, "wrap prompts into the tokenizer's chat template")
+    # A base model reads "Answer:" and goes on with " Paris", so the answer that is trained must begin likewise.
+    answer_separator: str = option(" ", "put between prompt and answer, unless there is white space already")
+    max_prompt_length: int | None = option(
+        None,
+        "most tokens of a prompt, special tokens included; null: any",
+        at_least=1,
+        configured="${data.max_length}",
+        paper="16,384",
+    )
+    max_answer_length: int | None = option(
+        None,
+        "most tokens of an answer, end of sequence included; a longer one is an error; null: any",
+        at_least=1,
+    )
+    overlong_prompts: str = option(
+        "error",
+        "a prompt longer than data.max_prompt_length: refuse it, or cut tokens out of the middle, from the left or "
+        "from the right, counted and reported",
+        choices=("error", "middle", "left", "right"),
+    )
+    max_new_tokens: int = option(
+        32, f"most tokens to generate, for rows without a column {MAX_NEW_TOKENS_KEY}", at_least=1
+    )
+
+    def _check_rules(self) -> None:
+        if self.answer_separator.strip():
+            raise ConfigError(
+                "data.answer_separator",
+                f"{self.answer_separator!r} must be white space (or empty): anything else belongs into the prompt, "
+                "where generation reads it too.",
+            )
+        if self.overlong_prompts != "error" and self.max_prompt_length is None:
+            raise ConfigError(
+                "data.overlong_prompts",
+                f"{self.overlong_prompts} has no effect without a limit: set data.max_prompt_length, or leave "
+                "data.overlong_prompts at error.",
+            )
+        # The roles of a chat stand at both ends: it can only lose its middle.
+        if self.chat_template and self.overlong_prompts in ("left", "right"):
+            raise ConfigError(
+                "data.overlong_prompts",
+                f"{self.overlong_prompts} would cut the chat template's own tokens off the prompt; with "
+                "data.chat_template=true use middle or error.",
+            )
 
 
 def split_key(split: str) -> str:
@@ -82,20 +151,3 @@ def split_key(split: str) -> str:
     if split not in keys:
         raise DataError(f"unknown split {split!r}; splits are: {', '.join(keys)}.")
     return keys[split]
-
-
-def as_names(value: Any, key: str) -> tuple[str, ...]:
-    """One name or several as a tuple; a `DataError` that names `key` for anything else."""
-    if value is None:
-        return ()
-    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{key} holds {name!r}; it takes a path or a list of paths.")
-    return names
-
-
-def require_integer(key: str, value: Any, *, at_least: int) -> None:
-    """Refuse what is not an integer of at least `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise DataError(f"{key}={value!r} must be an integer of at least {at_least}.")

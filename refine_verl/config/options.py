@@ -18,9 +18,14 @@ from refine_verl.config.refusals import ConfigError
 S = TypeVar("S", bound="Settings")
 
 
+def nearest(value: object, known: Iterable[str], *, most: int = 1, cutoff: float = 0.5) -> list[str]:
+    """Those of `known` that are like `value`, the nearest first."""
+    return difflib.get_close_matches(str(value), list(known), n=most, cutoff=cutoff)
+
+
 def did_you_mean(value: object, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """` Did you mean 'x'?` for the nearest of `known`, or an empty string if none is near."""
-    near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=cutoff)
+    near = nearest(value, known, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
@@ -36,19 +41,6 @@ def require_choice(key: str, value: object, choices: Iterable[str], *, kind: str
         raise ConfigError(key, f"unknown {kind} {value!r}. Allowed: {', '.join(choices)}.{hint}")
 
 
-def refuse_repeats(keys: Iterable[str]) -> None:
-    """Refuse a key that is given twice: the last value would win without a word.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    seen = set()
-    for key in keys:
-        if key in seen:
-            raise ConfigError(key, "is given twice. Leave one of them out.")
-        seen.add(key)
-
-
 def option(
     default: Any,
     help: str,
@@ -57,9 +49,21 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     paper: str | None = None,
+    empty: bool = True,
+    configured: Any = dataclasses.MISSING,
 ) -> Any:
-    """A dataclass field with its meaning, its bounds and the paper's value."""
-    metadata = {"help": help, "choices": choices, "at_least": at_least, "above": above, "paper": paper}
+    """A dataclass field with its meaning, its bounds and the paper's value.
+
+    Args:
+        default: of the field.
+        help: its meaning.
+        choices, at_least, above: what it may hold.
+        paper: the paper's value.
+        empty: False refuses an empty string.
+        configured: default of the key in a configuration, where that is not the field's.
+    """
+    metadata = {"help": help, "choices": choices, "at_least": at_least, "above": above, "paper": paper, "empty": empty}
+    metadata["configured"] = default if configured is dataclasses.MISSING else configured
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -112,6 +116,8 @@ def _nested(key: str, value: Any, hint: Any) -> Any:
 
 def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str:
+        return _names(key, value)
     if value is None:
         if types.NoneType in allowed:
             return None
@@ -121,15 +127,28 @@ def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> An
     origins = tuple(typing.get_origin(kind) or kind for kind in allowed)
     if dict in origins and isinstance(value, Mapping):
         value = dict(value)
+    if tuple in origins and isinstance(value, list):
+        value = tuple(value)
     if not isinstance(value, origins) or (isinstance(value, bool) and bool not in origins):
         raise ConfigError(key, f"must be {_type_name(allowed)}, got {value!r}.")
     _check_bounds(key, value, metadata)
     return value
 
 
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    """One name or several (None: none) as a tuple."""
+    names = () if value is None else (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(key, f"holds {name!r}; it takes a name or path, or a list of these.")
+    return tuple(names)
+
+
 def _check_bounds(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, f"must be a finite number, got {value}.")
+    if value == "" and not metadata.get("empty", True):
+        raise ConfigError(key, "is empty. Give a name, or leave it out.")
     if metadata.get("choices"):
         require_choice(key, value, metadata["choices"])
     if metadata.get("at_least") is not None and value < metadata["at_least"]:

@@ -1,4 +1,5 @@
-"""What is said of input that cannot be used: one base class, so that every command answers it the same way.
+"""What is said of input that cannot be used, and of runs that fail: one base class each, so that every command answers
+them the same way.
 
 Standard library only.
 """
@@ -8,6 +9,10 @@ from __future__ import annotations
 
 class Refusal(ValueError):
     """Input that cannot be used: the message says what is wrong, where, and what to do; commands exit with code 2."""
+
+
+class RunFailed(RuntimeError):
+    """Something ended a run, and the message says all of it; commands exit with code 1, without a traceback."""
 
 
 class ConfigError(Refusal):

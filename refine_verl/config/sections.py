@@ -1,4 +1,4 @@
-"""Typed settings of the `refine:` and `model:` sections (C7, C9). Loads no torch, ray, verl or transformers.
+"""Typed settings of the `refine:` and `model:` sections, and the list of all keys. Loads no torch, ray or verl.
 
 Every class is frozen and keyword-only, checks itself when it is made, and names the dotted key in each error.
 `list_settings` yields every key with its default, meaning and paper value; docs/recipes.md is held to it.
@@ -11,21 +11,16 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from refine_verl.config.data import DataSettings, PromptSettings
 from refine_verl.config.options import Settings, did_you_mean, option
 from refine_verl.config.refusals import ConfigError
 
 SELECTIONS = ("entropy", "uniform", "max_entropy", "min_entropy")
-ANCHORS = ("prediction", "token")
-GROUPS = ("sequence", "position")
-GRAD_SCOPES = ("full", "branch")
-ROLLOUTS = ("fork", "prefix")
 REWARDS = ("cosine", "binary", "hybrid")
 ACTIVATION_CHECKPOINTING = ("none", "segment")
-PHASES = ("documents", "posttrain", "ttt")
 INNER = ("none", "sft", "refine")
 OUTER = ("none", "sft", "grpo")
 CONVENTIONS = ("paper", "lm_eval")
-RESETS = ("batch", "sample", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +43,7 @@ class NSPSettings(Settings):
     anchor: str = option(
         "prediction",
         "which token the entropy belongs to: the rollout's first token (prediction) or the prefix's last (token)",
-        choices=ANCHORS,
+        choices=("prediction", "token"),
         paper="token (Eq. 5-7); the authors' code: prediction",
     )
     entropy_temperature: float = option(
@@ -69,19 +64,19 @@ class NSPSettings(Settings):
     group: str = option(
         "sequence",
         "rollouts whose rewards are standardised together: all of a sequence's, or one position's",
-        choices=GROUPS,
+        choices=("sequence", "position"),
         paper="sequence",
     )
     grad_scope: str = option(
         "full",
         "full: the RL gradient flows through the prefix's state; branch: the state is detached",
-        choices=GRAD_SCOPES,
+        choices=("full", "branch"),
         paper="full",
     )
     rollout: str = option(
         "fork",
         "fork the state at each position, or recompute every prefix (slow; the oracle of the tests)",
-        choices=ROLLOUTS,
+        choices=("fork", "prefix"),
         paper="prefix",
     )
 
@@ -165,7 +160,7 @@ class TTTSettings(Settings):
         "batch",
         "when weights and optimiser state return to the start: after each batch, after each sample (which is "
         "then adapted to alone), or never (none)",
-        choices=RESETS,
+        choices=("batch", "sample", "none"),
         paper="not stated; the authors' code: none",
     )
     steps: int = option(1, "passes over the batch's prompts before it is answered", at_least=1, paper="1")
@@ -185,7 +180,7 @@ class RefineSettings(Settings):
     phase: str = option(
         "documents",
         "what is trained on: documents, prompts with answers (posttrain), or test prompts (ttt)",
-        choices=PHASES,
+        choices=("documents", "posttrain", "ttt"),
     )
     inner: str = option(
         "none",
@@ -227,24 +222,21 @@ class RefineSettings(Settings):
         if loss.sft_coef == 0 and self.warmup_steps > 0:
             raise ConfigError(
                 "refine.warmup_steps",
-                f"{self.warmup_steps} warm-up steps train on the next-token loss only, but "
-                f"refine.loss.sft_coef=0. "
-                "Set one of them to another value.",
+                f"{self.warmup_steps} warm-up steps train on the next-token loss only, but refine.loss.sft_coef=0. Set "
+                "one of them to another value.",
             )
         if not self.uses_rollouts:
             return
         if nsp.group == "position" and nsp.rollouts_per_position == 1:
             raise ConfigError(
                 "refine.nsp.group",
-                "'position' compares the rollouts of one position, but "
-                "refine.nsp.rollouts_per_position=1 leaves "
+                "'position' compares the rollouts of one position, but refine.nsp.rollouts_per_position=1 leaves "
                 "nothing to compare. Set refine.nsp.rollouts_per_position to 2 or more, or group=sequence.",
             )
         if nsp.chunks * nsp.rollouts_per_position == 1:
             raise ConfigError(
                 "refine.nsp.chunks",
-                "one chunk with one rollout leaves nothing to compare a reward with. Raise "
-                "refine.nsp.chunks or "
+                "one chunk with one rollout leaves nothing to compare a reward with. Raise refine.nsp.chunks or "
                 "refine.nsp.rollouts_per_position, or set refine.loss.rl_coef=0.",
             )
 
@@ -263,7 +255,7 @@ class RefineSettings(Settings):
             raise ConfigError(
                 "refine.warmup_steps",
                 f"{self.warmup_steps} has no effect with refine.phase={self.phase}: set it to 0, or warm up in a "
-                "run on documents and go on from its model.",
+                "run on documents and start from its model.",
             )
         if self.inner == "refine" and self.loss.rl_coef == 0:
             raise ConfigError(
@@ -326,8 +318,7 @@ class ModelSettings(Settings):
         if self.random_weights and not self.config:
             raise ConfigError(
                 "model.path",
-                "no model given. Set model.path=DIR_OR_HUB_ID, or choose a preset with random "
-                "weights, such as "
+                "no model given. Set model.path=DIR_OR_HUB_ID, or choose a preset with random weights, such as "
                 "model=tiny_deltanet.",
             )
         if self.tokenizer_source is None:
@@ -344,15 +335,16 @@ SECTIONS: tuple[type[Settings], ...] = (
     AnswerSettings,
     TTTSettings,
     ModelSettings,
+    DataSettings,
+    PromptSettings,
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SettingInfo:
-    """One key for the documentation: dotted key, type, default, paper value (or None) and meaning."""
+    """One key for the documentation: dotted key, default, paper value (or None), meaning and allowed values."""
 
     key: str
-    type: str
     default: Any
     paper: str | None
     help: str
@@ -360,16 +352,17 @@ class SettingInfo:
 
 
 def list_settings(*sections: type[Settings]) -> Iterator[SettingInfo]:
-    """Every key of `sections` (default: all), in the order of the code; docs/recipes.md must agree."""
+    """Every key of `sections` (default: all) once, in the order of the code; docs/recipes.md must agree."""
+    listed = set()
     for section in sections or SECTIONS:
         for field in dataclasses.fields(section):
-            if "help" not in field.metadata:
+            key = f"{section.SECTION}.{field.name}"
+            if "help" not in field.metadata or key in listed:
                 continue
-            factory = field.default_factory
+            listed.add(key)
             yield SettingInfo(
-                key=f"{section.SECTION}.{field.name}",
-                type=str(field.type),
-                default=field.default if factory is dataclasses.MISSING else factory(),
+                key=key,
+                default=field.metadata["configured"],
                 paper=field.metadata["paper"],
                 help=field.metadata["help"],
                 choices=field.metadata["choices"],

@@ -2,61 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from refine_verl.config import DataError
-from refine_verl.data.prepare import read_statistics
-from refine_verl.data.tokenize import document_lengths
+from refine_verl.data.statistics import DataStatistics, Statistics
+from refine_verl.data.tokenize import column
 
 
-class DocumentDataset(Dataset[dict[str, Any]]):
-    """The sequences of a directory made by `prepare`, memory-mapped, in document order.
+class PreparedDataset(Dataset[dict[str, Any]]):
+    """The rows of a prepared directory, memory-mapped, in the order of the files.
 
     Args:
-        path: the prepared directory.
+        path: the directory.
+
+    Attributes:
+        kind: the account that such a directory keeps.
+        tokens: columns that are handed out as int64 tensors.
+        others: columns that are handed out as they are.
 
     Raises:
-        DataError: there is no such directory, or it was not made by `prepare`.
+        DataError: there is no such directory, or it holds something else.
     """
 
+    kind: ClassVar[type[Statistics]]
+    tokens: ClassVar[tuple[str, ...]]
+    others: ClassVar[tuple[str, ...]]
+
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        if not path.is_dir():
-            raise DataError(
-                f"no prepared documents at {path}. On several machines data.cache_dir must lie on a file "
-                "system that all of them see."
-            )
-        self.statistics = read_statistics(path)
+        self.statistics = self.kind.load(Path(path))
         self.table = datasets.load_from_disk(str(path))
-        self._tokens = self.table.select_columns(["input_ids", "document_id", "length"]).with_format("numpy")
+        self._tokens = self.table.select_columns(list(self.tokens)).with_format("numpy")
+        self._others = self.table.select_columns(list(self.others))
 
     def __len__(self) -> int:
-        """Number of sequences."""
+        """Number of rows."""
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`input_ids` (int64 tensor [T]), `document_id` (int) and `length` (int, = T)."""
-        row = self._tokens[int(index)]
-        return {
-            "input_ids": torch.from_numpy(np.asarray(row["input_ids"], dtype=np.int64)),
-            "document_id": int(row["document_id"]),
-            "length": int(row["length"]),
-        }
+        """The columns of one row; see the class for those it has."""
+        tokens = self._tokens[int(index)]
+        arrays = {name: torch.from_numpy(np.asarray(tokens[name], dtype=np.int64)) for name in self.tokens}
+        return {**self._others[int(index)], **arrays}
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [N], tokens of each sequence."""
-        return document_lengths(self.table)
+        """int64 [N], tokens of each sequence, or of each prompt."""
+        return column(self.table, "length")
 
 
-def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+class DocumentDataset(PreparedDataset):
+    """The sequences of a directory made by `prepare`.
+
+    A row has `input_ids` (int64 tensor [T]), `document_id` (int) and `length` (int, = T).
+    """
+
+    kind = DataStatistics
+    tokens = ("input_ids",)
+    others = ("document_id", "length")
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Right-pad sequences to the longest one of the batch.
 
     Args:
@@ -66,26 +79,38 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         `tokens` int64 [B, Tmax] (0 where padded), `lengths` int64 [B], `document_id` int64 [B], and
         `weight` float32 [B], all 1. `TensorDict(batch, batch_size=len(rows))` takes it as it is.
     """
-    sequences = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+    tokens, lengths = pad([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
     return {
-        "tokens": torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=0),
-        "lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64),
-        "document_id": torch.tensor([int(row["document_id"]) for row in rows], dtype=torch.int64),
-        "weight": torch.ones(len(sequences), dtype=torch.float32),
+        "tokens": tokens,
+        "lengths": lengths,
+        "document_id": integers(rows, "document_id"),
+        "weight": torch.ones(len(rows), dtype=torch.float32),
     }
 
 
-def collate_columns(columns: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def collate_columns(columns: Mapping[str, Any]) -> dict[str, Tensor]:
     """`collate` for a batch that verl's own collate function has turned into object arrays by column."""
-    return collate(
-        [
-            {"input_ids": ids, "document_id": document}
-            for ids, document in zip(columns["input_ids"], columns["document_id"], strict=True)
-        ]
-    )
+    return collate(list(rows_of(columns, ("input_ids", "document_id"))))
 
 
-def pad_batch(batch: Mapping[str, torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
+def rows_of(columns: Mapping[str, Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a batch given by column, with the columns `names` alone."""
+    for values in zip(*(columns[name] for name in names), strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def pad(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """B sequences [T] as one tensor [B, Tmax], 0 where padded on the right, and their lengths, int64 [B]."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+    return pad_sequence(sequences, batch_first=True, padding_value=0), lengths
+
+
+def integers(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
+    """A value of every row, int64 [B]."""
+    return torch.tensor([int(row[name]) for row in rows], dtype=torch.int64)
+
+
+def pad_batch(batch: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
     """Fill a batch up to a multiple of `multiple` rows with dummies of weight 0.
 
     A dummy repeats the batch's shortest row: every rank then runs the same passes on valid data, at the least

@@ -3,42 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.config import DataError, DataSettings
-from refine_verl.config.data import split_key
+from refine_verl.config import DataError, DataSettings, FileSettings, split_key
 from refine_verl.data.cache import cached_directory, default_cache_dir, make_key
-from refine_verl.data.sources import DocumentSource, iterate_texts, resolve_sources
-from refine_verl.data.tokenize import cut_sequences, document_lengths, tokenize_sources, tokenizer_fingerprint
-from refine_verl.data.windows import DataStatistics, WindowPlan, plan_windows
+from refine_verl.data.sources import DocumentSource, iterate_documents, iterate_texts, split_sources
+from refine_verl.data.statistics import DataStatistics, S
+from refine_verl.data.tokenize import (
+    TEXT_SCHEMA,
+    TOKEN_FEATURES,
+    column,
+    cut_sequences,
+    encode_documents,
+    save_dataset,
+    tokenize_rows,
+    tokenizer_fingerprint,
+)
+from refine_verl.data.windows import plan_windows
 
 logger = logging.getLogger(__name__)
 
-STATISTICS_FILE = "statistics.json"
 # Part of every cache key: raise it when the directories' layout or meaning changes.
 _FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedData:
-    """A directory of sequences (see `dataset.DocumentDataset`) and the account of how it came about.
+class Prepared(Generic[S]):
+    """A directory of sequences or prompts (see `dataset.DocumentDataset`) and the account of how it came about.
 
     Attributes:
         path: the directory; pass it to verl as `data.train_files` or `data.val_files`.
-        statistics: what was kept and left out.
+        statistics: what was read, cut and left out.
         reused: whether the directory was there already.
     """
 
     path: Path
-    statistics: DataStatistics
+    statistics: S
     reused: bool
 
 
@@ -51,7 +59,7 @@ def prepare(
     *,
     minimum_sequences: int = 1,
     sequences_reason: str = "",
-) -> PreparedData:
+) -> Prepared[DataStatistics]:
     """Find, check, tokenise and cut the documents of one split, or find them in the cache.
 
     Args:
@@ -69,71 +77,53 @@ def prepare(
             tokenised before they turned out to be too few or too short stay there for the next attempt.
     """
     key = split_key(split)
-    _check_lengths(settings, minimum_length, reason)
+    require_room("data.max_length", settings.max_length, "sequences", minimum_length, reason)
     minimum = max(settings.min_length, minimum_length)
-    sources = resolve_sources(settings.files(split), key=key, default_split=split)
-    cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
+    why = because(reason) if minimum_length >= settings.min_length else f" (data.min_length={minimum})"
+    sources = split_sources(settings, split)
     fingerprints = [source.fingerprint() for source in sources]
-    content = [
-        _FORMAT,
-        settings.text_key,
-        settings.append_eos,
-        tokenizer_fingerprint(tokenizer),
-        fingerprints,
-    ]
+    content = [_FORMAT, settings.text_key, settings.append_eos, tokenizer_fingerprint(tokenizer), fingerprints]
     tokens_name = f"tokens-{make_key(content)}"
     cutting = [settings.max_length, minimum, settings.long_documents]
+    build_tokens = partial(_build_tokens, settings, sources, tokenizer, key)
 
-    def build_tokens(directory: Path) -> None:
-        logger.info("%s: reading and tokenising %s", key, describe(sources))
-        tokenize_sources(
-            sources,
-            tokenizer,
-            directory,
-            text_key=settings.text_key,
-            append_eos=settings.append_eos,
-            num_workers=settings.num_workers,
-            progress=settings.progress,
-        )
-
-    def build_sequences(directory: Path) -> None:
-        tokens = datasets.load_from_disk(str(cached_directory(cache, tokens_name, build_tokens)[0]))
-        plan = plan_windows(
-            document_lengths(tokens),
-            max_length=settings.max_length,
-            min_length=minimum,
-            policy=settings.long_documents,
-        )
-        _require_sequences(plan, tokens, key, minimum, settings, minimum_length, reason)
-        cut_sequences(tokens, plan, directory)
-        (directory / STATISTICS_FILE).write_text(json.dumps(dataclasses.asdict(plan.statistics), indent=2) + "\n")
+    def build_sequences(directory: Path) -> DataStatistics:
+        tokens, _ = cached_directory(cache_of(settings), tokens_name, build_tokens)
+        return _build_sequences(settings, datasets.load_from_disk(str(tokens)), minimum, f"{key}: all", why, directory)
 
     name = f"sequences-{make_key([tokens_name, cutting])}"
-    path, reused = cached_directory(cache, name, build_sequences)
-    statistics = read_statistics(path)
-    logger.info("%s: %s%s", key, statistics.summary(), f" (reused from {path})" if reused else "")
-    _require_enough(statistics, key, minimum_sequences, sequences_reason)
-    return PreparedData(path=path, statistics=statistics, reused=reused)
+    prepared = prepare_directory(settings, key, name, build_sequences, DataStatistics)
+    too_short = f" ({prepared.statistics.too_short} documents were too short). Give more documents."
+    require_enough(key, prepared.statistics.windows, "sequences", minimum_sequences, sequences_reason, too_short)
+    return prepared
 
 
-def read_statistics(path: Path) -> DataStatistics:
-    """The account kept in a prepared directory.
+def prepare_directory(
+    settings: FileSettings, key: str, name: str, build: Callable[[Path], S], kind: type[S]
+) -> Prepared[S]:
+    """Build a directory in the cache, or find it there; the log says what is in it.
 
-    Raises:
-        DataError: `path` is not a directory made by `prepare`.
+    Args:
+        settings: where the cache is.
+        key: of the split, for the log.
+        name: of the directory; depends on everything that its content depends on.
+        build: fills the directory and returns the account, which is kept in it.
+        kind: class of the account.
     """
-    try:
-        values: dict[str, Any] = json.loads((path / STATISTICS_FILE).read_text())
-        return DataStatistics(**values)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is not a directory of prepared documents ({error}); delete it and retry.") from error
+
+    def build_with_account(directory: Path) -> None:
+        build(directory).save(directory)
+
+    path, reused = cached_directory(cache_of(settings), name, build_with_account)
+    statistics = kind.load(path)
+    logger.info("%s: %s%s", key, statistics.summary(), f" (reused from {path})" if reused else "")
+    return Prepared(path=path, statistics=statistics, reused=reused)
 
 
 def iterate_split_texts(settings: DataSettings, split: str, limit_characters: int | None = None) -> Iterator[str]:
     """The texts of a split in document order, to train a tokenizer on; stops after `limit_characters`."""
-    sources = resolve_sources(settings.files(split), key=split_key(split), default_split=split)
     seen = 0
-    for text in iterate_texts(sources, settings.text_key):
+    for text in iterate_texts(split_sources(settings, split), settings.text_key):
         yield text
         seen += len(text)
         if limit_characters is not None and seen >= limit_characters:
@@ -141,41 +131,24 @@ def iterate_split_texts(settings: DataSettings, split: str, limit_characters: in
             return
 
 
-def _check_lengths(settings: DataSettings, minimum_length: int, reason: str) -> None:
-    if settings.max_length is not None and settings.max_length < minimum_length:
+def cache_of(settings: FileSettings) -> Path:
+    """Where prepared directories are kept."""
+    return Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
+
+
+def require_room(key: str, limit: int | None, what: str, minimum: int, reason: str) -> None:
+    """Refuse a limit on lengths that is below the length needed."""
+    if limit is not None and limit < minimum:
         raise DataError(
-            f"data.max_length={settings.max_length} is too short: sequences need at least {minimum_length} "
-            f"tokens{because(reason)}. Raise data.max_length to {minimum_length} or more."
+            f"{key}={limit} is too short: {what} need at least {minimum} tokens{because(reason)}. Raise {key} to "
+            f"{minimum} or more."
         )
 
 
-def _require_sequences(
-    plan: WindowPlan,
-    tokens: datasets.Dataset,
-    key: str,
-    minimum: int,
-    settings: DataSettings,
-    minimum_length: int,
-    reason: str,
-) -> None:
-    if plan.statistics.windows:
-        return
-    longest = int(np.argmax(document_lengths(tokens)))
-    row = tokens[longest]
-    why = because(reason) if minimum_length >= settings.min_length else f" (data.min_length={minimum})"
-    raise DataError(
-        f"{key}: all {len(tokens)} documents are too short. They must have at least {minimum} tokens{why}; "
-        f"the longest has {row['length']} ({row['source']}, row {row['row']}). Give longer documents, "
-        "or lower what asks for the length."
-    )
-
-
-def _require_enough(statistics: DataStatistics, key: str, needed: int, reason: str) -> None:
-    if statistics.windows < needed:
-        raise DataError(
-            f"{key} gives {statistics.windows} sequences, but at least {needed} are needed{because(reason)} "
-            f"({statistics.too_short} documents were too short). Give more documents."
-        )
+def require_enough(key: str, found: int, what: str, needed: int, reason: str, cure: str) -> None:
+    """Refuse a split that gives fewer sequences, or prompts, than needed."""
+    if found < needed:
+        raise DataError(f"{key} gives {found} {what}, but at least {needed} are needed{because(reason)}{cure}")
 
 
 def because(reason: str) -> str:
@@ -183,7 +156,47 @@ def because(reason: str) -> str:
     return f" because {reason}" if reason else ""
 
 
-def describe(sources: list[DocumentSource]) -> str:
-    """The first few sources by name."""
+def say_reading(key: str, sources: Sequence[DocumentSource]) -> None:
+    """Log the first few sources by name."""
     names = ", ".join(source.name for source in sources[:3])
-    return names if len(sources) <= 3 else f"{names} and {len(sources) - 3} more"
+    more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+    logger.info("%s: reading and tokenising %s%s", key, names, more)
+
+
+def _build_tokens(
+    settings: DataSettings,
+    sources: Sequence[DocumentSource],
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    directory: Path,
+) -> None:
+    say_reading(key, sources)
+    if settings.append_eos and tokenizer.eos_token_id is None:
+        raise DataError("data.append_eos=true, but the tokenizer has no end-of-sequence token; set it to false.")
+    tokens = tokenize_rows(
+        iterate_documents(sources, settings.text_key),
+        TEXT_SCHEMA,
+        partial(encode_documents, tokenizer=tokenizer, eos=tokenizer.eos_token_id if settings.append_eos else None),
+        TOKEN_FEATURES,
+        directory,
+        settings,
+        nothing=f"{sources[0].name} holds no documents at all: there is nothing to tokenise.",
+    )
+    save_dataset(tokens, directory)
+
+
+def _build_sequences(
+    settings: DataSettings, tokens: datasets.Dataset, minimum: int, all_of: str, why: str, directory: Path
+) -> DataStatistics:
+    lengths = column(tokens, "length")
+    policy = settings.long_documents
+    plan = plan_windows(lengths, max_length=settings.max_length, min_length=minimum, policy=policy)
+    if not plan.statistics.windows:
+        row = tokens[int(np.argmax(lengths))]
+        raise DataError(
+            f"{all_of} {len(tokens)} documents are too short. They must have at least {minimum} tokens{why}; "
+            f"the longest has {row['length']} ({row['source']}, row {row['row']}). Give longer documents, "
+            "or lower what asks for the length."
+        )
+    cut_sequences(tokens, plan, directory)
+    return plan.statistics

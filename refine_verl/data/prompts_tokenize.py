@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_verl.config import DataError, PromptSettings
 
 # Text that a continuation is tokenised behind, so that no tokenizer takes it for the beginning of a document
-# (sentencepiece puts a space there). One that does not merge with the continuation is taken.
+# (sentencepiece puts a space there). One that does not merge with the continuation is taken, none where all do.
 _ANCHORS = (":", ".", "\n", "a")
 
 
@@ -91,19 +91,15 @@ def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarra
         N int32 arrays, without end of sequence.
     """
     found: dict[int, np.ndarray] = {}
-    for anchor in _ANCHORS:
+    for anchor in (*_ANCHORS, ""):
         left = [index for index in range(len(texts)) if index not in found]
         if not left:
             break
-        head = tokenizer([anchor], add_special_tokens=False)["input_ids"][0]
+        head = tokenizer([anchor], add_special_tokens=False)["input_ids"][0] if anchor else []
         encoded = tokenizer([anchor + texts[index] for index in left], add_special_tokens=False)["input_ids"]
         for index, ids in zip(left, encoded, strict=True):
             if list(ids[: len(head)]) == list(head):
                 found[index] = np.asarray(ids[len(head) :], np.int32)
-    rest = [index for index in range(len(texts)) if index not in found]
-    if rest:
-        plain = tokenizer([texts[index] for index in rest], add_special_tokens=False)["input_ids"]
-        found.update({index: np.asarray(ids, np.int32) for index, ids in zip(rest, plain, strict=True)})
     return [found[index] for index in range(len(texts))]
 
 

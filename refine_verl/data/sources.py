@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import logging
@@ -14,21 +13,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import pyarrow as pa
-
-from refine_verl.config import DataError
+from refine_verl.config import DataError, FileSettings, nearest, split_key
 from refine_verl.config.hub import OFFLINE_VARIABLE, hub_is_reachable
 from refine_verl.data.readers import (
-    BATCH_CHARACTERS,
-    BATCH_ROWS,
     SUPPORTED,
-    TEXT_SCHEMA,
+    Record,
     check_column,
     file_format,
-    make_batch,
-    missing_column,
     read_file,
+    require_column,
+    require_plain_text,
+    require_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -37,22 +32,24 @@ STDLIB_NAME = "python_stdlib"
 STDLIB_SPLITS = ("train", "validation")
 STDLIB_VALIDATION_PERCENT = 5
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_EVERY_DOCUMENT = "Every document needs text: remove such rows, or choose another column with data.text_key."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+){0,2}")
 
 
 class DocumentSource(Protocol):
-    """Something that yields documents in a fixed order."""
+    """Something that yields rows in a fixed order."""
 
     name: str
 
     def fingerprint(self) -> list[Any]:
-        """Changes whenever the documents may have changed; json-serialisable."""
+        """Changes whenever the rows may have changed; json-serialisable."""
 
-    def size(self) -> int:
-        """Bytes on disk, roughly; decides how many processes tokenise."""
+    def records(self, text_key: str | None = None) -> Iterator[Record]:
+        """All rows, with their column `text_key` alone if it is given.
 
-    def batches(self, text_key: str) -> Iterator[pa.RecordBatch]:
-        """Checked documents in batches of `readers.TEXT_SCHEMA`."""
+        Raises:
+            DataError: a file that cannot be read, a column that is missing or no text, plain text without `text_key`.
+        """
 
 
 class FileSource:
@@ -68,12 +65,8 @@ class FileSource:
         stat = self.path.stat()
         return [str(self.path.absolute()), stat.st_size, stat.st_mtime_ns]
 
-    def size(self) -> int:
-        """Size of the file in bytes."""
-        return self.path.stat().st_size
-
-    def batches(self, text_key: str) -> Iterator[pa.RecordBatch]:
-        """The file's documents."""
+    def records(self, text_key: str | None = None) -> Iterator[Record]:
+        """The file's rows."""
         return read_file(self.path, self.name, text_key)
 
 
@@ -104,14 +97,9 @@ class StandardLibrarySource:
         stats = [(name, (self.root / name).stat()) for name in self.files]
         return [self.name, str(self.root), *([name, s.st_size, s.st_mtime_ns] for name, s in stats)]
 
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum((self.root / name).stat().st_size for name in self.files)
-
-    def batches(self, text_key: str) -> Iterator[pa.RecordBatch]:
+    def records(self, text_key: str | None = None) -> Iterator[Record]:
         """One document per source file, called `python_stdlib/<relative path>`."""
-        if text_key != "text":
-            raise DataError(missing_column(self.name, text_key, ["text"]))
+        require_plain_text(self.name, text_key)
         for name in self.files:
             try:
                 text = (self.root / name).read_text(encoding="utf-8")
@@ -119,7 +107,8 @@ class StandardLibrarySource:
                 logger.debug("%s: left out %s: %s", self.name, name, error)
                 continue
             if text.strip():
-                yield make_batch([text], np.zeros(1, np.int64), f"{STDLIB_NAME}/{name}")
+                called = f"{STDLIB_NAME}/{name}"
+                yield Record(called, 0, f"{called}, row 0", {"text": text})
 
 
 class HubSource:
@@ -136,20 +125,19 @@ class HubSource:
         files = [Path(entry["filename"]) for entry in self.dataset.cache_files]
         return [self.name, len(self.dataset), *([str(f), f.stat().st_size] for f in files)]
 
-    def size(self) -> int:
-        """Bytes of the dataset as downloaded, 0 when unknown."""
-        return int(self.dataset.info.dataset_size or 0)
+    def records(self, text_key: str | None = None) -> Iterator[Record]:
+        """The dataset's rows."""
+        table = self.dataset
+        if text_key is not None:
+            check_column(table.features.arrow_schema, text_key, self.name)
+            table = table.select_columns([text_key])
+        for row, columns in enumerate(table):
+            yield Record(self.name, row, f"{self.name}, row {row}", dict(columns))
 
-    def batches(self, text_key: str) -> Iterator[pa.RecordBatch]:
-        """The dataset's documents."""
-        check_column(self.dataset.features.arrow_schema, text_key, self.name)
-        texts = self.dataset.select_columns([text_key]).with_format("arrow")
-        start = 0
-        for table in texts.iter(batch_size=BATCH_ROWS):
-            rows = np.arange(start, start + len(table), dtype=np.int64)
-            start += len(table)
-            column = table.column(0).cast(pa.large_string()).combine_chunks()
-            yield make_batch(column, rows, self.name)
+
+def split_sources(settings: FileSettings, split: str) -> list[DocumentSource]:
+    """The sources of a split ("train" or "validation"); see `resolve_sources`."""
+    return resolve_sources(settings.files(split), key=split_key(split), default_split=split)
 
 
 def resolve_sources(names: Iterable[str], *, key: str, default_split: str) -> list[DocumentSource]:
@@ -174,34 +162,22 @@ def resolve_sources(names: Iterable[str], *, key: str, default_split: str) -> li
     return sources
 
 
+def iterate_documents(sources: Iterable[DocumentSource], text_key: str) -> Iterator[dict[str, Any]]:
+    """Checked documents in order: `text`, `source` (the file) and `row` (0-based).
+
+    Raises:
+        DataError: see `DocumentSource.records` and `readers.require_text`.
+    """
+    for source in sources:
+        for record in source.records(text_key):
+            value = require_column(record.columns, text_key, record.where, "data.text_key", "the text")
+            text = require_text(value, f"{record.where}: the text in column {text_key!r}", _EVERY_DOCUMENT)
+            yield {"text": text, "source": record.source, "row": record.row}
+
+
 def iterate_texts(sources: Iterable[DocumentSource], text_key: str) -> Iterator[str]:
     """All texts, one by one, in document order."""
-    for source in sources:
-        for batch in source.batches(text_key):
-            yield from batch.column(0).to_pylist()
-
-
-def write_texts(sources: Iterable[DocumentSource], text_key: str, path: Path) -> int:
-    """Write all documents to one Arrow stream file of `TEXT_SCHEMA`; returns how many there were."""
-    documents = 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, TEXT_SCHEMA) as writer:
-        for batch in _merged(batch for source in sources for batch in source.batches(text_key)):
-            writer.write_batch(batch)
-            documents += len(batch)
-    return documents
-
-
-def _merged(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Join small batches: thousands of one-document files must not become thousands of Arrow chunks."""
-    pending: list[pa.RecordBatch] = []
-    for batch in batches:
-        pending.append(batch)
-        rows, size = sum(map(len, pending)), sum(item.nbytes for item in pending)
-        if rows >= BATCH_ROWS or size > BATCH_CHARACTERS:
-            yield pa.concat_batches(pending)
-            pending = []
-    if pending:
-        yield pa.concat_batches(pending)
+    return (document["text"] for document in iterate_documents(sources, text_key))
 
 
 def _resolve(name: str, key: str, default_split: str) -> list[DocumentSource]:
@@ -261,7 +237,7 @@ def nearest_paths(path: Path) -> str:
         existing = sorted(os.listdir(parent))
     except OSError:
         return ""
-    near = difflib.get_close_matches(missing, existing, n=3, cutoff=0.5)
+    near = nearest(missing, existing, most=3)
     if near:
         return " Nearest existing: " + ", ".join(str(parent / name) for name in near) + "."
     return f" {parent} exists, but holds nothing with a name like {missing!r}."

@@ -1,12 +1,11 @@
-"""Texts to tokens and tokens to sequences, as memory-mapped Hugging Face datasets on disk."""
+"""Rows to tokens and tokens to sequences, as memory-mapped Hugging Face datasets on disk."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from refine_verl.config import DataError
-from refine_verl.data.readers import BATCH_ROWS
-from refine_verl.data.sources import DocumentSource, write_texts
+from refine_verl.config.data import FileSettings
+from refine_verl.data.readers import BATCH_ROWS, batched
 from refine_verl.data.windows import WindowPlan
 
-logger = logging.getLogger(__name__)
-
+TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string()), ("row", pa.int64())])
+"""Documents before they are tokens: the text, the file it came from, its 0-based row (line, for json lines)."""
 TOKEN_FEATURES = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
@@ -34,6 +33,12 @@ TOKEN_FEATURES = datasets.Features(
 SEQUENCE_FEATURES = datasets.Features(
     {**TOKEN_FEATURES, "window": datasets.Value("int64"), "document_id": datasets.Value("int64")}
 )
+_IN_BATCHES: dict[str, Any] = {
+    "batched": True,
+    "batch_size": BATCH_ROWS,
+    "writer_batch_size": BATCH_ROWS,
+    "load_from_cache_file": False,
+}
 # Below this much text per process, starting another one costs more than it saves.
 _BYTES_PER_PROCESS = 16 << 20
 
@@ -51,46 +56,70 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     return [type(tokenizer).__name__, tokenizer.eos_token_id, rules]
 
 
-def tokenize_sources(
-    sources: Sequence[DocumentSource],
-    tokenizer: PreTrainedTokenizerBase,
+def tokenize_rows(
+    rows: Iterable[Mapping[str, Any]],
+    schema: pa.Schema,
+    encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+    features: datasets.Features,
     directory: Path,
-    *,
-    text_key: str,
-    append_eos: bool,
-    num_workers: int | None,
-    progress: bool | None,
-) -> None:
-    """Read, check and tokenise all documents into a dataset of `TOKEN_FEATURES` at `directory`.
+    settings: FileSettings,
+    nothing: str,
+) -> datasets.Dataset:
+    """Write rows to an Arrow file and make tokens of them, by several processes where there is much text.
 
-    Special tokens are those the tokenizer adds by its own defaults (a Llama tokenizer's BOS, say).
+    Args:
+        rows: with the fields of `schema`.
+        schema: of the rows as they are written.
+        encode: makes the columns of `features` that rows do not have, for a batch; runs in the processes.
+        features: of the result; fields of `schema` that are not among them are left out.
+        directory: holds intermediate files, until `save_dataset` removes them.
+        settings: number of processes, progress bars.
+        nothing: what is said where there are no rows.
 
     Raises:
-        DataError: a file or row is bad, or `append_eos` without an end-of-sequence token.
+        DataError: there are no rows, or reading them says so.
     """
-    if append_eos and tokenizer.eos_token_id is None:
-        raise DataError("data.append_eos=true, but the tokenizer has no end-of-sequence token; set it to false.")
     texts = directory / "texts.arrow"
-    documents = write_texts(sources, text_key, texts)
-    if not documents:
-        raise DataError(f"{sources[0].name} holds no documents at all: there is nothing to tokenise.")
-    processes = num_workers or suggest_processes(texts.stat().st_size)
-    with progress_bars(progress), one_thread_each(processes):
-        tokens = datasets.Dataset.from_file(str(texts)).map(
-            _encode,
-            fn_kwargs={"tokenizer": tokenizer, "eos": tokenizer.eos_token_id if append_eos else None},
-            batched=True,
-            batch_size=BATCH_ROWS,
-            writer_batch_size=BATCH_ROWS,
-            num_proc=min(processes, documents) if processes > 1 else None,
-            remove_columns=["text"],
-            features=TOKEN_FEATURES,
+    count = write_rows(rows, schema, texts)
+    if not count:
+        raise DataError(nothing)
+    processes = settings.num_workers or suggest_processes(texts.stat().st_size)
+    with progress_bars(settings.progress), one_thread_each(processes):
+        return datasets.Dataset.from_file(str(texts)).map(
+            encode,
+            num_proc=min(processes, count) if processes > 1 else None,
+            remove_columns=[name for name in schema.names if name not in features],
+            features=features,
             cache_file_name=str(directory / "tokens.arrow"),
-            load_from_cache_file=False,
             new_fingerprint="tokens",
             desc="tokenising",
+            **_IN_BATCHES,
         )
-    save_dataset(tokens, directory)
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, path: Path) -> int:
+    """Write rows to an Arrow stream file; returns how many there were."""
+    count = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in batched(rows):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+            count += len(batch)
+    return count
+
+
+def encode_documents(
+    batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, eos: int | None
+) -> dict[str, list[Any]]:
+    """Tokens of a batch of documents (column `text`), for `tokenize_rows`.
+
+    Special tokens are those the tokenizer adds by its own defaults (a Llama tokenizer's BOS, say), and `eos` behind
+    each document that does not end with it (None: nowhere).
+    """
+    encoded = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    input_ids = encoded["input_ids"]
+    if eos is not None:
+        input_ids = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in input_ids]
+    return {"input_ids": input_ids, "length": [len(ids) for ids in input_ids]}
 
 
 def cut_sequences(tokens: datasets.Dataset, plan: WindowPlan, directory: Path) -> None:
@@ -99,24 +128,21 @@ def cut_sequences(tokens: datasets.Dataset, plan: WindowPlan, directory: Path) -
     `document_id` is the sequence's place in the plan, so it depends on the documents and the cutting only.
     """
     with progress_bars(False):
-        sequences = tokens.with_format("arrow").map(
+        sequences = tokens.with_format("numpy").map(
             _cut,
             fn_kwargs={"plan": plan},
             with_indices=True,
-            batched=True,
-            batch_size=BATCH_ROWS,
-            writer_batch_size=BATCH_ROWS,
             features=SEQUENCE_FEATURES,
             cache_file_name=str(directory / "cut.arrow"),
-            load_from_cache_file=False,
             new_fingerprint="sequences",
+            **_IN_BATCHES,
         )
     save_dataset(sequences, directory)
 
 
-def document_lengths(tokens: datasets.Dataset) -> np.ndarray:
-    """int64 [D], tokens of each document (or sequence)."""
-    return tokens.with_format("arrow").select_columns(["length"])[:].column(0).to_numpy()
+def column(table: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of numbers, [N]."""
+    return table.with_format("arrow").select_columns([name])[:].column(0).to_numpy()
 
 
 def save_dataset(dataset: datasets.Dataset, directory: Path) -> None:
@@ -130,42 +156,23 @@ def save_dataset(dataset: datasets.Dataset, directory: Path) -> None:
     (directory / "saved").rmdir()
 
 
-def _encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, eos: int | None) -> dict[str, list[Any]]:
-    encoded = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    input_ids = encoded["input_ids"]
-    if eos is not None:
-        input_ids = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in input_ids]
-    return {"input_ids": input_ids, "length": [len(ids) for ids in input_ids]}
-
-
-def _cut(batch: pa.Table, indices: list[int], plan: WindowPlan) -> pa.Table:
+def _cut(batch: dict[str, Any], indices: list[int], plan: WindowPlan) -> dict[str, Any]:
     first, last = np.searchsorted(plan.document, [indices[0], indices[-1] + 1])
-    document = plan.document[first:last] - indices[0]
-    column = batch.column("input_ids").combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # an empty or multi-chunk result, by pyarrow version
-        column = pa.concat_arrays(column.chunks)
-    begin = column.offsets.to_numpy()[document] + plan.start[first:last]
-    length = plan.length[first:last]
-    values = column.values.to_numpy()
-    pieces = [values[b : b + n] for b, n in zip(begin, length, strict=True)]
-    offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
-    flat = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-    columns = {
-        "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32())),
-        "source": batch.column("source").take(pa.array(document)),
-        "row": batch.column("row").take(pa.array(document)),
-        "length": pa.array(length, pa.int64()),
-        "window": pa.array(plan.window[first:last], pa.int64()),
-        "document_id": pa.array(np.arange(first, last), pa.int64()),
+    documents = plan.document[first:last] - indices[0]
+    pieces = zip(documents, plan.start[first:last], plan.length[first:last], strict=True)
+    return {
+        "input_ids": [batch["input_ids"][document][start : start + length] for document, start, length in pieces],
+        "source": [batch["source"][document] for document in documents],
+        "row": batch["row"][documents],
+        "length": plan.length[first:last],
+        "window": plan.window[first:last],
+        "document_id": np.arange(first, last),
     }
-    return pa.table(columns)
 
 
 def suggest_processes(size: int) -> int:
     """How many processes are worth starting for `size` bytes of text."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cores, size // _BYTES_PER_PROCESS))
+    return max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_PER_PROCESS))
 
 
 @contextmanager

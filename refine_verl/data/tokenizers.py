@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterable
@@ -80,17 +81,11 @@ def _train_bpe(size: int, corpus_texts: Iterable[str] | None) -> backend.Tokeniz
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    read = 0
-
-    def counted() -> Iterable[str]:
-        nonlocal read
-        for text in corpus_texts or ():
-            read += 1
-            yield text
-
-    tokenizer.train_from_iterator(counted(), trainer)
-    if not read:
+    texts = iter(corpus_texts or ())
+    first = next(texts, None)
+    if first is None:
         raise DataError(f"tokenizer bpe:{size} is trained on documents, but there are none: set data.train_files.")
+    tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
     if tokenizer.get_vocab_size() < size:
         logger.warning(
             "tokenizer bpe:%d has only %d entries: the documents hold no more repeated pairs",
@@ -120,3 +115,17 @@ def _finish(tokenizer: backend.Tokenizer, out_dir: str | Path | None) -> PreTrai
         return wrapped
     wrapped.save_pretrained(str(out_dir))
     return AutoTokenizer.from_pretrained(str(out_dir), trust_remote_code=False)
+
+
+def load_finished_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """`load_tokenizer` where there are no documents to train one on.
+
+    Raises:
+        DataError: nothing loadable there, or `bpe:SIZE`, which would have to be trained first.
+    """
+    if is_made_of_documents(name):
+        raise DataError(
+            f"tokenizer={name} would be trained on a run's own documents. Give the tokenizer's directory (a run saves "
+            "it with its model), a hub id, or bytes."
+        )
+    return load_tokenizer(name)

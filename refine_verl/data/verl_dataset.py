@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from refine_verl.config import DataError
-from refine_verl.data.dataset import DocumentDataset
+from refine_verl.data.dataset import DocumentDataset, PreparedDataset
 
 
 class VerlDocumentDataset(Dataset[dict[str, Any]]):
@@ -36,7 +37,7 @@ class VerlDocumentDataset(Dataset[dict[str, Any]]):
         DataError: several directories, or one that `prepare` did not make.
     """
 
-    dataset_class: type[Any] = DocumentDataset
+    dataset_class: type[PreparedDataset] = DocumentDataset
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class VerlDocumentDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`input_ids` (int64 array [T]), `document_id` (int) and `length` (int)."""
-        if self.documents is None:
-            raise IndexError("this dataset is empty")
-        row = self.documents[int(self.indices[index])]
-        return {**row, "input_ids": row["input_ids"].numpy()}
+        place = int(self.indices[index])  # an IndexError where there are no documents
+        assert self.documents is not None
+        row = self.documents[place]
+        return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in row.items()}

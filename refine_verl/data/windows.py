@@ -6,47 +6,7 @@ import dataclasses
 
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataStatistics:
-    """What happened to every document and token. Lengths are in tokens, of the sequences that were kept.
-
-    documents = kept + too_short, and the tokens of all documents = tokens_kept + tokens_dropped.
-
-    Attributes:
-        documents: documents read.
-        kept: documents with at least one sequence.
-        too_short: documents below the minimum length, left out whole.
-        cut: kept documents longer than the maximum length.
-        windows: sequences that came out; equals `kept` where nothing was cut into windows.
-        tokens_kept: tokens in the sequences.
-        tokens_dropped: tokens of documents too short, heads' tails, and last windows below the minimum.
-        min_length: shortest sequence.
-        mean_length: mean length of the sequences.
-        max_length: longest sequence.
-        longest_document: tokens of the longest document read, kept or not.
-    """
-
-    documents: int
-    kept: int
-    too_short: int
-    cut: int
-    windows: int
-    tokens_kept: int
-    tokens_dropped: int
-    min_length: int
-    mean_length: float
-    max_length: int
-    longest_document: int
-
-    def summary(self) -> str:
-        """One line for the log."""
-        return (
-            f"{self.documents:,} documents, {self.kept:,} kept as {self.windows:,} sequences of "
-            f"{self.min_length:,} to {self.max_length:,} tokens (mean {self.mean_length:,.0f}); "
-            f"{self.too_short:,} too short, {self.cut:,} cut; "
-            f"{self.tokens_kept:,} tokens kept, {self.tokens_dropped:,} dropped"
-        )
+from refine_verl.data.statistics import DataStatistics
 
 
 @dataclasses.dataclass(frozen=True)

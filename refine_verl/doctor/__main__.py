@@ -2,70 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from refine_verl.command.quiet import quieten_third_parties
+from refine_verl.command.front import run_command, show
+from refine_verl.command.keys import OutputSettings, list_keys, read_keys
 from refine_verl.doctor.findings import FAIL, OK, WARN, Finding
-from refine_verl.doctor.installation import check_imports, check_plugin, check_python, check_versions
-from refine_verl.doctor.kernels import check_kernels
-from refine_verl.doctor.machine import (
-    check_disk,
-    check_gpu,
-    check_localhost,
-    check_open_files,
-    check_shared_memory,
-)
 
-Check = Callable[[], Iterator[Finding]]
-CHECKS: tuple[Check, ...] = (
-    check_python,
-    check_versions,
-    check_imports,
-    check_plugin,
-    check_gpu,
-    check_kernels,
-    check_shared_memory,
-    check_disk,
-    check_open_files,
-    check_localhost,
-)
+USAGE = """\
+python -m refine_verl.doctor [--json]
+
+Whether this machine is ready to train, and if not, what to do. Exit code 0, or 1 if a check failed.
+
+"""
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
 
 
-def diagnose(checks: Iterable[Check] = CHECKS) -> list[Finding]:
-    """What all checks find; one that breaks is a failure of its own and stops no other."""
-    findings: list[Finding] = []
-    for check in checks:
-        try:
-            findings += check()
-        except Exception as error:  # the doctor must survive the patient
-            name = check.__name__.removeprefix("check_").replace("_", " ")
-            detail = f"the check itself failed: {type(error).__name__}: {error}"
-            findings.append(Finding(name, FAIL, detail, "see the failures above; else this is a bug of ours"))
-    return findings
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m refine_verl.doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="findings as JSON instead of a table")
-    arguments = parser.parse_args(argv)
-    logging.getLogger("refine_verl").setLevel(logging.WARNING)
-    quieten_third_parties()
+    """Run the command line; returns the exit code, 1 if a check failed."""
+    return run_command(argv, help=lambda _: USAGE + list_keys(OutputSettings), run=_run)
+
+
+def _run(arguments: list[str]) -> int:
+    settings, _ = read_keys(arguments, OutputSettings)
+    from refine_verl.doctor.diagnosis import diagnose  # torch, verl and fla take seconds to load
+
     findings = diagnose()
     failed = sum(finding.status == FAIL for finding in findings)
-    if arguments.json:
+    if settings.json:
         report = {"ok": not failed, "findings": [dataclasses.asdict(finding) for finding in findings]}
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        show(json.dumps(report, indent=2))
     else:
         _show(findings, failed)
     return int(failed > 0)

@@ -134,34 +134,19 @@ def _cases() -> Iterator[tuple[str, Rule, Rule, Callable[[int], Inputs]]]:
 
     ensure_kernels()
 
-    def delta_rule(x: Inputs) -> tuple[Tensor, Tensor]:
-        return delta.chunk_delta_rule(
-            q=x["q"],
-            k=x["k"],
-            v=x["v"],
-            beta=x["beta"],
-            initial_state=x["state"],
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=True,
-        )
+    def delta_rule(kernel: Callable[..., tuple[Tensor, Tensor]]) -> Rule:
+        def rule(x: Inputs) -> tuple[Tensor, Tensor]:
+            given = {name: value for name, value in x.items() if name != "state"}
+            return kernel(**given, initial_state=x["state"], output_final_state=True, use_qk_l2norm_in_kernel=True)
 
-    def gated_delta_rule(x: Inputs) -> tuple[Tensor, Tensor]:
-        return gated.chunk_gated_delta_rule(
-            q=x["q"],
-            k=x["k"],
-            v=x["v"],
-            g=x["g"],
-            beta=x["beta"],
-            initial_state=x["state"],
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=True,
-        )
+        return rule
 
     def short_convolution(x: Inputs) -> tuple[Tensor, Tensor]:
         return convolution.causal_conv1d(
             x=x["x"], weight=x["weight"], initial_state=x["state"], output_final_state=True
         )
 
-    yield "delta rule", delta_rule, sequential_delta_rule, _delta_inputs
-    yield "gated delta rule", gated_delta_rule, sequential_delta_rule, lambda length: _delta_inputs(length, gated=True)
+    rules = (delta_rule(delta.chunk_delta_rule), delta_rule(gated.chunk_gated_delta_rule))
+    yield "delta rule", rules[0], sequential_delta_rule, _delta_inputs
+    yield "gated delta rule", rules[1], sequential_delta_rule, lambda length: _delta_inputs(length, gated=True)
     yield "short convolution", short_convolution, sequential_convolution, _convolution_inputs

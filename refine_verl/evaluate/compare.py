@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 
 from refine_verl.config import ConfigError
 from refine_verl.evaluate.console import INSTALL
-from refine_verl.evaluate.results import RESULTS_FILE, read_samples
-from refine_verl.evaluate.rows import aggregate
+from refine_verl.evaluate.results import RESULTS_FILE, read_results, read_samples
+from refine_verl.evaluate.rows import Row, aggregate
 from refine_verl.evaluate.tables import LABELS, Table, length_label
 
 RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
@@ -23,24 +22,19 @@ Key = tuple[str, str, "int | None", str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Tables, one per pair of runs, and what was left out of them."""
-
-    tables: list[Table]
-    notes: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
     """What a directory of results holds."""
 
     directory: Path
     content: dict[str, Any]
-    rows: dict[Key, dict[str, Any]]
+    rows: dict[Key, Row]
 
 
-def compare(directories: Sequence[str]) -> Comparison:
+def compare(directories: Sequence[str]) -> tuple[list[Table], list[str]]:
     """Compare each run with the first one.
+
+    Returns:
+        A table per pair of runs, and what is to be known of all of them.
 
     Raises:
         ConfigError: fewer than two runs, a directory without results, other conventions, other samples, or nothing
@@ -63,7 +57,7 @@ def compare(directories: Sequence[str]) -> Comparison:
         f"Intervals hold {percent} % of {RESAMPLES} bootstrap resamples of the samples, both runs resampled together; "
         "* marks those without 0. They know nothing of other seeds of training."
     )
-    return Comparison(tables, notes)
+    return tables, notes
 
 
 def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tuple[float, float] | None:
@@ -73,24 +67,11 @@ def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tu
         kind: see `rows.aggregate`.
         before, after: [N], or [N, 2], scores of the same samples in the same order.
     """
-    if len(before) < 2:
-        return None
 
     def difference(rows: np.ndarray) -> float:
         return aggregate(kind, after[rows]) - aggregate(kind, before[rows])
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy warns where all resamples agree; the interval is that value
-        found = _bootstrap()(
-            (np.arange(len(before)),),
-            difference,
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            vectorized=False,
-            rng=np.random.default_rng(SEED),
-        ).confidence_interval
-    return float(found.low), float(found.high)
+    return _interval([np.arange(len(before))], difference, vectorized=False)
 
 
 def bootstrap_average(differences: Sequence[np.ndarray]) -> tuple[float, float] | None:
@@ -99,42 +80,44 @@ def bootstrap_average(differences: Sequence[np.ndarray]) -> tuple[float, float] 
     Args:
         differences: [N] per task.
     """
-    if min(map(len, differences)) < 2:
-        return None
 
     def average(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.mean([part.mean(axis=axis) for part in parts], axis=0)
 
+    return _interval(differences, average, vectorized=True)
+
+
+def _interval(
+    samples: Sequence[np.ndarray], statistic: Callable[..., Any], *, vectorized: bool
+) -> tuple[float, float] | None:
+    if min(map(len, samples)) < 2:
+        return None
+    try:
+        from scipy.stats import bootstrap
+    except ModuleNotFoundError as error:
+        raise ConfigError("compare", f"needs scipy, which is not installed. Install it with: {INSTALL}") from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = _bootstrap()(
-            tuple(differences),
-            average,
+        warnings.simplefilter("ignore")  # scipy warns where all resamples agree; the interval is that value
+        found = bootstrap(
+            tuple(samples),
+            statistic,
             n_resamples=RESAMPLES,
             confidence_level=CONFIDENCE,
             method="percentile",
+            vectorized=vectorized,
             rng=np.random.default_rng(SEED),
         ).confidence_interval
     return float(found.low), float(found.high)
 
 
-def _bootstrap() -> Any:
-    try:
-        from scipy.stats import bootstrap
-    except ModuleNotFoundError as error:
-        raise ConfigError("compare", f"needs scipy, which is not installed. Install it with: {INSTALL}") from error
-    return bootstrap
-
-
 def _read(directory: Path) -> Run:
     path = directory / RESULTS_FILE
     try:
-        content = json.loads(path.read_text())
-        rows = {(row["group"], row["task"], row["length"], row["metric"]): row for row in content["results"]}
+        content, rows = read_results(path)
         content["convention"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("compare", f"{path} cannot be read as results ({error}).") from error
-    return Run(directory, content, rows)
+    return Run(directory, content, {(row.group, row.task, row.length, row.metric): row for row in rows})
 
 
 def _check(first: Run, other: Run) -> None:
@@ -149,11 +132,11 @@ def _check(first: Run, other: Run) -> None:
     if not common:
         raise ConfigError("compare", f"{first.directory} and {other.directory} have no task and length in common.")
     for key in sorted(common, key=str):
-        if first.rows[key]["fingerprint"] != other.rows[key]["fingerprint"]:
-            counts = [run.rows[key]["samples"] for run in (first, other)]
+        if first.rows[key].fingerprint != other.rows[key].fingerprint:
+            counts = [run.rows[key].samples for run in (first, other)]
             raise ConfigError(
                 "compare",
-                f"{first.rows[key]['task']}: {first.directory} has {counts[0]} samples and {other.directory} "
+                f"{first.rows[key].task}: {first.directory} has {counts[0]} samples and {other.directory} "
                 f"{counts[1]}, and they are not the same ones (limit, lengths, data, tokenizer or seed differ). "
                 "Evaluate both on the same samples.",
             )
@@ -161,9 +144,8 @@ def _check(first: Run, other: Run) -> None:
 
 def _values(run: Run, key: Key) -> tuple[list[str], np.ndarray]:
     """Ids and scores of a task's samples, in the order in which they were asked."""
-    _, task, length, metric = key
-    name = task if length is None else f"{task}_{length}"
-    wanted = run.rows[key]["samples"]
+    name, metric = run.rows[key].name, key[-1]
+    wanted = run.rows[key].samples
     records = read_samples(run.directory, name)[:wanted]
     if len(records) < wanted or any(metric not in record for record in records):
         raise ConfigError("compare", f"{run.directory} lacks samples of {name}: {len(records)} of {wanted} are there.")
@@ -186,7 +168,7 @@ def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
     parts: dict[str, list[np.ndarray]] = {}
     for key in common:
         group, _, _, metric = key
-        kind = first.rows[key]["aggregate"]
+        kind = first.rows[key].aggregate
         before, after = _pairs(first, other, key)
         scale = 100.0 if kind == "mean" and metric != "ntp_loss" else 1.0
         values = aggregate(kind, before), aggregate(kind, after)
@@ -198,12 +180,12 @@ def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
     for group, differences in parts.items():
         if len(differences) > 1:
             means = [
-                float(np.mean([run.rows[key]["value"] for key in common if key[0] == group])) for run in (first, other)
+                float(np.mean([run.rows[key].value for key in common if key[0] == group])) for run in (first, other)
             ]
             interval = bootstrap_average(differences)
             count = sum(map(len, differences))
             if interval is None:
-                single = [_where(key) for key in common if key[0] == group and first.rows[key]["samples"] < 2]
+                single = [_where(key) for key in common if key[0] == group and first.rows[key].samples < 2]
                 notes.append(
                     f"No interval for the average of {group}: of a single sample ({', '.join(single)}) there is none."
                 )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
-from refine_verl.config import ConfigError, DataError
+from refine_verl.command.front import BAD_INPUT, say_error
+from refine_verl.config import ConfigError, Refusal
 
 INSTALL = "pip install 'refine_verl[eval]'"
 
@@ -25,15 +24,11 @@ def require_lm_eval() -> None:
 
 def main() -> int:
     """Run the harness's command line; 2 where model arguments, model or data cannot be used."""
-    from refine_verl.adaptation import PromptError
-    from refine_verl.models import ModelError
-
     try:
         require_lm_eval()
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()
-    except (ConfigError, DataError, ModelError, PromptError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    except Refusal as error:
+        return say_error(str(error), BAD_INPUT)
     return 0

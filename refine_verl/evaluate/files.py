@@ -12,7 +12,6 @@ from refine_verl.evaluate.settings import EvaluateSettings
 
 NEEDS_FILES = ("ruler_qa", "longbench", "short_context", "ntp")
 """Groups whose files nobody but the user can supply; needles are made."""
-_SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst")
 _RULER = re.compile(r"(ruler_squadqa|ruler_hotpotqa)(?:_(.+))?_(\d+)_\d+_test\.(?:parquet|jsonl|jsonl\.zst)")
 
 
@@ -49,49 +48,42 @@ def refuse_missing(missing: Sequence[str]) -> None:
     raise DataError("\n".join([*listed, cure]))  # lines end with commands: to be copied as they are
 
 
-def find_longbench(settings: EvaluateSettings, tasks: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
-    """The file of each LongBench task, and what is missing.
+def find_longbench(settings: EvaluateSettings, tasks: Sequence[str], missing: list[str]) -> dict[str, Path]:
+    """The file of each LongBench task; what is not there is added to ``missing``.
 
     Raises:
         DataError: there are several for one task.
     """
-    if not tasks:
-        return {}, []
     folders = _folders(settings, "longbench")
     found: dict[str, Path] = {}
-    missing = []
     for task in tasks:
         stem = re.compile(rf"{re.escape(task)}(_\d+)?\.(parquet|jsonl|jsonl\.zst)")
         files = [path for folder in folders for path in sorted(folder.glob(f"{task}*")) if stem.fullmatch(path.name)]
         if files:
             found[task] = _only(files, task)
-        else:
-            missing.append(task)
-    if not missing:
-        return found, []
-    return found, [
-        f"longbench: no file for {', '.join(missing)}: {_where(folders, f'{missing[0]}{_SUFFIXES[0]}')}. Make "
-        f"{'it' if len(missing) == 1 else 'them'} from LongBench's data with: python -m refine_verl.prepare "
-        f"longbench --input Xnhyacinth/LongBench --tasks {' '.join(missing)} --out {folders[-1]}"
-    ]
+    if without := [task for task in tasks if task not in found]:
+        missing.append(
+            f"longbench: no file for {', '.join(without)}: {_where(folders, f'{without[0]}.parquet')}. Make "
+            f"{'it' if len(without) == 1 else 'them'} from LongBench's data with: python -m refine_verl.prepare "
+            f"longbench --input Xnhyacinth/LongBench --tasks {' '.join(without)} --out {folders[-1]}"
+        )
+    return found
 
 
 def find_ruler_qa(
-    settings: EvaluateSettings, tasks: Sequence[str], model_type: str
-) -> tuple[dict[tuple[str, int], Path], list[str]]:
-    """The test file of each RULER question answering task at each length, and what is missing.
+    settings: EvaluateSettings, tasks: Sequence[str], model_type: str, missing: list[str]
+) -> dict[tuple[str, int], Path]:
+    """The test file of each RULER question answering task at each length; ``missing`` as in `find_longbench`.
 
     Raises:
         DataError: there are several for one task and none is named after the model's type.
     """
-    if not tasks:
-        return {}, []
     folders = _folders(settings, "ruler")
     files: dict[tuple[str, int], list[tuple[str, Path]]] = {}
     for path in [*sorted(folders[0].glob("ruler_*")), *sorted(folders[1].glob("**/ruler_*"))]:
         if match := _RULER.fullmatch(path.name):
             files.setdefault((match[1], int(match[3])), []).append((match[2] or "", path))
-    found, missing = {}, []
+    found = {}
     for task in tasks:
         for length in settings.lengths:
             choice = files.get((task, length), [])
@@ -100,7 +92,7 @@ def find_ruler_qa(
                 continue
             named = [path for name, path in choice if name and model_type.startswith(name)]
             found[task, length] = _only(named or [path for _, path in choice], f"{task} at {length} tokens")
-    return found, missing
+    return found
 
 
 def _no_ruler_file(settings: EvaluateSettings, folders: Sequence[Path], task: str, length: int) -> str:
@@ -115,21 +107,22 @@ def _no_ruler_file(settings: EvaluateSettings, folders: Sequence[Path], task: st
     )
 
 
-def find_documents(settings: EvaluateSettings) -> tuple[list[FileSource], list[str]]:
-    """Files with documents for next-token accuracy, and what is missing.
+def find_documents(settings: EvaluateSettings, missing: list[str]) -> list[FileSource]:
+    """Files with documents for next-token accuracy; ``missing`` as in `find_longbench`.
 
     Raises:
         DataError: a directory without files that can be read.
     """
     folder = _folders(settings, "ntp")[-1]
     if not folder.is_dir():
-        return [], [
+        missing.append(
             f"ntp: no directory {folder}. Put documents there (parquet or jsonl with a column text, or txt), for "
             "example with: python -m refine_verl.prepare documents --input FILES --tokenizer "
             f"{settings.tokenizer or settings.model} --min-tokens {max(settings.lengths)} --out {folder}"
-        ]
+        )
+        return []
     sources = resolve_sources((str(folder),), key="data_dir", default_split="validation")
-    return [source for source in sources if isinstance(source, FileSource)], []
+    return [source for source in sources if isinstance(source, FileSource)]
 
 
 def _folders(settings: EvaluateSettings, name: str) -> list[Path]:

@@ -6,6 +6,7 @@ harness's own command line in such a process.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -19,26 +20,12 @@ from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normaliz
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from refine_verl.config import ConfigError
-from refine_verl.config.options import did_you_mean, require_choice
+from refine_verl.config import ConfigError, did_you_mean, require_choice
 from refine_verl.evaluate.model import DTYPES, EvaluatedModel, load_evaluated, ttt_settings
 from refine_verl.models.answers import answer_draws
 
 logger = logging.getLogger(__name__)
 
-ARGUMENTS = (
-    "pretrained",
-    "tokenizer",
-    "dtype",
-    "device",
-    "batch_size",
-    "max_length",
-    "max_gen_toks",
-    "add_bos_token",
-    "ttt",
-    "adapt",
-    "seed",
-)
 GENERATION = ("until", "max_gen_toks", "do_sample", "temperature")
 WINDOW = 2048
 """Tokens in a window of a rolling log-likelihood where neither `max_length` nor the model says otherwise (as `hf`)."""
@@ -83,9 +70,8 @@ class RefineLM(TemplateLM):
     ) -> None:
         super().__init__()
         for name in unknown:
-            raise ConfigError(
-                name, f"unknown model argument. Allowed: {', '.join(ARGUMENTS)}.{did_you_mean(name, ARGUMENTS)}"
-            )
+            known = [*inspect.signature(RefineLM).parameters][:-1]
+            raise ConfigError(name, f"unknown model argument. Allowed: {', '.join(known)}.{did_you_mean(name, known)}")
         require_choice("dtype", dtype, ("auto", *DTYPES))
         self.batch_size = _count("batch_size", batch_size)
         self.window = None if max_length is None else _count("max_length", max_length)

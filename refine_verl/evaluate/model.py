@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from refine_verl.adaptation import AdaptSettings, PromptError, adapt
 from refine_verl.adaptation.checks import check_settings
 from refine_verl.adaptation.settings import METHODS, read_settings
-from refine_verl.config import ConfigError, DataError, is_made_of_documents, require_choice
-from refine_verl.data.tokenizers import load_tokenizer
+from refine_verl.config import ConfigError, DataError, require_choice
+from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.models import Documents, FastWeightActor, ModelError, inspect_model, load_model, make_actor
+from refine_verl.nsp import end_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,10 +54,7 @@ class EvaluatedModel:
         self.actor, self.tokenizer = actor, tokenizer
         self.ttt = ttt or AdaptSettings(method="none")
         self.device = next(actor.parameters()).device
-        generation: Any = getattr(actor, "generation_config", None)
-        ends = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
-        flat = [token for end in ends for token in (end if isinstance(end, list) else [end])]
-        self.stop_tokens = sorted({int(token) for token in flat if token is not None})
+        self.stop_tokens = end_tokens(getattr(actor, "generation_config", None), tokenizer.eos_token_id)
 
     def likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """Score what follows a context, all pairs in one pass (one by one with test-time training).
@@ -205,7 +203,7 @@ def load_evaluated(
     info = inspect_model(path)
     if not info.has_weights:
         raise ModelError(f"model={path}: no weights in this directory, only a configuration: nothing to evaluate.")
-    words = named_tokenizer(tokenizer or path)
+    words = load_finished_tokenizer(tokenizer or path)
     if len(words) > info.vocab_size:
         raise DataError(
             f"the tokenizer {tokenizer or path} has {len(words)} entries, but the model {path} only "
@@ -216,17 +214,6 @@ def load_evaluated(
     # fla's chunked kernels take no float32 on a GPU, which is what adapted weights are.
     actor = make_actor(model, autocast_dtype=torch.bfloat16 if place.type == "cuda" else None)
     return EvaluatedModel(actor, words, ttt)
-
-
-def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or hub id, or `bytes`.
-
-    Raises:
-        DataError: there is none, or it would have to be trained first.
-    """
-    if is_made_of_documents(name):
-        raise DataError(f"tokenizer={name} would have to be trained first. Give the directory it is saved in.")
-    return load_tokenizer(name)
 
 
 def ttt_settings(method: str, settings: Any = None) -> AdaptSettings:

@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_verl.config import ConfigError, DataError
 from refine_verl.data.cache import default_cache_dir, make_key
-from refine_verl.data.prompts_read import read_records
 from refine_verl.data.sources import resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.evaluate.console import INSTALL, require_lm_eval
 from refine_verl.evaluate.samples import NIAH_TOKENS
 from refine_verl.evaluate.settings import EvaluateSettings
+from refine_verl.record.files import write_atomically
 
 FOLDER = "ruler_niah"
 ESSAYS = "paul_graham_essays"
@@ -106,13 +106,10 @@ def frozen_needles(settings: EvaluateSettings, task: str, length: int, tokenizer
         for sample in _generate(settings, task, length, tokenizer)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
-        _hash_file(path).write_text(f"{_sha256(partial)}  {path.name}\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+    write_atomically(_hash_file(path), f"{_sha256(file.getvalue())}  {path.name}\n".encode())
+    write_atomically(path, file.getvalue())
     return path
 
 
@@ -204,10 +201,10 @@ def _essay_words(settings: EvaluateSettings) -> list[str]:
         raise DataError(f"{_essay_files(settings)[0]} is no longer there.")
     texts = []
     for source in resolve_sources((str(path),), key="data_dir", default_split="train"):
-        for _, where, record in read_records(source):
-            if not isinstance(record.get("text"), str):
-                raise DataError(f"{where} has no text in a column text.")
-            texts.append(record["text"])
+        for record in source.records():
+            if not isinstance(record.columns.get("text"), str):
+                raise DataError(f"{record.where} has no text in a column text.")
+            texts.append(record.columns["text"])
     return re.sub(r"\s+", " ", " ".join(texts)).split(" ")
 
 
@@ -241,9 +238,9 @@ def _verify(path: Path) -> None:
         wanted = _hash_file(path).read_text().split()[0]
     except (OSError, IndexError) as error:
         raise DataError(f"{path} has no hash in {_hash_file(path).name} beside it. {cure}") from error
-    if _sha256(path) != wanted:
+    if _sha256(path.read_bytes()) != wanted:
         raise DataError(f"{path} is not the file that was made: its sha256 differs from the one beside it. {cure}")
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

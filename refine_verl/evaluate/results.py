@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from refine_verl import __version__
 from refine_verl.config import ConfigError
 from refine_verl.evaluate.rows import Row
+from refine_verl.record.files import write_atomically
+from refine_verl.record.versions import installed_versions
 
 RESULTS_FILE, RUN_FILE, SAMPLES = "results.json", "run.json", "samples"
 _PACKAGES = ("torch", "transformers", "flash-linear-attention", "datasets", "lm-eval")
@@ -116,7 +117,7 @@ class Results:
         path = folder / f"{name}.jsonl"
         text = "".join(json.dumps(record) + "\n" for record in records)
         if replace:
-            _write_whole(path, text)
+            write_atomically(path, text.encode())
             return
         if path.exists() and not path.read_bytes().endswith(b"\n"):  # of a process that was killed
             whole = path.read_bytes()
@@ -134,7 +135,7 @@ class Results:
         if not path.exists():
             return []
         try:
-            rows = [Row(**row) for row in json.loads(path.read_text())["results"]]
+            _, rows = read_results(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError("out", f"{path} cannot be read ({error}); delete it.") from error
         again = set(names)
@@ -149,11 +150,21 @@ class Results:
         """Write `results.json` and `results.md`."""
         content = {
             **self.identity,
-            "versions": versions(),
+            "versions": {"refine_verl": __version__, **installed_versions(_PACKAGES)},
             "results": [dataclasses.asdict(row) for row in rows],
         }
         _write_json(self.directory / RESULTS_FILE, content)
         (self.directory / "results.md").write_text(tables)
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """All of a `results.json`, and its rows.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is no such file.
+    """
+    content = json.loads(path.read_text())
+    return content, [Row(**row) for row in content["results"]]
 
 
 def read_samples(directory: Path, name: str, *, torn: bool = False) -> list[dict[str, Any]]:
@@ -193,17 +204,6 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Of what the numbers may depend on."""
-    found = {"refine_verl": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _differences(key: str, there: Any, now: Any) -> list[str]:
     """`KEY: A there, B now` for each value that differs; mappings are looked into."""
     if isinstance(there, Mapping) and isinstance(now, Mapping):
@@ -213,10 +213,4 @@ def _differences(key: str, there: Any, now: Any) -> list[str]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    _write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text)
-    partial.replace(path)
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -12,19 +12,20 @@ import numpy as np
 import torch
 
 from refine_verl.adaptation import AdaptSettings
+from refine_verl.command.show import progress_bar
 from refine_verl.config import DataError
 from refine_verl.data.tokenize import tokenizer_fingerprint
+from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.evaluate import needles, short_context
 from refine_verl.evaluate.console import require_lm_eval
 from refine_verl.evaluate.files import check_data_dir, find_documents, find_longbench, find_ruler_qa, refuse_missing
-from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, named_tokenizer, ttt_settings
+from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, ttt_settings
 from refine_verl.evaluate.results import Results, model_fingerprint
 from refine_verl.evaluate.rows import Row, make_row
 from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_documents
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.evaluate.tables import Table, build_tables
 from refine_verl.models import inspect_model
-from refine_verl.prepare.console import progress_bar
 from refine_verl.scoring import main_metric, score
 
 
@@ -104,14 +105,14 @@ class _Plan:
         self.settings, self.groups = settings, settings.by_group()
         niah, short = self.groups.get("ruler_niah", []), self.groups.get("short_context", [])
         info = inspect_model(settings.model)
-        self.tokenizer = named_tokenizer(settings.tokenizer or settings.model)
+        self.tokenizer = load_finished_tokenizer(settings.tokenizer or settings.model)
         check_data_dir(settings, self.groups)
-        self.ruler, no_ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type)
-        self.longbench, no_longbench = find_longbench(settings, self.groups.get("longbench", []))
-        self.documents, no_documents = find_documents(settings) if "ntp" in self.groups else ([], [])
-        no_needles = needles.missing_files(settings, niah, self.tokenizer)
-        no_short = short_context.missing_files(settings, short)
-        refuse_missing([*no_needles, *no_ruler, *no_longbench, *no_short, *no_documents])
+        missing = needles.missing_files(settings, niah, self.tokenizer)
+        self.ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type, missing)
+        self.longbench = find_longbench(settings, self.groups.get("longbench", []), missing)
+        missing += short_context.missing_files(settings, short)
+        self.documents = find_documents(settings, missing) if "ntp" in self.groups else []
+        refuse_missing(missing)
         if short:
             require_lm_eval()
 

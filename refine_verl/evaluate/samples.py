@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_verl.config import DataError, PromptSettings
 from refine_verl.data.prompts_read import read_prompts
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
-from refine_verl.data.readers import read_file
-from refine_verl.data.sources import FileSource, resolve_sources
+from refine_verl.data.sources import FileSource, iterate_documents, resolve_sources
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.prepare.longbench import TASKS as LONGBENCH_TASKS
 from refine_verl.scoring import rule_of
@@ -162,6 +161,5 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
 
 def _texts(sources: Sequence[FileSource]) -> Iterator[tuple[str, int, str]]:
     for source in sources:
-        for batch in read_file(source.path, source.name, "text"):
-            for text, row in zip(batch.column("text").to_pylist(), batch.column("row").to_pylist(), strict=True):
-                yield source.path.name, row, text
+        for document in iterate_documents([source], "text"):
+            yield source.path.name, document["row"], document["text"]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from refine_verl.config import CONVENTIONS, INNER, ConfigError, Settings, option, require_choice
 
-from refine_verl.config import CONVENTIONS, INNER, ConfigError, Settings, did_you_mean, option, refuse_repeats
+_GIVEN = dataclasses.MISSING
 
 NIAH = ("niah_single_1", "niah_multikey_1", "niah_multiquery", "niah_multivalue")
 MORE_NIAH = ("niah_single_2", "niah_single_3", "niah_multikey_2", "niah_multikey_3")
@@ -60,8 +58,9 @@ USED_BY: dict[str, tuple[str, ...]] = {
 """Keys that mean something to some groups only."""
 
 
-def _listed(default: Sequence[Any], help: str) -> Any:
-    return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareSettings(Settings):
+    """`evaluate compare` takes directories and no keys."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,11 +73,11 @@ class EvaluateSettings(Settings):
 
     SECTION: ClassVar[str] = "evaluate"
 
-    model: str = option("", "directory or hub id of the model")
-    tasks: list = _listed((), "ruler_niah, ruler_qa, longbench, short_context, ntp, or single tasks of these")
-    out: str = option("", "directory for results; the same command goes on where it was")
+    model: str = option(_GIVEN, "directory or hub id of the model")
+    tasks: tuple[str, ...] = option(_GIVEN, "groups of tasks, or single tasks of them")
+    out: str = option(_GIVEN, "directory for results; the same command resumes where it was")
     data_dir: str = option("", "directory with the data (docs/evaluation.md says which files)")
-    lengths: list = _listed(
+    lengths: tuple[int, ...] = option(
         (4096, 8192, 16384), "context lengths of RULER and ntp, in tokens; the last limits LongBench"
     )
     ttt: str = option("none", "adapt to each prompt before it is answered", choices=INNER)
@@ -95,26 +94,20 @@ class EvaluateSettings(Settings):
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
     def _check_rules(self) -> None:
-        for key in ("model", "tasks", "out"):
-            if not getattr(self, key):
-                raise ConfigError(f"{self.SECTION}.{key}", f"is missing: give {key}={_EXAMPLES[key]}.")
         if not self.lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in self.lengths):
+            shown = ",".join(map(str, self.lengths))
             raise ConfigError(
-                f"{self.SECTION}.lengths", f"must be a list of integers of at least 2, got {self.lengths}."
+                f"{self.SECTION}.lengths", f"must be a list of integers of at least 2, got {shown or 'none'}."
             )
         if len(set(self.lengths)) < len(self.lengths):
             raise ConfigError(f"{self.SECTION}.lengths", f"has a length twice: {self.lengths}.")
-        object.__setattr__(self, "lengths", sorted(self.lengths))
+        object.__setattr__(self, "lengths", tuple(sorted(self.lengths)))
         self._check_tasks()
 
     def _check_tasks(self) -> None:
         known = [*GROUPS, *(task for parts in (*GROUPS.values(), *OTHERS.values()) for task in parts)]
         for name in self.tasks:
-            if name not in known:
-                raise ConfigError(
-                    f"{self.SECTION}.tasks",
-                    f"unknown task {name!r}. Allowed: {', '.join(dict.fromkeys(known))}.{did_you_mean(name, known)}",
-                )
+            require_choice(f"{self.SECTION}.tasks", name, dict.fromkeys(known), kind="task")
         without = [group for group in self.by_group() if group not in ADAPTS]
         if self.ttt != "none" and without:
             raise ConfigError(
@@ -133,6 +126,18 @@ class EvaluateSettings(Settings):
                 found[group] = chosen
         return found
 
+    def refuse_without_effect(self, arguments: Iterable[str]) -> None:
+        """Refuse a key on the command line that means nothing to the tasks asked for.
+
+        Raises:
+            ConfigError: names the key and the tasks it is about.
+        """
+        for key in (word.removeprefix("--").partition("=")[0].replace("-", "_") for word in arguments):
+            if not self.uses(key):
+                raise ConfigError(
+                    key, f"has no effect on these tasks: it is about {' and '.join(USED_BY[key])}. Leave it out."
+                )
+
     def uses(self, key: str) -> bool:
         """Whether a key means something to one of the tasks asked for."""
         return key not in USED_BY or any(group in self.by_group() for group in USED_BY[key])
@@ -144,46 +149,3 @@ class EvaluateSettings(Settings):
             "longbench": {"max_tokens": self.lengths[-1]},
         }
         return {"limit": self.limit, **own.get(group, {})}
-
-
-_EXAMPLES = {"model": "DIR", "tasks": "ruler_qa,longbench", "out": "DIR"}
-
-
-def read_arguments(arguments: Sequence[str]) -> EvaluateSettings:
-    """Settings from `key=value` arguments as OmegaConf reads them.
-
-    Raises:
-        ConfigError: an argument of another form, an unknown key, a key given twice or without effect, or a value that
-            cannot be used.
-    """
-    for argument in arguments:
-        if "=" not in argument or argument.startswith("-"):
-            raise ConfigError("", f"{argument!r} is not of the form key=value. See --help.")
-    keys = [argument.partition("=")[0] for argument in arguments]
-    refuse_repeats(keys)
-    parts_of_adapt = [key for key in keys if key.startswith("adapt.")]
-    if "adapt" in keys and parts_of_adapt:  # OmegaConf would drop the one that comes first
-        raise ConfigError("adapt", f"and {parts_of_adapt[0]} are both given. Leave one of them out.")
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError("", f"the arguments cannot be read: {' '.join(str(error).split())}") from error
-    for key in ("tasks", "lengths"):
-        if key in values and not isinstance(values[key], list):
-            parts = [part.strip() for part in str(values[key]).split(",")]
-            values[key] = [_number(part) if key == "lengths" else part for part in parts if part]
-    for key in ("model", "out", "data_dir", "tokenizer"):
-        if isinstance(values.get(key), (int, float)):
-            values[key] = str(values[key])  # a directory may be called 7
-    settings = EvaluateSettings.from_mapping(values)
-    for key in values:
-        if not settings.uses(key):
-            raise ConfigError(
-                f"{settings.SECTION}.{key}",
-                f"has no effect on these tasks: it is about {' and '.join(USED_BY[key])}. Leave it out.",
-            )
-    return settings
-
-
-def _number(text: str) -> Any:
-    return int(text) if text.strip().isdigit() else text

@@ -9,22 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from refine_verl.config import NSPSettings
-from refine_verl.models import Documents, FastWeightActor, RolloutBatch, RolloutDraws, snapshot_count
+from refine_verl.models import Documents, FastWeightActor, RolloutBatch
+from refine_verl.models.reward_manager import HiddenStateRewardManager
+from refine_verl.models.step import Step
 from refine_verl.nsp import (
     ANCHORS,
     STRATEGIES,
     align_entropy,
     chunk_bounds,
-    get_reward,
     group_standardise,
     group_zero_std_share,
     smooth_token_entropy,
 )
 
-__all__ = ["SHOWN_REWARDS", "Inspection", "Position", "Rollout", "analyse", "rollout_draws"]
+__all__ = ["SHOWN_REWARDS", "Inspection", "Position", "Rollout", "analyse"]
 
 SHOWN_REWARDS = ("cosine", "binary", "hybrid")
 _STEP, _DOCUMENT = 0, 0  # no training step and no data set: draws depend on the seed alone
@@ -89,11 +90,6 @@ class Inspection:
         return [rollout for position in self.positions for rollout in position.rollouts]
 
 
-def rollout_draws(nsp: NSPSettings, seed: int) -> RolloutDraws:
-    """The random numbers of one document."""
-    return RolloutDraws.of(seed, _STEP, [_DOCUMENT], nsp)
-
-
 def analyse(actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: int) -> Inspection:
     """Run steps 1 to 3 of the paper on one document, and read it once more for its next-token loss.
 
@@ -105,9 +101,8 @@ def analyse(actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: i
     """
     device = next(actor.parameters()).device
     documents = Documents.from_tensors(torch.tensor([tokens], device=device), [len(tokens)])
-    snapshots = snapshot_count(nsp.chunks, len(tokens))
     with _recorded(actor, "entropy") as entropies:
-        batch = actor(mode="rollout", documents=documents, nsp=nsp, draws=rollout_draws(nsp, seed), snapshots=snapshots)
+        batch = Step(actor, nsp, seed).write(_STEP, documents, [_DOCUMENT])
     with _recorded(actor, "score") as scores:
         actor(mode="score", documents=documents)
     (entropy,), ((loss, correct),) = entropies, scores
@@ -166,10 +161,11 @@ def _chances(smoothed: np.ndarray, nsp: NSPSettings) -> list[float] | None:
 
 
 def _positions(batch: RolloutBatch, nsp: NSPSettings) -> tuple[list[Position], float]:
-    rewards = score(batch, nsp.reward)
-    trained = rewards[nsp.reward]
+    scores = HiddenStateRewardManager(nsp.reward, SHOWN_REWARDS)(batch)
+    trained = scores["rewards"].double().cpu()
     advantages = group_standardise(trained, nsp.group)[0].tolist()
-    values = {name: value[0].tolist() for name, value in rewards.items()}
+    values = {name: scores[f"reward_{name}"][0].tolist() for name in SHOWN_REWARDS}
+    values[nsp.reward] = trained[0].tolist()
     log_probs = batch.log_probs.double().sum(dim=-1)[0].tolist()
     tokens, targets = batch.tokens[0].tolist(), batch.target_tokens[0].tolist()
     positions = [
@@ -189,11 +185,3 @@ def _positions(batch: RolloutBatch, nsp: NSPSettings) -> tuple[list[Position], f
         for chunk, index in enumerate(batch.positions[0].tolist())
     ]
     return positions, group_zero_std_share(trained, nsp.group)
-
-
-def score(batch: RolloutBatch, reward: str) -> dict[str, Tensor]:
-    """Rewards of a batch by name, each float64 [N, c, n] on the CPU: `SHOWN_REWARDS` and `reward`."""
-    shape = batch.tokens.shape[:3]
-    inputs = batch.reward_inputs()
-    names = dict.fromkeys((*SHOWN_REWARDS, reward))
-    return {name: get_reward(name)(inputs).double().cpu().view(shape) for name in names}

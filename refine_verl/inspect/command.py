@@ -14,7 +14,7 @@ from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.source import check_out, load_actor, read_inputs
 from refine_verl.inspect.terminal import show
 from refine_verl.inspect.view import View
-from refine_verl.record.files import write_atomically
+from refine_verl.report.page import write_page
 
 __all__ = ["inspect_text", "run"]
 
@@ -54,8 +54,6 @@ def run(settings: InspectSettings, console: Console) -> Path | None:
     show(view, console)
     if out is None:
         return None
-    page = render(view).encode()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page)
-    console.print(f"\n{out} ({len(page) / 1e6:.2f} MB)", markup=False, highlight=False, soft_wrap=True)
+    size = write_page(out, render(view)).stat().st_size
+    console.print(f"\n{out} ({size / 1e6:.2f} MB)", markup=False, highlight=False, soft_wrap=True)
     return out

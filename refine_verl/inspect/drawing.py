@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 from refine_verl.inspect.analysis import Inspection
+from refine_verl.inspect.view import finite
 from refine_verl.record.format import format_number
-from refine_verl.report.axes import BOTTOM, LEFT, RIGHT, TOP, Frame, number, padded
-from refine_verl.report.markup import Markup, el, join
-from refine_verl.report.series import Point, moving_average, segments, thin
+from refine_verl.report.axes import BOTTOM, TOP, Frame, number, padded
+from refine_verl.report.markup import Markup, el
+from refine_verl.report.series import Point, buckets, moving_average
 
 __all__ = ["averaged_tokens", "render_curve"]
 
@@ -23,7 +24,7 @@ MAX_NUMBERED = 40  # more numbers would lie on one another
 def render_curve(inspection: Inspection) -> Markup:
     """An `<svg>`: raw entropy faint, smoothed entropy above it; pins are links to the rollouts."""
     count = len(inspection.tokens)
-    top = max((value for value in inspection.entropy if math.isfinite(value)), default=0.0)
+    top = max(finite(inspection.entropy), default=0.0)
     frame = Frame(
         x_range=padded(0, count - 1, share=0.004, minimum=0.5),
         y_range=(0.0, top * 1.05 or 1.0),
@@ -53,44 +54,31 @@ def averaged_tokens(count: int) -> int:
     return 2 * (count // (2 * AVERAGES)) + 1 if count > MAX_POINTS else 0
 
 
-def _curves(inspection: Inspection, frame: Frame) -> list[Markup]:
+def _curves(inspection: Inspection, frame: Frame) -> list[Markup | None]:
     """Entropy faint and smoothed bold; of a long text smoothed faint and an average of many tokens bold."""
     window = averaged_tokens(len(inspection.tokens))
     if not window:
-        return [_stroke(_points(inspection.entropy), frame, "raw"), _stroke(_points(inspection.smoothed), frame, "")]
-    smoothed = _points(inspection.smoothed)
-    return [_stroke(smoothed, frame, "raw"), _stroke(moving_average(smoothed, window), frame, "")]
+        faint, bold = _points(inspection.entropy), _points(inspection.smoothed)
+    else:
+        faint = _points(inspection.smoothed)
+        bold = moving_average(faint, window)
+    return [frame.curve(faint, "line raw c2", MAX_POINTS), frame.curve(bold, "line c2", MAX_POINTS)]
 
 
 def _points(values: Sequence[float]) -> list[Point]:
     return [(index, value if math.isfinite(value) else None) for index, value in enumerate(values)]
 
 
-def _stroke(points: Sequence[Point], frame: Frame, style: str) -> Markup:
-    runs = segments(thin(points, MAX_POINTS))
-    shape = "".join(
-        "M" + "L".join(f"{number(frame.x(index))} {number(frame.y(value))}" for index, value in run)
-        for run in runs
-        if len(run) > 1
-    )
-    return el("path", class_=f"line {style} c2".replace("  ", " "), d=shape) if shape else Markup()
-
-
 def _columns(inspection: Inspection, frame: Frame) -> list[Markup]:
     """Invisible columns that show the numbers of their tokens."""
-    count = len(inspection.tokens)
-    columns = min(count, MAX_COLUMNS)
     drawn = []
-    for index in range(columns):
-        first, stop = index * count // columns, (index + 1) * count // columns
-        values = [value for value in inspection.smoothed[first:stop] if math.isfinite(value)]
+    for first, stop in buckets(len(inspection.tokens), MAX_COLUMNS):
+        values = finite(inspection.smoothed[first:stop])
         if not values:
             continue
         name = f"token {first}" if stop - first == 1 else f"tokens {first}–{stop - 1}"
         text = f"{name}\nsmoothed entropy: {format_number(sum(values) / len(values))}"
-        left, right = max(frame.x(first - 0.5), LEFT), min(frame.x(stop - 0.5), WIDTH - RIGHT)
-        size = {"x": number(left), "y": TOP, "width": number(right - left), "height": HEIGHT - TOP - BOTTOM}
-        drawn.append(el("rect", el("title", text), class_="hit", **size))
+        drawn.append(frame.hover(text, first - 0.5, stop - 0.5))
     return drawn
 
 
@@ -107,11 +95,9 @@ def _pins(inspection: Inspection, frame: Frame) -> list[Markup]:
             el(
                 "a",
                 el("title", f"position {order}: after token {position.index}"),
-                join(
-                    el("path", class_="stem", d=f"M{x} {TOP}V{y}"),
-                    el("circle", class_="pin", cx=x, cy=y, r="4"),
-                    label,
-                ),
+                el("path", class_="stem", d=f"M{x} {TOP}V{y}"),
+                el("circle", class_="pin", cx=x, cy=y, r="4"),
+                label,
                 href=f"#p{order}",
                 aria_label=f"Position {order}, after token {position.index}",
             )

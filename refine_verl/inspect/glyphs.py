@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -91,44 +92,21 @@ def glyphs(tokens: Sequence[bytes], before: bytes = b"") -> list[list[Glyph]]:
     Returns:
         One list per token, never an empty one: a token without bytes shows an empty sign.
     """
-    pending = _unfinished(before)
-    data = pending + b"".join(tokens)
+    decoder = getincrementaldecoder("utf-8")("surrogateescape")
+    decoder.decode(before)
+    pending = decoder.getstate()[0]  # the first bytes of a character whose last ones are missing
     owners = [0] * len(pending) + [index for index, token in enumerate(tokens) for _ in token]
     shown: list[list[Glyph]] = [[] for _ in tokens]
     place = 0
-    while place < len(data):
-        character = _character(data, place)
-        if character is None:
-            if place >= len(pending):  # what came before is not shown again
-                shown[owners[place]].append(Glyph(Kind.BYTE, f"{data[place]:02X}"))
-            place += 1
+    for character in (pending + b"".join(tokens)).decode("utf-8", "surrogateescape"):
+        if not 0xDC80 <= ord(character) <= 0xDCFF:
+            shown[owners[place]].append(_glyph(character))
+            place += len(character.encode())
             continue
-        size = len(character.encode())
-        shown[owners[place]].append(_glyph(character))
-        place += size
+        if place >= len(pending):  # what came before is not shown again
+            shown[owners[place]].append(Glyph(Kind.BYTE, f"{ord(character) - 0xDC00:02X}"))
+        place += 1
     return [_merged(parts) if parts else [Glyph(Kind.REST, "")] for parts in shown]
-
-
-def _unfinished(data: bytes) -> bytes:
-    """The first bytes of a character at the end of `data`, if its last ones are missing."""
-    for length in range(1, min(3, len(data)) + 1):
-        lead = data[-length]
-        if lead >= 0xC0:
-            return data[-length:] if length < _width(lead) else b""
-        if lead < 0x80:
-            break
-    return b""
-
-
-def _width(lead: int) -> int:
-    return 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-
-
-def _character(data: bytes, place: int) -> str | None:
-    try:
-        return data[place : place + _width(data[place])].decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _glyph(character: str) -> Glyph:

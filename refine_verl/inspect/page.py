@@ -10,14 +10,12 @@ from statistics import fmean, pstdev
 from refine_verl.inspect.analysis import Inspection, Position, Rollout
 from refine_verl.inspect.drawing import averaged_tokens, render_curve
 from refine_verl.inspect.glyphs import Glyph, Kind
-from refine_verl.inspect.scale import Scale
 from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.style import LEVELS, STYLE
-from refine_verl.inspect.view import View
+from refine_verl.inspect.view import Scale, View, finite, rollout_figures
 from refine_verl.record.format import MINUS, format_number
-from refine_verl.report.headline import Headline
 from refine_verl.report.markup import Markup, el, join
-from refine_verl.report.page import key_table, render_page, sample, tile
+from refine_verl.report.page import folded, header, key_table, number_cells, render_page, sample, tile
 
 __all__ = ["render"]
 
@@ -37,7 +35,7 @@ def render(view: View) -> str:
     return render_page(
         f"{view.name} · REFINE inspection",
         _header(view),
-        el("section", *map(tile, _headlines(inspection, view.reward)), class_="tiles", aria_label="Key figures"),
+        el("section", *_headlines(inspection, view.reward), class_="tiles", aria_label="Key figures"),
         el("section", el("h2", "Uncertainty along the text"), _curve(inspection)),
         el("section", el("h2", "Where REFINE looks"), _scale(view), _text(view)),
         el("section", el("h2", "What the model would say"), _reading(view), *_positions(view)),
@@ -54,42 +52,39 @@ def _header(view: View) -> Markup:
         f"{len(view.inspection.tokens)} tokens{left_out}",
         f"seed {view.settings.seed}",
     ]
-    return el(
-        "header",
-        el("p", f"REFINE inspection · {view.model_type}", class_="kicker"),
-        el("h1", view.name),
-        el("p", " · ".join(facts), class_="facts"),
-    )
+    return header(f"REFINE inspection · {view.model_type}", view.name, facts)
 
 
-def _headlines(inspection: Inspection, reward: str) -> list[Headline]:
-    entropy = _finite(inspection.entropy)
-    chosen = _finite([inspection.entropy[position.index + 1] for position in inspection.positions])
+def _headlines(inspection: Inspection, reward: str) -> list[Markup]:
+    entropy = finite(inspection.entropy)
+    chosen = finite([inspection.entropy[position.index + 1] for position in inspection.positions])
     rewards = [rollout.rewards[reward] for rollout in inspection.rollouts]
     exact = [rollout.rewards["binary"] for rollout in inspection.rollouts]
     predicted = len(inspection.tokens) - 1
+    right = format_number(sum(inspection.correct) / predicted, percent=True)
+    zero_std = format_number(inspection.group_zero_std, percent=True)
     return [
-        Headline(
-            name="Next-token loss",
-            value=format_number(fmean(inspection.surprise[1:])),
+        tile(
+            "Next-token loss",
+            format_number(fmean(inspection.surprise[1:])),
             unit="nats",
-            detail=f"{format_number(sum(inspection.correct) / predicted, percent=True)} of tokens predicted right",
+            detail=f"{right} of tokens predicted right",
         ),
-        Headline(
-            name="Entropy",
-            value=format_number(fmean(entropy)) if entropy else "–",
+        tile(
+            "Entropy",
+            format_number(fmean(entropy)) if entropy else "–",
             unit="nats",
             detail=f"{format_number(fmean(chosen)) if chosen else '–'} of the first token to be written",
         ),
-        Headline(
-            name=f"Reward ({reward})",
-            value=format_number(fmean(rewards)),
+        tile(
+            f"Reward ({reward})",
+            format_number(fmean(rewards)),
             detail=f"± {format_number(pstdev(rewards))} over {len(rewards)} rollouts",
         ),
-        Headline(
-            name="Right tokens",
-            value=format_number(fmean(exact), percent=True),
-            detail=f"of those written; groups without signal: {format_number(inspection.group_zero_std, percent=True)}",
+        tile(
+            "Right tokens",
+            format_number(fmean(exact), percent=True),
+            detail=f"of those written; groups without signal: {zero_std}",
         ),
     ]
 
@@ -127,12 +122,8 @@ def _heat_scale(heat: Scale) -> Markup:
     if heat.flat:
         return el("span", "Smoothed entropy, nats: ", el("b", heat.text(heat.low)), " everywhere")
     values = [(level, heat.low + (heat.high - heat.low) * level / (LEVELS - 1)) for level in range(0, LEVELS, 2)]
-    steps = [el("b", heat.text(value), class_=f"h{level}") for level, value in values]
-    return el("span", "Smoothed entropy, nats: ", *_spaced(steps), "(the range of this text)")
-
-
-def _spaced(items: Sequence[Markup]) -> list[Markup]:
-    return [join(item, " ") for item in items]
+    steps = [join(el("b", heat.text(value), class_=f"h{level}"), " ") for level, value in values]
+    return el("span", "Smoothed entropy, nats: ", *steps, "(the range of this text)")
 
 
 def _text(view: View) -> Markup:
@@ -148,7 +139,7 @@ def _text(view: View) -> Markup:
 
 
 def _chunk(view: View, index: int, start: int, stop: int) -> Markup:
-    mean = _finite(view.inspection.entropy[start:stop])
+    mean = finite(view.inspection.entropy[start:stop])
     heading = f"Chunk {index + 1} · tokens {start}–{stop - 1}"
     if mean:
         heading += f" · mean entropy {format_number(fmean(mean), digits=3)}"
@@ -187,10 +178,9 @@ def _marked(parts: Sequence[Glyph]) -> list[Markup | str]:
         elif part.kind is Kind.SPACE:
             marked.append(el("i", part.text))
         elif part.kind in (Kind.NEWLINE, Kind.TAB):
-            marked.append(join(el("b", class_=_CLASSES[part.kind]), part.text))
+            marked += [el("b", class_=_CLASSES[part.kind]), part.text]
         else:
-            text = "" if part.kind is Kind.REST else part.text
-            marked.append(el("b", text, class_=_CLASSES[part.kind]))
+            marked.append(el("b", part.text, class_=_CLASSES[part.kind]))
     return marked
 
 
@@ -220,7 +210,7 @@ def _reading(view: View) -> Markup:
 
 
 def _positions(view: View) -> list[Markup]:
-    largest = max(_finite([abs(rollout.advantage) for rollout in view.inspection.rollouts]), default=0.0)
+    largest = max(finite([abs(rollout.advantage) for rollout in view.inspection.rollouts]), default=0.0)
     return [_position(view, order, position, largest) for order, position in enumerate(view.inspection.positions, 1)]
 
 
@@ -258,39 +248,26 @@ def _position(view: View, order: int, position: Position, largest: float) -> Mar
 
 def _truth(view: View, position: Position) -> Markup:
     shown = [el("span", *_one_line(parts)) for parts in view.continuation(position, position.target)]
-    blanks = [el("td", "–", class_="number") for _ in range(len(view.rewards) + 1)]
-    return el(
-        "tr",
-        el("th", "true"),
-        el("td", *shown, class_="tokens"),
-        el("td", view.true_log_prob(position), class_="number"),
-        *blanks,
-        class_="truth",
-    )
+    numbers = number_cells([view.true_log_prob(position), *["–"] * (len(view.rewards) + 1)])
+    return el("tr", el("th", "true"), el("td", *shown, class_="tokens"), *numbers, class_="truth")
 
 
 def _rollout(view: View, n: int, rollout: Rollout, position: Position, largest: float) -> Markup:
-    best = max(other.rewards["cosine"] for other in position.rollouts)
     shown = [
         el("span", *_one_line(parts), class_="same" if token == target else None)
         for parts, token, target in zip(
             view.continuation(position, rollout.tokens), rollout.tokens, position.target, strict=True
         )
     ]
-    cells: list[object] = []
-    for name in view.rewards:
-        text = format_number(rollout.rewards[name])
-        bold = name == "cosine" and rollout.rewards[name] == best
-        cells.append(el("td", el("b", text, class_="best") if bold else text, class_="number"))
-    sign = "+" if rollout.advantage > 0 else ""
-    return el(
-        "tr",
-        el("th", n),
-        el("td", *shown, class_="tokens"),
-        el("td", format_number(rollout.log_prob), class_="number"),
-        *cells,
-        el("td", sign + format_number(rollout.advantage), _bar(rollout.advantage, largest), class_="number"),
+    log_prob, rewards, advantage = rollout_figures(position, rollout, view.rewards)
+    numbers = number_cells(
+        [
+            log_prob,
+            *(el("b", text, class_="best") if bold else text for text, bold in rewards),
+            join(advantage, _bar(rollout.advantage, largest)),
+        ]
     )
+    return el("tr", el("th", n), el("td", *shown, class_="tokens"), *numbers)
 
 
 def _bar(advantage: float, largest: float) -> Markup:
@@ -306,10 +283,4 @@ def _settings(settings: InspectSettings) -> Markup:
     values = asdict(settings)
     nsp = values.pop("nsp")
     nsp.pop("grad_scope")
-    table = key_table({**values, "refine": {"nsp": nsp}})
-    summary = el("summary", "Settings")
-    return el("section", el("details", summary, el("div", table, class_="panel"), class_="card"))
-
-
-def _finite(values: Sequence[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
+    return el("section", folded("Settings", key_table({**values, "refine": {"nsp": nsp}}), "card"))

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from refine_verl.inspect.analysis import Position, Rollout
 from refine_verl.inspect.glyphs import Glyph, Kind, plain
-from refine_verl.inspect.scale import Scale
 from refine_verl.inspect.style import LEVELS
-from refine_verl.inspect.view import View
+from refine_verl.inspect.view import Scale, View, finite, rollout_figures
 from refine_verl.record.format import format_number
+from refine_verl.report.series import buckets
 
 __all__ = ["show"]
 
@@ -77,12 +77,10 @@ def _profile(view: View, width: int) -> Iterator[Text | Table]:
 
 def _columns(view: View, start: int, stop: int, columns: int) -> list[tuple[int, int, float]]:
     """(first token, token behind the last, mean smoothed entropy) of each bar of a chunk."""
-    count = min(columns, stop - start)
-    bounds = [start + column * (stop - start) // count for column in range(count + 1)]
     found = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
-        values = [value for value in view.inspection.smoothed[first:last] if math.isfinite(value)]
-        found.append((first, last, fmean(values) if values else math.nan))
+    for first, last in buckets(stop - start, columns):
+        values = finite(view.inspection.smoothed[start + first : start + last])
+        found.append((start + first, start + last, fmean(values) if values else math.nan))
     return found
 
 
@@ -151,21 +149,21 @@ def _table(view: View, position: Position) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     true = _continuation(view.continuation(position, position.target))
     table.add_row("true", true, view.true_log_prob(position), *["–"] * (len(view.rewards) + 1))
-    best = max(rollout.rewards["cosine"] for rollout in position.rollouts)
     for n, rollout in enumerate(position.rollouts, start=1):
-        table.add_row(str(n), *_rollout(view, position, rollout, best))
+        table.add_row(str(n), *_rollout(view, position, rollout))
     return table
 
 
-def _rollout(view: View, position: Position, rollout: Rollout, best: float) -> list[Text]:
+def _rollout(view: View, position: Position, rollout: Rollout) -> list[Text]:
     right = [token == target for token, target in zip(rollout.tokens, position.target, strict=True)]
-    cells = [_continuation(view.continuation(position, rollout.tokens), right), Text(format_number(rollout.log_prob))]
-    for name in view.rewards:
-        bold = name == "cosine" and rollout.rewards[name] == best
-        cells.append(Text(format_number(rollout.rewards[name]), "bold" if bold else ""))
-    sign = "+" if rollout.advantage > 0 else ""
+    log_prob, rewards, advantage = rollout_figures(position, rollout, view.rewards)
     color = "green" if rollout.advantage > 0 else "yellow" if rollout.advantage < 0 else "dim"
-    return [*cells, Text(sign + format_number(rollout.advantage), color)]
+    return [
+        _continuation(view.continuation(position, rollout.tokens), right),
+        Text(log_prob),
+        *(Text(text, "bold" if bold else "") for text, bold in rewards),
+        Text(advantage, color),
+    ]
 
 
 def _continuation(parts: Sequence[list[Glyph]], right: Sequence[bool] = ()) -> Text:

@@ -3,20 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from refine_verl.inspect.analysis import SHOWN_REWARDS, Inspection, Position
+from refine_verl.inspect.analysis import SHOWN_REWARDS, Inspection, Position, Rollout
 from refine_verl.inspect.glyphs import Glyph, TokenBytes, glyphs
-from refine_verl.inspect.scale import Scale
 from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.style import LEVELS
 from refine_verl.record.format import MINUS, format_number
 
-__all__ = ["View"]
+__all__ = ["Scale", "View", "finite", "rollout_figures"]
 
 _CONTEXT = 4  # tokens before a position that may hold the beginning of a character
+_WITHIN = 0.98  # a few outliers at either end do not make the rest pale
+_NOISE = 1e-4  # nats: rounding, as where a model predicts the same everywhere
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    """Those that are neither NaN nor infinite."""
+    return [value for value in values if math.isfinite(value)]
+
+
+def rollout_figures(
+    position: Position, rollout: Rollout, names: Sequence[str]
+) -> tuple[str, list[tuple[str, bool]], str]:
+    """Log-probability, each reward and whether it is a position's best cosine, and the advantage with its sign."""
+    best = max(other.rewards["cosine"] for other in position.rollouts)
+    rewards = [
+        (format_number(rollout.rewards[name]), name == "cosine" and rollout.rewards[name] == best) for name in names
+    ]
+    sign = "+" if rollout.advantage > 0 else ""
+    return format_number(rollout.log_prob), rewards, sign + format_number(rollout.advantage)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The range of entropies, nats, that colours or bars stand for; both ends are NaN where there is none."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Scale:
+        """The 2nd to 98th percentile of the finite values; all of them where most are the same."""
+        ordered = sorted(finite(values))
+        if not ordered:
+            return cls(math.nan, math.nan)
+        low, high = (ordered[round(share * (len(ordered) - 1))] for share in (1 - _WITHIN, _WITHIN))
+        return cls(low, high) if high - low > _NOISE else cls(ordered[0], ordered[-1])
+
+    @property
+    def flat(self) -> bool:
+        """Whether there is no difference to show."""
+        return not self.high - self.low > _NOISE
+
+    def share(self, value: float) -> float:
+        """Place on the scale, 0 to 1; 0 on a flat one."""
+        return 0.0 if self.flat else min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
+
+    def text(self, value: float, decimals: int = 1) -> str:
+        """Nats with as many decimals as tell a quarter of the scale apart, and at least `decimals`."""
+        if not math.isfinite(value):
+            return format_number(None)
+        needed = 2 if self.flat else -math.floor(math.log10((self.high - self.low) / 4))
+        return f"{value:.{max(needed, decimals)}f}"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from refine_verl.nsp.entropy import (
     smooth_token_entropy,
 )
 from refine_verl.nsp.functions import check_functions
+from refine_verl.nsp.metrics import reward_metrics, rollout_metrics
 from refine_verl.nsp.objective import (
     gather_log_probs,
     group_ids,
@@ -36,6 +37,7 @@ from refine_verl.nsp.rewards import (
     validate_reward_name,
 )
 from refine_verl.nsp.sampling import (
+    end_tokens,
     generation_uniforms,
     position_uniforms,
     rollout_uniforms,
@@ -55,6 +57,7 @@ from refine_verl.nsp.selection import (
 )
 
 __all__ = [
+    "end_tokens",
     "ANCHORS",
     "STRATEGIES",
     "RewardFunction",
@@ -79,6 +82,8 @@ __all__ = [
     "ppo_clip_loss",
     "refine_objective",
     "register_reward",
+    "reward_metrics",
+    "rollout_metrics",
     "register_selection",
     "rollout_uniforms",
     "sample_from_logits",

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refine_verl.config.sections import GROUPS
 from refine_verl.nsp.entropy import accumulation_dtype
 from refine_verl.nsp.registry import unknown_choice
 from refine_verl.nsp.sampling import scaled_log_softmax
+
+GROUPS = ("sequence", "position")
+"""What is compared with each other: all rollouts of a document, or those of one position."""
 
 # exp() of a larger difference of log-probs overflows or loses all meaning; the same bound as verl.
 _MAX_LOG_RATIO = 20.0

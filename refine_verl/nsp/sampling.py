@@ -8,6 +8,7 @@ continues exactly.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,3 +162,15 @@ def sample_from_logits(
         tokens[part] = all_log_probs.argmax(dim=-1) if temperature == 0 else _invert_cdf(all_log_probs, draws[part])
         log_probs[part] = all_log_probs.gather(-1, tokens[part, None])[:, 0]
     return tokens, log_probs
+
+
+def end_tokens(generation: Any, *more: int | None) -> tuple[int, ...]:
+    """Ids that end an answer, in order.
+
+    Args:
+        generation: a model's ``generation_config``; None where it has none.
+        more: other ids, such as the tokenizer's end of sequence; None is left out.
+    """
+    ends = getattr(generation, "eos_token_id", None)
+    ids = {*more, *(ends if isinstance(ends, (list, tuple)) else [ends])}
+    return tuple(sorted(int(token) for token in ids if token is not None))

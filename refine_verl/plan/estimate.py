@@ -18,7 +18,6 @@ from refine_verl.kernels.patch import accelerator_available
 from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK, snapshot_count
 from refine_verl.models.rollouts import documents_together
 from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
-from refine_verl.plan.options import PlanOptions
 from refine_verl.plan.origins import Origin
 from refine_verl.plan.reading import Reading
 from refine_verl.plan.sizes import size_text
@@ -70,7 +69,7 @@ class Plan:
     """All of it; `as_json` is what ``--json`` prints."""
 
     origins: list[Origin]
-    train: Reading | None
+    train: Reading
     validation: Reading | None
     work: Work
     shape: Shape
@@ -219,34 +218,33 @@ def memory_here(device: str, workers_per_node: int) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if accelerator_available() else None
 
 
-def find_warnings(plan: Plan, valid: ValidConfig, model: Any, options: PlanOptions) -> Iterator[str]:
+def find_warnings(plan: Plan, valid: ValidConfig, model: Any) -> Iterator[str]:
     """What will surprise, in sentences with keys and cures."""
     batch, train = int(valid.config.data.train_batch_size), plan.train
     window = getattr(model, "max_position_embeddings", None)
-    if train is not None:
-        rest = train.sequences % batch
-        if rest and valid.refine.phase != "ttt" and not train.estimated:
-            others = "others each time, as the order is shuffled" if valid.config.data.shuffle else "always the last"
-            yield (
-                f"data.train_batch_size={batch} does not divide the {train.sequences:,} sequences: {rest:,} of them "
-                f"are left out in every epoch ({others})."
-            )
-        if train.sequences < batch:
-            yield f"{train.sequences:,} sequences do not fill a batch of data.train_batch_size={batch}; give more data."
-        if window and train.longest > window:
-            yield (
-                f"sequences of up to {train.longest:,} tokens are longer than the {window:,} the model was made for "
-                "(max_position_embeddings). A fast-weight model reads on, but was not trained that far: set "
-                f"data.max_length={window} to stay within."
-            )
-        if plan.work.epochs > 4:
-            yield f"the data is read {plan.work.epochs:.1f} times (trainer.total_training_steps={plan.work.steps})."
+    rest = train.sequences % batch
+    if rest and valid.refine.phase != "ttt" and not train.estimated:
+        others = "others each time, as the order is shuffled" if valid.config.data.shuffle else "always the last"
+        yield (
+            f"data.train_batch_size={batch} does not divide the {train.sequences:,} sequences: {rest:,} of them "
+            f"are left out in every epoch ({others})."
+        )
+    if train.sequences < batch:
+        yield f"{train.sequences:,} sequences do not fill a batch of data.train_batch_size={batch}; give more data."
+    if window and train.longest > window:
+        yield (
+            f"sequences of up to {train.longest:,} tokens are longer than the {window:,} the model was made for "
+            "(max_position_embeddings). A fast-weight model reads on, but was not trained that far: set "
+            f"data.max_length={window} to stay within."
+        )
+    if plan.work.epochs > 4:
+        yield f"the data is read {plan.work.epochs:.1f} times (trainer.total_training_steps={plan.work.steps})."
     yield from _resource_warnings(plan, valid)
     if valid.refine.nsp.rollout == "prefix":
         yield "refine.nsp.rollout=prefix recomputes every prefix: it is for comparisons; its cost is not planned here."
     if valid.refine.phase != "documents":
         yield f"refine.phase={valid.refine.phase}: the steps on answers are not in the plan, only those on prompts."
-    if options.sample:
+    if train.estimated:
         yield "documents were sampled (sample=): what is said of them is an estimate."
 
 

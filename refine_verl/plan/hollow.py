@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -135,17 +135,3 @@ def tensors_in(value: Any) -> list[Tensor]:
 
     visit(value)
     return found
-
-
-@contextmanager
-def replaced(holder: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """Put another attribute in place for a while."""
-    before = holder.__dict__.get(name, holder)
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        if before is holder:
-            delattr(holder, name)
-        else:
-            setattr(holder, name, before)

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,8 @@ from refine_verl.models.adapters import FlaAdapter, ModelAdapter, get_adapter
 from refine_verl.models.packing import Packed
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import Trace
-from refine_verl.nsp.selection import chunk_bounds
 from refine_verl.plan.gpu_kernels import gpu_delta_rules
-from refine_verl.plan.hollow import LABELS, LOGITS, STATES, HollowRun, replaced, tensors_in
+from refine_verl.plan.hollow import LABELS, LOGITS, STATES, HollowRun, tensors_in
 
 FP32 = 4
 PROBED_LAYERS = (1, 2)
@@ -225,7 +225,7 @@ def _count(config: PretrainedConfig, shape: Shape, run: Any) -> dict[str, dict[s
         with counter.labelled(LOGITS):
             return forward(*args, **kwargs)
 
-    with replaced(head, "forward", labelled), _chosen(actor, shape), counter:
+    with mock.patch.object(head, "forward", labelled), _chosen(actor, shape), counter:
         run(actor, shape)
     return counter.peaks
 
@@ -253,14 +253,16 @@ def _actor(config: PretrainedConfig, shape: Shape, counter: HollowRun) -> FastWe
 
 def _positions(shape: Shape) -> Tensor:
     """Positions of one document, [c], where they cost most: the longest segment between two spans two chunks."""
-    bounds = chunk_bounds(shape.length - shape.nsp.rollout_length, shape.nsp.chunks)
-    return torch.tensor([stop - 1 if i % 2 else start for i, (start, stop) in enumerate(bounds)])
+    valid = shape.length - shape.nsp.rollout_length
+    borders = [border[0] for border in Documents(torch.zeros(1, valid), (valid,)).even_cuts(shape.nsp.chunks)]
+    chunks = zip(borders, borders[1:], strict=False)
+    return torch.tensor([stop - 1 if i % 2 else start for i, (start, stop) in enumerate(chunks)])
 
 
 @contextmanager
 def _chosen(actor: FastWeightActor, shape: Shape) -> Iterator[None]:
     """There are no entropies to choose by."""
-    with replaced(actor, "select", lambda *_: _positions(shape)):
+    with mock.patch.object(actor, "select", lambda *_: _positions(shape)):
         yield
 
 

@@ -5,79 +5,43 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
-from refine_verl.config import ConfigError
+from refine_verl.command.keys import OutputSettings
+from refine_verl.config import ConfigError, option
 from refine_verl.record.metrics import merge_steps, read_metrics
-
-NUMBERS = ("throughput", "memory", "sample")
-WORDS = (*NUMBERS, "measured")
-FLAGS = ("--json", "--all")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """Options of `python -m refine_verl.plan`.
+class PlanSettings(OutputSettings):
+    """Keys of `python -m refine_verl.plan` besides those of the run."""
 
-    Attributes:
-        throughput: document tokens per second of the whole run, None if unknown.
-        throughput_from: where that number comes from.
-        memory: bytes of one GPU to plan for; None: those of this machine, if it has one.
-        sample: read this many documents of each file instead of all.
-        json: print JSON instead of tables.
-        all: show every key of the configuration, defaults too.
-    """
+    SECTION: ClassVar[str] = "plan"
 
-    throughput: float | None = None
-    throughput_from: str = ""
-    memory: int | None = None
-    sample: int | None = None
-    json: bool = False
-    all: bool = False
-
-
-def read_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str], str]:
-    """Take the plan's own words out of a command line.
-
-    Returns:
-        The options without a measured throughput, the other arguments, and the file of ``measured=`` (or ``""``).
-
-    Raises:
-        ConfigError: a value that is no positive number, or both ``throughput=`` and ``measured=``.
-    """
-    values: dict[str, str] = {}
-    rest = []
-    for word in arguments:
-        name, separator, value = word.partition("=")
-        if separator and name in WORDS:
-            values[name] = value
-        elif word not in FLAGS:
-            rest.append(word)
-    measured = values.pop("measured", "")
-    numbers = {name: _positive(name, value) for name, value in values.items()}
-    if measured and "throughput" in numbers:
-        raise ConfigError("throughput", "given beside measured=; leave one of them out.")
-    options = PlanOptions(
-        throughput=numbers.get("throughput"),
-        throughput_from="as given" if "throughput" in numbers else "",
-        memory=round(numbers["memory"] * 2**30) if "memory" in numbers else None,
-        sample=round(numbers["sample"]) if "sample" in numbers else None,
-        json="--json" in arguments,
-        all="--all" in arguments,
+    throughput: float | None = option(None, "document tokens per second of the whole run, for times", above=0)
+    measured: str | None = option(
+        None, "the same from the JSON of `python -m benchmarks.step_cost`, or from a run's metrics.jsonl"
     )
-    return options, rest, measured
+    memory: float | None = option(
+        None, "GiB of one GPU, where the run's GPUs are not in this machine (with trainer.device=cuda)", above=0
+    )
+    sample: int | None = option(None, "documents to tokenise of each file; the rest is estimated", at_least=1)
+    all: bool = option(False, "every key of the configuration (--all)")
 
+    def _check_rules(self) -> None:
+        if self.measured and self.throughput:
+            raise ConfigError("throughput", "given beside measured=; leave one of them out.")
 
-def _positive(name: str, value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf") or (name == "sample" and not number.is_integer()):
-        unit = {"throughput": "tokens per second", "memory": "GiB", "sample": "a whole number of documents"}[name]
-        raise ConfigError(name, f"must be a number greater than 0 ({unit}), got {value!r}.")
-    return number
+    def speed(self, workers: int, *, rollouts: bool) -> tuple[float | None, str]:
+        """Document tokens per second, None if unknown, and where the number comes from.
+
+        Raises:
+            ConfigError: see `measured_throughput`.
+        """
+        if self.measured:
+            return measured_throughput(self.measured, workers, rollouts=rollouts)
+        return self.throughput, "as given" if self.throughput else ""
 
 
 def measured_throughput(file: str, workers: int, *, rollouts: bool) -> tuple[float, str]:

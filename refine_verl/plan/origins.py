@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import GROUPS, ConfigFile
+from refine_verl.compose.recipes import GROUPS, ConfigFile
 from refine_verl.compose.schema import leaves
 from refine_verl.record.redaction import redacted
 
@@ -78,8 +78,7 @@ def _source(key: str, typed: set[str], contents: Sequence[tuple[ConfigFile, dict
     if any(key == name or key.startswith(f"{name}.") for name in typed):
         return COMMAND_LINE
     for file, content in reversed(contents):
-        local = key if GROUPS[file.group] == "_global_" else key.removeprefix(f"{GROUPS[file.group]}.")
-        belongs = GROUPS[file.group] == "_global_" or local != key
-        if belongs and any(local == name or local.startswith(f"{name}.") for name in content):
+        own_key = file.own_key(key)
+        if own_key and any(own_key == name or own_key.startswith(f"{name}.") for name in content):
             return f"{'preset' if file.group == 'model' else 'recipe'} {file.name}"
     return DEFAULT

@@ -14,9 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from refine_verl.config import ConfigError, DataSettings
-from refine_verl.config.data import split_key
 from refine_verl.data.readers import file_format, reading
-from refine_verl.data.sources import DocumentSource, FileSource, HubSource, StandardLibrarySource, resolve_sources
+from refine_verl.data.sources import (
+    DocumentSource,
+    FileSource,
+    HubSource,
+    StandardLibrarySource,
+    iterate_texts,
+    split_sources,
+)
 from refine_verl.data.windows import plan_windows
 
 _CHUNK = 1 << 16
@@ -92,7 +98,7 @@ def sample_split(data: DataSettings, split: str, tokenizer: Any, minimum: int, c
     """
     if not data.files(split):
         return None
-    sources = resolve_sources(data.files(split), key=split_key(split), default_split=split)
+    sources = split_sources(data, split)
     totals = np.zeros(4)
     longest = 0
     for source in sources:
@@ -120,8 +126,7 @@ def sample_split(data: DataSettings, split: str, tokenizer: Any, minimum: int, c
 
 
 def _first_texts(source: DocumentSource, text_key: str, count: int) -> list[str]:
-    texts = (text for batch in source.batches(text_key) for text in batch.column("text").to_pylist())
-    return list(itertools.islice(texts, count))
+    return list(itertools.islice(iterate_texts([source], text_key), count))
 
 
 def _times_more(source: DocumentSource, sampled: int, count: int) -> float:

@@ -14,7 +14,7 @@ from refine_verl.plan.reading import Reading
 from refine_verl.plan.sizes import size_text, unit_of
 
 
-def show(plan: Plan, console: Console, *, every_key: bool = False) -> None:
+def show_plan(plan: Plan, console: Console, *, every_key: bool = False) -> None:
     """Print ``plan``; ``every_key`` with verl's defaults, too."""
     origins = [origin for origin in plan.origins if every_key or _is_shown(origin)]
     console.print(_table("Configuration", ("key", "from", "value"), [_origin_row(origin) for origin in origins]))

@@ -1,4 +1,4 @@
-"""Whether the checkpoint a run would go on from fits it, asked before Ray starts and anything is written."""
+"""Whether the checkpoint a run would resume from fits it, asked before Ray starts and anything is written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _START_OVER = "start over with another trainer.default_local_dir or with trainer
 
 
 def checkpoint_to_resume(config: DictConfig, *, warn: bool = True) -> Path | None:
-    """The checkpoint directory ``global_step_N`` that the run goes on from, None for a fresh run.
+    """The checkpoint directory ``global_step_N`` that the run resumes from, None for a fresh run.
 
     With ``trainer.resume_mode=auto`` the last one that is not damaged.
 
@@ -81,7 +81,7 @@ def _last_good(run_dir: Path, warn: bool) -> Path | None:
         problem = damage(folder)
         if problem is None:
             if tried and warn:
-                logger.warning("%s. The run goes on from %s instead", "; ".join(tried), folder)
+                logger.warning("%s. The run resumes from %s instead", "; ".join(tried), folder)
             if warn:
                 _warn_without_manifest(folder)
             return folder
@@ -107,7 +107,7 @@ def _warn_without_manifest(folder: Path) -> None:
 
 
 def check_checkpoint(config: DictConfig, model: PretrainedConfig) -> Path | None:
-    """Check that the run can go on from its checkpoint, if it has one.
+    """Check that the run can resume from its checkpoint, if it has one.
 
     Args:
         config: the resolved configuration.
@@ -169,7 +169,7 @@ def _check_model(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) ->
         shown = ", ".join(different[:5]) + (", ..." if len(different) > 5 else "")
         raise ConfigError(
             "model",
-            f"this run's model is not that of the checkpoint {folder}, which it would go on from ({shown}). "
+            f"this run's model is not that of the checkpoint {folder}, which it would resume ({shown}). "
             f"Choose the same model, or {_START_OVER}.",
         )
 

@@ -1,4 +1,4 @@
-"""Can the cluster that a run would join hold it? Asked before documents are tokenised and anything is written.
+"""Whether the cluster that a run would join can hold it. Asked before documents are tokenised and anything is written.
 
 Enough nodes with enough GPUs (or CPUs), free now; one run directory and one model for all of them. The question is put
 by a process of its own (`python -m refine_verl.preflight.cluster`, a JSON request on its input, the answer on its
@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from refine_verl.config import ConfigError
-from refine_verl.preflight.storage import Finding, Node, Sight, find_problem, look
+from refine_verl.preflight.storage import Finding, Node, NodeView, find_unshared, look
 
 RESOURCES = {"cuda": "GPU", "cpu": "CPU"}
 """What Ray calls what one worker needs, by `trainer.device`."""
@@ -145,7 +145,7 @@ def inspect_cluster(request: Request) -> Finding | None:
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         suited = suited_nodes(nodes, request)
-        return find_lack(nodes, request) or _find_busy(request) or _find_unshared(suited, request)
+        return find_missing_capacity(nodes, request) or _find_busy(request) or _find_unshared_files(suited, request)
     finally:
         ray.shutdown()
 
@@ -176,7 +176,7 @@ def places(node: Mapping[str, Any], request: Request) -> int:
     return int(min(have.get(name, 0) // request.per_node for name in {request.resource, "CPU"}))
 
 
-def find_lack(nodes: Sequence[Mapping[str, Any]], request: Request) -> Finding | None:
+def find_missing_capacity(nodes: Sequence[Mapping[str, Any]], request: Request) -> Finding | None:
     """What the cluster would lack even if nobody else used it."""
     total = sum(places(node, request) for node in nodes)
     if total >= request.nodes:
@@ -217,30 +217,24 @@ def _find_busy(request: Request) -> Finding | None:
     )
 
 
-def _find_unshared(nodes: Sequence[Node], request: Request) -> Finding | None:
+def _find_unshared_files(nodes: Sequence[Node], request: Request) -> Finding | None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(look)
-
-    def ask(node: Node, token_path: str, answer: str, model: str | None) -> Sight:
-        affinity = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        sight = ray.get(
-            task.options(scheduling_strategy=affinity).remote(token_path, answer, model), timeout=SECONDS_PER_NODE
-        )
-        assert isinstance(sight, Sight)
-        return sight
-
     asked = ""
 
-    def ask_and_remember(node: Node, *arguments: Any) -> Sight:
+    def ask(node: Node, *arguments: Any) -> NodeView:
         nonlocal asked
         asked = node.name
-        return ask(node, *arguments)
+        affinity = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        found = task.options(scheduling_strategy=affinity).remote(*arguments)
+        view: NodeView = ray.get(found, timeout=SECONDS_PER_NODE)
+        return view
 
     try:
         model = None if request.model is None else Path(request.model)
-        return find_problem(Path(request.run_dir), model, nodes, ask_and_remember)
+        return find_unshared(Path(request.run_dir), model, nodes, ask)
     except ray.exceptions.RayError as error:
         return Finding(
             NODES,

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.schema import leaves
+from refine_verl.compose.schema import changes, leaves
 from refine_verl.config import ConfigError, PromptSettings, RefineSettings
-from refine_verl.config.data import split_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from refine_verl.compose.validate import ValidConfig
-    from refine_verl.data.prompts import PreparedPrompts
+    from refine_verl.data.prepare import Prepared
+    from refine_verl.data.statistics import PromptStatistics
 
 PROMPT_DATASET = {"path": "pkg://refine_verl.data.prompts_dataset", "name": "VerlPromptDataset"}
 
@@ -47,11 +47,10 @@ _MAY_CHANGE: tuple[str, ...] = (
 def prompt_texts(settings: PromptSettings, characters: int) -> Iterator[str]:
     """Prompts to train a tokenizer on, the test prompts where there are no others; at most so many characters."""
     from refine_verl.data.prompts_read import read_prompts
-    from refine_verl.data.sources import resolve_sources
+    from refine_verl.data.sources import split_sources
 
     split = "train" if settings.train_files else "validation"
-    sources = resolve_sources(settings.files(split), key=split_key(split), default_split=split)
-    for row in read_prompts(sources, settings):
+    for row in read_prompts(split_sources(settings, split), settings):
         texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
         yield from texts
         characters -= sum(map(len, texts))
@@ -61,7 +60,7 @@ def prompt_texts(settings: PromptSettings, characters: int) -> Iterator[str]:
 
 def prepare_prompt_splits(
     valid: ValidConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreparedPrompts, PreparedPrompts | None]:
+) -> tuple[Prepared[PromptStatistics], Prepared[PromptStatistics] | None]:
     """Prompts and answers of both splits, checked and tokenised; for test-time training the test set is both.
 
     Raises:
@@ -142,23 +141,18 @@ def _check_earlier_answers(config: DictConfig, prepared: Path | None) -> None:
         raise ConfigError(
             "trainer.default_local_dir",
             f"{directory} holds a run of refine.phase={phase}, which one of refine.phase={config.refine.phase} cannot "
-            "go on from. Name another directory (and that run's model with model.path=RUN/model).",
+            "resume. Name another directory (and that run's model with model.path=RUN/model).",
         )
     if prepared is None or not answers.is_file():
         return
     now = DictConfig(OmegaConf.create(OmegaConf.to_yaml(config)))
-    before, after = dict(_that_matter(earlier)), dict(_that_matter(now))
-    changed = [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    ]
+    changed = changes(dict(_that_matter(earlier)), dict(_that_matter(now)))
     if list(earlier.data.val_files or []) != [str(prepared)]:
         changed.append("data.val_files: other prompts, or files written anew")
     if changed:
         raise ConfigError(
             "trainer.default_local_dir",
-            f"{answers} holds answers of a run with other settings, which this one would go on from "
+            f"{answers} holds answers of a run with other settings, which this one would continue "
             f"({'; '.join(changed)}). Name another directory, or start over with trainer.resume_mode=disable.",
         )
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -26,11 +27,14 @@ from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from refine_verl.data.prepare import PreparedData
-    from refine_verl.data.prompts import PreparedPrompts
+    from refine_verl.data.prepare import Prepared
+    from refine_verl.data.statistics import DataStatistics
     from refine_verl.models.loading import ModelInfo
 
 logger = logging.getLogger(__name__)
+
+_OFFERED = ("token_level_rewards", "response_mask", "index", "norm_adv_by_std_in_grpo", "config")
+"""What an advantage estimator may ask for."""
 
 BPE_TRAINING_CHARACTERS = 20_000_000
 """Text a tokenizer is trained on at most; more changes a small vocabulary little and costs minutes."""
@@ -51,8 +55,8 @@ class PreparedRun:
     valid: ValidConfig
     model: ModelInfo
     tokenizer: PreTrainedTokenizerBase
-    train: PreparedData | PreparedPrompts
-    validation: PreparedData | PreparedPrompts | None
+    train: Prepared[Any]
+    validation: Prepared[Any] | None
 
     def launch_config(self) -> DictConfig:
         """The configuration with everything in files: what `trainer.launch.train` takes.
@@ -94,9 +98,9 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
         check_cluster(valid.config)
     _say_where_weights_come_from(valid, info)
     _say_if_all_is_warm_up(valid)
-    tokenizer = _load_tokenizer(valid, info)
-    train: PreparedData | PreparedPrompts
-    validation: PreparedData | PreparedPrompts | None
+    tokenizer = load_run_tokenizer(valid, info)
+    train: Prepared[Any]
+    validation: Prepared[Any] | None
     if isinstance(valid.data, DataSettings):
         train = _prepare_training(valid, tokenizer)
         validation = _prepare_validation(valid.data, tokenizer)
@@ -114,7 +118,6 @@ def check_run(valid: ValidConfig) -> ModelInfo:
     from refine_verl.models.loading import inspect_model
     from refine_verl.nsp import check_functions
     from refine_verl.preflight.checkpoints import check_checkpoint
-    from refine_verl.preflight.estimator import check_estimator
 
     _check_device(valid.config.trainer.device)
     _import_external_lib(valid.config.actor_rollout_ref.model.external_lib)
@@ -186,6 +189,25 @@ def _check_architecture(info: ModelInfo) -> None:
         raise ModelError(f"no {info.model_type} can be made of this configuration: {error or repr(error)}") from error
 
 
+def check_estimator(name: str) -> None:
+    """Check that verl's advantage estimator ``name`` can work with what a rollout offers.
+
+    Raises:
+        ConfigError: it also needs values, log-probabilities or rewards of a baseline.
+    """
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    parameters = inspect.signature(get_adv_estimator_fn(name)).parameters.values()
+    named = (parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+    missing = [p.name for p in named if p.default is p.empty and p.name not in _OFFERED]
+    if missing:
+        raise ConfigError(
+            "algorithm.adv_estimator",
+            f"{name} needs {', '.join(missing)}, which REFINE's rollouts do not have; they have rewards and groups. "
+            "grpo is the paper's.",
+        )
+
+
 def _say_if_all_is_warm_up(valid: ValidConfig) -> None:
     steps, warmup = valid.config.trainer.total_training_steps, valid.refine.warmup_steps
     if steps is not None and valid.refine.uses_rollouts and steps <= warmup:
@@ -203,7 +225,12 @@ def _say_where_weights_come_from(valid: ValidConfig, info: ModelInfo) -> None:
         logger.info("model: %s from %s; the preset's model.config is not used", info.model_type, valid.model.path)
 
 
-def _load_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerBase:
+def load_run_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run; one of `bpe:SIZE` is trained on its texts first.
+
+    Raises:
+        ConfigError: it has more tokens than the model predicts.
+    """
     from refine_verl.data.prepare import iterate_split_texts
     from refine_verl.data.tokenizers import load_tokenizer
 
@@ -229,15 +256,14 @@ def _load_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokenizerB
 
 def _find_documents(data: DataSettings | PromptSettings) -> None:
     """Refuse a wrong name in either split before the other one is tokenised."""
-    from refine_verl.config.data import split_key
-    from refine_verl.data.sources import resolve_sources
+    from refine_verl.data.sources import split_sources
 
     for split in ("train", "validation"):
         if data.files(split):
-            resolve_sources(data.files(split), key=split_key(split), default_split=split)
+            split_sources(data, split)
 
 
-def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared[DataStatistics]:
     from refine_verl.data.prepare import prepare
 
     assert isinstance(valid.data, DataSettings)
@@ -248,8 +274,7 @@ def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) ->
         tokenizer,
         minimum_length=nsp.shortest_document,
         reason=(
-            f"refine.nsp.chunks={nsp.chunks} positions need "
-            f"refine.nsp.rollout_length={nsp.rollout_length} tokens "
+            f"refine.nsp.chunks={nsp.chunks} positions need refine.nsp.rollout_length={nsp.rollout_length} tokens "
             "after each"
         ),
         minimum_sequences=batch,
@@ -257,7 +282,7 @@ def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) ->
     )
 
 
-def _prepare_validation(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PreparedData | None:
+def _prepare_validation(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Prepared[DataStatistics] | None:
     """Every document counts that has a token to predict, whatever rollouts need."""
     from refine_verl.data.prepare import prepare
 

@@ -1,12 +1,13 @@
 """Do all nodes of a cluster see the same files? Asked with real files, before anything else is written.
 
-`find_problem` knows nothing of Ray: how a node is asked is a function it is given
+`find_unshared` knows nothing of Ray: how a node is asked is a function it is given
 (`refine_verl.preflight.cluster` sends tasks to the nodes).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -39,40 +40,37 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Sight:
+class NodeView:
     """What a node sees of the run directory and of the model.
 
     Attributes:
-        directory: whether the run directory is there at all.
-        token: content of the driver's token file, None where it is not to be seen.
-        refused: why the node could not write its own file next to it, empty if it could.
-        model: a digest of the model directory, empty where it is not to be seen, None if it was not looked for.
+        directory_exists: whether the run directory is there at all.
+        token: content of the driver's token file, None where it is not there.
+        write_error: why the node could not write its own file next to it, empty if it could.
+        model: a digest of the model directory, empty where it is not there, None if it was not looked for.
     """
 
-    directory: bool
+    directory_exists: bool
     token: str | None
-    refused: str
+    write_error: str
     model: str | None
 
 
-Ask = Callable[[Node, str, str, "str | None"], Sight]
+Ask = Callable[[Node, str, str, "str | None"], NodeView]
 """Node, path of the driver's token file, name for the node's own file beside it, model directory -> what it sees."""
 
 
-def look(token_path: str, answer_name: str, model: str | None, patience: float = PATIENCE) -> Sight:
+def look(token_path: str, answer_name: str, model: str | None, patience: float = PATIENCE) -> NodeView:
     """Read the driver's token, write an answer beside it, look at the model. Runs on the node that is asked."""
     path = Path(token_path)
-    deadline = time.monotonic() + patience
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    token = path.read_text() if path.exists() else None
+    token = path.read_text() if _comes_true(path.exists, patience) else None
     refused = ""
     if token is not None:
         try:
             (path.parent / answer_name).write_text(token)
         except OSError as error:
             refused = error.strerror or str(error)
-    return Sight(path.parent.is_dir(), token, refused, None if model is None else digest(Path(model)))
+    return NodeView(path.parent.is_dir(), token, refused, None if model is None else digest(Path(model)))
 
 
 def digest(directory: Path) -> str:
@@ -88,7 +86,7 @@ def digest(directory: Path) -> str:
     return known.hexdigest()
 
 
-def find_problem(
+def find_unshared(
     run_dir: Path, model: Path | None, nodes: Sequence[Node], ask: Ask, patience: float = PATIENCE
 ) -> Finding | None:
     """The first node that does not share the run directory with this process, or has another model; None if all do.
@@ -103,11 +101,12 @@ def find_problem(
     with _token_file(run_dir) as (path, token):
         for number, node in enumerate(nodes):
             answer = f"{path.name}.{number}"
-            sight = ask(node, str(path), answer, None if model is None else str(model))
-            finding = _judge_directory(node, run_dir, token, sight) or _judge_model(node, model, sight)
+            view = ask(node, str(path), answer, None if model is None else str(model))
+            finding = _judge_directory(node, run_dir, token, view) or _judge_model(node, model, view)
             if finding:
                 return finding
-            if not _appears(path.parent / answer, token, patience):
+            file = path.parent / answer
+            if not _comes_true(functools.partial(_holds, file, token), patience):
                 return Finding(
                     RUN_DIRECTORY,
                     f"{run_dir}: node {node.name} sees what the driver writes there, but the driver does not see what "
@@ -119,25 +118,25 @@ def find_problem(
 _CURE = "Checkpoints need one directory for all nodes: name one on storage that every node mounts under this path."
 
 
-def _judge_directory(node: Node, run_dir: Path, token: str, sight: Sight) -> Finding | None:
-    if sight.token is None:
-        what = "has a directory of its own there" if sight.directory else "has no such directory"
+def _judge_directory(node: Node, run_dir: Path, token: str, view: NodeView) -> Finding | None:
+    if view.token is None:
+        what = "has a directory of its own there" if view.directory_exists else "has no such directory"
         return Finding(RUN_DIRECTORY, f"{run_dir} is not shared by all nodes: node {node.name} {what}. {_CURE}")
-    if sight.token != token:
+    if view.token != token:
         return Finding(RUN_DIRECTORY, f"{run_dir}: node {node.name} reads other bytes than were written. {_CURE}")
-    if sight.refused:
+    if view.write_error:
         return Finding(
             RUN_DIRECTORY,
-            f"{run_dir}: node {node.name} cannot write there ({sight.refused}). Every worker writes its part of a "
+            f"{run_dir}: node {node.name} cannot write there ({view.write_error}). Every worker writes its part of a "
             "checkpoint: let the user that runs Ray on all nodes write to it.",
         )
     return None
 
 
-def _judge_model(node: Node, model: Path | None, sight: Sight) -> Finding | None:
-    if model is None or sight.model == digest(model):
+def _judge_model(node: Node, model: Path | None, view: NodeView) -> Finding | None:
+    if model is None or view.model == digest(model):
         return None
-    what = "has other files in it than the driver" if sight.model else "has no such directory"
+    what = "has other files in it than the driver" if view.model else "has no such directory"
     return Finding(
         MODEL,
         f"{model}: node {node.name} {what}. Every worker reads the model: copy it there, or name a directory on "
@@ -145,14 +144,17 @@ def _judge_model(node: Node, model: Path | None, sight: Sight) -> Finding | None
     )
 
 
-def _appears(path: Path, content: str, patience: float) -> bool:
+def _holds(file: Path, content: str) -> bool:
+    return file.is_file() and file.read_text() == content
+
+
+def _comes_true(condition: Callable[[], bool], patience: float) -> bool:
     deadline = time.monotonic() + patience
-    while True:
-        if path.is_file() and path.read_text() == content:
-            return True
+    while not condition():
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.2)
+    return True
 
 
 @contextlib.contextmanager

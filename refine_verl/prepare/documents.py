@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.command.show import progress_bar, show_table, spread
 from refine_verl.config import DataError
-from refine_verl.data.sources import DocumentSource, resolve_sources
+from refine_verl.data.readers import batched
+from refine_verl.data.sources import DocumentSource, iterate_documents, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.prepare.console import command_tokenizer, progress_bar, require_at_least, show_table, spread
+from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.prepare.output import COMPRESSION, Output
+from refine_verl.prepare.settings import DocumentSettings
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("tokens", pa.int64()), ("source", pa.string()), ("row", pa.int64())])
 _COUNTS = ("read", "sampled", "short", "long", "kept", "kept_tokens", "read_tokens")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DocumentSettings:
-    """Arguments of the command; field names are its options.
-
-    Attributes:
-        input: files (parquet, jsonl, jsonl.zst, txt), directories, globs, hub dataset ids, or `python_stdlib`.
-        out: directory to fill with `documents-00000.parquet` and so on.
-        tokenizer: directory or hub id to count tokens with.
-        min_tokens: fewest tokens of a document, special tokens included.
-        max_tokens: leave longer documents out as well; None keeps them.
-        text_key: column that holds the text.
-        limit: stop after this many documents; None takes all.
-        limit_tokens: stop once the documents kept have this many tokens; None takes all.
-        sample: share of the documents to look at, in (0, 1]; which ones depends on `seed` and the text only.
-        seed: of `sample`.
-        shard_size: documents per file.
-    """
-
-    input: tuple[str, ...]
-    out: str
-    tokenizer: str
-    min_tokens: int
-    max_tokens: int | None = None
-    text_key: str = "text"
-    limit: int | None = None
-    limit_tokens: int | None = None
-    sample: float = 1.0
-    seed: int = 0
-    shard_size: int = 1000
 
 
 def run(settings: DocumentSettings) -> None:
@@ -60,8 +33,7 @@ def run(settings: DocumentSettings) -> None:
     Raises:
         DataError: bad arguments, unreadable files, or no document that is long enough.
     """
-    _check(settings)
-    tokenizer = command_tokenizer(settings.tokenizer)
+    tokenizer = load_finished_tokenizer(settings.tokenizer)
     sources = resolve_sources(settings.input, key="--input", default_split="train")
     arguments = {
         **{key: value for key, value in dataclasses.asdict(settings).items() if key not in ("out", "tokenizer")},
@@ -94,25 +66,25 @@ class Collector:
         settings: DocumentSettings,
     ) -> None:
         self.output, self.sources, self.tokenizer, self.settings = output, sources, tokenizer, settings
+        self.totals: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
 
-    def run(self) -> dict[str, int]:
+    def run(self) -> Counter[str]:
         """Write what is missing (nothing, where everything is there).
 
         Returns:
             Counts over all shards.
         """
         entries = self._resume()
-        totals = {key: sum(entry[key] for entry in entries) for key in _COUNTS}
+        for entry in entries:
+            self.totals.update({key: entry[key] for key in _COUNTS})
         if entries and entries[-1]["last"]:
-            return totals
-        documents = self._documents(skip=totals["read"])
-        with progress_bar("documents kept", self.settings.limit, done=totals["kept"]) as step:
+            return self.totals
+        documents = self._documents(skip=self.totals["read"])
+        with progress_bar("documents kept", self.settings.limit, done=self.totals["kept"]) as step:
             for number in itertools.count(len(entries)):
-                entry = self._write_shard(number, documents, totals, step)
-                totals = {key: totals[key] + entry[key] for key in _COUNTS}
-                if entry["last"]:
-                    break
-        return totals
+                if self._write_shard(number, documents, step):
+                    return self.totals
+        raise AssertionError  # there is no end to the numbers
 
     def _resume(self) -> list[dict[str, Any]]:
         """What is recorded of the shards up to the first that is missing; forgets those behind it."""
@@ -121,72 +93,68 @@ class Collector:
             self.output.remove(name)
         return [self.output.done[name] for name in present]
 
-    def _documents(self, skip: int) -> Iterator[pa.RecordBatch]:
-        """Batches of `readers.TEXT_SCHEMA` without the first `skip` documents."""
+    def _documents(self, skip: int) -> Iterator[list[Mapping[str, Any]]]:
+        """Batches of checked documents (see `iterate_documents`) without the first `skip`."""
         for source in self.sources:
-            for batch in source.batches(self.settings.text_key):
-                if skip >= len(batch):
-                    skip -= len(batch)
-                    continue
-                yield batch.slice(skip)
-                skip = 0
+            for batch in batched(iterate_documents([source], self.settings.text_key)):
+                if skip < len(batch):
+                    yield batch[skip:]
+                skip = max(0, skip - len(batch))
 
     def _write_shard(
-        self, number: int, documents: Iterator[pa.RecordBatch], before: dict[str, int], step: Callable[[int], None]
-    ) -> dict[str, Any]:
-        """Fill one shard; returns its counts, and whether it is the last.
+        self, number: int, documents: Iterator[list[Mapping[str, Any]]], step: Callable[[int], None]
+    ) -> bool:
+        """Fill one shard; returns whether it is the last.
 
         A shard ends where a batch of documents does, so that a restart knows where to go on.
         """
-        counts = dict.fromkeys(_COUNTS, 0)
+        before = Counter(self.totals)
         lengths: list[int] = []
         last = True
         name = _shard_name(number)
         with self.output.writing(name) as path:
             with pq.ParquetWriter(path, SCHEMA, compression=COMPRESSION) as writer:
                 for batch in documents:
-                    rows = self._select(batch, counts, before)
+                    rows = self._select(batch)
                     if rows:
                         writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
                     lengths += [row["tokens"] for row in rows]
                     step(len(rows))
-                    if self._enough(counts, before):
+                    last = self._enough()
+                    if last or len(lengths) >= self.settings.shard_size:
                         break
-                    if counts["kept"] >= self.settings.shard_size:
-                        last = False
-                        break
+                else:
+                    last = True
             if not lengths:
                 path.unlink()
+        counts = {key: self.totals[key] - before[key] for key in _COUNTS}
         if lengths:
             self.output.finish(name, {**counts, "last": last, "spread": list(spread(lengths))})
         elif number:
-            previous = self.output.done[_shard_name(number - 1)]
-            self.output.finish(
-                _shard_name(number - 1),
-                {**previous, **{key: previous[key] + counts[key] for key in _COUNTS}, "last": last},
-            )
-        return {**counts, "last": last}
+            name = _shard_name(number - 1)
+            previous = self.output.done[name]
+            together = {key: previous[key] + counts[key] for key in _COUNTS}
+            self.output.finish(name, {**previous, **together, "last": last})
+        return last
 
-    def _select(self, batch: pa.RecordBatch, counts: dict[str, int], before: dict[str, int]) -> list[dict[str, Any]]:
-        """The rows of a batch to keep, as `SCHEMA`; adds to `counts`."""
-        candidates = [(place, row) for place, row in enumerate(batch.to_pylist()) if self._sampled(row["text"])]
+    def _select(self, batch: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a batch to keep, as `SCHEMA`; adds to the counts."""
+        candidates = [(place, row) for place, row in enumerate(batch) if self._sampled(row["text"])]
         rows: list[dict[str, Any]] = []
         encoded = self.tokenizer([row["text"] for _, row in candidates])["input_ids"] if candidates else []
         for (place, row), ids in zip(candidates, encoded, strict=True):
-            if self._enough(counts, before):
-                counts["read"] += place
+            if self._enough():
+                self.totals["read"] += place
                 return rows
-            counts["sampled"] += 1
-            counts["read_tokens"] += len(ids)
+            self.totals.update(sampled=1, read_tokens=len(ids))
             if len(ids) < self.settings.min_tokens:
-                counts["short"] += 1
+                self.totals["short"] += 1
             elif self.settings.max_tokens is not None and len(ids) > self.settings.max_tokens:
-                counts["long"] += 1
+                self.totals["long"] += 1
             else:
-                counts["kept"] += 1
-                counts["kept_tokens"] += len(ids)
+                self.totals.update(kept=1, kept_tokens=len(ids))
                 rows.append({**row, "tokens": len(ids)})
-        counts["read"] += len(batch)
+        self.totals["read"] += len(batch)
         return rows
 
     def _sampled(self, text: str) -> bool:
@@ -195,30 +163,16 @@ class Collector:
         digest = hashlib.sha256(f"{self.settings.seed}\0{text}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64 < self.settings.sample
 
-    def _enough(self, counts: dict[str, int], before: dict[str, int]) -> bool:
-        kept, tokens = (before[key] + counts[key] for key in ("kept", "kept_tokens"))
-        limit, limit_tokens = self.settings.limit, self.settings.limit_tokens
-        return (limit is not None and kept >= limit) or (limit_tokens is not None and tokens >= limit_tokens)
+    def _enough(self) -> bool:
+        limits = (("kept", self.settings.limit), ("kept_tokens", self.settings.limit_tokens))
+        return any(limit is not None and self.totals[key] >= limit for key, limit in limits)
 
 
 def _shard_name(number: int) -> str:
     return f"documents-{number:05d}.parquet"
 
 
-def _check(settings: DocumentSettings) -> None:
-    require_at_least("--min-tokens", settings.min_tokens, 1)
-    require_at_least("--shard-size", settings.shard_size, 1)
-    require_at_least("--seed", settings.seed, 0)
-    for option, value in (("--limit", settings.limit), ("--limit-tokens", settings.limit_tokens)):
-        if value is not None:
-            require_at_least(option, value, 1)
-    if settings.max_tokens is not None:
-        require_at_least("--max-tokens", settings.max_tokens, settings.min_tokens)
-    if not 0 < settings.sample <= 1:
-        raise DataError(f"--sample {settings.sample} must be above 0 and at most 1.")
-
-
-def _report(output: Output, totals: dict[str, int], settings: DocumentSettings) -> None:
+def _report(output: Output, totals: Counter[str], settings: DocumentSettings) -> None:
     rows = []
     for name, entry in sorted(output.done.items()):
         rows.append((name, entry["read"], entry["kept"], entry["kept_tokens"], *(entry["spread"] or ("-",) * 3)))

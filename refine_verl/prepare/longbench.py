@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,26 +12,15 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.config import DataError
-from refine_verl.config.options import did_you_mean
+from refine_verl.command.show import progress_bar, show_table, spread
+from refine_verl.config import DataError, require_choice
 from refine_verl.data.cache import make_key
-from refine_verl.data.prompts_read import read_records
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.sources import DocumentSource, FileSource, resolve_sources
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.prepare.console import command_tokenizer, existing, progress_bar, require_at_least, show_table, spread
+from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.prepare.output import Output, write_table
-
-_PASSAGES = (
-    "Answer the question based on the given passages. Only give me the answer and do not output any other words."
-)
-_CONCISELY = "as concisely as you can, using a single phrase or sentence if possible"
-_UNANSWERABLE = (
-    'If the question cannot be answered based on the information in the article, write "unanswerable". If the question '
-    'is a yes/no question, answer "yes", "no", or "unanswerable". Do not provide any explanation.'
-)
-# Spelt as in the published prompts, "asconcisely" included: they are part of the benchmark.
-_STORY = "asconcisely as you can, using a single phrase if possible. Do not provide any explanation."
+from refine_verl.prepare.settings import LongBenchSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,63 +34,17 @@ class Task:
     template: str
     max_gen_tokens: int
 
+    def prompt(self, context: str, question: str) -> str:
+        """The prompt with both filled in. Not by str.format: code and articles are full of braces."""
+        texts = {"{context}": context, "{input}": question}
+        return "".join(texts.get(part, part) for part in re.split(r"(\{context\}|\{input\})", self.template))
 
-_MULTI_HOP = Task(
-    f"{_PASSAGES}\n\nThe following are given passages.\n{{context}}\n\n{_PASSAGES}\n\nQuestion: {{input}}\nAnswer:", 32
-)
+
 TASKS: dict[str, Task] = {
-    "narrativeqa": Task(
-        "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
-        f"{_STORY}\n\nStory: {{context}}\n\nNow, answer the question based on the story {_STORY}\n\n"
-        "Question: {input}\n\nAnswer:",
-        128,
-    ),
-    "qasper": Task(
-        f"You are given a scientific article and a question. Answer the question {_CONCISELY}. {_UNANSWERABLE}\n\n"
-        "Article: {context}\n\n Answer the question based on the above article "
-        f"{_CONCISELY}. {_UNANSWERABLE}\n\nQuestion: {{input}}\n\nAnswer:",
-        128,
-    ),
-    "multifieldqa_en": Task(
-        "Read the following text and answer briefly.\n\n{context}\n\nNow, answer the following question based on the "
-        "above text, only give me the answer and do not output any other words.\n\nQuestion: {input}\nAnswer:",
-        64,
-    ),
-    "hotpotqa": _MULTI_HOP,
-    "2wikimqa": _MULTI_HOP,
-    "musique": _MULTI_HOP,
-    "gov_report": Task(
-        "You are given a report by a government agency. Write a one-page summary of the report.\n\nReport:\n{context}"
-        "\n\nNow, write a one-page summary of the report.\n\nSummary:",
-        512,
-    ),
-    "qmsum": Task(
-        "You are given a meeting transcript and a query containing a question or instruction. Answer the query in one "
-        "or more sentences.\n\nTranscript:\n{context}\n\nNow, answer the query based on the above meeting transcript "
-        "in one or more sentences.\n\nQuery: {input}\nAnswer:",
-        512,
-    ),
-    "multi_news": Task(
-        "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{context}\n\n"
-        "Now, write a one-page summary of all the news.\n\nSummary:",
-        512,
-    ),
-    "trec": Task(
-        "Please determine the type of the question below. Here are some examples of questions.\n\n{context}\n{input}",
-        64,
-    ),
-    "triviaqa": Task(
-        "Answer the question based on the given passage. Only give me the answer and do not output any other words. "
-        "The following are some examples.\n\n{context}\n\n{input}",
-        32,
-    ),
-    "samsum": Task(
-        "Summarize the dialogue into a few short sentences. The following are some examples.\n\n{context}\n\n{input}",
-        128,
-    ),
-    "lcc": Task("Please complete the code given below. \n{context}Next line of code:", 64),
-    "repobench-p": Task("Please complete the code given below. \n{context}{input}Next line of code:", 64),
+    name: Task(entry["prompt"], entry["max_gen_tokens"])
+    for name, entry in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
 }
+"""The published prompts, in `longbench.json` as they are spelt there: misprints are part of the benchmark."""
 DEFAULT_TASKS = tuple(name for name in TASKS if name not in ("musique", "gov_report"))
 """The twelve of the paper, which leaves out two that have few samples below 16,384 tokens."""
 
@@ -119,42 +64,17 @@ SCHEMA = pa.schema(
 _BATCH_ROWS = 16
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LongBenchSettings:
-    """Arguments of the command; field names are its options.
-
-    Attributes:
-        input: a directory with `TASK.jsonl` (or `TASK.parquet`) files, or a hub dataset with a configuration per task.
-        out: directory to fill with `TASK.parquet`.
-        tasks: which tasks.
-        tokenizer: directory or hub id to count tokens with; None leaves the lengths empty.
-        length: leave out samples whose prompt and longest reference have more tokens; None keeps all.
-    """
-
-    input: str
-    out: str
-    tasks: tuple[str, ...] = DEFAULT_TASKS
-    tokenizer: str | None = None
-    length: int | None = None
-
-
 def run(settings: LongBenchSettings) -> None:
     """Write one file per task, and show how many samples it kept.
 
     Raises:
         DataError: bad arguments, a task whose file is missing, or a record without the official columns.
     """
-    for task in settings.tasks:
-        if task not in TASKS:
-            raise DataError(
-                f"--tasks: unknown task {task!r}; tasks are: {', '.join(TASKS)}.{did_you_mean(task, TASKS)}"
-            )
-    if settings.length is not None:
-        require_at_least("--length", settings.length, 1)
-        if settings.tokenizer is None:
-            raise DataError(f"--length {settings.length} counts tokens: give --tokenizer as well.")
-    tokenizer = command_tokenizer(settings.tokenizer) if settings.tokenizer else None
-    sources = {task: _find(settings.input, task) for task in dict.fromkeys(settings.tasks)}
+    tasks = dict.fromkeys(settings.tasks or DEFAULT_TASKS)
+    for task in tasks:
+        require_choice("tasks", task, TASKS, kind="task")
+    tokenizer = load_finished_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    sources = {task: _find(settings.input, task) for task in tasks}
     arguments = {
         "length": settings.length,
         "templates": make_key([dataclasses.astuple(task) for task in TASKS.values()]),
@@ -198,13 +118,9 @@ def make_row(task: str, record: Mapping[str, Any], where: str) -> dict[str, Any]
     if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise DataError(f"{where}: 'answers' holds {str(answers)[:80]}; it must be a list of at least one text.")
     fixed = TASKS[task]
-    # Not str.format: code and articles are full of braces.
-    prompt = "".join(
-        record[part[1:-1]] if part in ("{context}", "{input}") else part for part in _split(fixed.template)
-    )
     return {
         "id": f"{task}:{record.get('_id') or where.rpartition(' ')[2]}",
-        "prompt": prompt,
+        "prompt": fixed.prompt(record["context"], record["input"]),
         "answers": list(answers),
         "max_gen_tokens": fixed.max_gen_tokens,
         "task": task,
@@ -212,18 +128,13 @@ def make_row(task: str, record: Mapping[str, Any], where: str) -> dict[str, Any]
     }
 
 
-def _split(template: str) -> list[str]:
-    parts = template.replace("{context}", "\0{context}\0").replace("{input}", "\0{input}\0")
-    return parts.split("\0")
-
-
 def _kind(record: Mapping[str, Any], column: str) -> str:
     return f"a {type(record[column]).__name__}" if column in record else "missing"
 
 
 def _find(name: str, task: str) -> DocumentSource:
-    path = existing(name)
-    if path is None:
+    path = Path(name).expanduser()
+    if not path.exists():  # a hub id, perhaps
         return resolve_sources([f"{name}:{task}:test"], key="--input", default_split="test")[0]
     if path.is_file():
         raise DataError(f"--input {path} is a file; give the directory that holds {task}.jsonl and the others.")
@@ -246,7 +157,7 @@ def _write_task(
     tokenizer: PreTrainedTokenizerBase | None,
     settings: LongBenchSettings,
 ) -> dict[str, Any]:
-    rows = [make_row(task, record, where) for _, where, record in read_records(source)]
+    rows = [make_row(task, record.columns, record.where) for record in source.records()]
     if not rows:
         raise DataError(f"{source.name} holds no records.")
     kept = []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -117,17 +115,15 @@ class Output:
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """A path to write to. It becomes `name` on leaving, unless there was an error or it was deleted meanwhile."""
-        handle, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self.directory)
-        os.close(handle)
+        partial = self.directory / f"{_PARTIAL}{name}"
         try:
-            yield Path(partial)
-            if os.path.exists(partial):
-                os.chmod(partial, 0o644)
-                os.replace(partial, self.directory / name)
+            yield partial
+            if partial.exists():
+                partial.replace(self.directory / name)
         except OSError as error:
             raise DataError(f"{self.directory / name} cannot be written: {error}.") from error
         finally:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     def finish(self, name: str, entry: Mapping[str, Any]) -> None:
         """Record that `name` is complete, with what the command wants to know about it later."""

@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_verl.config import DataError
-from refine_verl.data.prompts_read import read_records
 from refine_verl.data.sources import resolve_sources
-
-SOURCES = ("squad", "hotpotqa")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +112,8 @@ def _records(source: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _json_file(source, path)
         return
     for found in resolve_sources([name], key="--input", default_split="validation"):
-        for _, where, record in read_records(found):
-            yield where, record
+        for record in found.records():
+            yield record.where, record.columns
 
 
 def _json_file(source: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

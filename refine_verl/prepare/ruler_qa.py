@@ -16,18 +16,19 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.command.show import progress_bar, show_table, spread
 from refine_verl.config import DataError
 from refine_verl.data.cache import make_key
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.prepare.console import command_tokenizer, progress_bar, require_at_least, show_table, spread
+from refine_verl.data.tokenizers import load_finished_tokenizer
+from refine_verl.prepare.longbench import TASKS as PUBLISHED
 from refine_verl.prepare.output import Output, join_parts, write_table
 from refine_verl.prepare.questions import Question, Questions, read_questions
 from refine_verl.prepare.ruler_split import split_questions
+from refine_verl.prepare.settings import RulerSettings
 
-INSTRUCTION = (
-    "Answer the question based on the given passages. Only give me the answer and do not output any other words."
-)
+TASKS = {"squad": "ruler_squadqa", "hotpotqa": "ruler_hotpotqa"}
 SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
@@ -46,48 +47,13 @@ _KEYS = {"train": "data.train_files", "test": "data.val_files"}
 _ATTEMPTS = 6
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RulerSettings:
-    """Arguments of the command; field names are its options.
-
-    Attributes:
-        source: `squad` or `hotpotqa`.
-        input: an official json file, parquet or jsonl files, or a hub dataset id.
-        tokenizer: directory or hub id; lengths are counted with it.
-        length: most tokens of prompt and answer together.
-        train, test: how many questions.
-        answer_tokens: least room left for the answer.
-        seed: of the choice of questions, of distractors and of their order.
-        out: directory to fill.
-    """
-
-    source: str
-    input: str
-    tokenizer: str
-    length: int
-    train: int = 1600
-    test: int = 200
-    answer_tokens: int = 32
-    seed: int = 0
-    out: str
-
-
 def run(settings: RulerSettings) -> None:
     """Generate both sets into `settings.out`, and show what they are like.
 
     Raises:
         DataError: bad arguments, an unreadable source, or one with too few questions or paragraphs.
     """
-    for option, value, minimum in (
-        ("--length", settings.length, 1),
-        ("--train", settings.train, 0),
-        ("--test", settings.test, 0),
-        ("--answer-tokens", settings.answer_tokens, 1),
-        ("--seed", settings.seed, 0),
-    ):
-        require_at_least(option, value, minimum)
-    require_at_least("--train plus --test", settings.train + settings.test, 1)
-    tokenizer = command_tokenizer(settings.tokenizer)
+    tokenizer = load_finished_tokenizer(settings.tokenizer)
     questions = read_questions(settings.source, settings.input)
     builder = PromptBuilder(questions, tokenizer, settings)
     plan = builder.plan()
@@ -152,9 +118,7 @@ class PromptBuilder:
         """One row of `SCHEMA` and how many documents its prompt has."""
         question = self.questions.items[index]
         generator = np.random.default_rng([self.settings.seed, 1 + (split == "test"), number])
-        answers = encode_continuations(self.tokenizer, [f" {answer}" for answer in question.answers])
-        longest = max(map(len, answers))
-        limit = self.settings.length - max(self.settings.answer_tokens, longest + 1)
+        longest, limit = self._room(question)
         order = self._candidates(question, split, generator)
         shuffle = generator.permutation(len(question.gold) + len(order))
         prompt, length, documents = self._fill(question, order, shuffle, limit)
@@ -166,7 +130,7 @@ class PromptBuilder:
             "max_answer_length": longest,
             "total_length": length + longest,
             "max_seq_length": self.settings.length,
-            "task": f"ruler_{'squadqa' if self.settings.source == 'squad' else 'hotpotqa'}",
+            "task": TASKS[self.settings.source],
         }
         return row, documents
 
@@ -185,11 +149,14 @@ class PromptBuilder:
         texts = len(question.text) + max(map(len, question.answers)) + self.settings.answer_tokens
         if self.frame + int(self.sizes[list(question.gold)].sum()) + 2 * texts < self.settings.length:
             return True
+        gold = [self.questions.documents[index] for index in question.gold]
+        return self._measure(make_prompt(gold, question)) <= self._room(question)[1]
+
+    def _room(self, question: Question) -> tuple[int, int]:
+        """Tokens of the longest answer, and the most that the prompt may have."""
         answers = encode_continuations(self.tokenizer, [f" {answer}" for answer in question.answers])
-        room = self.settings.length - max(self.settings.answer_tokens, max(map(len, answers)) + 1)
-        return (
-            self._measure(make_prompt([self.questions.documents[index] for index in question.gold], question)) <= room
-        )
+        longest = max(map(len, answers))
+        return longest, self.settings.length - max(self.settings.answer_tokens, longest + 1)
 
     def _measure(self, prompt: str) -> int:
         return len(encode_prompts(self.tokenizer, [prompt], special_tokens=True)[0][0])
@@ -234,12 +201,9 @@ class PromptBuilder:
 
 
 def make_prompt(documents: Sequence[str], question: Question) -> str:
-    """The prompt as the published files have it."""
+    """The prompt as the published files have it: that of LongBench's hotpotqa."""
     passages = "\n\n".join(f"Document {number}:\n{text}" for number, text in enumerate(documents, 1))
-    return (
-        f"{INSTRUCTION}\n\nThe following are given passages.\n{passages}\n\n{INSTRUCTION}\n\n"
-        f"Question: {question.text}\nAnswer:"
-    )
+    return PUBLISHED["hotpotqa"].prompt(passages, question.text)
 
 
 def fit(order: np.ndarray, sizes: np.ndarray, room: int) -> np.ndarray:
@@ -269,8 +233,7 @@ def fit(order: np.ndarray, sizes: np.ndarray, room: int) -> np.ndarray:
 def _write_split(
     output: Output, builder: PromptBuilder, split: str, indices: list[int], settings: RulerSettings
 ) -> dict[str, Any]:
-    source = "squadqa" if settings.source == "squad" else "hotpotqa"
-    name = f"ruler_{source}_{settings.length}_{len(indices)}_{split}.parquet"
+    name = f"{TASKS[settings.source]}_{settings.length}_{len(indices)}_{split}.parquet"
     if (entry := output.finished(name)) is not None:
         for left in [done for done in output.done if done.startswith(f".{split}-")]:
             output.remove(left)

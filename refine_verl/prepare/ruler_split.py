@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,14 +24,12 @@ def split_questions(
     """
     order = generator.permutation(len(questions)).tolist()
     groups = _groups(questions)
-    for most in range(1, max(len(questions), 1) + 1):
+    for most in range(1, max(Counter(groups).values(), default=0) + 2):
         chosen = _take(order, groups, test, most)
         taken = {groups[index] for index in chosen}
         rest = [index for index in order if groups[index] not in taken]
         if len(chosen) == test and len(rest) >= train:
             return rest[:train], chosen
-        if most > _largest(groups):
-            break
     raise DataError(
         f"the source has {len(questions)} usable questions about {len(set(groups))} groups of paragraphs: too few for "
         f"--train {train} and --test {test} questions that share no paragraph with an answer. Ask for fewer, or give "
@@ -45,10 +43,6 @@ def _take(order: Sequence[int], groups: Sequence[int], count: int, most: int) ->
     for index in order:
         members[groups[index]].append(index)
     return [index for group in members.values() for index in group[:most]][:count]
-
-
-def _largest(groups: Sequence[int]) -> int:
-    return int(np.bincount(groups).max()) if len(groups) else 0
 
 
 def _groups(questions: Sequence[Question]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written beside, renamed into place, checked before they are used, removed when there are enough.
+"""Checkpoints on disk: written to a hidden directory, renamed into place, checked before use, removed when too many.
 
 A checkpoint is a directory ``global_step_N`` in verl's layout with a manifest, written last, that has the size and a
 checksum of every other file. Names that begin with a dot are work in progress; :func:`tidy` removes them. Loads no
@@ -14,12 +14,13 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from refine_verl.config import RunFailed
 from refine_verl.record.files import write_atomically
 
 MANIFEST = "manifest.json"
@@ -31,7 +32,7 @@ _SAVING, _REPLACED, _REMOVED = ".saving_", ".replaced_", ".removed_"
 _CHUNK = 1 << 22
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunFailed):
     """A checkpoint or the final model could not be written; those written before are as they were."""
 
 
@@ -50,9 +51,13 @@ def flushed(file: Path) -> FileRecord:
     """
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-        checksum = size = 0
-        while chunk := stream.read(_CHUNK):
-            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+        return _record_of(stream)
+
+
+def _record_of(stream: BinaryIO) -> FileRecord:
+    checksum = size = 0
+    while chunk := stream.read(_CHUNK):
+        checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
     return FileRecord(size, checksum)
 
 
@@ -61,7 +66,7 @@ def flushed(file: Path) -> FileRecord:
 
 def begin_checkpoint(run_dir: Path, step: int) -> Path:
     """An empty directory beside the checkpoints, to write the one of ``step`` into."""
-    folder = run_dir / f"{_SAVING}{STEP}{step}"
+    folder = being_saved(_checkpoint(run_dir, step))
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -83,7 +88,8 @@ def commit_checkpoint(run_dir: Path, step: int, files: Mapping[str, FileRecord])
         CheckpointError: a file is not there, or shorter than its writer says.
         OSError: the disk.
     """
-    folder, final = run_dir / f"{_SAVING}{STEP}{step}", run_dir / f"{STEP}{step}"
+    final = _checkpoint(run_dir, step)
+    folder = being_saved(final)
     for name, record in files.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != record.bytes:
@@ -92,24 +98,30 @@ def commit_checkpoint(run_dir: Path, step: int, files: Mapping[str, FileRecord])
                 "directory (trainer.default_local_dir) must be shared by all nodes"
             )
     manifest = {"step": step, "files": {name: record._asdict() for name, record in sorted(files.items())}}
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for directory in {folder, *((folder / name).parent for name in files)}:
         _flush_directory(directory)
     put_in_place(folder, final)
-    write_atomically(run_dir / TRACKER, str(step).encode())
+    write_atomically(run_dir / TRACKER, str(step))
     return final
 
 
 def put_in_place(folder: Path, final: Path) -> None:
     """Rename a finished directory to ``final`` beside it, in place of what is there."""
-    replaced = final.with_name(f"{_REPLACED}{final.name}")
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    if final.exists():
-        os.replace(final, replaced)
+    replaced = _move_aside(final, _REPLACED)
     os.replace(folder, final)
     _flush_directory(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _move_aside(folder: Path, prefix: str) -> Path:
+    """Rename a directory that may be there, so that it is never taken for a checkpoint while it is being removed."""
+    aside = folder.with_name(f"{prefix}{folder.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    if folder.exists():
+        os.replace(folder, aside)
+    return aside
 
 
 def being_saved(final: Path) -> Path:
@@ -120,8 +132,8 @@ def being_saved(final: Path) -> Path:
 def retain(run_dir: Path, newest: int, keep: int | None) -> list[int]:
     """Remove checkpoints of earlier steps until ``keep`` are left; returns the steps removed.
 
-    Goes by what is on disk, not by what this process wrote. Of damaged checkpoints none is counted, so that as many
-    as asked for can be loaded; those of later steps, left by an attempt that went on differently, are not touched.
+    Goes by what is on disk, not by what this process wrote. Damaged checkpoints are not counted, so that ``keep`` of
+    them can be loaded. Checkpoints of later steps, left by an attempt that continued differently, are not touched.
 
     Args:
         run_dir: the run directory.
@@ -134,21 +146,17 @@ def retain(run_dir: Path, newest: int, keep: int | None) -> list[int]:
     for step in steps_of(run_dir):
         if step > newest:
             continue
-        folder = run_dir / f"{STEP}{step}"
+        folder = _checkpoint(run_dir, step)
         if step == newest or (kept < keep and damage(folder, checksums=False) is None):
             kept += 1
             continue
-        condemned = folder.with_name(f"{_REMOVED}{folder.name}")
-        if condemned.exists():
-            shutil.rmtree(condemned, ignore_errors=True)
-        os.replace(folder, condemned)
-        shutil.rmtree(condemned, ignore_errors=True)
+        shutil.rmtree(_move_aside(folder, _REMOVED), ignore_errors=True)
         removed.append(step)
     return removed
 
 
 def tidy(run_dir: Path) -> None:
-    """Remove what an attempt that was interrupted while it wrote has left. No other attempt may be running."""
+    """Remove unfinished files of an interrupted attempt. No other attempt may be running."""
     if not run_dir.is_dir():
         return
     for replaced in run_dir.glob(f"{_REPLACED}*"):
@@ -192,25 +200,24 @@ def tracked_step(run_dir: Path) -> int | None:
 
 
 def candidates(run_dir: Path) -> list[Path]:
-    """Checkpoints a run may go on from, the best first: the one its tracker names, then those before it.
+    """Checkpoints a run may resume from, the best first: the one its tracker names, then those before it.
 
     Without a tracker that can be read: all. Without any tracker: those with a manifest, which were complete when the
     first attempt was interrupted.
     """
-    steps, tracked = steps_of(run_dir), tracked_step(run_dir)
+    tracked = tracked_step(run_dir)
+    found = [(step, _checkpoint(run_dir, step)) for step in steps_of(run_dir)]
     if tracked is not None:
-        # put back by `tidy` when the run starts
-        replaced = run_dir / f"{_REPLACED}{STEP}{tracked}"
-        first = run_dir / f"{STEP}{tracked}"
-        steps = [step for step in steps if step < tracked]
-        return [replaced if replaced.is_dir() and not first.is_dir() else first, *_folders(run_dir, steps)]
-    if (run_dir / TRACKER).exists():
-        return _folders(run_dir, steps)
-    return [folder for folder in _folders(run_dir, steps) if (folder / MANIFEST).is_file()]
+        first = _checkpoint(run_dir, tracked)
+        replaced = first.with_name(f"{_REPLACED}{first.name}")  # put back by `tidy` when the run starts
+        newest = replaced if replaced.is_dir() and not first.is_dir() else first
+        return [newest, *(folder for step, folder in found if step < tracked)]
+    unreadable = (run_dir / TRACKER).exists()
+    return [folder for _, folder in found if unreadable or (folder / MANIFEST).is_file()]
 
 
-def _folders(run_dir: Path, steps: Iterable[int]) -> list[Path]:
-    return [run_dir / f"{STEP}{step}" for step in steps]
+def _checkpoint(run_dir: Path, step: int) -> Path:
+    return run_dir / f"{STEP}{step}"
 
 
 def damage(folder: Path, *, checksums: bool = True) -> str | None:
@@ -233,40 +240,33 @@ def damage(folder: Path, *, checksums: bool = True) -> str | None:
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    problem = next((found for name, record in files.items() if (found := _wrong_size(folder, name, record))), None)
-    if problem is None and checksums:
-        with ThreadPoolExecutor(max_workers=8) as pool:  # checksums leave the interpreter's lock alone
-            problems = pool.map(lambda item: _wrong_content(folder, *item), files.items())
-            problem = next((found for found in problems if found), None)
-    return problem
+    with ThreadPoolExecutor(max_workers=8) as pool:  # checksums leave the interpreter's lock alone
+        for content in (False, True) if checksums else (False,):  # names and sizes of all files take no time
+            problems = pool.map(partial(_problem, folder, content), files.items())
+            if problem := next(filter(None, problems), None):
+                return problem
+    return None
 
 
-def _wrong_size(folder: Path, name: str, record: FileRecord) -> str | None:
-    try:
-        size = (folder / name).stat().st_size
-    except OSError as error:
-        return f"{name}: {error.strerror}"
-    return None if size == record.bytes else f"{name} has {size:,} bytes instead of {record.bytes:,}"
-
-
-def _wrong_content(folder: Path, name: str, record: FileRecord) -> str | None:
+def _problem(folder: Path, content: bool, entry: tuple[str, FileRecord]) -> str | None:
+    name, record = entry
     file = folder / name
     try:
         state = file.stat()
-        checksum = _checksum(str(file), state.st_size, state.st_mtime_ns)
+        if state.st_size != record.bytes:
+            return f"{name} has {state.st_size:,} bytes instead of {record.bytes:,}"
+        if content and _checksum(str(file), state.st_size, state.st_mtime_ns) != record.crc32:
+            return f"{name} has other content than was written (its checksum is wrong)"
     except OSError as error:
         return f"{name}: {error.strerror}"
-    return None if checksum == record.crc32 else f"{name} has other content than was written (its checksum is wrong)"
+    return None
 
 
 @lru_cache(maxsize=4096)
 def _checksum(file: str, size: int, changed: int) -> int:
     """Read once per process: a run is checked before Ray starts, and again when it does."""
-    checksum = 0
     with open(file, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+        return _record_of(stream).crc32
 
 
 def _problems_without_manifest(folder: Path) -> Iterator[str]:

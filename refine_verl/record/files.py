@@ -16,18 +16,26 @@ logger = logging.getLogger(__name__)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a reader, or a kill, finds the old or the new content, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; the file there replaces ``path`` at the end of the ``with`` block, once it is on disk.
+
+    A reader, or a kill, finds the old or the new content, never a part. The old content stays if the block raises.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace a file in one step, as :func:`replacing` does; text is written as UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 class AlreadyLockedError(Exception):
@@ -61,7 +69,7 @@ def _open_locked(path: Path) -> TextIO:
             raise
         if _is_still_at(path, file):
             return file
-        file.close()  # who held it removed it between our opening and our locking
+        file.close()  # its holder removed it after we opened it and before we locked it
 
 
 def _lock(file: TextIO, path: Path) -> None:

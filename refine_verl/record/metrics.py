@@ -16,10 +16,10 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from refine_verl.record.files import write_atomically
+from refine_verl.config import Refusal
+from refine_verl.record.lines import keep_lines, read_lines
 
 __all__ = ["METRICS_FILE", "MetricsError", "MetricsWriter", "merge_steps", "read_metrics"]
 
@@ -28,7 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 logger = logging.getLogger(__name__)
 
 
-class MetricsError(ValueError):
+class MetricsError(Refusal):
     """A metrics file that cannot be read: the message names the file, the line and the cure."""
 
 
@@ -37,22 +37,26 @@ class MetricsWriter:
 
     Args:
         path: the file; its directory is created where needed.
-        resume_step: the last step of the checkpoint the run goes on from. Lines of later steps, left by an
-            attempt that was interrupted after that checkpoint, are dropped, so that no step is there twice.
-            `-1` drops all lines (a fresh run in a used directory). `None` keeps all of them.
+        resume_step: the step of the checkpoint that the run resumes from. Lines of later steps, written before
+            the interruption, are dropped, so that no step is there twice. `-1` drops all lines (a fresh run in a
+            used directory). `None` keeps all of them.
 
     A last line torn by a kill is dropped in every case. Dropping replaces the file atomically: a kill
     meanwhile leaves either the old file or the new one. Lines that stay keep every byte.
 
     Raises:
-        MetricsError: an existing file has a line, other than the last one, that is not a metrics line.
+        MetricsError: an existing file has a line, other than a torn last one, that is not a metrics line.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            _repair(self.path, resume_step)
+            _, dropped = keep_lines(
+                self.path, _has_step, _refusal, lambda line: resume_step is None or line["step"] <= resume_step
+            )
+            if dropped:
+                logger.info("%s: dropped %d lines after step %s", path, dropped, resume_step)
         self._file = self.path.open("ab")
 
     def log(self, data: Mapping[str, Any], step: int) -> None:
@@ -83,9 +87,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -96,9 +98,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        MetricsError: a line other than the last one is not a metrics line.
+        MetricsError: a line, other than a torn last one, is not a metrics line.
     """
-    return [record for _, record in _parse(Path(path))]
+    return [record for _, record in read_lines(Path(path), _has_step, _refusal)]
 
 
 def merge_steps(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -120,39 +122,9 @@ def _scalar(key: str, value: Any) -> float | str | None:
     return number if math.isfinite(number) else None
 
 
-def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The complete lines with what they say; blank lines and a torn last line are left out."""
-    lines = path.read_bytes().split(b"\n")
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = _record(line)
-        if record is not None:
-            parsed.append((line, record))
-        elif any(rest.strip() for rest in lines[number:]):
-            cure = "delete that line or move the file away"
-            raise MetricsError(f"{path}, line {number}: not a metrics line: {line[:80]!r}; {cure}")
-    return parsed
+def _has_step(record: Mapping[str, Any]) -> bool:
+    return type(record.get("step")) is int
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # also what undecodable bytes raise
-        return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        return None
-    return record
-
-
-def _repair(path: Path, resume_step: int | None) -> None:
-    """Drop a torn last line and the lines after `resume_step`; leave a file alone that has neither."""
-    parsed = _parse(path)
-    kept = [line for line, record in parsed if resume_step is None or record["step"] <= resume_step]
-    content = b"".join(line + b"\n" for line in kept)
-    if content == path.read_bytes():
-        return
-    if len(kept) < len(parsed):
-        logger.info("%s: dropped %d lines after step %s", path, len(parsed) - len(kept), resume_step)
-    write_atomically(path, content)
+def _refusal(place: str, line: bytes) -> MetricsError:
+    return MetricsError(f"{place}: not a metrics line: {line[:80]!r}; delete that line or move the file away")

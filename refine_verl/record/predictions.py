@@ -1,6 +1,6 @@
 """`predictions.jsonl`: every generated answer with its references and scores, one JSON object per line.
 
-A kill loses at most the line being written; the next start drops it and goes on behind the last complete one.
+A kill loses at most the line being written; the next start drops it and continues after the last complete one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_verl.config import ConfigError
+from refine_verl.record.lines import keep_lines, read_lines
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -33,12 +34,7 @@ class PredictionsFile:
     """
 
     def __init__(self, path: Path, keep: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> None:
-        found, whole = read_predictions(path) if path.exists() else ([], True)
-        self.rows = [row for row in found if keep(row)]
-        if not whole or len(self.rows) < len(found):
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text("".join(_line(row) for row in self.rows))
-            os.replace(partial, path)
+        self.rows, _ = keep_lines(path, _has_id, _refusal, keep) if path.exists() else ([], 0)
         self._file = path.open("a")
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -53,27 +49,13 @@ class PredictionsFile:
         self._file.close()
 
 
-def read_predictions(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The complete rows of a predictions file, and whether there is nothing but complete rows.
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a predictions file.
 
     Raises:
-        ConfigError: a line, other than the last one, is no row.
+        ConfigError: a line, other than a torn last one, is no row.
     """
-    lines = path.read_text().split("\n")
-    torn = bool(lines.pop())  # what follows the last line end
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or "id" not in row:
-            raise ConfigError(
-                "trainer.default_local_dir",
-                f"{path}, line {number}: not a prediction. Remove the file, or name another run directory.",
-            )
-        rows.append(row)
-    return rows, not torn
+    return [row for _, row in read_lines(path, _has_id, _refusal)]
 
 
 def mean_scores(rows: Iterable[Mapping[str, Any]], key: str = "scores", within: str = "") -> dict[str, float]:
@@ -89,6 +71,17 @@ def mean_scores(rows: Iterable[Mapping[str, Any]], key: str = "scores", within: 
         for metric, value in (row.get(key) or {}).items():
             values[f"val/{row['task']}/{within}{metric}"].append(value)
     return {name: sum(scores) / len(scores) for name, scores in values.items()}
+
+
+def _has_id(row: Mapping[str, Any]) -> bool:
+    return "id" in row
+
+
+def _refusal(place: str, line: bytes) -> ConfigError:
+    return ConfigError(
+        "trainer.default_local_dir",
+        f"{place}: not a prediction. Remove the file, or name another run directory.",
+    )
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from refine_verl.config import Refusal
 from refine_verl.record.metrics import METRICS_FILE, merge_steps, read_metrics
 
 __all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "ReportError", "Run", "read_run"]
@@ -21,7 +22,7 @@ CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 logger = logging.getLogger(__name__)
 
 
-class ReportError(ValueError):
+class ReportError(Refusal):
     """There is nothing to report on: the message says what is missing and where it was looked for."""
 
 
@@ -58,7 +59,7 @@ class Run:
 
 
 def read_run(directory: Path) -> Run:
-    """Read a run, finished, interrupted or still going on.
+    """Read a run, finished, interrupted or still running.
 
     Raises:
         ReportError: the directory has no metrics.
@@ -73,32 +74,22 @@ def read_run(directory: Path) -> Run:
     return Run(
         directory=directory,
         records=records,
-        config=_load_config(directory / CONFIG_FILE),
-        environment=_load_environment(directory / ENVIRONMENT_FILE),
+        config=_load(directory / CONFIG_FILE, yaml.safe_load, "settings"),
+        environment=_load(directory / ENVIRONMENT_FILE, json.loads, "environment"),
         written=datetime.fromtimestamp(metrics_path.stat().st_mtime, tz=timezone.utc),
     )
 
 
-def _load_config(path: Path) -> dict[str, Any]:
+def _load(path: Path, parse: Callable[[str], Any], what: str) -> dict[str, Any]:
+    """What a side file holds; a damaged one costs the report a section, not the page."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        logger.warning("%s: not read, the report shows no settings: %s", path, error)
+    except (yaml.YAMLError, ValueError) as error:
+        logger.warning("%s: not read, the report shows no %s: %s", path, what, error)
         return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _load_environment(path: Path) -> dict[str, Any]:
-    try:
-        environment = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        logger.warning("%s: not read, the report shows no environment: %s", path, error)
-        return {}
-    return environment if isinstance(environment, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def lookup(config: Mapping[str, Any], key: str) -> Any:

@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import ClassVar
 
-from rich.console import Console
-
-from refine_verl.record.metrics import MetricsError
+from refine_verl.command.front import run_command, show
+from refine_verl.command.keys import list_keys, read_keys
+from refine_verl.config import ConfigError, Settings, option
 from refine_verl.report.compare import AXES, COMPARISON_FILE, write_comparison
-from refine_verl.report.html import ReportError, write_report
+from refine_verl.report.html import write_report
+
+USAGE = """\
+python -m refine_verl.report RUN [RUN ...] [--out FILE] [--x AXIS]
+
+Writes report.html of a run, or one page that compares several. RUN is a run directory with metrics.jsonl.
+
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportSettings(Settings):
+    """Where the page goes, and what its curves are drawn over."""
+
+    SECTION: ClassVar[str] = "report"
+
+    out: str | None = option(
+        None, f"file to write; null: report.html in RUN, or {COMPARISON_FILE} here for several runs"
+    )
+    x: str | None = option(None, "what several runs are drawn over; null: step", choices=tuple(AXES))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 written, 2 nothing to report on (nothing is written then)."""
-    about = "Write report.html of a run, or one page that compares several runs."
-    parser = argparse.ArgumentParser("python -m refine_verl.report", description=about)
-    parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run directory with metrics.jsonl")
-    where = f"(default: report.html in RUN; of several runs {COMPARISON_FILE} here)"
-    parser.add_argument("--out", metavar="FILE", help=f"file to write {where}")
-    parser.add_argument("--x", choices=AXES, help="what several runs are drawn over (default: step)")
-    options = parser.parse_args(arguments)
-    try:
-        if len(options.run_dirs) > 1:
-            path = write_comparison(options.run_dirs, options.out, options.x or "step")
-        elif options.x is not None:
-            parser.error("--x is for several runs: the report of one run is by step")
-        else:
-            path = write_report(options.run_dirs[0], options.out)
-    except (ReportError, MetricsError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    Console().print(path, markup=False, highlight=False, soft_wrap=True)
-    return 0
+    """Run the command line; returns the exit code."""
+    return run_command(arguments, help=lambda _: USAGE + list_keys(ReportSettings), run=_run)
+
+
+def _run(arguments: list[str]) -> None:
+    settings, runs = read_keys(arguments, ReportSettings, words=True)
+    if not runs:
+        raise ConfigError("", "no run given: python -m refine_verl.report RUN [RUN ...].")
+    if len(runs) == 1 and settings.x is not None:
+        raise ConfigError("", "--x is for several runs: the report of one run is by step.")
+    if len(runs) == 1:
+        show(str(write_report(runs[0], settings.out)))
+    else:
+        show(str(write_comparison(runs, settings.out, settings.x or "step")))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from refine_verl.record.format import power_of_ten
 from refine_verl.report.markup import Markup, el, join
+from refine_verl.report.series import Point, segments, thin
 
 __all__ = ["BOTTOM", "HEIGHT", "LEFT", "RIGHT", "TOP", "WIDTH", "Frame", "nice_ticks", "number", "padded"]
 
@@ -34,6 +35,29 @@ class Frame:
         """Vertical place of a value; downwards, as SVG counts."""
         low, high = self.y_range
         return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
+
+    def span(self, first: float, last: float) -> tuple[float, float]:
+        """Left and right of a range of steps, within the plotting area."""
+        return max(self.x(first), LEFT), min(self.x(last), self.width - RIGHT)
+
+    def box(self, first: float, last: float) -> dict[str, object]:
+        """Attributes of a rectangle over the whole height, from one step to another."""
+        left, right = self.span(first, last)
+        height = self.height - TOP - BOTTOM
+        return {"x": number(left), "y": TOP, "width": number(right - left), "height": height}
+
+    def hover(self, text: str, first: float, last: float) -> Markup:
+        """An invisible column over the plot: the browser shows its text, the style sheet a guide."""
+        return el("rect", el("title", text), class_="hit", **self.box(first, last))
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        """The coordinates of a line through points, without the letter that begins it."""
+        return "L".join(f"{number(self.x(step))} {number(self.y(value))}" for step, value in points)
+
+    def curve(self, points: Sequence[Point], style: str, limit: int) -> Markup | None:
+        """A line through about `limit` of the points, broken where there is no value; None where nothing is left."""
+        shape = "".join(f"M{self.path(run)}" for run in segments(thin(points, limit)) if len(run) > 1)
+        return el("path", class_=style, d=shape) if shape else None
 
     def grid(self, *, percent: bool = False, x_label: str = "step", whole: bool = True, y_ticks: int = 6) -> Markup:
         """Horizontal grid lines and the labels of both axes."""

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from refine_verl.report.series import Point, column, finite, warmup_spans
 from refine_verl.report.svg import Band, Chart, Line
-
-__all__ = [
-    "ANSWERS",
-    "COST",
-    "LEARNING",
-    "POLICY",
-    "SECTIONS",
-    "SPECS",
-    "STABILITY",
-    "ChartSpec",
-    "build_charts",
-    "task_keys",
-]
 
 LEARNING, ANSWERS, POLICY, STABILITY, COST = "Learning", "Answers", "Policy", "Stability", "Cost"
 SECTIONS = (LEARNING, ANSWERS, POLICY, STABILITY, COST)
@@ -29,157 +16,112 @@ VALIDATION_KEYS = ("val/ntp_loss", "val/ntp_accuracy")
 MAX_COLORS = 6
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ChartSpec:
-    """A chart by the names of its metrics: (metric, label) pairs."""
+    """A chart by the names of its metrics, each with its label; a noisy one is smoothed, validation never is."""
 
     section: str
     title: str
     unit: str
-    lines: tuple[tuple[str, str], ...]
-    noisy: bool = False
+    lines: Mapping[str, str]
+    noisy: bool = True
     percent: bool = False
     from_zero: bool = False
     unless_zero: bool = False  # left out where every value is 0
     first_color: int = 1
 
+    def chart(self, title: str, lines: Sequence[Line], **more: Any) -> Chart | None:
+        """These lines drawn as the spec says; None where there is nothing to see. ``more`` goes to the chart."""
+        if not lines or (self.unless_zero and not any(value for line in lines for _, value in line.points)):
+            return None
+        return Chart(title, self.unit, lines, percent=self.percent, from_zero=self.from_zero, **more)
+
+
+def is_validation(key: str) -> bool:
+    """Whether a metric is measured rarely, and on more text than a step: it needs no averaging."""
+    return key.startswith("val/")
+
 
 SPECS = (
     ChartSpec(
-        section=LEARNING,
-        title="Reward by kind",
-        unit="mean over rollouts",
-        lines=(("nsp/reward_cosine/mean", "cosine"), ("nsp/reward_binary/mean", "binary")),
-        noisy=True,
+        LEARNING,
+        "Reward by kind",
+        "mean over rollouts",
+        {"nsp/reward_cosine/mean": "cosine", "nsp/reward_binary/mean": "binary"},
         first_color=3,
     ),
     ChartSpec(
-        section=LEARNING,
-        title="Next-token loss",
-        unit="nats per token",
-        lines=(("actor/ntp_loss", "training"), ("val/ntp_loss", "validation")),
-        noisy=True,
+        LEARNING, "Next-token loss", "nats per token", {"actor/ntp_loss": "training", "val/ntp_loss": "validation"}
     ),
     ChartSpec(
-        section=LEARNING,
-        title="Next-token accuracy",
-        unit="share of validation tokens",
-        lines=(("val/ntp_accuracy", "validation"),),
+        LEARNING,
+        "Next-token accuracy",
+        "share of validation tokens",
+        {"val/ntp_accuracy": "validation"},
         percent=True,
         first_color=2,
+        noisy=False,
     ),
     ChartSpec(
-        section=LEARNING,
-        title="Loss around test-time training",
-        unit="nats per token of the batch's prompts",
-        lines=(("ttt/loss_before", "before"), ("ttt/loss_after", "after")),
-        noisy=True,
+        LEARNING,
+        "Loss around test-time training",
+        "nats per token of the batch's prompts",
+        {"ttt/loss_before": "before", "ttt/loss_after": "after"},
     ),
+    ChartSpec(ANSWERS, "Score of sampled answers", "mean over answers", {"answer/reward/mean": "mean"}),
+    ChartSpec(ANSWERS, "Loss on answers", "nats per answer token", {"answer/ntp_loss": "training"}),
     ChartSpec(
-        section=ANSWERS,
-        title="Score of sampled answers",
-        unit="mean over answers",
-        lines=(("answer/reward/mean", "mean"),),
-        noisy=True,
+        ANSWERS,
+        "Lost signal of answers",
+        "share",
+        {"answer/pg_clipfrac": "clipped ratios", "answer/group_zero_std": "prompts of equal scores"},
+        percent=True,
+        from_zero=True,
     ),
+    ChartSpec(ANSWERS, "Length of answers", "tokens", {"answer/length/mean": "mean"}, from_zero=True),
     ChartSpec(
-        section=ANSWERS,
-        title="Loss on answers",
-        unit="nats per answer token",
-        lines=(("answer/ntp_loss", "training"),),
-        noisy=True,
+        POLICY, "Entropy", "nats", {"nsp/entropy/mean": "all positions", "nsp/entropy/selected_mean": "selected"}
     ),
+    ChartSpec(POLICY, "Policy loss", "mean over generated tokens", {"actor/pg_loss": "policy loss"}),
+    ChartSpec(POLICY, "KL to the rollout policy", "nats", {"actor/ppo_kl": "KL"}),
     ChartSpec(
-        section=ANSWERS,
-        title="Lost signal of answers",
-        unit="share",
-        lines=(("answer/pg_clipfrac", "clipped ratios"), ("answer/group_zero_std", "prompts of equal scores")),
-        noisy=True,
+        POLICY,
+        "Lost signal",
+        "share",
+        {"actor/pg_clipfrac": "clipped ratios", "nsp/group_zero_std": "groups of equal rewards"},
         percent=True,
         from_zero=True,
     ),
     ChartSpec(
-        section=ANSWERS,
-        title="Length of answers",
-        unit="tokens",
-        lines=(("answer/length/mean", "mean"),),
-        noisy=True,
+        STABILITY,
+        "Gradient norm",
+        "before clipping",
+        {"actor/grad_norm": "gradient norm", "answer/grad_norm": "of answers"},
         from_zero=True,
+        noisy=False,
     ),
     ChartSpec(
-        section=POLICY,
-        title="Entropy",
-        unit="nats",
-        lines=(("nsp/entropy/mean", "all positions"), ("nsp/entropy/selected_mean", "selected")),
-        noisy=True,
-    ),
-    ChartSpec(
-        section=POLICY,
-        title="Policy loss",
-        unit="mean over generated tokens",
-        lines=(("actor/pg_loss", "policy loss"),),
-        noisy=True,
-    ),
-    ChartSpec(
-        section=POLICY,
-        title="KL to the rollout policy",
-        unit="nats",
-        lines=(("actor/ppo_kl", "KL"),),
-        noisy=True,
-    ),
-    ChartSpec(
-        section=POLICY,
-        title="Lost signal",
-        unit="share",
-        lines=(("actor/pg_clipfrac", "clipped ratios"), ("nsp/group_zero_std", "groups of equal rewards")),
-        noisy=True,
-        percent=True,
-        from_zero=True,
-    ),
-    ChartSpec(
-        section=STABILITY,
-        title="Gradient norm",
-        unit="before clipping",
-        lines=(("actor/grad_norm", "gradient norm"), ("answer/grad_norm", "of answers")),
-        from_zero=True,
-    ),
-    ChartSpec(
-        section=STABILITY,
-        title="Updates left out",
-        unit="gradients that were not finite, per step",
-        lines=(("actor/skipped_updates", "updates"), ("answer/skipped_updates", "of answers")),
+        STABILITY,
+        "Updates left out",
+        "gradients that were not finite, per step",
+        {"actor/skipped_updates": "updates", "answer/skipped_updates": "of answers"},
         from_zero=True,
         unless_zero=True,
+        noisy=False,
     ),
     ChartSpec(
-        section=STABILITY,
-        title="Learning rate",
-        unit="per optimiser step",
-        lines=(("actor/lr", "learning rate"),),
-        from_zero=True,
+        STABILITY, "Learning rate", "per optimiser step", {"actor/lr": "learning rate"}, from_zero=True, noisy=False
     ),
+    ChartSpec(COST, "Throughput", "document tokens per second", {"perf/tokens_per_second": "tokens/s"}, from_zero=True),
     ChartSpec(
-        section=COST,
-        title="Throughput",
-        unit="document tokens per second",
-        lines=(("perf/tokens_per_second", "tokens/s"),),
-        noisy=True,
+        COST,
+        "Forward tokens per token",
+        "model tokens per document token",
+        {"perf/forward_tokens_per_token": "forward tokens"},
         from_zero=True,
+        noisy=False,
     ),
-    ChartSpec(
-        section=COST,
-        title="Forward tokens per token",
-        unit="model tokens per document token",
-        lines=(("perf/forward_tokens_per_token", "forward tokens"),),
-        from_zero=True,
-    ),
-    ChartSpec(
-        section=COST,
-        title="Peak memory",
-        unit="GB",
-        lines=(("perf/max_memory_gb", "peak"),),
-        from_zero=True,
-    ),
+    ChartSpec(COST, "Peak memory", "GB", {"perf/max_memory_gb": "peak"}, from_zero=True, noisy=False),
 )
 TIMES: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("rollout", ("rollout",), 1),
@@ -212,24 +154,11 @@ def build_charts(records: Sequence[dict[str, Any]]) -> dict[str, list[Chart]]:
 
 def _from_spec(spec: ChartSpec, records: Sequence[dict[str, Any]]) -> Chart | None:
     lines = [
-        Line(
-            label=label,
-            points=points,
-            color=spec.first_color + index,
-            noisy=spec.noisy and not key.startswith("val/"),
-        )
-        for index, (key, label) in enumerate(spec.lines)
+        Line(label, points, spec.first_color + index, noisy=spec.noisy and not is_validation(key))
+        for index, (key, label) in enumerate(spec.lines.items())
         if (points := column(records, key))
     ]
-    if not lines or (spec.unless_zero and not any(value for line in lines for _, value in line.points)):
-        return None
-    return Chart(
-        title=spec.title,
-        unit=spec.unit,
-        lines=lines,
-        percent=spec.percent,
-        from_zero=spec.from_zero,
-    )
+    return spec.chart(spec.title, lines)
 
 
 def _reward(records: Sequence[dict[str, Any]]) -> Chart | None:
@@ -237,19 +166,13 @@ def _reward(records: Sequence[dict[str, Any]]) -> Chart | None:
     mean = column(records, "nsp/reward/mean")
     if not mean:
         return None
-    deviations = dict(finite(column(records, "nsp/reward/std")))
     band: Band | None = None
-    if deviations:
-        band = Band(
-            label="± one standard deviation",
-            low=[_offset(point, deviations, -1) for point in mean],
-            high=[_offset(point, deviations, 1) for point in mean],
-            color=1,
-        )
+    if deviations := dict(finite(column(records, "nsp/reward/std"))):
+        low, high = ([_offset(point, deviations, sign) for point in mean] for sign in (-1, 1))
+        band = Band("± one standard deviation", low, high, color=1)
     elif (low := column(records, "nsp/reward/min")) and (high := column(records, "nsp/reward/max")):
-        band = Band(label="lowest to highest", low=low, high=high, color=1)
-    line = Line(label="mean", points=mean, color=1, noisy=True)
-    return Chart(title="Reward", unit="per rollout", lines=[line], band=band)
+        band = Band("lowest to highest", low, high, color=1)
+    return Chart("Reward", "per rollout", [Line("mean", mean, color=1, noisy=True)], band=band)
 
 
 def _offset(point: Point, deviations: dict[float, float], sign: int) -> Point:
@@ -259,7 +182,7 @@ def _offset(point: Point, deviations: dict[float, float], sign: int) -> Point:
 
 def task_keys(records: Sequence[dict[str, Any]]) -> list[str]:
     """Names of the metrics `val/<task>/<metric>`, in the order in which they first came."""
-    keys = dict.fromkeys(key for record in records for key in record if key.startswith("val/"))
+    keys = dict.fromkeys(key for record in records for key in record if is_validation(key))
     return [key for key in keys if key not in VALIDATION_KEYS]
 
 
@@ -273,11 +196,9 @@ def _tasks(records: Sequence[dict[str, Any]]) -> list[Chart]:
     charts = []
     for metric, tasks in by_metric.items():
         for start in range(0, len(tasks), MAX_COLORS):
-            lines = [
-                Line(label=task, points=points, color=index + 1)
-                for index, (task, points) in enumerate(tasks[start : start + MAX_COLORS])
-            ]
-            charts.append(Chart(title=f"Validation: {metric}", unit=metric, lines=lines))
+            shown = tasks[start : start + MAX_COLORS]
+            lines = [Line(task, points, color) for color, (task, points) in enumerate(shown, start=1)]
+            charts.append(Chart(f"Validation: {metric}", metric, lines))
     return charts
 
 
@@ -286,29 +207,25 @@ def _times(records: Sequence[dict[str, Any]]) -> Chart | None:
     lines = []
     for label, names, color in TIMES:
         if points := _sum(records, [f"timing_s/{name}" for name in names]):
-            lines.append(Line(label=label, points=points, color=color))
+            lines.append(Line(label, points, color))
     tables = [dict(finite(line.points)) for line in lines]
     rest: list[Point] = [
         (step, max(total - sum(table.get(step, 0.0) for table in tables), 0.0))
         for step, total in finite(column(records, "timing_s/step"))
     ]
     if any(value for _, value in rest):
-        lines.append(Line(label="other", points=rest, color=5))
-    if not lines:
-        return None
-    return Chart(title="Time per step", unit="seconds", lines=lines, stacked=True)
+        lines.append(Line("other", rest, color=5))
+    return Chart("Time per step", "seconds", lines, stacked=True) if lines else None
 
 
 def _between_steps(records: Sequence[dict[str, Any]]) -> Chart | None:
     """Validation and checkpoints, which `timing_s/step` does not count."""
     lines = [
-        Line(label=name.replace("_", " "), points=points, color=color)
+        Line(name.replace("_", " "), points, color)
         for name, color in BETWEEN_STEPS
         if finite(points := column(records, f"timing_s/{name}"))
     ]
-    if not lines:
-        return None
-    return Chart(title="Time between steps", unit="seconds, each time", lines=lines, from_zero=True)
+    return Chart("Time between steps", "seconds, each time", lines, from_zero=True) if lines else None
 
 
 def _sum(records: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[Point]:

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refine_verl.record.files import write_atomically
 from refine_verl.record.format import format_duration, format_number
 from refine_verl.record.metrics import METRICS_FILE
 from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
-from refine_verl.report.charts import SECTIONS, SPECS, ChartSpec, task_keys
-from refine_verl.report.differences import comparison_table, differences
+from refine_verl.report.charts import COST, LEARNING, SECTIONS, SPECS, ChartSpec, is_validation, task_keys
 from refine_verl.report.html import chart_section
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.page import render_page, sample
+from refine_verl.report.page import header, number_cells, render_page, sample, table_card, write_page
 from refine_verl.report.series import Point, column, final_value, finite
+from refine_verl.report.settings import differences
 from refine_verl.report.svg import Axis, Chart, Line, line_marker, line_style
 
 __all__ = ["AXES", "COMPARISON_FILE", "write_comparison"]
@@ -26,7 +25,6 @@ COMPARISON_FILE = "comparison.html"
 COLORS = PATTERNS = 6
 MAX_RUNS = COLORS * PATTERNS
 ALWAYS_DIFFERENT = ("trainer.default_local_dir", "trainer.experiment_name")
-REWARDS = (("nsp/reward/mean", "Reward", "reward that trains, mean over rollouts"),)
 HIGHER_IS_BETTER = ("nsp/reward", "val/ntp_accuracy", "answer/reward")
 LOWER_IS_BETTER = ("val/ntp_loss", "actor/ntp_loss", "answer/ntp_loss", "ttt/loss_after")
 
@@ -50,7 +48,7 @@ class Entry:
 
     def line(self, points: Sequence[Point], noisy: bool) -> Line:
         """A line of this run."""
-        return Line(label=self.label, points=points, color=self.color, pattern=self.pattern, noisy=noisy)
+        return Line(self.label, points, self.color, noisy, self.pattern)
 
 
 def write_comparison(
@@ -82,10 +80,7 @@ def write_comparison(
     target = Path(out) if out is not None else Path(COMPARISON_FILE)
     if target.is_dir():
         raise ReportError(f"{target} is a directory; give a file, {target / COMPARISON_FILE} say")
-    page = render_comparison([read_run(directory) for directory in directories], axis)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, page.encode())
-    return target
+    return write_page(target, render_comparison([read_run(directory) for directory in directories], axis))
 
 
 def render_comparison(runs: Sequence[Run], axis: str) -> str:
@@ -96,13 +91,8 @@ def render_comparison(runs: Sequence[Run], axis: str) -> str:
     ]
     charts, names = _charts(entries, AXES[axis]), [entry.label for entry in entries]
     return render_page(
-        f"{', '.join(entry.label for entry in entries)} · REFINE runs",
-        el(
-            "header",
-            el("p", "REFINE runs", class_="kicker"),
-            el("h1", f"{len(entries)} runs compared"),
-            el("p", f"curves by {AXES[axis].label}", class_="facts"),
-        ),
+        f"{', '.join(names)} · REFINE runs",
+        header("REFINE runs", f"{len(entries)} runs compared", [f"curves by {AXES[axis].label}"]),
         _runs(entries),
         *(chart_section(section, found) for section, found in charts.items()),
         _final_values(entries),
@@ -160,43 +150,27 @@ def _charts(entries: Sequence[Entry], axis: Axis) -> dict[str, list[Chart]]:
     places = [record["step"] for entry in entries for record in entry.records]
     charts: dict[str, list[Chart]] = {section: [] for section in SECTIONS}
     for spec, key, title in _metrics(entries):
-        lines = [
-            entry.line(points, spec.noisy and _is_averaged(key))
-            for entry in entries
-            if (points := column(entry.records, key))
-        ]
-        if not lines or (spec.unless_zero and not any(value for line in lines for _, value in line.points)):
-            continue
-        charts[spec.section].append(
-            Chart(
-                title=title,
-                unit=spec.unit,
-                lines=lines,
-                percent=spec.percent,
-                from_zero=spec.from_zero,
-                steps=(min(places), max(places)),
-                axis=axis,
-                tail=_is_averaged(key),
-            )
-        )
+        averaged = not is_validation(key)
+        columns = [(entry, column(entry.records, key)) for entry in entries]
+        lines = [entry.line(points, spec.noisy and averaged) for entry, points in columns if points]
+        if chart := spec.chart(title, lines, steps=(min(places), max(places)), axis=axis, tail=averaged):
+            charts[spec.section].append(chart)
     return {section: found for section, found in charts.items() if found}
 
 
 def _metrics(entries: Sequence[Entry]) -> Iterator[tuple[ChartSpec, str, str]]:
     """(how to draw, metric, title) of every chart, in the order of a single run's report."""
-    learning = SECTIONS[0]
-    for key, title, unit in REWARDS:
-        yield ChartSpec(section=learning, title=title, unit=unit, lines=(), noisy=True), key, title
+    reward = ChartSpec(LEARNING, "Reward", "reward that trains, mean over rollouts", {})
+    yield reward, "nsp/reward/mean", reward.title
     for spec in SPECS:
-        for key, label in spec.lines:
+        for key, label in spec.lines.items():
             alone = len(spec.lines) == 1 or label == spec.title.lower()
             yield spec, key, spec.title if alone else f"{spec.title}: {label}"
-    tasks = dict.fromkeys(key for entry in entries for key in task_keys(entry.records))
-    for key in tasks:
+    for key in dict.fromkeys(key for entry in entries for key in task_keys(entry.records)):
         name = key.removeprefix("val/")
-        yield ChartSpec(section=learning, title=name, unit="validation", lines=()), key, f"Validation: {name}"
-    step = ChartSpec(section=SECTIONS[-1], title="", unit="seconds", lines=(), noisy=True, from_zero=True)
-    yield step, "timing_s/step", "Time per step"
+        yield ChartSpec(LEARNING, name, "validation", {}), key, f"Validation: {name}"
+    step = ChartSpec(COST, "Time per step", "seconds", {}, from_zero=True)
+    yield step, "timing_s/step", step.title
 
 
 # Tables
@@ -216,10 +190,9 @@ def _runs(entries: Sequence[Entry]) -> Markup:
             format_duration(seconds) if seconds else "–",
             f"{entry.run.written:%Y-%m-%d %H:%M} UTC",
         ]
-        numbers = (el("td", cell, class_="number") for cell in cells)
-        rows.append(el("tr", el("th", drawn, entry.label), *numbers))
+        rows.append(el("tr", el("th", drawn, entry.label), *number_cells(cells)))
     head = ("run", "done", "document tokens", "training steps took", "last measured")
-    return el("section", comparison_table(head, rows, numbers=True), aria_label="Runs")
+    return el("section", table_card(head, rows, numbers=True), aria_label="Runs")
 
 
 def _final_values(entries: Sequence[Entry]) -> Markup:
@@ -238,7 +211,7 @@ def _final_values(entries: Sequence[Entry]) -> Markup:
         class_="note",
     )
     head = ("metric", *(entry.label for entry in entries))
-    return el("section", el("h2", "Final values"), comparison_table(head, rows, numbers=True), note)
+    return el("section", el("h2", "Final values"), table_card(head, rows, numbers=True), note)
 
 
 def _final_cells(key: str, finals: Sequence[tuple[float, float] | None], percent: bool) -> Iterator[Markup]:
@@ -253,14 +226,9 @@ def _final_cells(key: str, finals: Sequence[tuple[float, float] | None], percent
         yield el("td", shown, step, class_="number")
 
 
-def _is_averaged(key: str) -> bool:
-    """Whether the final value is a mean of the last tenth; validation is measured rarely, and on more text."""
-    return not key.startswith("val/")
-
-
 def _final(points: Sequence[Point], key: str) -> tuple[float, float] | None:
     """(last step with a value, final value)"""
-    value = final_value(points, tail=_is_averaged(key))
+    value = final_value(points, tail=not is_validation(key))
     return None if value is None else (finite(points)[-1][0], value)
 
 

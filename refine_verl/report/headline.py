@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from refine_verl.record.format import format_change, format_duration, format_number
 from refine_verl.report.charts import task_keys
+from refine_verl.report.markup import Markup
+from refine_verl.report.page import tile
 from refine_verl.report.series import column, finite, head_and_tail
 
-__all__ = ["Headline", "headlines"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Headline:
-    """A tile: its name, the figure, its change (with a verdict: good, poor or none) and a line of detail."""
-
-    name: str
-    value: str
-    unit: str = ""
-    change: str = ""
-    verdict: str = ""
-    detail: str = ""
+__all__ = ["headlines"]
 
 
 MOST_TASKS = 3
 
 
-def headlines(records: Sequence[dict[str, Any]]) -> list[Headline]:
+def headlines(records: Sequence[dict[str, Any]]) -> list[Markup]:
     """The tiles of a run, those that its metrics allow."""
     validated = bool(finite(column(records, "val/ntp_loss")))
     found = (
@@ -41,93 +30,76 @@ def headlines(records: Sequence[dict[str, Any]]) -> list[Headline]:
         _throughput(records),
         _cost(records),
     )
-    return [headline for headline in found if headline]
+    return [shown for shown in found if shown]
 
 
-def _task_scores(records: Sequence[dict[str, Any]]) -> list[Headline | None]:
+def _task_scores(records: Sequence[dict[str, Any]]) -> list[Markup | None]:
     """The first few tasks. At test time there is one score, of all answers so far, and that without adaptation."""
     scores = [key for key in task_keys(records) if "/before/" not in key and finite(column(records, key))]
-    found: list[Headline | None] = []
+    found: list[Markup | None] = []
     for key in scores[:MOST_TASKS]:
         task, _, metric = key.removeprefix("val/").rpartition("/")
         name = ", ".join(filter(None, (task, metric.replace("_", " "))))
         before = finite(column(records, f"val/{task}/before/{metric}"))
-        if not before:
+        if before:
+            without, (_, value) = before[-1][1], finite(column(records, key))[-1]
+            found.append(_changed(name, without, value, 1, "{} without adaptation", percent=True))
+        else:
             found.append(_first_to_last(records, key, name, better=1, percent=True))
-            continue
-        without, (_, value) = before[-1][1], finite(column(records, key))[-1]
-        found.append(
-            Headline(
-                name=name,
-                value=format_number(value, percent=True),
-                change=format_change(without, value, percent=True),
-                verdict=_verdict(value - without, 1),
-                detail=f"from {format_number(without, percent=True)} without adaptation",
-            )
-        )
     return found
 
 
 def _first_to_last(
     records: Sequence[dict[str, Any]], key: str, name: str, better: int, *, percent: bool = False
-) -> Headline | None:
+) -> Markup | None:
     points = finite(column(records, key))
     if not points:
         return None
     (first_step, first), (last_step, last) = points[0], points[-1]
-    value = format_number(last, percent=percent)
     if len(points) == 1:
-        return Headline(name=name, value=value, detail=f"at step {last_step}, measured once")
-    return Headline(
-        name=name,
-        value=value,
-        change=format_change(first, last, percent=percent),
-        verdict=_verdict(last - first, better),
-        detail=f"from {format_number(first, percent=percent)} at step {first_step}",
-    )
+        value = format_number(last, percent=percent)
+        return tile(name, value, detail=f"at step {last_step}, measured once")
+    return _changed(name, first, last, better, f"{{}} at step {first_step}", percent=percent)
 
 
-def _start_to_end(records: Sequence[dict[str, Any]], key: str, name: str, better: int) -> Headline | None:
+def _start_to_end(records: Sequence[dict[str, Any]], key: str, name: str, better: int) -> Markup | None:
     points = column(records, key)
     found = head_and_tail(points)
     if found is None:
         return None
     first, last, count = found
     if len(finite(points)) == 1:
-        return Headline(name=name, value=format_number(last), detail="measured once")
+        return tile(name, format_number(last), detail="measured once")
     ends = f"means of the first and last {count} steps" if count > 1 else "first and last step"
-    return Headline(
-        name=name,
-        value=format_number(last),
-        change=format_change(first, last),
-        verdict=_verdict(last - first, better),
-        detail=f"from {format_number(first)}; {ends}",
+    return _changed(name, first, last, better, f"{{}}; {ends}")
+
+
+def _changed(name: str, first: float, last: float, better: int, since: str, *, percent: bool = False) -> Markup:
+    """The last value and its change; `since` says, after `{}` for the first value, where that was measured."""
+    return tile(
+        name,
+        format_number(last, percent=percent),
+        change=format_change(first, last, percent=percent),
+        verdict=None if first == last else "good" if (last - first) * better > 0 else "poor",
+        detail="from " + since.format(format_number(first, percent=percent)),
     )
 
 
-def _throughput(records: Sequence[dict[str, Any]]) -> Headline | None:
+def _throughput(records: Sequence[dict[str, Any]]) -> Markup | None:
     values = [value for _, value in finite(column(records, "perf/tokens_per_second"))]
     if not values:
         return None
     seconds = sum(value for _, value in finite(column(records, "timing_s/step")))
     detail = f"median; {_steps(len(values))} in {format_duration(seconds)}" if seconds else "median of the steps"
-    return Headline(name="Throughput", value=format_number(median(values)), unit="tokens/s", detail=detail)
+    return tile("Throughput", format_number(median(values)), unit="tokens/s", detail=detail)
 
 
-def _cost(records: Sequence[dict[str, Any]]) -> Headline | None:
+def _cost(records: Sequence[dict[str, Any]]) -> Markup | None:
     values = [value for _, value in finite(column(records, "perf/forward_tokens_per_token"))]
     if not values:
         return None
-    return Headline(
-        name="Cost",
-        value=f"{sum(values) / len(values):.2f}",
-        detail="forward tokens per document token",
-    )
+    return tile("Cost", f"{sum(values) / len(values):.2f}", detail="forward tokens per document token")
 
 
 def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count} steps"
-
-
-def _verdict(change: float, better: int) -> str:
-    return "" if change == 0 else "good" if change * better > 0 else "poor"

@@ -11,14 +11,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refine_verl.record.files import write_atomically
 from refine_verl.record.format import format_number
 from refine_verl.record.metrics import METRICS_FILE
 from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, lookup, read_run
 from refine_verl.report.charts import build_charts
 from refine_verl.report.headline import headlines
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.page import key_table, render_page, sample, tile
+from refine_verl.report.page import (
+    card,
+    header,
+    key_table,
+    number_cells,
+    render_page,
+    sample,
+    table_card,
+    write_page,
+)
 from refine_verl.report.series import column, final_value, finite
 from refine_verl.report.settings import settings_section
 from refine_verl.report.svg import Chart, line_marker, line_style, render_chart, smoothing_window
@@ -26,7 +34,7 @@ from refine_verl.report.svg import Chart, line_marker, line_style, render_chart,
 __all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "REPORT_FILE", "ReportError", "write_report"]
 
 REPORT_FILE = "report.html"
-NUMBER_COLUMNS = ("first", "last", "lowest", "highest", "mean", "steps")
+NUMBER_COLUMNS = ("metric", "first", "last", "lowest", "highest", "mean", "steps")
 NUMBER_GROUPS = ("val", "nsp", "actor", "answer", "ttt", "perf", "timing_s")  # their order; others follow
 
 
@@ -46,10 +54,7 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
     """
     directory = Path(run_dir)
     target = Path(out) if out is not None else directory / REPORT_FILE
-    page = render_report(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, page.encode())
-    return target
+    return write_page(target, render_report(directory))
 
 
 def render_report(directory: Path) -> str:
@@ -58,7 +63,7 @@ def render_report(directory: Path) -> str:
     return render_page(
         f"{run.name} · REFINE run",
         _header(run),
-        el("section", *map(tile, headlines(run.records)), class_="tiles", aria_label="Key figures"),
+        el("section", *headlines(run.records), class_="tiles", aria_label="Key figures"),
         *(chart_section(section, charts) for section, charts in build_charts(run.records).items()),
         _numbers(run.records),
         settings_section(run.config),
@@ -73,12 +78,7 @@ def _header(run: Run) -> Markup:
     if model:
         facts.insert(0, f"model {model}")
     project = lookup(run.config, "trainer.project_name")
-    return el(
-        "header",
-        el("p", "REFINE run" + (f" · {project}" if project else ""), class_="kicker"),
-        el("h1", run.name),
-        el("p", " · ".join(facts), class_="facts"),
-    )
+    return header("REFINE run" + (f" · {project}" if project else ""), run.name, facts)
 
 
 def chart_section(section: str, charts: Sequence[Chart]) -> Markup:
@@ -113,10 +113,8 @@ def _legend(chart: Chart) -> Markup:
 def _numbers(records: Sequence[dict[str, Any]]) -> Markup:
     """Every metric of the run: first, last, lowest, highest, mean."""
     keys = dict.fromkeys(key for record in records for key in record if key != "step")
-    head = el("tr", el("th", "metric"), *(el("th", name, class_="number") for name in NUMBER_COLUMNS))
-    rows = [row for key in sorted(keys, key=_rank) if (row := _number_row(key, records))]
-    table = el("table", el("thead", head), el("tbody", *rows))
-    return el("section", el("h2", "Final numbers"), el("div", el("div", table, class_="panel"), class_="card"))
+    rows = [_number_row(key, records) for key in sorted(keys, key=_rank)]
+    return el("section", el("h2", "Final numbers"), table_card(NUMBER_COLUMNS, rows, numbers=True))
 
 
 def _rank(key: str) -> tuple[int, str]:
@@ -130,16 +128,11 @@ def _number_row(key: str, records: Sequence[dict[str, Any]]) -> Markup | None:
     if not points:
         return None
     lost = len(points) - len(values)
-    figures: list[float | None] = [None] * 5
-    if values:
-        figures = [values[0], values[-1], min(values), max(values), sum(values) / len(values)]
+    figures = [values[0], values[-1], min(values), max(values), sum(values) / len(values)] if values else [None] * 5
     cells = [format_number(figure) for figure in figures]
     count = f"{len(values)}" + (f" ({lost} not finite)" if lost else "")
-    return el("tr", el("th", el("code", key)), *(el("td", cell, class_="number") for cell in [*cells, count]))
+    return el("tr", el("th", el("code", key)), *number_cells([*cells, count]))
 
 
 def _environment(environment: Mapping[str, Any]) -> Markup | None:
-    if not environment:
-        return None
-    table = el("div", key_table(environment), class_="panel")
-    return el("section", el("h2", "Environment"), el("div", table, class_="card"))
+    return el("section", el("h2", "Environment"), card(key_table(environment))) if environment else None

@@ -1,4 +1,4 @@
-"""What all pages share: the frame around the content, tiles, legends and tables of keys.
+"""What all pages share: the frame around the content, headers, tiles, legends, cards, tables, and writing the file.
 
 No script, no font and nothing from elsewhere: a page can be mailed, archived and opened without a network.
 Its own content policy refuses anything else.
@@ -7,15 +7,14 @@ Its own content policy refuses anything else.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from refine_verl.record.files import write_atomically
 from refine_verl.record.redaction import redacted
-from refine_verl.report.headline import Headline
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.style import STYLE
-
-__all__ = ["flatten", "key_table", "render_page", "sample", "setting_text", "tile"]
 
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -33,15 +32,38 @@ def render_page(title: str, *body: object, style: str = "") -> str:
     return "<!DOCTYPE html>\n" + el("html", head, el("body", el("main", *body)), lang="en") + "\n"
 
 
-def tile(headline: Headline) -> Markup:
-    """A figure that is seen first."""
-    unit = el("small", " " + headline.unit) if headline.unit else None
-    change = join(" ", el("small", headline.change, class_=headline.verdict or None)) if headline.change else None
+def write_page(target: Path, page: str) -> Path:
+    """Write a page in one step; its directory is made where needed. Returns `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, page)
+    return target
+
+
+def header(kicker: str, title: object, facts: Iterable[str]) -> Markup:
+    """The top of a page: what kind of page it is, its title, and a line of facts."""
+    return el(
+        "header",
+        el("p", kicker, class_="kicker"),
+        el("h1", title),
+        el("p", " · ".join(facts), class_="facts"),
+    )
+
+
+def tile(
+    name: str, value: str, *, unit: str = "", change: str = "", verdict: str | None = None, detail: str = ""
+) -> Markup:
+    """A figure that is seen first, with its unit, its change (`verdict`: good, poor or none) and a line of detail."""
     return el(
         "div",
-        el("p", headline.name, class_="name"),
-        el("p", headline.value, unit, change, class_="value"),
-        el("p", headline.detail, class_="detail"),
+        el("p", name, class_="name"),
+        el(
+            "p",
+            value,
+            el("small", " " + unit) if unit else None,
+            join(" ", el("small", change, class_=verdict)) if change else None,
+            class_="value",
+        ),
+        el("p", detail, class_="detail"),
         class_="tile",
     )
 
@@ -49,6 +71,28 @@ def tile(headline: Headline) -> Markup:
 def sample(shape: str, style: str, *marks: Markup) -> Markup:
     """A piece of a line or an area, for a legend."""
     return el("svg", el("path", class_=style, d=shape), *marks, viewBox="0 0 20 10", aria_hidden="true")
+
+
+def card(table: Markup) -> Markup:
+    """A table on a card."""
+    return el("div", el("div", table, class_="panel"), class_="card")
+
+
+def folded(title: str, table: Markup, style: str) -> Markup:
+    """A table on a card that is unfolded by its title."""
+    return el("details", el("summary", title), el("div", table, class_="panel"), class_=style)
+
+
+def table_card(head: Sequence[object], rows: Iterable[object], *, numbers: bool) -> Markup:
+    """A card with a table; all columns but the first are numbers or texts."""
+    style = "number" if numbers else None
+    cells = [el("th", head[0]), *(el("th", name, class_=style) for name in head[1:])]
+    return card(el("table", el("thead", el("tr", *cells)), el("tbody", *rows)))
+
+
+def number_cells(cells: Iterable[object]) -> list[Markup]:
+    """Cells of a table that hold numbers."""
+    return [el("td", cell, class_="number") for cell in cells]
 
 
 def key_table(tree: Mapping[str, Any]) -> Markup:

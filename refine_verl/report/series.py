@@ -5,18 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = [
-    "Point",
-    "column",
-    "final_value",
-    "finite",
-    "head_and_tail",
-    "moving_average",
-    "segments",
-    "thin",
-    "warmup_spans",
-]
-
 Point = tuple[float, "float | None"]
 Record = Mapping[str, Any]
 
@@ -47,6 +35,12 @@ def segments(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
     return [run for run in runs if run]
 
 
+def buckets(count: int, most: int) -> list[tuple[int, int]]:
+    """The half-open ranges of at most `most` buckets of neighbours, of nearly equal sizes, none of them empty."""
+    number = min(count, most)
+    return [(index * count // number, (index + 1) * count // number) for index in range(number)]
+
+
 def thin(points: Sequence[Point], limit: int) -> list[Point]:
     """At most about `limit` points that look the same: of each bucket of neighbours the lowest and highest.
 
@@ -54,15 +48,13 @@ def thin(points: Sequence[Point], limit: int) -> list[Point]:
     """
     if len(points) <= limit:
         return list(points)
-    buckets = max(limit // 2, 1)
     kept = {0, len(points) - 1}
-    for bucket in range(buckets):
-        indices = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)
-        values = {index: value for index in indices if (value := points[index][1]) is not None}
+    for start, stop in buckets(len(points), max(limit // 2, 1)):
+        values = {index: value for index in range(start, stop) if (value := points[index][1]) is not None}
         if values:
             kept |= {min(values, key=values.__getitem__), max(values, key=values.__getitem__)}
-        if len(values) < len(indices):
-            kept.add(next(index for index in indices if index not in values))
+        if len(values) < stop - start:
+            kept.add(next(index for index in range(start, stop) if index not in values))
     return [points[index] for index in sorted(kept)]
 
 

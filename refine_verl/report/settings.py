@@ -1,8 +1,11 @@
-"""The settings of a run: REFINE's first, then the others that its recipes name, then the rest of verl's."""
+"""The settings of a run: REFINE's first, then the others that its recipes name, then the rest of verl's.
+
+Of several runs, those in which they differ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,14 @@ import yaml
 
 from refine_verl.record.run import CONFIG_FILE
 from refine_verl.report.markup import Markup, el
-from refine_verl.report.page import flatten, key_table
+from refine_verl.report.page import card, flatten, folded, key_table, setting_text, table_card
 
-__all__ = ["settings_section"]
+__all__ = ["differences", "settings_section"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NAMED_IN = ("conf/base.yaml", "recipes/*.yaml")
 OWN_SECTIONS = ("refine", "model")
+FOLD_FROM = 60  # more rows are unfolded by who wants to read them
 
 
 def settings_section(config: Mapping[str, Any]) -> Markup | None:
@@ -30,16 +34,13 @@ def settings_section(config: Mapping[str, Any]) -> Markup | None:
     rest = {key: value for key, value in flatten(others) if key not in named}
     parts = [el("h2", "Settings")]
     if own:
-        parts.append(el("div", el("div", key_table({"refine": own}), class_="panel"), class_="card"))
+        parts.append(card(key_table({"refine": own})))
     if named:
-        parts.append(_folded(f"Model, data and training ({len(named)})", named, "card"))
+        parts.append(folded(f"Model, data and training ({len(named)})", key_table(named), "card"))
     if rest:
-        parts.append(_folded(f"verl's other settings ({len(rest)}), also in {CONFIG_FILE}", rest, "card screen"))
+        title = f"verl's other settings ({len(rest)}), also in {CONFIG_FILE}"
+        parts.append(folded(title, key_table(rest), "card screen"))
     return el("section", *parts)
-
-
-def _folded(title: str, tree: Mapping[str, Any], style: str) -> Markup:
-    return el("details", el("summary", title), el("div", key_table(tree), class_="panel"), class_=style)
 
 
 def _is_named(key: str) -> bool:
@@ -50,9 +51,60 @@ def _is_named(key: str) -> bool:
 @cache
 def _named() -> frozenset[str]:
     """Dotted keys to which the package's configuration and recipes give a value."""
-    return frozenset(key for path in _files() for key, _ in flatten(yaml.safe_load(path.read_text("utf-8")) or {}))
+    files = (path for pattern in NAMED_IN for path in PACKAGE.glob(pattern))
+    return frozenset(key for path in files for key, _ in flatten(yaml.safe_load(path.read_text("utf-8")) or {}))
 
 
-def _files() -> Iterator[Path]:
-    for pattern in NAMED_IN:
-        yield from PACKAGE.glob(pattern)
+def differences(
+    title: str, file: str, names: Sequence[str], trees: Sequence[Mapping[str, Any]], left_out: Sequence[str]
+) -> Markup | None:
+    """Keys whose values are not the same everywhere; a run without the file has dashes.
+
+    Args:
+        title: of the section.
+        file: what was read of each run.
+        names: of the runs.
+        trees: what each run's file holds, empty where it has none.
+        left_out: keys that are always different.
+    """
+    flat = [dict(flatten(tree)) for tree in trees]
+    known = [tree for tree, full in zip(flat, trees, strict=True) if full]
+    if len(known) < 2:
+        return None
+    keys = dict.fromkeys(key for tree in known for key in tree if key not in left_out)
+    heading = el("h2", title)
+    differ = [key for key in keys if len({repr(tree[key]) if key in tree else "" for tree in known}) > 1]
+    if not differ:
+        return el("section", heading, el("p", f"None of {len(keys)}.", class_="note"))
+    partly = [key for key in differ if not all(key in tree for tree in known)]
+    if len(partly) > FOLD_FROM:
+        # hundreds of keys that a run says nothing about would bury the few whose values differ, and fill reams of paper
+        differ = [key for key in differ if key not in set(partly)]
+        words = f"{len(partly)} keys that only some of the runs have, also in {file}"
+        rest: Markup | None = _folded_table(words, "screen", _rows(partly, flat), names)
+    else:
+        partly, rest = [], None
+    same = len(keys) - len(differ) - len(partly)
+    note = el("p", f"{len(differ)} of {len(keys)} keys; the same in all runs: {same}.", class_="note")
+    if len(differ) > FOLD_FROM:
+        table: Markup | None = _folded_table(f"{len(differ)} keys", None, _rows(differ, flat), names)
+    else:
+        table = _table(_rows(differ, flat), names) if differ else None
+    return el("section", heading, table, note, rest)
+
+
+def _rows(keys: Iterable[str], flat: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    rows = []
+    for key in keys:
+        texts = [setting_text(key, tree[key]) if key in tree else "–" for tree in flat]
+        cells = (el("td", el("code", text), class_="setting-value") for text in texts)
+        rows.append(el("tr", el("th", key, class_="key"), *cells))
+    return rows
+
+
+def _table(rows: Sequence[Markup], names: Sequence[str]) -> Markup:
+    return table_card(("key", *names), rows, numbers=False)
+
+
+def _folded_table(title: str, style: str | None, rows: Sequence[Markup], names: Sequence[str]) -> Markup:
+    return el("details", el("summary", title), _table(rows, names), class_=style)

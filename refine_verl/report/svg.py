@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refine_verl.record.format import format_number
-from refine_verl.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Frame, number, padded
+from refine_verl.report.axes import BOTTOM, HEIGHT, TOP, WIDTH, Frame, number, padded
 from refine_verl.report.markup import Markup, el, join
-from refine_verl.report.series import Point, finite, moving_average, segments, thin
+from refine_verl.report.series import Point, buckets, finite, moving_average, segments, thin
 
 __all__ = ["Axis", "Band", "Chart", "Line", "line_marker", "line_style", "render_chart", "smoothing_window"]
 
@@ -40,7 +40,7 @@ class Axis:
 STEPS = Axis()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Line:
     """A series of a chart; `color` is 1 to 6, `noisy` adds a moving average.
 
@@ -55,7 +55,7 @@ class Line:
     pattern: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Band:
     """The area between two series."""
 
@@ -65,7 +65,7 @@ class Band:
     color: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Chart:
     """What is drawn in one frame; `steps` is the range of the run, the same for all its charts.
 
@@ -149,10 +149,9 @@ def _y_range(chart: Chart, columns: Sequence[Column]) -> tuple[float, float]:
 def _columns(lines: Sequence[Line]) -> list[Column]:
     steps = sorted({step for line in lines for step, _ in line.points})
     tables = [dict(finite(line.points)) for line in lines]
-    count = min(len(steps), MAX_COLUMNS)
     columns = []
-    for index in range(count):
-        part = steps[index * len(steps) // count : (index + 1) * len(steps) // count]
+    for start, stop in buckets(len(steps), MAX_COLUMNS):
+        part = steps[start:stop]
         values = [[table[step] for step in part if step in table] for table in tables]
         columns.append(Column(first=part[0], last=part[-1], values=values))
     return columns
@@ -162,25 +161,14 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _path(points: Sequence[tuple[float, float]], frame: Frame) -> str:
-    return "L".join(f"{number(frame.x(step))} {number(frame.y(value))}" for step, value in points)
-
-
 def _line(line: Line, frame: Frame, axis: Axis) -> Markup:
-    window = smoothing_window(line)
-    if window:
-        average = moving_average(line.points, window)
-        style = "line raw dense" if len(line.points) > MAX_POINTS else "line raw"
-        raw = _stroke(line.points, frame, f"{style} c{line.color}")
-        drawn = join(raw, _stroke(average, frame, line_style(line)), _markers(line, average, frame))
-    else:
-        drawn = join(_stroke(line.points, frame, line_style(line)), _markers(line, line.points, frame))
-    return join(drawn, _dots(line, frame), _gaps(line, frame, axis))
-
-
-def _stroke(points: Sequence[Point], frame: Frame, style: str) -> Markup:
-    runs = [run for run in segments(thin(points, MAX_POINTS)) if len(run) > 1]
-    return el("path", class_=style, d="".join(f"M{_path(run, frame)}" for run in runs)) if runs else Markup()
+    points, raw = line.points, None
+    if window := smoothing_window(line):
+        style = "line raw dense" if len(points) > MAX_POINTS else "line raw"
+        raw = frame.curve(points, f"{style} c{line.color}", MAX_POINTS)
+        points = moving_average(points, window)
+    curve = frame.curve(points, line_style(line), MAX_POINTS)
+    return join(raw, curve, _markers(line, points, frame), _dots(line, frame), _gaps(line, frame, axis))
 
 
 def line_style(line: Line) -> str:
@@ -244,7 +232,7 @@ def _band(band: Band, frame: Frame) -> Markup:
         lower = finite(thin([(step, lows[step]) for step, _ in run], MAX_POINTS))
         upper = finite(thin([(step, highs[step]) for step, _ in run], MAX_POINTS))
         if len(run) > 1:
-            shapes.append(f"M{_path(upper, frame)}L{_path(lower[::-1], frame)}Z")
+            shapes.append(f"M{frame.path(upper)}L{frame.path(lower[::-1])}Z")
         else:  # as wide as a dot, so that it shows
             x, bottom, top = frame.x(run[0][0]), frame.y(lower[0][1]), frame.y(upper[0][1])
             shapes.append(f"M{number(x - 3)} {number(bottom)}V{number(top)}h6V{number(bottom)}Z")
@@ -253,7 +241,8 @@ def _band(band: Band, frame: Frame) -> Markup:
 
 def _stack(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
     bars = []
-    for column, (left, right) in zip(columns, _edges(columns, frame, chart), strict=True):
+    for column, bounds in zip(columns, _bounds(columns, chart), strict=True):
+        left, right = frame.span(*bounds)
         margin = min(0.5, (right - left) * 0.08)
         start, end, base = number(left + margin), number(right - margin), 0.0
         parts: list[Markup] = []
@@ -268,29 +257,15 @@ def _stack(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
 
 
 def _tooltips(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
-    """Invisible columns over the plot: the browser shows their titles, the style sheet a guide."""
-    return join(
-        *(
-            el(
-                "rect",
-                el("title", _tooltip(chart, column)),
-                class_="hit",
-                x=number(left),
-                y=TOP,
-                width=number(right - left),
-                height=HEIGHT - TOP - BOTTOM,
-            )
-            for column, (left, right) in zip(columns, _edges(columns, frame, chart), strict=True)
-        )
-    )
+    bounds = zip(columns, _bounds(columns, chart), strict=True)
+    return join(*(frame.hover(_tooltip(chart, column), first, last) for column, (first, last) in bounds))
 
 
-def _edges(columns: Sequence[Column], frame: Frame, chart: Chart) -> list[tuple[float, float]]:
-    """Left and right of each column: half-way to its neighbours."""
+def _bounds(columns: Sequence[Column], chart: Chart) -> list[tuple[float, float]]:
+    """First and last step of each column: half-way to its neighbours."""
     middles = [(left.last + right.first) / 2 for left, right in zip(columns, columns[1:], strict=False)]
     half = 0.5 if chart.axis.whole else 0.0
-    first, last = frame.x(columns[0].first - half), frame.x(columns[-1].last + half)
-    bounds = [max(first, LEFT), *(frame.x(middle) for middle in middles), min(last, WIDTH - RIGHT)]
+    bounds = [columns[0].first - half, *middles, columns[-1].last + half]
     return list(zip(bounds, bounds[1:], strict=False))
 
 
@@ -308,7 +283,5 @@ def _tooltip(chart: Chart, column: Column) -> str:
 
 
 def _shade(first: float, last: float, frame: Frame) -> Markup:
-    left, right = max(frame.x(first - 0.5), LEFT), min(frame.x(last + 0.5), WIDTH - RIGHT)
-    size = {"x": number(left), "y": TOP, "width": number(right - left), "height": HEIGHT - TOP - BOTTOM}
-    label = el("text", "warm-up", class_="tick", x=number(left), y=TOP - 7)
-    return join(el("rect", class_="warmup", **size), label)
+    box = frame.box(first - 0.5, last + 0.5)
+    return join(el("rect", class_="warmup", **box), el("text", "warm-up", class_="tick", x=box["x"], y=TOP - 7))

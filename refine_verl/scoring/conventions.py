@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from refine_verl.config import did_you_mean
+from refine_verl.config import Refusal, did_you_mean
 from refine_verl.scoring.metrics import MEASURES, TREC_CLASSES, class_match, is_code, printable
 
 CONVENTIONS = ("paper", "lm_eval")
@@ -19,7 +19,7 @@ CLASS_MATCH = "class_match"
 Cut = Callable[[str], str]
 
 
-class MetricError(ValueError):
+class MetricError(Refusal):
     """A task, metric or reference that cannot be scored; the message says what can."""
 
 

@@ -1,4 +1,4 @@
-"""Attempts of a run: what ends one cleanly, and when the next one goes on from the last checkpoint by itself."""
+"""Attempts of a run: what ends one cleanly, and when the next one resumes from the last checkpoint by itself."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ray.exceptions import (
 from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.device import get_resource_name
 
+from refine_verl.config import RunFailed
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.trainer.resources import ResourceError
 from refine_verl.trainer.signals import Stopped
@@ -44,7 +45,7 @@ _DEATH = re.compile(r"The (actor|worker) died unexpectedly|The actor( \w+)? is (
 _LOSSES = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(RunFailed):
     """A worker process died or its node left; ``trainer.max_restarts`` is about these."""
 
 
@@ -78,14 +79,14 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
                 raise
             if trainer.signals.received is not None:  # sent to every process, workers too
                 raise Stopped(
-                    f"stopped by {trainer.signals.received.name} within a step ({lost}); the same command goes on from "
+                    f"stopped by {trainer.signals.received.name} within a step ({lost}); the same command resumes from "
                     "the last checkpoint, if there is one"
                 ) from error
             allowed = config.trainer.max_restarts
             if restarts >= allowed:
                 tried = f" after {restarts} restart(s)" if restarts else ""
                 raise WorkerLost(
-                    f"{lost}. The run ends{tried} (trainer.max_restarts={allowed}); the same command goes on from the "
+                    f"{lost}. The run ends{tried} (trainer.max_restarts={allowed}); the same command resumes from the "
                     "last checkpoint."
                 ) from error
             restarts += 1
@@ -98,7 +99,7 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
 
 
 @contextlib.contextmanager
-def losses_said_once() -> Iterator[None]:
+def silence_further_losses() -> Iterator[None]:
     """What the other workers raise because one was lost is not printed; use it for as long as Ray is up.
 
     A call goes to all workers and the driver raises the first error, which ends the attempt. Ray prints those of the
@@ -131,7 +132,7 @@ class _Debug(io.TextIOBase):
 
 
 def of_the_next_attempt(config: DictConfig, trainer: RefineTrainer) -> DictConfig:
-    """A run told to start over, or from elsewhere, has what its last attempt left to go on from."""
+    """A run told to start over, or from elsewhere, resumes from what its last attempt left."""
     config = copy.deepcopy(config)
     if trainer.left_something:
         config.trainer.resume_mode = "auto"
@@ -181,16 +182,14 @@ def dead_workers(group: RayWorkerGroup, seconds: float) -> dict[int, RayActorErr
 
 def end_processes(trainer: RefineTrainer) -> None:
     """End the workers of an attempt and give back their places; those that hang in a collective, too."""
-    group = getattr(trainer, "actor_rollout_wg", None)
-    pools = getattr(getattr(trainer, "resource_pool_manager", None), "resource_pool_dict", {})
+    group, pool = (getattr(trainer, name, None) for name in ("actor_rollout_wg", "pool"))
     if not ray.is_initialized():
         return
     try:
         for worker in group.workers if group is not None else ():
             ray.kill(worker, no_restart=True)
-        for pool in pools.values():
-            for placement in pool.pgs or ():
-                ray.util.remove_placement_group(placement)
+        for placement in (pool.pgs if pool is not None else None) or ():
+            ray.util.remove_placement_group(placement)
     except (RayError, ConnectionError) as error:
         logger.warning("workers could not be ended: %s", error)
 
@@ -209,7 +208,7 @@ def wait_for_capacity(workers: int) -> None:
             raise ResourceError(
                 f"a node left the Ray cluster and did not come back within {CAPACITY_SECONDS:.0f} s: {there:g} "
                 f"{resource}s are left, the run needs {workers} (trainer.n_gpus_per_node * trainer.nnodes). Bring it "
-                "or another one back (`ray status`); the same command then goes on from the last checkpoint."
+                "or another one back (`ray status`); the same command then resumes from the last checkpoint."
             )
         if not said:
             logger.warning("waiting up to %.0f s for %d %ss", CAPACITY_SECONDS, workers, resource)

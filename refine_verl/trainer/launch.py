@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from ray._private import ray_constants
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-from refine_verl.compose.schema import leaves
+from refine_verl.compose.schema import changes, leaves
 from refine_verl.config import ConfigError
 from refine_verl.plugin import check_plugin
 from refine_verl.preflight.checkpoints import checkpoint_to_resume
@@ -31,8 +30,9 @@ from refine_verl.record.checkpoint_files import tidy
 from refine_verl.record.files import AlreadyLockedError, locked, write_atomically
 from refine_verl.record.redaction import redacted
 from refine_verl.record.run import ReportError
+from refine_verl.record.versions import installed_versions
 from refine_verl.report import write_report
-from refine_verl.trainer.attempts import losses_said_once, run_attempts
+from refine_verl.trainer.attempts import run_attempts, silence_further_losses
 from refine_verl.trainer.posttrain import PosttrainTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.trainer.signals import StopSignals, group_of_its_own
@@ -141,7 +141,7 @@ def ray_session(config: DictConfig, signals: StopSignals) -> Iterator[None]:
             workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
             options.setdefault("num_cpus", max(workers, os.cpu_count() or 1))
     with contextlib.ExitStack() as until_the_end:
-        until_the_end.enter_context(losses_said_once())
+        until_the_end.enter_context(silence_further_losses())
         until_the_end.callback(ray.shutdown)
         with contextlib.ExitStack() as stack:
             if local:
@@ -222,25 +222,17 @@ def _say_what_changed(path: Path, config: DictConfig) -> None:
     # as it will be read back: a tuple is a list then
     read_back = OmegaConf.create(OmegaConf.to_yaml(shareable(config)))
     before, now = (dict(leaves(DictConfig(item))) for item in (OmegaConf.load(path), read_back))
-    changed = [
-        f"{key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)
-    ]
+    changed = changes(before, now)
     if changed:
         logger.warning("%s was used before, with other settings: %s", path.parent, "; ".join(changed))
 
 
 def environment(config: DictConfig) -> dict[str, Any]:
     """Versions and hardware of the run, for its report."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "python": platform.python_version(),
-        **versions,
+        **installed_versions(_PACKAGES),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({os.cpu_count()} cores)",
         "workers": f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node}",
     }

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
-from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
 from refine_verl.data.prompts_dataset import collate_columns
-from refine_verl.nsp import group_zero_std_share
-from refine_verl.record.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
+from refine_verl.nsp import reward_metrics
+from refine_verl.record.predictions import mean_scores
 from refine_verl.trainer.advantage import answer_advantages
 from refine_verl.trainer.prompts import Columns, PromptTrainer
+from refine_verl.workers.objective import Objective
 
 
 class PosttrainTrainer(PromptTrainer):
@@ -26,37 +24,20 @@ class PosttrainTrainer(PromptTrainer):
     optimiser. The learning rate's schedule moves once per batch.
     """
 
-    predictions: PredictionsFile | None
-
-    def __init__(self, config: DictConfig) -> None:
-        super().__init__(config)
-        self.predictions = None
-
-    @contextmanager
-    def _recorder(self, resume_step: int | None, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
-        def still_holds(row: Mapping[str, Any]) -> bool:
-            # validation alone makes the answers of its step again and leaves all others
-            if "step" not in row:  # of a test-time run, with resume_mode=disable
-                return False
-            if resume_step is None:
-                return bool(row["step"] != self.global_steps)
-            # nor does a validation stay that is made again because its line in metrics.jsonl was lost
-            return bool(row["step"] <= resume_step - (self.lost_metrics is not None))
-
-        self.predictions = PredictionsFile(self.run_dir / PREDICTIONS_FILE, still_holds)
-        try:
-            with super()._recorder(resume_step, total) as record:
-                yield record
-        finally:
-            self.predictions.close()
+    def _still_holds(self, row: Mapping[str, Any]) -> bool:
+        if "step" not in row:  # of a test-time run, with resume_mode=disable
+            return False
+        if self.config.trainer.val_only:  # makes the answers of its step again and leaves all others
+            return bool(row["step"] != self.global_steps)
+        # nor does a validation stay that is made again because its line in metrics.jsonl was lost
+        return bool(row["step"] <= (self.global_steps or -1) - (self.lost_metrics is not None))
 
     def step(self, metrics: dict[str, float], timing_raw: dict[str, float]) -> int:
         """One batch, prompts first. Returns the number of tokens of its prompts and reference answers."""
         columns = self._next_columns()
         forward_tokens = 0.0
         if self.settings.inner != "none":
-            inner = self.learn(self.prompts(columns), metrics, timing_raw, hold_learning_rate=True)
-            forward_tokens += inner.forward_tokens
+            forward_tokens, _ = self.learn(self.prompts(columns), metrics, timing_raw, hold_learning_rate=True)
         outer = {"sft": self._imitate, "grpo": self._reinforce}[self.settings.outer]
         forward_tokens += outer(columns, metrics, timing_raw)
         tokens = int(collate_columns(columns)["joined_lengths"].sum())
@@ -72,14 +53,14 @@ class PosttrainTrainer(PromptTrainer):
             "learn_from": batch["lengths"],
             "weight": batch["weight"],
         }
-        return self._learn_answers(self._message(answers, 1, None), metrics, timing_raw)
+        with marked_timer("update_answers", timing_raw):
+            return self._update(self._message(answers), Objective.REFERENCES, metrics, "answer")
 
     def _reinforce(self, columns: Columns, metrics: dict[str, float], timing_raw: dict[str, float]) -> float:
         """``outer: grpo``: sample answers, score them, compare the answers to one prompt with each other."""
         settings = self.settings.answers
         with marked_timer("answer", timing_raw):
-            answers = self.answer(columns, samples=settings.samples, temperature=settings.temperature)
-        forward_tokens = float(answers["forward_tokens"].sum())
+            answers, forward_tokens = self.answer(columns, samples=settings.samples, temperature=settings.temperature)
         with marked_timer("score", timing_raw):
             rewards = torch.tensor(
                 [
@@ -88,41 +69,19 @@ class PosttrainTrainer(PromptTrainer):
                 ],
                 dtype=torch.float32,
             )
-        metrics.update(_reward_metrics(rewards, answers["answer_lengths"]))
+        metrics.update(reward_metrics("answer", rewards[:, None]))
+        metrics["answer/length/mean"] = answers["answer_lengths"].float().mean().item()
         batch = self.prompts(columns)
         batch.update(answers.select("answer_tokens", "answer_lengths", "old_log_probs"))
         batch["advantages"] = answer_advantages(
             rewards, answers["answer_lengths"], batch["answer_tokens"].shape[-1], self.config.algorithm
         )
         tu.assign_non_tensor(batch, temperature=settings.temperature)
-        return forward_tokens + self._learn_answers(batch, metrics, timing_raw)
-
-    def _learn_answers(self, batch: TensorDict, metrics: dict[str, float], timing_raw: dict[str, float]) -> float:
-        """One optimiser step per mini-batch; returns the tokens put through the model."""
         with marked_timer("update_answers", timing_raw):
-            data = self._in_mini_batches(batch, objective="answers")
-            updated = tu.get(self.actor_rollout_wg.update(data).get(), "metrics")
-        measured = self._update_metrics(updated)
-        memory = measured.pop("perf/max_memory_gb")
-        metrics["perf/max_memory_gb"] = max(memory, metrics.get("perf/max_memory_gb", memory))
-        metrics["actor/lr"] = measured.pop("actor/lr")
-        metrics.update({name.replace("actor/", "answer/"): value for name, value in measured.items()})
-        return float(updated["forward_tokens"][0])
+            return forward_tokens + self._update(batch, Objective.ANSWERS, metrics, "answer")
 
     def _validate(self, *_: Any) -> dict[str, float]:
         """Greedy answers to every validation prompt, each scored once; kept in predictions.jsonl."""
         rows = [row for columns in self.val_dataloader for row in self.answered(columns)]
-        if self.predictions is not None:
-            self.predictions.write([{"step": self.global_steps, **row} for row in rows])
+        self.predictions.write([{"step": self.global_steps, **row} for row in rows])
         return mean_scores(rows)
-
-
-def _reward_metrics(rewards: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
-    return {
-        "answer/reward/mean": rewards.mean().item(),
-        "answer/reward/std": rewards.std().item(),
-        "answer/reward/min": rewards.min().item(),
-        "answer/reward/max": rewards.max().item(),
-        "answer/group_zero_std": group_zero_std_share(rewards[:, None]),
-        "answer/length/mean": lengths.float().mean().item(),
-    }

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.model import get_generation_config
 
-from refine_verl.data.dataset import pad_batch
 from refine_verl.data.prompts_dataset import collate_columns
+from refine_verl.nsp import end_tokens
+from refine_verl.record.predictions import PREDICTIONS_FILE, PredictionsFile
 from refine_verl.scoring import score
 from refine_verl.trainer.refine_trainer import RefineTrainer
 from refine_verl.workers.worker import WorkerSettings
@@ -28,15 +29,32 @@ class PromptTrainer(RefineTrainer):
     """A trainer whose batches are prompts with reference answers.
 
     Prompts and answers go to the workers in different messages: what is done with prompts cannot see an answer.
+
+    Attributes:
+        predictions: all answers that are kept.
     """
+
+    predictions: PredictionsFile
+
+    def fit(self) -> None:
+        """As its parent's, with `predictions.jsonl` open; lines that no longer hold are dropped from it first."""
+        file = PredictionsFile(self.run_dir / PREDICTIONS_FILE, self._still_holds)
+        with contextlib.closing(file) as self.predictions:
+            self._begin()
+            super().fit()
+
+    def _still_holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a line of an earlier start of the run stays."""
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """What is to be decided by the answers that are there."""
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end an answer: the tokenizer's end of sequence and those of the model's generation config."""
         generation = get_generation_config(self.config.actor_rollout_ref.model.path)
-        ends = getattr(generation, "eos_token_id", None)
-        ids = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        return tuple(sorted(token for token in ids if token is not None))
+        return end_tokens(generation, self.tokenizer.eos_token_id)
 
     def _worker_settings(self) -> WorkerSettings:
         return dataclasses.replace(super()._worker_settings(), stop_tokens=self.stop_tokens)
@@ -54,28 +72,19 @@ class PromptTrainer(RefineTrainer):
 
     def answer(
         self, columns: Columns, *, samples: int = 1, temperature: float = 0.0, step: int | None = None
-    ) -> TensorDict:
+    ) -> tuple[TensorDict, float]:
         """Generate answers to all rows, each up to its own limit.
 
         Returns:
-            See `NSPRolloutWorker.answer`; one row per row of ``columns``. ``forward_tokens`` has the sum in row 0.
+            See `NSPRolloutWorker.answer`, one row per row of ``columns``; and the tokens put through the model.
         """
         batch = collate_columns(columns)
-        asked = self._message(
-            {name: batch[name] for name in (*_PROMPT, "max_new_tokens")}, self.actor_rollout_wg.world_size, step
-        )
-        tu.assign_non_tensor(
-            asked,
-            samples=samples,
-            temperature=temperature,
-            answer_width=int(batch["max_new_tokens"].max()),
-        )
+        tensors = {name: batch[name] for name in (*_PROMPT, "max_new_tokens")}
+        asked = self._message(tensors, self.actor_rollout_wg.world_size, step)
+        width = int(batch["max_new_tokens"].max())
+        tu.assign_non_tensor(asked, samples=samples, temperature=temperature, answer_width=width)
         answers = self.actor_rollout_wg.answer(asked).get()
-        forwarded = answers["forward_tokens"].sum()
-        answers = answers[: len(batch["lengths"])]
-        answers["forward_tokens"] = torch.zeros(len(answers), dtype=torch.int64)
-        answers["forward_tokens"][0] = forwarded
-        return answers
+        return answers[: len(batch["lengths"])], float(answers["forward_tokens"].sum())
 
     def texts(self, answers: TensorDict) -> list[list[str]]:
         """The answers [b][n] as text, without the token that ended them."""
@@ -102,7 +111,7 @@ class PromptTrainer(RefineTrainer):
 
     def answered(self, columns: Columns) -> list[dict[str, Any]]:
         """Greedy answers to all rows, with what `predictions.jsonl` says of each."""
-        texts = self.texts(self.answer(columns))
+        texts = self.texts(self.answer(columns)[0])
         return [
             {
                 "id": str(columns["id"][row]),
@@ -114,9 +123,3 @@ class PromptTrainer(RefineTrainer):
             }
             for row, (text,) in enumerate(texts)
         ]
-
-    def _message(self, tensors: dict[str, Tensor], multiple: int, step: int | None) -> TensorDict:
-        return tu.get_tensordict(
-            tensor_dict=pad_batch(tensors, multiple),
-            non_tensor_dict={"global_step": self.global_steps if step is None else step},
-        )

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,42 +19,36 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
-from verl.trainer.ppo.utils import Role
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
-from refine_verl.config import ModelSettings, RefineSettings
+from refine_verl.config import ModelSettings, RefineSettings, RunFailed
 from refine_verl.data.dataset import collate_columns, pad_batch
-from refine_verl.nsp import group_zero_std_share
+from refine_verl.nsp import rollout_metrics
 from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.record.metrics import MetricsWriter, read_metrics
 from refine_verl.record.progress import TrainingProgress
 from refine_verl.record.redaction import redacted
 from refine_verl.trainer.advantage import compute_advantages
-from refine_verl.trainer.resources import WorkerPoolManager
+from refine_verl.trainer.resources import worker_pool
 from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.workers.loss import RefineLoss
+from refine_verl.workers.objective import Objective
 from refine_verl.workers.worker import NSPRolloutWorker, WorkerSettings, worker_threads
 
 logger = logging.getLogger(__name__)
+
+Record = Callable[[dict[str, float]], None]
 
 MAX_SKIPPED_UPDATES = 5
 """So many updates in a row with a NaN or infinite gradient end the run."""
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunFailed):
     """Gradients stayed NaN or infinite; a checkpoint of the last good weights was written."""
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What a pass over a batch cost and showed: tokens put through the model, rewards [B, c, n] of the rollouts."""
-
-    forward_tokens: float
-    rewards: Tensor | None
 
 
 class RefineTrainer(CheckpointingTrainer):
@@ -77,26 +70,16 @@ class RefineTrainer(CheckpointingTrainer):
     def _build_replay_buffer(self) -> None:
         return None
 
-    def _init_resource_pool_mgr(self) -> None:
-        trainer = self.config.trainer
-        self.role_worker_mapping = {Role.Actor: ray.remote(NSPRolloutWorker)}
-        self.mapping = {Role.Actor: "workers"}
-        self.resource_pool_manager = WorkerPoolManager(
-            resource_pool_spec={"workers": [trainer.n_gpus_per_node] * trainer.nnodes}, mapping=self.mapping
-        )
-
     def _setup(self) -> None:
         self._init_tokenizer()
         self._init_dataloader()
         self._init_dump_executor()
-        self._init_resource_pool_mgr()
-        self.resource_pool_manager.create_resource_pool()
+        trainer = self.config.trainer
+        self.pool = worker_pool(trainer.n_gpus_per_node, trainer.nnodes)
         self.actor_rollout_wg = RayWorkerGroup(
-            resource_pool=self.resource_pool_manager.get_resource_pool(Role.Actor),
-            ray_cls_with_init=RayClassWithInitArgs(
-                cls=self.role_worker_mapping[Role.Actor], config=self._worker_config()
-            ),
-            device_name=self.config.trainer.device,
+            resource_pool=self.pool,
+            ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(NSPRolloutWorker), config=self._worker_config()),
+            device_name=trainer.device,
         )
         self.actor_rollout_wg.reset()
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
@@ -150,16 +133,12 @@ class RefineTrainer(CheckpointingTrainer):
             TrainingDiverged: see :data:`MAX_SKIPPED_UPDATES`.
         """
         trainer = self.config.trainer
-        resumed = self.global_steps > 0
         if not trainer.val_only:
-            self._say_if_past(self.total_training_steps)
+            self._warn_if_past_the_last_step()
         # a fresh run measures step 0 again too; validation alone takes nothing away
-        resume_step = None if trainer.val_only else self.global_steps if resumed else -1
-        with self._recorder(resume_step, self.total_training_steps) as record:
-            if (trainer.val_only or trainer.val_before_train and not resumed) and len(self.val_dataset):
-                record(self._validate())
-            elif self.lost_metrics is not None:
-                record(self._completed(self.lost_metrics))
+        resume_step = None if trainer.val_only else self.global_steps or -1
+        with self._recorder(resume_step) as record:
+            self._before_the_first_step(record)
             self.on_train_begin()
             with self.signals.deferred():
                 while self.global_steps < self.total_training_steps and not trainer.val_only:
@@ -167,20 +146,27 @@ class RefineTrainer(CheckpointingTrainer):
                     record(self._train_one_step())
                     saved = self._is_due(trainer.save_freq)
                     self._stop_if_diverged(saved)
-                    self._stop_if_asked(saved, self.total_training_steps)
+                    self._stop_if_asked(saved)
             self.on_train_end()
         self._shutdown_dump_executor()
         if not trainer.val_only:
             with self.signals.deferred():
                 self._export()
 
+    def _before_the_first_step(self, record: Record) -> None:
+        """Validate a fresh run; of a resumed one record the step whose line an interruption took."""
+        trainer = self.config.trainer
+        if (trainer.val_only or trainer.val_before_train and not self.global_steps) and len(self.val_dataset):
+            record(self._validate())
+        elif self.lost_metrics is not None:
+            record(self._completed(self.lost_metrics))
+
     @contextmanager
-    def _recorder(self, resume_step: int | None, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    def _recorder(self, resume_step: int | None) -> Iterator[Record]:
         """A function that records the metrics of the current step: in metrics.jsonl, loggers and the display.
 
         Args:
             resume_step: see :class:`MetricsWriter`.
-            total: steps of the whole run.
         """
         trainer = self.config.trainer
         path = self.run_dir / "metrics.jsonl"
@@ -193,7 +179,7 @@ class RefineTrainer(CheckpointingTrainer):
         )
         self._start_profile_schedule()
         history = read_metrics(path) if self.global_steps > 0 else []
-        with TrainingProgress(total, initial=self.global_steps, history=history) as progress:
+        with TrainingProgress(self.total_training_steps, initial=self.global_steps, history=history) as progress:
 
             def record(metrics: dict[str, float]) -> None:
                 writer.log(metrics, step=self.global_steps)
@@ -240,21 +226,27 @@ class RefineTrainer(CheckpointingTrainer):
     def step(self, metrics: dict[str, float], timing_raw: dict[str, float]) -> int:
         """The paper's four steps on one batch of documents. Returns the number of document tokens."""
         batch = self._next_batch()
-        forward_tokens = self.learn(batch, metrics, timing_raw).forward_tokens
+        forward_tokens, _ = self.learn(batch, metrics, timing_raw)
         document_tokens = int(batch["lengths"].sum())
         metrics["perf/forward_tokens_per_token"] = forward_tokens / document_tokens
         return document_tokens
 
-    def learn(self, batch: TensorDict, metrics: dict[str, float], timing_raw: dict[str, float], **how: Any) -> Learned:
+    def learn(
+        self, batch: TensorDict, metrics: dict[str, float], timing_raw: dict[str, float], **how: Any
+    ) -> tuple[float, Tensor | None]:
         """The paper's four steps on documents or prompts.
 
         Args:
             batch: of :meth:`_to_batch`; rows of weight 0 teach nothing.
             metrics, timing_raw: what was measured is added.
-            how: for :meth:`_in_mini_batches`.
+            how: for :meth:`_update`.
+
+        Returns:
+            Tokens put through the model, and the rewards [B, c, n] of the rollouts.
         """
         forward_tokens, rewards = 0.0, None
-        if self._uses_rollouts():
+        objective = Objective.ROLLOUTS if self._uses_rollouts() else Objective.DOCUMENTS
+        if objective is Objective.ROLLOUTS:
             # 1-3: choose positions, write rollouts, reward them, all next to the model
             with marked_timer("rollout", timing_raw):
                 rollouts = self.actor_rollout_wg.rollout_and_reward(batch).get()
@@ -266,15 +258,12 @@ class RefineTrainer(CheckpointingTrainer):
                 rewards, self.settings.nsp.rollout_length, self.settings.nsp.group, self.config.algorithm
             )
             forward_tokens += float(rollouts["forward_tokens"].sum())
-            metrics.update(self._rollout_metrics(rollouts[batch["weight"] > 0]))
+            metrics.update(rollout_metrics(rollouts[batch["weight"] > 0], self.settings.nsp.group))
             batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs", "advantages"))
         # 4: one optimiser step per mini-batch
         with marked_timer("update", timing_raw):
-            updated = tu.get(self.actor_rollout_wg.update(self._in_mini_batches(batch, **how)).get(), "metrics")
-        skipped = metrics.get("actor/skipped_updates", 0.0)  # of an earlier pass of this step
-        metrics.update(self._update_metrics(updated))
-        metrics["actor/skipped_updates"] += skipped
-        return Learned(forward_tokens + updated["forward_tokens"][0], rewards)
+            forward_tokens += self._update(batch, objective, metrics, **how)
+        return forward_tokens, rewards
 
     def _uses_rollouts(self) -> bool:
         return self.settings.uses_rollouts and self.global_steps > self.settings.warmup_steps
@@ -295,52 +284,58 @@ class RefineTrainer(CheckpointingTrainer):
 
     def _to_batch(self, columns: dict[str, Any], multiple: int = 1) -> TensorDict:
         """Padded tensors of one batch; dummies of weight 0 fill it up to ``multiple`` rows."""
+        return self._message(collate_columns(columns), multiple)
+
+    def _message(self, tensors: dict[str, Tensor], multiple: int = 1, step: int | None = None) -> TensorDict:
+        """A batch for the workers; random draws depend on ``step`` (None: the step of the run)."""
         return tu.get_tensordict(
-            tensor_dict=pad_batch(collate_columns(columns), multiple),
-            non_tensor_dict={"global_step": self.global_steps},
+            tensor_dict=pad_batch(tensors, multiple),
+            non_tensor_dict={"global_step": self.global_steps if step is None else step},
         )
 
-    def _in_mini_batches(self, batch: TensorDict, size: int | None = None, **how: Any) -> TensorDict:
-        """Order rows so that every mini-batch holds the same documents however many ranks share it.
+    def _update(
+        self,
+        batch: TensorDict,
+        objective: Objective,
+        metrics: dict[str, float],
+        name: str = "actor",
+        size: int | None = None,
+        **how: Any,
+    ) -> float:
+        """One optimiser step per mini-batch; returns the number of tokens put through the model.
 
-        Ranks get contiguous shares of the batch and cut them into mini-batches themselves.
+        Every mini-batch holds the same documents however many ranks share it: ranks get contiguous shares of the
+        batch and cut them into mini-batches themselves, so rows are ordered first.
 
         Args:
-            batch: a multiple of ``size`` rows.
+            batch: a multiple of ``size`` rows, with all that ``objective`` asks for.
+            objective: what is to be learned.
+            metrics: what was measured is added, to earlier passes of the same step.
+            name: what its names begin with.
             size: rows of a mini-batch; None: ``refine.ppo_mini_batch_size``.
             how: more for the worker's ``update``.
         """
         size = size or self.settings.ppo_mini_batch_size
         order = mini_batch_order(len(batch), size, self.actor_rollout_wg.world_size)
         data = tu.index_select_tensor_dict(batch, order)
-        actor = self.config.actor_rollout_ref.actor
         tu.assign_non_tensor(
             data,
+            objective=objective,
             mini_batch_size=size,
-            epochs=actor.ppo_epochs,
+            epochs=self.config.actor_rollout_ref.actor.ppo_epochs,
             seed=self.config.data.seed,
             use_dynamic_bsz=False,
             **how,
         )
-        return data
+        updated = tu.get(self.actor_rollout_wg.update(data).get(), "metrics")
+        skipped = metrics.get(f"{name}/skipped_updates", 0.0)
+        metrics.update(self._update_metrics(updated, name))
+        metrics[f"{name}/skipped_updates"] += skipped
+        return float(updated["forward_tokens"][0])
 
     # Numbers
 
-    def _rollout_metrics(self, rollouts: TensorDict) -> dict[str, float]:
-        rewards = rollouts["rewards"]
-        return {
-            "nsp/reward/mean": rewards.mean().item(),
-            "nsp/reward/std": rewards.std().item() if rewards.numel() > 1 else 0.0,
-            "nsp/reward/min": rewards.min().item(),
-            "nsp/reward/max": rewards.max().item(),
-            "nsp/reward_cosine/mean": rollouts["reward_cosine"].mean().item(),
-            "nsp/reward_binary/mean": rollouts["reward_binary"].mean().item(),
-            "nsp/entropy/mean": rollouts["entropy_mean"].mean().item(),
-            "nsp/entropy/selected_mean": rollouts["entropy_selected"].mean().item(),
-            "nsp/group_zero_std": group_zero_std_share(rewards, self.settings.nsp.group),
-        }
-
-    def _update_metrics(self, updated: dict[str, list[float]]) -> dict[str, float]:
+    def _update_metrics(self, updated: dict[str, list[float]], name: str) -> dict[str, float]:
         """Means over the step's mini-batches; skipped updates are counted and left out of the means."""
         norms = updated["grad_norm"]
         for norm in norms:
@@ -354,11 +349,15 @@ class RefineTrainer(CheckpointingTrainer):
                 skipped,
                 len(norms),
             )
-        metrics = {name: _finite_mean(values) for name, values in updated.items() if name.startswith("actor/")}
+        means = {
+            f"{name}/{key.removeprefix('actor/')}": _finite_mean(values)
+            for key, values in updated.items()
+            if key.startswith("actor/")
+        }
         return {
-            **metrics,
-            "actor/grad_norm": _finite_mean(norms),
-            "actor/skipped_updates": float(skipped),
+            **means,
+            f"{name}/grad_norm": _finite_mean(norms),
+            f"{name}/skipped_updates": float(skipped),
             "actor/lr": float(updated["lr"][-1]),
             "perf/max_memory_gb": float(max(updated["perf/max_memory_allocated_gb"])),
         }

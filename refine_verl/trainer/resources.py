@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ray
-from verl.single_controller.ray import ResourcePoolManager
+from verl.single_controller.ray import RayResourcePool
 from verl.utils.device import get_device_name, get_resource_name
 
+from refine_verl.config import RunFailed
 
-class ResourceError(RuntimeError):
+
+class ResourceError(RunFailed):
     """The cluster is too small for the run, or has become so."""
 
 
-class WorkerPoolManager(ResourcePoolManager):
-    """One worker per GPU, or per CPU where there is no GPU (verl's own counts only GPUs and NPUs)."""
+def worker_pool(per_node: int, nodes: int) -> RayResourcePool:
+    """A place per GPU, or per CPU where there is no GPU, which a worker has for itself.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # a single worker group lives here, so each process gets its device whole
-        self.max_colocate_count = 1
-
-    def _check_resource_available(self) -> None:
-        resource = get_resource_name()
-        available = ray.cluster_resources().get(resource, 0)
-        needed = self.get_n_gpus()
-        if available < needed:
-            raise ResourceError(
-                f"the Ray cluster has {available:g} {resource}s, the run asks for {needed} workers on "
-                f"{get_device_name()} (trainer.n_gpus_per_node * trainer.nnodes); lower these or add nodes"
-            )
+    Raises:
+        ResourceError: the cluster has fewer.
+    """
+    resource, needed = get_resource_name(), per_node * nodes
+    available = ray.cluster_resources().get(resource, 0)
+    if available < needed:
+        raise ResourceError(
+            f"the Ray cluster has {available:g} {resource}s, the run asks for {needed} workers on "
+            f"{get_device_name()} (trainer.n_gpus_per_node * trainer.nnodes); lower these or add nodes"
+        )
+    return RayResourcePool([per_node] * nodes, use_gpu=True, max_colocate_count=1, name_prefix="workers")

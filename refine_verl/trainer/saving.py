@@ -41,7 +41,7 @@ class CheckpointingTrainer(PPOTrainer):
     Attributes:
         run_dir: the run directory.
         signals: what asks the run to stop; nothing does unless it is replaced by one that is installed.
-        left_something: whether a next attempt can go on from what this one wrote.
+        left_something: whether a next attempt can resume from what this one wrote.
         lost_metrics: on resume, what the step of the checkpoint had measured, if an interruption came between the
             checkpoint and its line in metrics.jsonl.
     """
@@ -58,7 +58,7 @@ class CheckpointingTrainer(PPOTrainer):
         """Write ``global_step_N``, then the note of the last step, then remove checkpoints that are too many.
 
         Raises:
-            CheckpointError: with the free space, and what the run can go on from.
+            CheckpointError: with the free space, and what the run can resume from.
         """
         step = self.global_steps
         try:
@@ -92,7 +92,7 @@ class CheckpointingTrainer(PPOTrainer):
         left = (
             "there is no earlier checkpoint"
             if good is None
-            else f"{good} is whole, and the same command goes on from it"
+            else f"{good} is whole, and the same command resumes from it"
         )
         what = f"the checkpoint of step {self.global_steps} could not be written"
         cure = "Free some space, or keep fewer checkpoints with trainer.max_actor_ckpt_to_keep"
@@ -113,7 +113,7 @@ class CheckpointingTrainer(PPOTrainer):
             reason = getattr(error, "cause", error)
             full = f"the file system of {self.run_dir} is full: " if isinstance(reason, DiskFullError) else ""
             raise CheckpointError(
-                f"{full}the trained model could not be written to {final}. Free some space; the same command goes on "
+                f"{full}the trained model could not be written to {final}. Free some space; the same command resumes "
                 f"from the last checkpoint and writes it ({reason})"
             ) from error
 
@@ -131,14 +131,14 @@ class CheckpointingTrainer(PPOTrainer):
             trainer.resume_mode, trainer.resume_from_path = asked
         self.lost_metrics = None if folder is None else self._metrics_without_a_line(folder)
 
-    def _say_if_past(self, last: int) -> None:
+    def _warn_if_past_the_last_step(self) -> None:
         """Say why a run that was asked for fewer steps than its checkpoint has ends at once."""
-        if self.global_steps > last:
+        if self.global_steps > self.total_training_steps:
             logger.warning(
                 "the checkpoint of step %d is past the %d steps asked for (trainer.total_training_steps): nothing is "
                 "trained, and %s is the model of step %d",
                 self.global_steps,
-                last,
+                self.total_training_steps,
                 self.run_dir / "model",
                 self.global_steps,
             )
@@ -153,22 +153,21 @@ class CheckpointingTrainer(PPOTrainer):
         metrics: dict[str, float] = json.loads(file.read_text())
         return metrics
 
-    def _stop_if_asked(self, saved: bool, last: int, where: str | None = None) -> None:
+    def _stop_if_asked(self, saved: bool, where: str | None = None) -> None:
         """End a run that got SIGTERM or SIGINT, unless it ends by itself.
 
         Args:
             saved: whether all of this step is on disk already.
-            last: the last step.
-            where: what the next start goes on from; None: the checkpoint of this step.
+            where: from where the next start continues; None: the checkpoint of this step.
 
         Raises:
             Stopped: with a checkpoint of this step.
         """
-        if self.signals.received is None or self.global_steps >= last:
+        if self.signals.received is None or self.global_steps >= self.total_training_steps:
             return
         if not saved:
             self._save_checkpoint()
         raise Stopped(
-            f"stopped by {self.signals.received.name} after step {self.global_steps}; the same command goes on "
+            f"stopped by {self.signals.received.name} after step {self.global_steps}; the same command resumes "
             f"{where or f'from {self.run_dir / STEP}{self.global_steps}'}"
         )

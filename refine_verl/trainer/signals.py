@@ -19,7 +19,7 @@ SAME_SIGNAL = 1.0
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop and did; the message says where it goes on from."""
+    """The run was asked to stop and did; the message says from where it can resume."""
 
 
 class StopSignals:

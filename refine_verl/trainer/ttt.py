@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +15,9 @@ from verl.utils.debug import marked_timer
 
 from refine_verl.data.verl_dataset import VerlDocumentDataset
 from refine_verl.record.metrics import read_metrics
-from refine_verl.record.predictions import PREDICTIONS_FILE, PredictionsFile, mean_scores
+from refine_verl.record.predictions import PREDICTIONS_FILE, mean_scores
 from refine_verl.trainer.prompts import Columns, PromptTrainer
+from refine_verl.trainer.refine_trainer import Record
 
 logger = logging.getLogger(__name__)
 
@@ -32,116 +32,95 @@ class TTTTrainer(PromptTrainer):
 
     val_dataset: VerlDocumentDataset
     ids: list[str]
+    rows_of: list[list[int]]
+    answers: list[dict[str, Any]]
 
     def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
         self.ttt = self.settings.ttt
 
-    def fit(self) -> None:
-        """Answer every test prompt that has no line in ``predictions.jsonl`` yet.
+    @property
+    def resets(self) -> bool:
+        """Whether every batch starts from the same weights."""
+        return self.ttt.reset != "none"
 
-        Raises:
-            TrainingDiverged: with ``reset: none``, see `refine_trainer.MAX_SKIPPED_UPDATES`.
-        """
-        batches = self.batches()
-        carried_on = self.ttt.reset == "none"
-        predictions = PredictionsFile(self.run_dir / PREDICTIONS_FILE, self._still_holds)
-        finished = {row["id"] for row in predictions.rows}
-        if not carried_on:
+    def _begin(self) -> None:
+        """Every test prompt that has no line in ``predictions.jsonl`` yet is to be answered."""
+        self.rows_of = self.batches()
+        self.total_training_steps = len(self.rows_of)
+        self.finished = {row["id"] for row in self.predictions.rows}
+        if self.resets:
             # batches are finished one after the other; a batch that was interrupted is adapted to again
-            complete = (all(self.ids[row] in finished for row in batch) for batch in batches)
-            self.global_steps = next((step for step, done in enumerate(complete) if not done), len(batches))
+            complete = (all(self.ids[row] in self.finished for row in batch) for batch in self.rows_of)
+            self.global_steps = next((step for step, done in enumerate(complete) if not done), len(self.rows_of))
         if self.global_steps:
-            logger.info("%d of %d batches are answered already", self.global_steps, len(batches))
-        with self._recorder(self.global_steps or -1, len(batches)) as record:
-            self._record_what_a_kill_lost(record, predictions)
-            if not carried_on:
-                self.left_something = True  # answers
-                self.actor_rollout_wg.snapshot()
-            with self.signals.deferred():
-                while self.global_steps < len(batches):
-                    self.global_steps += 1
-                    columns = self._columns(batches[self.global_steps - 1])
-                    metrics, rows = self._adapt_and_answer(columns)
-                    predictions.write([row for row in rows if row["id"] not in finished])
-                    record({**metrics, **running_means(predictions.rows)})
-                    saved = self._is_due(self.config.trainer.save_freq)
-                    if carried_on:
-                        self._stop_if_diverged(saved)
-                        self._stop_if_asked(saved, len(batches))
-                    else:
-                        self._stop_if_asked(True, len(batches), f"behind the last answer in {PREDICTIONS_FILE}")
-        predictions.close()
-        self._shutdown_dump_executor()
-        if carried_on:
-            with self.signals.deferred():
-                self._export()
+            logger.info("%d of %d batches are answered already", self.global_steps, len(self.rows_of))
+
+    def _before_the_first_step(self, record: Record) -> None:
+        history = read_metrics(self.run_dir / "metrics.jsonl")
+        if self.global_steps and (not history or history[-1]["step"] < self.global_steps):  # a kill took the line
+            record(running_means(self.predictions.rows))
+        if self.resets:
+            self.left_something = True  # answers
+            self.actor_rollout_wg.snapshot()
+
+    def _completed(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of a batch and of all answers so far; writes those of the batch."""
+        self.predictions.write([row for row in self.answers if row["id"] not in self.finished])
+        return {**metrics, **running_means(self.predictions.rows)}
+
+    def _stop_if_asked(self, saved: bool, where: str | None = None) -> None:
+        if self.resets:
+            saved, where = True, f"behind the last answer in {PREDICTIONS_FILE}"
+        super()._stop_if_asked(saved, where)
+
+    def _export(self) -> None:
+        if not self.resets:
+            super()._export()
 
     def batches(self) -> list[list[int]]:
         """Rows of the test set that are adapted to together."""
-        keys = []
-        for row in range(len(self.val_dataset)):
-            values = self.val_dataset[row]
-            keys.append((values["document_id"], str(values["id"])))
+        rows = list(range(len(self.val_dataset)))
+        keys = [(row["document_id"], str(row["id"])) for row in map(self.val_dataset.__getitem__, rows)]
         self.ids = [name for _, name in keys]
-        rows = list(range(len(keys)))
-        if self.ttt.reset != "none":
+        if self.resets:
             rows.sort(key=lambda row: keys[row])
         size = 1 if self.ttt.reset == "sample" else self.config.data.train_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-    def _columns(self, rows: list[int]) -> Columns:
-        columns: dict[str, list[Any]] = defaultdict(list)
-        for row in rows:
-            for name, value in self.val_dataset[row].items():
-                columns[name].append(value)
-        return columns
 
     def _still_holds(self, row: Mapping[str, Any]) -> bool:
         """Not if the run starts over; where adaptation carries on, not what came after the checkpoint."""
         if self.config.trainer.resume_mode == "disable":
             return False
-        return self.ttt.reset != "none" or row["batch"] <= self.global_steps
-
-    def _record_what_a_kill_lost(self, record: Any, predictions: PredictionsFile) -> None:
-        history = read_metrics(self.run_dir / "metrics.jsonl")
-        if self.global_steps and (not history or history[-1]["step"] < self.global_steps):
-            record(running_means(predictions.rows))
+        return self.resets or row["batch"] <= self.global_steps
 
     # One batch
 
-    def _adapt_and_answer(self, columns: Columns) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics of a batch, and a line of ``predictions.jsonl`` for each of its rows.
+    def step(self, metrics: dict[str, float], timing_raw: dict[str, float]) -> int:
+        """Adapt to the prompts of a batch and answer them, for a line of ``predictions.jsonl`` each.
 
         However this ends, with an error or not, weights are back at the start afterwards.
+
+        Returns:
+            The number of tokens of its prompts.
         """
-        metrics: dict[str, float] = {}
-        timing: dict[str, float] = {}
-        self.on_step_begin()
-        with marked_timer("step", timing):
-            self._start_profiling()
-            before = self._timed_answers("answer_before", columns, timing) if self.ttt.baseline else None
-            try:
-                curves = self._adapt(columns, metrics, timing)
-                after = self._timed_answers("answer", columns, timing)
-            finally:
-                if self.ttt.reset != "none":
-                    self.actor_rollout_wg.restore()
-                    self.skipped_in_a_row = 0
-            self._stop_profiling()
-        if self.ttt.reset == "none" and self._is_due(self.config.trainer.save_freq):
-            with marked_timer("save_checkpoint", timing):
-                self._save_checkpoint()
-        metrics["perf/tokens_per_second"] = sum(map(len, columns["input_ids"])) / timing["step"]
-        metrics["refine/active"] = float(self._uses_rollouts())
-        metrics.update({f"timing_s/{name}": seconds for name, seconds in timing.items()})
-        rows = []
+        rows = [self.val_dataset[row] for row in self.rows_of[self.global_steps - 1]]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        before = self._timed_answers("answer_before", columns, timing_raw) if self.ttt.baseline else None
+        try:
+            curves = self._adapt(columns, metrics, timing_raw)
+            after = self._timed_answers("answer", columns, timing_raw)
+        finally:
+            if self.resets:
+                self.actor_rollout_wg.restore()
+                self.skipped_in_a_row = 0
+        self.answers = []
         for index, answered in enumerate(after):
             row = {"id": answered.pop("id"), "batch": self.global_steps, **answered, "adaptation": curves[index]}
             if before is not None:
                 row["prediction_before"], row["scores_before"] = before[index]["prediction"], before[index]["scores"]
-            rows.append(row)
-        return metrics, rows
+            self.answers.append(row)
+        return sum(map(len, columns["input_ids"]))
 
     def _timed_answers(self, name: str, columns: Columns, timing: dict[str, float]) -> list[dict[str, Any]]:
         with marked_timer(name, timing):
@@ -163,10 +142,10 @@ class TTTTrainer(PromptTrainer):
             batch = tu.index_select_tensor_dict(self.prompts(columns, step=step + 1), order)
             batch["weight"] = weight
             points = self._losses(batch, timing)
-            learned = self.learn(batch, metrics, timing, **how)
-            forward_tokens += learned.forward_tokens
-            if learned.rewards is not None:
-                means = learned.rewards.flatten(1).mean(dim=1)[weight > 0].tolist()
+            forwarded, rewards = self.learn(batch, metrics, timing, **how)
+            forward_tokens += forwarded
+            if rewards is not None:
+                means = rewards.flatten(1).mean(dim=1)[weight > 0].tolist()
                 points = [{**point, "reward": mean} for point, mean in zip(points, means, strict=True)]
             for curve, point in zip(curves, points, strict=True):
                 curve.append({"step": step, **point})

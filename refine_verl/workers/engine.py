@@ -22,6 +22,7 @@ from refine_verl.config import ModelSettings, NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
 from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
+from refine_verl.workers.objective import Objective, rollouts_to_learn
 
 
 @EngineRegistry.register(model_type=ENGINE_MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "cpu"])
@@ -64,29 +65,29 @@ class RefineEngine(FSDPEngine):
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False
     ) -> Any:
-        rows = torch.tensor(_rows_that_count(data), device=get_device_id())
-        torch.distributed.all_reduce(rows, group=self.get_data_parallel_group())
-        tu.assign_non_tensor(data, global_rollouts=int(rows.item()) * _rollouts_per_row(data))
+        rollouts = torch.tensor(rollouts_to_learn(data), device=get_device_id())
+        torch.distributed.all_reduce(rollouts, group=self.get_data_parallel_group())
+        tu.assign_non_tensor(data, global_rollouts=int(rollouts.item()))
         return super().forward_backward_batch(data, loss_function, forward_only)
 
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Callable[..., Any], forward_only: bool
     ) -> tuple[Tensor, dict[str, Any]]:
-        """One micro-batch of documents (and their rollouts) through the actor, and its share of the loss."""
+        """One micro-batch through the actor as its :class:`Objective` says, and its share of the loss."""
         micro_batch = micro_batch.to(get_device_id())
-        documents = documents_of(micro_batch)
-        if "answer_tokens" in micro_batch:
+        objective, documents = Objective.of(micro_batch), documents_of(micro_batch)
+        if objective is Objective.ANSWERS:
             output = self.module(
                 mode="answer_log_probs",
                 prompts=documents,
                 tokens=micro_batch["answer_tokens"],
                 lengths=micro_batch["answer_lengths"],
-                temperature=tu.get_non_tensor_data(micro_batch, "temperature", 1.0),
+                temperature=tu.get(micro_batch, "temperature"),
                 segments=self.nsp.chunks + 1 if self.module.checkpoint_segments else 1,
             )
         else:
             branches = None
-            if "rollout_tokens" in micro_batch:
+            if objective is Objective.ROLLOUTS:
                 branches = Branches(micro_batch["positions"], micro_batch["rollout_tokens"])
             output = self.module(mode="update", documents=documents, branches=branches, nsp=self.nsp)
         loss, metrics = loss_function(model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group())
@@ -151,13 +152,3 @@ class RefineEngine(FSDPEngine):
 def documents_of(batch: TensorDict) -> Documents:
     """The documents of a batch with ``tokens`` int64 [b, Tmax], ``lengths`` int64 [b], maybe ``learn_from`` [b]."""
     return Documents.from_tensors(batch["tokens"], batch["lengths"], batch.get("learn_from", None))
-
-
-def _rows_that_count(data: TensorDict) -> int:
-    return int((data["weight"] > 0).sum()) if "weight" in data else data.shape[0]
-
-
-def _rollouts_per_row(data: TensorDict) -> int:
-    if "answer_tokens" in data:
-        return data["answer_tokens"].shape[1]
-    return data["rollout_tokens"].flatten(1, 2).shape[1] if "rollout_tokens" in data else 0

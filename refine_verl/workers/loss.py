@@ -15,6 +15,7 @@ from verl.workers.config import ActorConfig
 
 from refine_verl.config import LossSettings
 from refine_verl.nsp import refine_objective
+from refine_verl.workers.objective import Objective
 
 
 class RefineLoss:
@@ -36,52 +37,50 @@ class RefineLoss:
     ) -> tuple[Tensor, dict[str, Metric]]:
         """Args:
             model_output: of :meth:`FastWeightActor.update` or :meth:`FastWeightActor.answer_log_probs`.
-            data: the micro-batch, with the counts of the whole mini-batch as non-tensor entries; ``objective``
-                says ``answers`` where what is learned are answers and not documents or prompts.
+            data: the micro-batch, with the tensors and the tag of its :class:`Objective`, and the counts of the whole
+                mini-batch as non-tensor entries.
             dp_group: not needed, the counts are global already.
 
         Returns:
             The micro-batch's share of the mini-batch's loss, and metrics that add up to the mini-batch's values.
         """
+        objective = Objective.of(data)
+        predicts, weighs = objective.predicts_tokens, objective.weighs_losses
         dp_size = tu.get_non_tensor_data(data, "dp_size", 1)
-        answers = tu.get_non_tensor_data(data, "objective", "documents") == "answers"
-        learned = "ntp_loss_sum" in model_output
         loss, metrics = refine_objective(
-            model_output["ntp_loss_sum"] if learned else model_output["log_probs"].new_zeros(()),
-            int(data["loss_mask"].sum()) if learned else 0,
-            **self._rollouts(model_output, data),
+            model_output["ntp_loss_sum"] if predicts else model_output["log_probs"].new_zeros(()),
+            int(data["loss_mask"].sum()) if predicts else 0,
+            **self._rollouts(objective, model_output, data),
             policy_loss=functools.partial(self._policy_loss, data=data),
-            # what is done with answers is one thing or the other, and is not weighed against anything
-            rl_coef=1.0 if answers else self.settings.rl_coef,
-            sft_coef=1.0 if answers else self.settings.sft_coef,
+            rl_coef=self.settings.rl_coef if weighs else 1.0,
+            sft_coef=self.settings.sft_coef if weighs else 1.0,
             global_tokens=int(tu.get_non_tensor_data(data, "batch_num_tokens", 0)),
             global_rollouts=int(tu.get_non_tensor_data(data, "global_rollouts", 0)),
             dp_size=dp_size,
         )
-        if not learned:
+        if not predicts:
             metrics.pop("actor/ntp_loss")
         # verl averages over ranks and then sums over micro-batches; shares have to be summed over both
         return loss, {name: Metric("sum", float(value) * dp_size) for name, value in metrics.items()}
 
     @staticmethod
-    def _rollouts(model_output: dict[str, Tensor], data: TensorDict) -> dict[str, Tensor | None]:
-        """Log-probabilities, advantages and mask of rollouts [R, k] or answers [R, A]."""
-        if "log_probs" not in model_output:
+    def _rollouts(objective: Objective, model_output: dict[str, Tensor], data: TensorDict) -> dict[str, Tensor]:
+        """Log-probabilities, advantages and mask of rollouts [R, k] or answers [R, A]; {} without a policy loss."""
+        if not objective.reinforces:
             return {}
-        log_probs = model_output["log_probs"]
-        counted = data["weight"] > 0 if "weight" in data else None
-        mask = None
-        if "answer_tokens" in data:
-            old, advantages = data["old_log_probs"].flatten(0, 1), data["advantages"].flatten(0, 1)
+        log_probs, advantages = model_output["log_probs"], data["advantages"]
+        # rows that only keep ranks in step stay in the graph, because FSDP waits for their backward pass
+        real = data["weight"] > 0
+        mask = real.repeat_interleave(len(log_probs) // len(real))[:, None].expand_as(log_probs)
+        if objective is Objective.ANSWERS:
             places = torch.arange(log_probs.shape[1], device=log_probs.device)
-            mask = places < data["answer_lengths"].flatten()[:, None]
-        else:
-            old, advantages = data["old_log_probs"].flatten(0, 2), data["advantages"].flatten()
-        if counted is not None and not bool(counted.all()):
-            # rows that only keep ranks in step: they stay in the graph, because FSDP waits for their backward pass
-            rows = counted.repeat_interleave(len(log_probs) // len(counted))[:, None]
-            mask = rows.expand_as(log_probs) if mask is None else mask & rows
-        return {"log_probs": log_probs, "old_log_probs": old, "advantages": advantages, "mask": mask}
+            mask = mask & (places < data["answer_lengths"].flatten()[:, None])
+        return {
+            "log_probs": log_probs,
+            "old_log_probs": data["old_log_probs"].reshape(log_probs.shape),
+            "advantages": advantages.flatten() if objective is Objective.ROLLOUTS else advantages.flatten(0, 1),
+            "mask": mask,
+        }
 
     def _policy_loss(
         self,
@@ -96,7 +95,7 @@ class RefineLoss:
         # every rollout has k tokens, so a mean over tokens and a mean over rollouts of means over tokens agree;
         # answers differ in length, and the tokens that verl has counted are theirs
         tokens = global_rollouts * log_probs.shape[1]
-        if "answer_tokens" in data:
+        if Objective.of(data) is Objective.ANSWERS:
             tokens = int(tu.get_non_tensor_data(data, "batch_num_tokens", 0))
         self.actor.global_batch_info.update(
             dp_size=1,

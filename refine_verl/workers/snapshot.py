@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 if TYPE_CHECKING:
@@ -22,16 +23,8 @@ class Snapshot:
 
     def __init__(self, engine: RefineEngine) -> None:
         with torch.no_grad():
-            self._tensors = [_copied(tensor) for tensor in _tensors(engine)]
-        optimizer = engine.optimizer
-        # by position: a parameter that has no state yet must have none afterwards either
-        self._states = [
-            _copied_state(optimizer.state.get(p)) for group in optimizer.param_groups for p in group["params"]
-        ]
-        self._groups = [
-            {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
-            for group in optimizer.param_groups
-        ]
+            self._tensors = [_local(tensor).to("cpu", copy=True) for tensor in _tensors(engine)]
+        self._optimizer = _copied(engine.optimizer.state_dict(), "cpu")
         self._schedule = copy.deepcopy(engine.lr_scheduler.state_dict())
         self._random = BaseCheckpointManager.get_rng_state()
 
@@ -40,23 +33,10 @@ class Snapshot:
         """Put everything back. Gradients are dropped. May be called any number of times."""
         for tensor, saved in zip(_tensors(engine), self._tensors, strict=True):
             _local(tensor).copy_(saved)
-        optimizer = engine.optimizer
-        optimizer.zero_grad(set_to_none=True)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for parameter, saved_state in zip(parameters, self._states, strict=True):
-            if saved_state is None:
-                optimizer.state.pop(parameter, None)
-                continue
-            now = optimizer.state[parameter]
-            for name in now.keys() - saved_state.keys():
-                del now[name]
-            for name, value in saved_state.items():
-                if isinstance(value, Tensor):
-                    _local(now[name]).copy_(value)
-                else:
-                    now[name] = copy.deepcopy(value)
-        for group, saved_group in zip(optimizer.param_groups, self._groups, strict=True):
-            group.update(copy.deepcopy(saved_group))
+        engine.optimizer.zero_grad(set_to_none=True)
+        engine.optimizer.state.clear()  # frees its memory before the old state takes as much
+        # a copy: the optimiser keeps what it is given, and changes it in place
+        engine.optimizer.load_state_dict(_copied(self._optimizer, None))
         engine.lr_scheduler.load_state_dict(copy.deepcopy(self._schedule))
         BaseCheckpointManager.load_rng_state(self._random)
 
@@ -77,13 +57,11 @@ def _local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return _local(tensor).to("cpu", copy=True)
+def _copied(state: dict[str, Any], device: str | None) -> dict[str, Any]:
+    """A copy down to the last tensor, on ``device`` if that is not None."""
 
+    def one(value: Any) -> Any:
+        return value.to(device=device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
-def _copied_state(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    if not state:
-        return None
-    return {
-        name: _copied(value) if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in state.items()
-    }
+    copied: dict[str, Any] = tree_map(one, state)
+    return copied

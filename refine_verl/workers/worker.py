@@ -22,14 +22,16 @@ from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from refine_verl.config import ModelSettings, RefineSettings
-from refine_verl.models import RolloutBatch, RolloutDraws, documents_together, snapshot_count
+from refine_verl.models import RolloutBatch
 from refine_verl.models.answers import Answers, answer_draws
 from refine_verl.models.reward_manager import HiddenStateRewardManager
+from refine_verl.models.step import Step
 from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.record.checkpoint_files import FileRecord, flushed
 from refine_verl.record.disk_space import could_not_write
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.failures import lost_connection
+from refine_verl.workers.objective import tokens_to_learn
 from refine_verl.workers.rendezvous import join_process_group
 from refine_verl.workers.snapshot import Snapshot, shard_bytes
 
@@ -60,8 +62,8 @@ class WorkerSettings:
 class NSPRolloutWorker(TrainingWorker):
     """verl's training worker plus rollouts and rewards next to the model.
 
-    Hidden states, logits and model states never leave it (contract C2): :meth:`rollout_and_reward` returns token
-    ids and a few numbers per rollout.
+    Hidden states, logits and model states never leave it: :meth:`rollout_and_reward` returns token ids and a few
+    numbers per rollout, less than 1 MB a step besides the ids for 128 documents.
     """
 
     engine: RefineEngine
@@ -92,57 +94,44 @@ class NSPRolloutWorker(TrainingWorker):
             ``rewards``, ``reward_cosine``, ``reward_binary`` [b, c, n], ``entropy_mean`` [b],
             ``entropy_selected`` [b, c]; ``forward_tokens`` and ``reward_seconds`` [b], this rank's in its first row.
         """
-        step = tu.get_non_tensor_data(data, "global_step", 0)
-        counted = self.engine.module.forward_tokens
+        settings, counted = self.settings, self.engine.module.forward_tokens
         self.reward_seconds = 0.0
+        step = Step(
+            self.engine.module,
+            settings.refine.nsp,
+            settings.seed,
+            read_together=settings.rollout_micro_batch_size,
+            longest=settings.max_length,
+        )
+        documents, ids = documents_of(data.to(get_device_id())), data["document_id"].tolist()
         with self.engine.eval_mode(), self.engine.gathered():
-            size = documents_together(self.settings.refine.nsp, self.settings.rollout_micro_batch_size)
-            parts = [self._rollouts(part, step) for part in data.split(size)]
-        output = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-        output["forward_tokens"] = torch.zeros(data.shape[0], dtype=torch.int64)
-        output["forward_tokens"][0] = self.engine.module.forward_tokens - counted
-        output["reward_seconds"] = torch.zeros(data.shape[0])
-        output["reward_seconds"][0] = self.reward_seconds
+            rollouts = step.write_and_reward(tu.get(data, "global_step"), documents, ids, self._reward)
+        output = {
+            name: (values.float() if values.is_floating_point() else values).cpu() for name, values in rollouts.items()
+        }
+        output["forward_tokens"] = _in_first_row(self.engine.module.forward_tokens - counted, len(data))
+        output["reward_seconds"] = _in_first_row(self.reward_seconds, len(data))
         return tu.get_tensordict(tensor_dict=output)
 
-    def _rollouts(self, data: TensorDict, step: int) -> dict[str, Tensor]:
-        nsp, seed = self.settings.refine.nsp, self.settings.seed
-        draws = RolloutDraws.of(seed, step, data["document_id"].tolist(), nsp)
-        rollouts: RolloutBatch = self.engine.module(
-            mode="rollout",
-            documents=documents_of(data.to(get_device_id())),
-            nsp=nsp,
-            draws=draws,
-            snapshots=snapshot_count(nsp.chunks, self.settings.max_length),
-            read_together=self.settings.rollout_micro_batch_size,
-        )
+    def _reward(self, rollouts: RolloutBatch) -> dict[str, Tensor]:
         get_torch_device().synchronize()  # or the reward would be charged for what the device has still to do
         started = time.perf_counter()
         rewards = self.rewards(rollouts)
         self.reward_seconds += time.perf_counter() - started
-        return {
-            "positions": rollouts.positions,
-            "rollout_tokens": rollouts.tokens,
-            "old_log_probs": rollouts.log_probs.float(),
-            "entropy_mean": rollouts.entropy_mean.float(),
-            "entropy_selected": rollouts.entropy_selected.float(),
-            **rewards,
-        }
+        return rewards
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def update(self, data: TensorDict) -> TensorDict:
         """Step 4: one optimiser step per mini-batch. Adds ``forward_tokens`` (all ranks) to verl's metrics.
 
         Args:
-            data: ``tokens`` [b, Tmax], ``lengths`` [b] of documents or prompts, with what `rollout_and_reward` or
-                `answer` returned and ``advantages``; or of prompts with their answers behind them, with ``learn_from``
-                [b] (see `Documents`). Rows of ``weight`` 0 teach nothing. Non-tensor ``objective`` says ``answers``
-                where answers are learned; with ``hold_learning_rate`` the schedule does not move.
+            data: what its `Objective`, the non-tensor ``objective``, asks for; with ``hold_learning_rate`` the
+                schedule does not move.
         """
         counted = self.engine.module.forward_tokens
         self.engine.hold_learning_rate = bool(tu.pop(data, "hold_learning_rate", False))
         # verl only sums this to count what a mini-batch learns from: no mask of T flags is needed
-        data["loss_mask"] = _tokens_to_learn(data)
+        data["loss_mask"] = tokens_to_learn(data)
         output = self.train_mini_batch(data)
         tokens = torch.tensor(self.engine.module.forward_tokens - counted, device=get_device_id())
         torch.distributed.all_reduce(tokens, group=self.engine.get_data_parallel_group())
@@ -152,15 +141,12 @@ class NSPRolloutWorker(TrainingWorker):
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def score(self, data: TensorDict) -> TensorDict:
         """Next-token loss (sum) and number of right argmaxes of each document: ``loss`` [b], ``correct`` [b]."""
-        losses, correct = [], []
+        documents = documents_of(data.to(get_device_id()))
         with self.engine.eval_mode(), self.engine.gathered():
-            for part in data.split(self.settings.rollout_micro_batch_size):
-                loss, right = self.engine.module(mode="score", documents=documents_of(part.to(get_device_id())))
-                losses.append(loss)
-                correct.append(right)
-        return tu.get_tensordict(
-            tensor_dict={"loss": torch.cat(losses).double().cpu(), "correct": torch.cat(correct).cpu()}
-        )
+            parts = documents.split(self.settings.rollout_micro_batch_size)
+            scores = [self.engine.module(mode="score", documents=part) for part in parts]
+        loss, correct = (torch.cat(values).cpu() for values in zip(*scores, strict=True))
+        return tu.get_tensordict(tensor_dict={"loss": loss.double(), "correct": correct})
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def answer(self, data: TensorDict) -> TensorDict:
@@ -182,18 +168,16 @@ class NSPRolloutWorker(TrainingWorker):
             "answer_tokens": torch.cat([part.tokens for part in parts]).cpu(),
             "answer_lengths": torch.cat([part.lengths for part in parts]).cpu(),
             "old_log_probs": torch.cat([part.log_probs for part in parts]).float().cpu(),
-            "forward_tokens": torch.zeros(data.shape[0], dtype=torch.int64),
+            "forward_tokens": _in_first_row(self.engine.module.forward_tokens - counted, len(data)),
         }
-        output["forward_tokens"][0] = self.engine.module.forward_tokens - counted
         return tu.get_tensordict(tensor_dict=output)
 
     def _answer_micro_batch(self, data: TensorDict) -> Answers:
         samples, width, temperature, step = (
             tu.get(data, name) for name in ("samples", "answer_width", "temperature", "global_step")
         )
-        draws = None
-        if temperature > 0:
-            draws = answer_draws(self.settings.seed, step, data["document_id"].tolist(), samples, width)
+        ids = data["document_id"].tolist()
+        draws = answer_draws(self.settings.seed, step, ids, samples, width) if temperature > 0 else None
         answers: Answers = self.engine.module(
             mode="generate",
             prompts=documents_of(data.to(get_device_id())),
@@ -268,16 +252,11 @@ class NSPRolloutWorker(TrainingWorker):
             raise could_not_write(error, Path(directory), shard_bytes(self.engine), writer) from error
 
 
-def _tokens_to_learn(data: TensorDict) -> Tensor:
-    """Number of tokens in the loss of each row, int64 [b]; sets ``learn_from`` where there are dummies."""
-    lengths, weight = data["lengths"], data.get("weight", None)
-    if "answer_tokens" in data:
-        answered = data["answer_lengths"].sum(dim=1)
-        return answered if weight is None else answered * (weight > 0)
-    first: Tensor = data.get("learn_from", torch.ones_like(lengths))
-    if weight is not None and not bool((weight > 0).all()):
-        data["learn_from"] = first = torch.where(weight > 0, first, lengths)
-    return lengths - first
+def _in_first_row(value: float, rows: int) -> Tensor:
+    """A number of this rank as a tensor [rows] that sums to it: what leaves a worker has a row per document."""
+    tensor = torch.zeros(rows, dtype=torch.int64 if isinstance(value, int) else torch.float32)
+    tensor[0] = value
+    return tensor
 
 
 def worker_threads(workers_per_node: int) -> int:

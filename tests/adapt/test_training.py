@@ -14,10 +14,11 @@ from torch import Tensor
 
 import refine_verl
 from refine_verl.adaptation import AdaptSettings, Prompts
-from refine_verl.adaptation.guard import Guise
+from refine_verl.adaptation.guard import TemporaryActor
 from refine_verl.adaptation.settings import read_settings
-from refine_verl.adaptation.training import Loop, Written
+from refine_verl.adaptation.training import Loop
 from refine_verl.models import Documents
+from refine_verl.models.step import Rollouts, in_parts
 
 from .conftest import CONFIG, build, prompts
 
@@ -86,20 +87,21 @@ def read(rows: list[Tensor]) -> tuple[Documents, tuple[int, ...]]:
 def test_rollouts_do_not_depend_on_company_or_order() -> None:
     rows, model = prompts(), build()
 
-    def write(chosen: list[Tensor], micro_batch_size: int) -> list[Written]:
+    def write(chosen: list[Tensor], micro_batch_size: int) -> list[Rollouts]:
         settings = settings_of(micro_batch_size=micro_batch_size)
-        with Guise(model, checkpoint_segments=False).worn(0) as actor:
-            written = Loop(actor, settings).write(1, *read(chosen))
-        return [written.select([row]) for row in range(len(chosen))]
+        with TemporaryActor(model, checkpoint_segments=False).active(0) as actor:
+            documents, ids = read(chosen)
+            written = Loop(actor, settings).write(1, documents, ids)
+        return [rollouts for _, rollouts in in_parts(documents, written, 1) if rollouts is not None]
 
     together, backwards, alone = write(rows, 5), write(rows[::-1], 2)[::-1], [write([row], 1)[0] for row in rows]
     for one, *others in zip(together, backwards, alone, strict=True):
         for other in others:
-            assert torch.equal(one.branches.tokens, other.branches.tokens)
-            assert torch.equal(one.branches.positions, other.branches.positions)
-            torch.testing.assert_close(one.advantages, other.advantages, rtol=1e-3, atol=1e-3)
+            assert torch.equal(one["rollout_tokens"], other["rollout_tokens"])
+            assert torch.equal(one["positions"], other["positions"])
+            torch.testing.assert_close(one["advantages"], other["advantages"], rtol=1e-3, atol=1e-3)
     twice = write([rows[0], rows[0]], 2)
-    assert not torch.equal(twice[0].branches.tokens, twice[1].branches.tokens)  # equal prompts draw for themselves
+    assert not torch.equal(twice[0]["rollout_tokens"], twice[1]["rollout_tokens"])  # equal prompts draw for themselves
 
 
 @pytest.mark.parametrize("group", ["sequence", "position"])
@@ -110,13 +112,13 @@ def test_advantages_are_the_trainers(group: str, divide: bool) -> None:
     from refine_verl.trainer.advantage import compute_advantages
 
     settings = settings_of(nsp={**CONFIG["nsp"], "group": group}, norm_adv_by_std_in_grpo=divide)
-    with Guise(build(), checkpoint_segments=False).worn(0) as actor:
+    with TemporaryActor(build(), checkpoint_segments=False).active(0) as actor:
         written = Loop(actor, settings).write(1, *read(prompts()))
-    rewards = written.rewards["rewards"]
+    rewards = written["rewards"]
     algorithm = OmegaConf.create({"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": divide})
     wanted = compute_advantages(rewards, settings.nsp.rollout_length, group, algorithm)
     assert wanted.abs().max() > 0.1 * rewards.std()
-    torch.testing.assert_close(written.advantages, wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(written["advantages"], wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_the_gradient_is_that_of_verls_policy_loss() -> None:
@@ -145,11 +147,11 @@ def test_the_gradient_is_that_of_verls_policy_loss() -> None:
         )
 
     documents, ids = read(prompts())
-    with Guise(build(dtype=torch.float64), checkpoint_segments=False).worn(0) as actor:
+    with TemporaryActor(build(dtype=torch.float64), checkpoint_segments=False).active(0) as actor:
         ours = Loop(actor, settings_of(loss={"sft_coef": 0.0}))
         written = ours.write(1, documents, ids)
         # off the policy that wrote, or the ratio would be 1 everywhere
-        ours.step(documents.select(range(2)), written.select(range(2)))
+        ours.step(*next(in_parts(documents, written, 2)))
         mine, metrics = ours.gradients(documents, written)
         ours.policy_loss = verls
         theirs, their_metrics = ours.gradients(documents, written)
@@ -212,6 +214,13 @@ def test_methods(family: str) -> None:
     zero, same = adapted_weights(model, prompts(), {**CONFIG, "loss": {"rl_coef": 0}})
     sft, history = adapted_weights(model, prompts(), {**CONFIG, "method": "sft"})
     assert torch.equal(zero, sft) and history == same
+
+
+def test_metrics_have_the_names_of_training() -> None:
+    _, history = adapted_weights(build(), prompts(), CONFIG)
+    names = {"nsp/reward/std", "nsp/reward/min", "nsp/reward/max", "nsp/entropy/mean", "nsp/entropy/selected_mean"}
+    assert names <= history[0].keys()
+    assert not any(name.startswith("nsp/entropy_selected") for name in history[0])
 
 
 def test_adapting_learns_the_prompt() -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from refine_verl.config import ConfigError
 from refine_verl.preflight import cluster
-from refine_verl.preflight.cluster import Request, check_cluster, find_lack, joins_cluster, suited_nodes
+from refine_verl.preflight.cluster import Request, check_cluster, find_missing_capacity, joins_cluster, suited_nodes
 
 
 def node(name: str, **resources: float) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def request(resource: str = "GPU", per_node: int = 8, nodes: int = 2) -> Request
     ],
 )
 def test_enough(nodes: list[dict[str, Any]], asked: Request) -> None:
-    assert find_lack(nodes, asked) is None
+    assert find_missing_capacity(nodes, asked) is None
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_enough(nodes: list[dict[str, Any]], asked: Request) -> None:
     ],
 )
 def test_too_little(nodes: list[dict[str, Any]], asked: Request, room: int) -> None:
-    finding = find_lack(nodes, asked)
+    finding = find_missing_capacity(nodes, asked)
     assert finding is not None and finding.key == "trainer.nnodes"
     assert f"room for {room} of them" in finding.message
     assert all(item["NodeManagerHostname"] in finding.message for item in nodes)

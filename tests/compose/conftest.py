@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
-from refine_verl.compose.composition import RECIPES_PATH_VARIABLE
+from refine_verl.compose.recipes import RECIPES_PATH_VARIABLE
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from refine_verl.compose.composition import broken_configs, compose_config, find_configs, register_configs
+from refine_verl.compose.composition import compose_config, register_configs
+from refine_verl.compose.recipes import broken_configs, find_configs
 from refine_verl.config import ConfigError
 
 RecipeFile = Callable[..., Path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import compose_config, find_configs
-from refine_verl.compose.phases import PROMPT_KEYS
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.phases import DOCUMENT_KEYS, PROMPT_KEYS
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.schema import leaves
 from refine_verl.compose.validate import ValidConfig, validate
-from refine_verl.config import ConfigError
-from refine_verl.config.prompts import PromptSettings
+from refine_verl.config import ConfigError, PromptSettings
 from refine_verl.data import DataError
 from refine_verl.preflight.prompts import prepare_prompt_splits
 
@@ -92,7 +93,7 @@ def test_refused_before_anything_starts(overrides: tuple[str, ...], key: str) ->
 
 
 def test_overlong_prompts_need_a_known_policy() -> None:
-    with pytest.raises(DataError, match=r"data\.overlong_prompts='center'"):
+    with pytest.raises(ConfigError, match=r"data\.overlong_prompts: .*'center'"):
         composed(*POSTTRAIN, "data.overlong_prompts=center")
 
 
@@ -104,8 +105,10 @@ def test_where_workers_need_not_divide_a_mini_batch() -> None:
 
 def test_every_key_of_prompts_is_a_setting_and_can_be_set() -> None:
     data = composed(*POSTTRAIN).config.data
-    assert {*PROMPT_KEYS, "max_prompt_length"} <= set(data)
-    assert set(PROMPT_KEYS) < set(PromptSettings.__dataclass_fields__)
+    assert {field.name for field in dataclasses.fields(PromptSettings)} <= set(data)
+    assert set(DOCUMENT_KEYS) == {"text_key", "min_length", "long_documents", "append_eos"}
+    of_rows = {"prompt_key", "answer_key", "task_key", "task", "id_key", "chat_template", "answer_separator"}
+    assert set(PROMPT_KEYS) == of_rows | {"max_answer_length", "overlong_prompts", "max_new_tokens"}
 
 
 # Data

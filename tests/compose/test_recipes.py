@@ -9,7 +9,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 import refine_verl
-from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.schema import leaves
 from refine_verl.compose.validate import check_against_verl, validate
 from refine_verl.data import DataSettings

@@ -10,10 +10,10 @@ import pytest
 from omegaconf import DictConfig
 
 from refine_verl import main as cli
-from refine_verl.command.commandline import exclude_shared, sweep_jobs
+from refine_verl.command.jobs import exclude_shared, sweep_jobs
 from refine_verl.compose.composition import compose_config
 from refine_verl.compose.naming import LONGEST_NAME, run_name
-from refine_verl.compose.validate import validate
+from refine_verl.compose.validate import ValidConfig
 from refine_verl.main import main
 
 RecipeFile = Callable[..., Path]
@@ -24,8 +24,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
     """Configurations of the jobs that ran, of `main`; nothing is trained."""
     ran: list[DictConfig] = []
 
-    def run(config: DictConfig, *_: object) -> int:
-        ran.append(validate(config).config)
+    def run(valid: ValidConfig, *_: object) -> int:
+        ran.append(valid.config)
         return 0
 
     monkeypatch.setattr(cli, "run", run)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.validate import check_against_verl, validate
 from refine_verl.compose.verl_keys import FIXED, FOLLOWERS, UNSUPPORTED_LOSSES
 from refine_verl.config import ConfigError
-from refine_verl.data import DataError
 
 RecipeFile = Callable[..., Path]
 
@@ -178,7 +178,7 @@ def test_what_does_not_fit_together(quickstart: DictConfig, changes: dict[str, o
 
 
 def test_settings_of_the_documents_are_checked_too(quickstart: DictConfig) -> None:
-    with pytest.raises(DataError, match="data.long_documents='windw'.*Did you mean 'window'"):
+    with pytest.raises(ConfigError, match="data.long_documents: .*'windw'.*Did you mean 'window'"):
         validate(changed(quickstart, data__long_documents="windw"))
 
 

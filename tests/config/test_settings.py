@@ -15,13 +15,17 @@ from refine_verl.config import (
     SELECTIONS,
     AnswerSettings,
     ConfigError,
+    DataSettings,
     LossSettings,
     ModelSettings,
     NSPSettings,
+    PromptSettings,
     RefineSettings,
     TTTSettings,
     list_settings,
 )
+
+SECTIONS = (RefineSettings, NSPSettings, LossSettings, AnswerSettings, TTTSettings, ModelSettings)
 
 
 def refine(**nsp: Any) -> RefineSettings:
@@ -175,13 +179,14 @@ def test_every_key_is_listed_once_with_a_meaning() -> None:
     listed = {setting.key: setting for setting in list_settings()}
     fields = [
         f"{section.SECTION}.{field.name}"
-        for section in (RefineSettings, NSPSettings, LossSettings, AnswerSettings, TTTSettings, ModelSettings)
+        for section in (*SECTIONS, DataSettings, PromptSettings)
         for field in dataclasses.fields(section)
         if field.name not in ("nsp", "loss", "answers", "ttt")
     ]
-    assert list(listed) == fields
+    assert list(listed) == list(dict.fromkeys(fields))  # documents and prompts have keys in common
     assert all(setting.help for setting in listed.values())
     assert listed["refine.nsp.chunks"].default == 8
+    assert (listed["data.max_length"].default, listed["data.num_workers"].default) == (16384, None)
     assert listed["refine.nsp.grad_scope"].choices == ("full", "branch")
     assert all(name in listed["refine.nsp.selection"].help for name in SELECTIONS)
     assert all(name in listed["refine.nsp.reward"].help for name in REWARDS)

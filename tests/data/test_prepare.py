@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 
+from refine_verl.config import ConfigError
 from refine_verl.data import DataError, DataSettings
 from refine_verl.data.cache import cached_directory
 from refine_verl.data.dataset import DocumentDataset
@@ -141,7 +142,7 @@ class TestCache:
     def test_second_call_reads_no_document(self, make_settings, bytes_tokenizer, monkeypatch, caplog):
         settings = make_settings(FILES)
         first = prepare(settings, "train", bytes_tokenizer)
-        monkeypatch.setattr("refine_verl.data.prepare.tokenize_sources", forbidden)
+        monkeypatch.setattr("refine_verl.data.prepare.tokenize_rows", forbidden)
         caplog.set_level(logging.INFO, logger="refine_verl.data")
         second = prepare(settings, "train", bytes_tokenizer)
         assert (first.reused, second.reused) == (False, True)
@@ -151,7 +152,7 @@ class TestCache:
     def test_other_lengths_cut_again_without_tokenising_again(self, make_settings, bytes_tokenizer, monkeypatch):
         settings = make_settings(FILES)
         first = prepare(settings, "train", bytes_tokenizer)
-        monkeypatch.setattr("refine_verl.data.prepare.tokenize_sources", forbidden)
+        monkeypatch.setattr("refine_verl.data.prepare.tokenize_rows", forbidden)
         second = prepare(dataclasses.replace(settings, max_length=4), "train", bytes_tokenizer)
         assert first.path != second.path
         assert not second.reused
@@ -229,17 +230,20 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "match"),
         [
-            ({"min_length": 0}, r"data\.min_length=0 must be an integer of at least 1"),
-            ({"max_length": 2.5}, r"data\.max_length=2\.5 must be an integer"),
-            ({"max_length": 4, "min_length": 5}, r"data\.max_length=4 is smaller than data\.min_length=5"),
-            ({"num_workers": True}, r"data\.num_workers=True must be an integer"),
-            ({"long_documents": "windows"}, r"'windows' is not one of: window, head\. Did you mean 'window'"),
-            ({"text_key": ""}, r"data\.text_key=''"),
-            ({"train_files": [3]}, r"data\.train_files holds 3"),
+            ({"min_length": 0}, r"data\.min_length: must be at least 1, got 0"),
+            ({"max_length": 2.5}, r"data\.max_length: must be an integer or null, got 2\.5"),
+            ({"max_length": 4, "min_length": 5}, r"data\.max_length: 4 is smaller than data\.min_length=5"),
+            ({"num_workers": True}, r"data\.num_workers: must be an integer or null, got True"),
+            (
+                {"long_documents": "windows"},
+                r"data\.long_documents: unknown value 'windows'. Allowed: window, head\. Did you mean 'window'",
+            ),
+            ({"text_key": ""}, r"data\.text_key: is empty"),
+            ({"train_files": [3]}, r"data\.train_files: holds 3"),
         ],
     )
     def test_bad_values(self, settings, match):
-        with pytest.raises(DataError, match=match):
+        with pytest.raises(ConfigError, match=match):
             DataSettings(**settings)
 
     def test_from_an_omegaconf_section_with_other_keys(self):

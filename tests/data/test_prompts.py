@@ -10,6 +10,7 @@ import tokenizers as backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from refine_verl.config import ConfigError
 from refine_verl.data import DataError
 from refine_verl.data.prompts import PromptDataset, PromptSettings, prepare_prompts
 from refine_verl.data.prompts_tokenize import cut_prompt, encode_continuations, encode_prompts
@@ -356,22 +357,22 @@ def test_tokenizer_without_an_end(make, bytes_tokenizer):
     [
         (
             {"overlong_prompts": "midle"},
-            r"data\.overlong_prompts='midle' is not one of: error, middle.*Did you mean 'mid",
+            r"data\.overlong_prompts: unknown value 'midle'. Allowed: error, middle.*Did you mean 'mid",
         ),
         ({"overlong_prompts": "left"}, "has no effect without a limit"),
         ({"overlong_prompts": "left", "max_prompt_length": 9, "chat_template": True}, "would cut the chat template"),
-        ({"max_prompt_length": 0}, r"data\.max_prompt_length=0 must be an integer"),
-        ({"max_answer_length": "9"}, r"data\.max_answer_length='9'"),
-        ({"max_new_tokens": 0}, r"data\.max_new_tokens=0"),
-        ({"prompt_key": ""}, r"data\.prompt_key='' must be a name"),
-        ({"answer_key": 3}, r"data\.answer_key=3 must be a name"),
-        ({"chat_template": "yes"}, r"data\.chat_template='yes' must be true or false"),
-        ({"answer_separator": "->"}, r"data\.answer_separator='->' must be white space"),
-        ({"train_files": [3]}, r"data\.train_files holds 3"),
+        ({"max_prompt_length": 0}, r"data\.max_prompt_length: must be at least 1, got 0"),
+        ({"max_answer_length": "9"}, r"data\.max_answer_length: must be an integer or null, got '9'"),
+        ({"max_new_tokens": 0}, r"data\.max_new_tokens: must be at least 1, got 0"),
+        ({"prompt_key": ""}, r"data\.prompt_key: is empty"),
+        ({"answer_key": 3}, r"data\.answer_key: must be a string or null, got 3"),
+        ({"chat_template": "yes"}, r"data\.chat_template: must be true or false, got 'yes'"),
+        ({"answer_separator": "->"}, r"data\.answer_separator: '->' must be white space"),
+        ({"train_files": [3]}, r"data\.train_files: holds 3"),
     ],
 )
 def test_settings_are_checked(settings, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ConfigError, match=message):
         PromptSettings(**settings)
 
 

@@ -7,15 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from refine_verl.data import DataError
-from refine_verl.data.readers import read_file
+from refine_verl.data.sources import FileSource, iterate_documents
 
 DOCUMENTS = ["first document", "zweites Dokument: äöü", "third\nwith a second line"]
 
 
 def read(path, text_key="text"):
-    batches = list(read_file(path, str(path), text_key))
-    table = pa.Table.from_batches(batches)
-    return table.column("text").to_pylist(), table.column("row").to_pylist()
+    documents = list(iterate_documents([FileSource(path)], text_key))
+    return [document["text"] for document in documents], [document["row"] for document in documents]
 
 
 def json_lines(texts):
@@ -100,18 +99,18 @@ def test_column_of_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "what"), [(None, "null"), ("", "empty text"), (" \n\t\u3000", "empty text or only white space")]
+    ("value", "what"), [(None, "null"), ("", "is empty"), (" \n\t\u3000", "is empty or only white space")]
 )
 def test_parquet_row_without_text(tmp_path, value, what):
     texts = ["good"] * 200
     texts[150] = value
-    with pytest.raises(DataError, match=rf"a\.parquet, row 150 has .*{what}"):
+    with pytest.raises(DataError, match=rf"a\.parquet, row 150: the text in column .text. .*{what}"):
         read(write_parquet(tmp_path / "a.parquet", texts, pa.string()))
 
 
 @pytest.mark.parametrize(
     ("value", "what"),
-    [(None, "is a json null"), (7, "is a json number"), (["x"], "is a json array"), ("  ", "empty text")],
+    [(None, "is missing"), (7, "is a int .7., not a text"), (["x"], "is a list"), ("  ", "is empty or only")],
 )
 def test_json_line_without_text(tmp_path, value, what):
     path = write(tmp_path / "a.jsonl", json_lines(["good", "good", value, "good"]))
@@ -122,15 +121,15 @@ def test_json_line_without_text(tmp_path, value, what):
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        (b'{"text": "cut of', "is not valid json"),
-        (b'["text"]', "holds a json array, not an object"),
-        (b'{"text": "\xff"}', "is not valid json"),
-        (b'{"text": "\\ud800"}', "is not valid Unicode text"),
+        (b'{"text": "cut of', " is not valid json"),
+        (b'["text"]', " holds a json array, not an object"),
+        (b'{"text": "\xff"}', " is not valid json"),
+        (b'{"text": "\\ud800"}', ": the text in column 'text' is not valid Unicode text"),
     ],
 )
 def test_bad_json_line(tmp_path, line, what):
     path = write(tmp_path / "a.jsonl", json_lines(["good"]) + line + b"\n" + json_lines(["good"]))
-    with pytest.raises(DataError, match=rf"a\.jsonl, line 2 {what}"):
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2{what}"):
         read(path)
 
 
@@ -159,5 +158,5 @@ def test_text_file_that_is_not_utf8(tmp_path):
 
 
 def test_empty_text_file(tmp_path):
-    with pytest.raises(DataError, match=r"a\.txt, row 0 has empty text"):
+    with pytest.raises(DataError, match=r"a\.txt, row 0: the text in column .text. is empty"):
         read(write(tmp_path / "a.txt", b" \n"))

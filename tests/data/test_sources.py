@@ -8,10 +8,11 @@ from refine_verl.data import DataError, sources
 from refine_verl.data.sources import (
     HubSource,
     StandardLibrarySource,
+    iterate_documents,
     iterate_texts,
     resolve_sources,
-    write_texts,
 )
+from refine_verl.data.tokenize import TEXT_SCHEMA, write_rows
 
 
 def resolve(*names, split="train"):
@@ -41,7 +42,7 @@ def test_order_of_names_is_kept_and_texts_follow_it(corpus):
     assert names(sources, corpus) == ["b.txt", "deep/b.jsonl", "deep/er/c.txt", "a.txt"]
     texts = ["text of b.txt", "json", "text of deep/er/c.txt", "text of a.txt"]
     assert list(iterate_texts(sources, "text")) == texts
-    assert write_texts(sources, "text", corpus / "out.arrow") == 4
+    assert write_rows(iterate_documents(sources, "text"), TEXT_SCHEMA, corpus / "out.arrow") == 4
     assert datasets.Dataset.from_file(str(corpus / "out.arrow"))["text"][:] == texts
 
 
@@ -168,8 +169,8 @@ class TestStandardLibrary:
     def test_default_split_and_names(self):
         assert resolve("python_stdlib")[0].name == "python_stdlib:train"
         assert resolve("python_stdlib", split="validation")[0].name == "python_stdlib:validation"
-        batch = next(resolve("python_stdlib:validation")[0].batches("text"))
-        assert batch.column("source")[0].as_py().startswith("python_stdlib/")
+        record = next(resolve("python_stdlib:validation")[0].records("text"))
+        assert record.source.startswith("python_stdlib/")
 
     def test_unreadable_and_empty_files_are_left_out(self, tmp_path, monkeypatch):
         for i in range(40):

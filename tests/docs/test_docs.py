@@ -16,9 +16,10 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.composition import RECIPES_PATH_VARIABLE, base_schema, compose_config, find_configs
+from refine_verl.compose.composition import base_schema, compose_config
+from refine_verl.compose.recipes import RECIPES_PATH_VARIABLE, find_configs
 from refine_verl.compose.validate import validate
-from refine_verl.config import list_settings
+from refine_verl.config import DataSettings, PromptSettings, list_settings
 from refine_verl.models.adapters import FLA_THROUGH_THE_SAME_ADAPTER, FLA_VERIFIED_ON_CPU
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -253,7 +254,9 @@ def test_every_setting_is_documented_as_it_is() -> None:
 
 
 def test_every_data_key_is_documented_as_it_is() -> None:
-    data = yaml.safe_load((ROOT / "refine_verl/conf/base.yaml").read_text())["data"]
+    settings = {setting.key: setting.default for setting in list_settings(DataSettings, PromptSettings)}
+    verls = yaml.safe_load((ROOT / "refine_verl/conf/base.yaml").read_text())["data"]
+    data = {key.removeprefix("data."): default for key, default in settings.items()} | verls
     documented = {row[0].strip("`") for row in rows(ROOT / "docs/recipes.md") if row[0].startswith("`data.")}
     assert documented == {f"data.{name}" for name in data if name not in FOR_VERL}
     for key in documented:
@@ -286,7 +289,7 @@ def test_every_equation_has_its_place() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    sources = [*(ROOT / "refine_verl/trainer").glob("*.py"), ROOT / "refine_verl/nsp/objective.py"]
+    sources = [*(ROOT / "refine_verl/trainer").glob("*.py"), *(ROOT / "refine_verl/nsp").glob("*.py")]
     written = {
         name
         for source in sources

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import socket
 import sys
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from refine_verl.doctor import __main__ as command
-from refine_verl.doctor import installation, kernels, machine
+from refine_verl.doctor import diagnosis, installation, kernels, machine
 from refine_verl.doctor.findings import FAIL, OK, WARN, Finding
 from refine_verl.doctor.machine import GIB
 
@@ -35,9 +37,9 @@ def test_python(version: tuple[int, int], status: str, monkeypatch: pytest.Monke
 
 
 def test_the_bounds_of_python_are_those_of_setup() -> None:
-    text = (Path(__file__).parents[2] / "setup.py").read_text()
-    (low, high) = installation.PYTHONS
-    assert f'python_requires=">={low[0]}.{low[1]},<{high[0]}.{high[1]}"' in text
+    declared = SpecifierSet(importlib.metadata.metadata("refine_verl")["Requires-Python"])
+    low, high = (f"{major}.{minor}" for major, minor in installation.PYTHONS)
+    assert declared == SpecifierSet(f">={low},<{high}")
 
 
 def test_versions_here_are_in_bounds() -> None:
@@ -230,8 +232,8 @@ def test_exit_status_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def fine() -> Iterator[Finding]:
         yield Finding("fine", WARN, "so so", "a fix")
 
-    findings, crashed = command.diagnose([fine]), command.diagnose([broken])
-    monkeypatch.setattr(command, "diagnose", lambda: findings)
+    findings, crashed = diagnosis.diagnose([fine]), diagnosis.diagnose([broken])
+    monkeypatch.setattr(diagnosis, "diagnose", lambda: findings)
     assert command.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
     findings += crashed
@@ -245,5 +247,5 @@ def test_exit_status_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_every_check_is_run() -> None:
     names = {name for module in (installation, machine, kernels) for name in vars(module) if name.startswith("check_")}
-    assert {check.__name__ for check in command.CHECKS} == names
+    assert {check.__name__ for check in diagnosis.CHECKS} == names
     assert sys.modules["refine_verl.doctor.machine"] is machine

@@ -118,7 +118,7 @@ def test_what_is_left_out_is_said_below_the_table(
 def test_a_length_counts_documents_until_it_has_its_own(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "ntp/documents.jsonl", [{"text": "a" * n} for n in (10, 4, 12)])
     settings = EvaluateSettings(model="m", out="o", tasks=["ntp"], data_dir=str(tmp_path), lengths=[8, 12], limit=1)
-    units = list(read_documents(find_documents(settings)[0], settings, load_tokenizer("bytes")))
+    units = list(read_documents(find_documents(settings, []), settings, load_tokenizer("bytes")))
     assert [(unit.length, unit.left_out) for unit in units] == [(8, 0), (12, 2)]
 
 

@@ -16,12 +16,13 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
-from refine_verl.command.commandline import exclude_shared, sweep_jobs
+from refine_verl.command.jobs import exclude_shared, sweep_jobs
+from refine_verl.command.keys import read_keys
 from refine_verl.compose.composition import compose_config
 from refine_verl.compose.naming import run_name
 from refine_verl.compose.validate import validate
 from refine_verl.config import ConfigError
-from refine_verl.evaluate.settings import read_arguments
+from refine_verl.evaluate.settings import EvaluateSettings
 
 SWEEPS = Path(__file__).parents[2] / "examples" / "sweeps"
 SCRIPTS = sorted(path.name for path in SWEEPS.glob("*.sh") if path.name != "compare.sh")
@@ -71,7 +72,7 @@ def accept(made: list[list[str]]) -> set[str]:
         if module == "refine_verl.main":
             names |= accept_training(arguments)
         elif module == "refine_verl.evaluate" and arguments[0] != "compare":
-            read_arguments(arguments)
+            read_keys(arguments, EvaluateSettings)[0].refuse_without_effect(arguments)
     return names
 
 

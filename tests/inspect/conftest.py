@@ -9,9 +9,10 @@ import pytest
 import torch
 from reference.toy import tiny_config
 
+from refine_verl.command.keys import read_keys
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.inspect.command import inspect_text
-from refine_verl.inspect.settings import read_arguments
+from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.view import View
 from refine_verl.models import load_model
 
@@ -43,6 +44,6 @@ def look(model_dir: Path, text_file: Path) -> Callable[..., View]:
     """`look("refine.nsp.chunks=3", ...)` -> what the command would show."""
 
     def inspect(*arguments: str) -> View:
-        return inspect_text(read_arguments([f"model={model_dir}", f"text={text_file}", *arguments]))
+        return inspect_text(read_keys([f"model={model_dir}", f"text={text_file}", *arguments], InspectSettings)[0])
 
     return inspect

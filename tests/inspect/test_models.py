@@ -15,11 +15,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from refine_verl.command.keys import read_keys
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.inspect.__main__ import main
 from refine_verl.inspect.command import inspect_text
 from refine_verl.inspect.page import render
-from refine_verl.inspect.settings import read_arguments
+from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.terminal import show
 from refine_verl.models import load_model
 
@@ -54,9 +55,9 @@ def test_families(family: str, tmp_path: Path, text_file: Path, monkeypatch: pyt
     extra = ["external_lib=new_model"] if family == "own" else []
     extra += ["max_length=40", "refine.nsp.rollouts_per_position=2"]
     given = [f"model={tmp_path}", f"text={text_file}", "tokenizer=bytes", *extra, *KEYS]
-    forked = inspect_text(read_arguments(given)).inspection
+    forked = inspect_text(read_keys(given, InspectSettings)[0]).inspection
     assert all(math.isfinite(value) for value in forked.entropy[1:] + forked.surprise[1:])
-    slow = inspect_text(read_arguments([*given, "refine.nsp.rollout=prefix"])).inspection
+    slow = inspect_text(read_keys([*given, "refine.nsp.rollout=prefix"], InspectSettings)[0]).inspection
     assert [position.index for position in forked.positions] == [position.index for position in slow.positions]
     wanted = [rollout.rewards["cosine"] for rollout in slow.rollouts]
     assert [rollout.rewards["cosine"] for rollout in forked.rollouts] == pytest.approx(wanted, abs=1e-4)
@@ -68,7 +69,7 @@ def test_a_model_whose_numbers_are_broken_is_shown_as_it_is(model_dir: Path, tmp
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
     load_tokenizer("bytes", out_dir=tmp_path)
-    view = inspect_text(read_arguments([f"model={tmp_path}", f"text={text_file}", *KEYS]))
+    view = inspect_text(read_keys([f"model={tmp_path}", f"text={text_file}", *KEYS], InspectSettings)[0])
     page = render(view)
     assert not re.search(r'(d|x|cx|cy|width)="[^"]*nan', page)
     assert "Next-token loss" in page
@@ -90,7 +91,7 @@ def test_a_reward_of_ones_own(
     given = [f"model={model_dir}", f"text={text_file}", f"out={page}", "refine.nsp.reward=inspect_rewards.first"]
     assert main([*given, *KEYS]) == 0
     assert "inspect_rewards.first" in capsys.readouterr().out
-    view = inspect_text(read_arguments([*given, *KEYS]))
+    view = inspect_text(read_keys([*given, *KEYS], InspectSettings)[0])
     assert view.rewards == ("cosine", "binary", "hybrid", "inspect_rewards.first")
     for rollout in view.inspection.rollouts:
         assert rollout.rewards["inspect_rewards.first"] == rollout.tokens[0]

@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from refine_verl.config import NSPSettings
-from refine_verl.inspect.analysis import rollout_draws
 from refine_verl.inspect.page import render
 from refine_verl.inspect.view import View
-from refine_verl.models import Documents, RolloutBatch, load_model, make_actor, snapshot_count
+from refine_verl.models import Documents, RolloutBatch, RolloutDraws, load_model, make_actor, snapshot_count
 from refine_verl.nsp import SelectionInputs
 from refine_verl.record.format import format_number
 
@@ -42,8 +41,8 @@ def roll_out(model_dir: Path, tokens: list[int], seed: int) -> RolloutBatch:
     """The actor, called directly."""
     actor = make_actor(load_model(model_dir).eval())
     documents = Documents.from_tensors(torch.tensor([tokens]), [len(tokens)])
-    snapshots = snapshot_count(NSP.chunks, len(tokens))
-    return actor(mode="rollout", documents=documents, nsp=NSP, draws=rollout_draws(NSP, seed), snapshots=snapshots)
+    draws, snapshots = RolloutDraws.of(seed, 0, [0], NSP), snapshot_count(NSP.chunks, len(tokens))
+    return actor(mode="rollout", documents=documents, nsp=NSP, draws=draws, snapshots=snapshots)
 
 
 def expected_cells(batch: RolloutBatch) -> list[list[list[str]]]:

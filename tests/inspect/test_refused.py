@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from refine_verl.command.keys import read_keys
 from refine_verl.config import ConfigError
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.inspect.__main__ import main
-from refine_verl.inspect.settings import ROLLOUTS, read_arguments
+from refine_verl.inspect.settings import ROLLOUTS, InspectSettings
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -26,9 +27,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["text=t"], "model is missing: give model=DIR"),
-        (["model=m"], "text is missing: give text=FILE"),
-        (["model=m", "text=t", "refine.nsp.chunk=4"], "refine.nsp.chunk: unknown key. .* Did you mean 'chunks'?"),
+        (["text=t"], "model: is missing: give model=... .directory or hub id"),
+        (["model=m"], "text: is missing: give text=... .a UTF-8 text file, or - for standard input"),
+        (
+            ["model=m", "text=t", "refine.nsp.chunk=4"],
+            "nsp.chunk: unknown key. .* Did you mean 'refine.nsp.chunks'?",
+        ),
         (["model=m", "text=t", "chunks=4"], "chunks: unknown key. .* Did you mean 'refine.nsp.chunks'?"),
         (["model=m", "text=t", "modell=x"], "modell: unknown key. .* Did you mean 'model'?"),
         (["model=m", "text=t", "out"], "'out' is not of the form key=value. Did you mean 'out'?"),
@@ -38,7 +42,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["model=m", "text=t", "refine.nsp.selection=entrpy"], "Did you mean 'entropy'?"),
         (["model=m", "text=t", "refine.nsp.reward=cosin"], "refine.nsp.reward: unknown reward 'cosin'"),
         (["model=m", "text=t", "refine.nsp.grad_scope=branch"], "refine.nsp.grad_scope: has no effect here"),
-        (["model=m", "text=t", "refine.nsp.temperature=[1"], "refine.nsp.temperature: .* cannot be read"),
+        (["model=m", "text=t", "refine.nsp.temperature=[1"], "refine.nsp.temperature: must be a number, got '\\[1'"),
         (
             ["model=m", "text=t", "refine.nsp.group=position", "refine.nsp.rollouts_per_position=1"],
             "nothing to compare",
@@ -55,11 +59,13 @@ def test_keys(capsys: pytest.CaptureFixture[str], arguments: list[str], message:
 
 
 def test_settings_as_typed() -> None:
-    settings = read_arguments(["model=a=b", "text=-", "refine.nsp.temperature=1", "out=null", "tokenizer=1e3"])
+    settings, _ = read_keys(
+        ["model=a=b", "text=-", "refine.nsp.temperature=1e-1", "out=null", "tokenizer=1e3"], InspectSettings
+    )
     assert (settings.model, settings.text, settings.out, settings.tokenizer) == ("a=b", "-", None, "1e3")
-    assert settings.nsp.rollouts_per_position == ROLLOUTS
+    assert (settings.nsp.rollouts_per_position, settings.nsp.temperature) == (ROLLOUTS, 0.1)
     with pytest.raises(ConfigError, match="unknown key"):
-        read_arguments(["model=m", "text=t", "nsp=1"])
+        read_keys(["model=m", "text=t", "nsp=1"], InspectSettings)
 
 
 def test_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, model_dir: Path) -> None:
@@ -144,7 +150,7 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "refine.nsp.chunks" in done.stdout and "[4]" in done.stdout and "grad_scope" not in done.stdout
+    assert "refine.nsp.rollouts_per_position=4" in done.stdout and "grad_scope" not in done.stdout
 
 
 def test_neither_ray_nor_verl_is_loaded(model_dir: Path, text_file: Path) -> None:

@@ -15,7 +15,9 @@ import pytest
 import torch
 from reference.toy import documents_of, draws_for, tiny_config
 
-from refine_verl.compose.composition import compose_config, find_configs
+from refine_verl.command.keys import make_settings, take_keys
+from refine_verl.compose.composition import compose_config
+from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.validate import validate
 from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.data import DataError
@@ -24,7 +26,7 @@ from refine_verl.plan import estimate, reading
 from refine_verl.plan.__main__ import main
 from refine_verl.plan.estimate import Shape, forward_tokens
 from refine_verl.plan.memory import MemoryEstimate
-from refine_verl.plan.options import measured_throughput, read_options
+from refine_verl.plan.options import PlanSettings, measured_throughput
 from refine_verl.plan.origins import files_chosen, find_origins
 from refine_verl.plan.sizes import size_text
 
@@ -346,10 +348,12 @@ def test_measurements(tmp_path: Path) -> None:
 
 
 def test_options() -> None:
-    options, rest, measured = read_options(["a=1", "throughput=5", "memory=2", "--json", "sample=3", "+b.c=2"])
-    assert (options.throughput, options.memory, options.sample, options.json) == (5, 2 * GIB, 3, True)
-    assert rest == ["a=1", "+b.c=2"] and measured == ""
-    with pytest.raises(ConfigError, match="memory"):
-        read_options(["memory=-1"])
-    with pytest.raises(ConfigError, match="a whole number of documents"):
-        read_options(["sample=1.4"])
+    words = ["a=1", "throughput=5", "--memory", "2", "--json", "sample=3", "+b.c=2", "--config-dir", "x"]
+    given, rest = take_keys(words, PlanSettings)
+    settings = make_settings(PlanSettings, given)
+    assert (settings.throughput, settings.memory, settings.sample, settings.json) == (5, 2, 3, True)
+    assert rest == ["a=1", "+b.c=2", "--config-dir", "x"] and settings.measured is None
+    with pytest.raises(ConfigError, match="memory: must be greater than 0"):
+        make_settings(PlanSettings, {"memory": "-1"})
+    with pytest.raises(ConfigError, match="sample: must be an integer or null, got '1.4'"):
+        make_settings(PlanSettings, {"sample": "1.4"})

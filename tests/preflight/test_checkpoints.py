@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_passed_over(saved: Path, case: str, caplog: pyt
         assert caplog.text == ""  # said once, by the run itself
         assert checkpoint_to_resume(a_run(saved)) == saved / "global_step_2"
     assert "global_step_4 is damaged" in caplog.text and reason in caplog.text
-    assert f"goes on from {saved / 'global_step_2'} instead" in caplog.text
+    assert f"resumes from {saved / 'global_step_2'} instead" in caplog.text
     harm(saved / "global_step_2")
     said = refusal(a_run(saved))
     assert said.startswith("trainer.default_local_dir: no checkpoint of") and reason in said

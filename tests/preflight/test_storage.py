@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from refine_verl.preflight.storage import Node, Sight, digest, find_problem, look
+from refine_verl.preflight.storage import Node, NodeView, digest, find_unshared, look
 
-Ask = Callable[[Node, str, str, "str | None"], Sight]
+Ask = Callable[[Node, str, str, "str | None"], NodeView]
 
 
 def asking(driver: Path, roots: dict[str, Path]) -> Ask:
     """Every node looks below its own root where the driver looks below ``driver``."""
 
-    def ask(node: Node, token: str, answer: str, model: str | None) -> Sight:
+    def ask(node: Node, token: str, answer: str, model: str | None) -> NodeView:
         there = roots[node.name]
         translated = str(there / Path(token).relative_to(driver))
         return look(translated, answer, model and str(there / Path(model).relative_to(driver)), patience=0)
@@ -51,7 +51,7 @@ def node_root(tmp_path: Path, driver: Path, *, shared: bool) -> Path:
 
 
 def find(driver: Path, roots: dict[str, Path], model: bool = True) -> str | None:
-    finding = find_problem(
+    finding = find_unshared(
         driver / "runs" / "first", driver / "model" if model else None, nodes(*roots), asking(driver, roots), 0
     )
     return None if finding is None else f"{finding.key}: {finding.message}"
@@ -87,13 +87,13 @@ def test_a_node_whose_files_do_not_come_back(tmp_path: Path, driver: Path) -> No
     other = node_root(tmp_path, driver, shared=False)
     plain = asking(driver, {"b": other})
 
-    def mirror(node: Node, token: str, answer: str, model: str | None) -> Sight:
+    def mirror(node: Node, token: str, answer: str, model: str | None) -> NodeView:
         copy = other / Path(token).relative_to(driver)
         copy.parent.mkdir(parents=True)
         copy.write_text(Path(token).read_text())
         return plain(node, token, answer, model)
 
-    finding = find_problem(driver / "runs" / "first", None, nodes("b"), mirror, 0)
+    finding = find_unshared(driver / "runs" / "first", None, nodes("b"), mirror, 0)
     assert finding is not None and "does not see what the node writes" in finding.message
 
 
@@ -101,7 +101,7 @@ def test_a_node_whose_files_do_not_come_back(tmp_path: Path, driver: Path) -> No
 def test_a_node_that_may_not_write(driver: Path) -> None:
     plain = asking(driver, {"a": driver})
 
-    def read_only(node: Node, token: str, answer: str, model: str | None) -> Sight:
+    def read_only(node: Node, token: str, answer: str, model: str | None) -> NodeView:
         directory = Path(token).parent
         directory.chmod(0o555)
         try:
@@ -109,15 +109,15 @@ def test_a_node_that_may_not_write(driver: Path) -> None:
         finally:
             directory.chmod(0o755)
 
-    finding = find_problem(driver / "runs" / "first", None, nodes("a"), read_only, 0)
+    finding = find_unshared(driver / "runs" / "first", None, nodes("a"), read_only, 0)
     assert finding is not None and "cannot write there (Permission denied)" in finding.message
 
 
 def test_why_a_node_cannot_write_is_passed_on(driver: Path) -> None:
-    def read_only(_: Node, token: str, __: str, ___: str | None) -> Sight:
-        return Sight(True, Path(token).read_text(), "Read-only file system", None)
+    def read_only(_: Node, token: str, __: str, ___: str | None) -> NodeView:
+        return NodeView(True, Path(token).read_text(), "Read-only file system", None)
 
-    finding = find_problem(driver / "runs" / "first", None, nodes("a"), read_only, 0)
+    finding = find_unshared(driver / "runs" / "first", None, nodes("a"), read_only, 0)
     assert finding is not None and "node a cannot write there (Read-only file system)" in finding.message
 
 
@@ -148,9 +148,9 @@ def test_a_file_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     token = tmp_path / "token"
     timer = threading.Timer(0.3, token.write_text, ("abc",))
     timer.start()
-    sight = look(str(token), "answer", None, patience=20)
+    view = look(str(token), "answer", None, patience=20)
     timer.join()
-    assert sight == Sight(True, "abc", "", None) and (tmp_path / "answer").read_text() == "abc"
+    assert view == NodeView(True, "abc", "", None) and (tmp_path / "answer").read_text() == "abc"
 
 
 def test_digest_of_nothing(tmp_path: Path) -> None:

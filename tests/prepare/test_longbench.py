@@ -113,8 +113,8 @@ def test_refusals_come_before_anything_is_written(official, tmp_path, capsys):
         (["--input", str(official), "--tasks", "lcc"], "lcc.jsonl, line 1: 'answers' holds []"),
         (["--input", str(official), "--tasks", "trec"], "trec.jsonl, line 1: column 'context' is missing"),
         (["--input", str(official / "lcc.jsonl"), "--tasks", "lcc"], "is a file; give the directory"),
-        (["--input", str(official), "--length", "5"], "--length 5 counts tokens: give --tokenizer"),
-        (["--input", str(official), "--length", "0", "--tokenizer", "bytes"], "--length 0 must be at least 1"),
+        (["--input", str(official), "--length", "5"], "length: 5 counts tokens: give --tokenizer"),
+        (["--input", str(official), "--length", "0", "--tokenizer", "bytes"], "length: must be at least 1, got 0"),
     ]
     for arguments, message in cases:
         assert main(["longbench", "--out", out, *arguments]) == 2

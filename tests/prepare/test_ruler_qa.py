@@ -32,9 +32,17 @@ COLUMNS = [
 
 
 def generate(path, out, *more, source="squad", train=20, test=10):
-    arguments = ["ruler_qa", "--source", source, "--input", str(path), "--tokenizer", "bytes", "--length", str(LENGTH)]
-    arguments += ["--train", str(train), "--test", str(test), "--out", str(out), *more]
-    return main(arguments)
+    usual = {
+        "--source": source,
+        "--input": str(path),
+        "--tokenizer": "bytes",
+        "--length": str(LENGTH),
+        "--train": str(train),
+        "--test": str(test),
+        "--out": str(out),
+    }
+    given = {**usual, **dict(zip(more[::2], more[1::2], strict=True))}
+    return main(["ruler_qa", *(word for pair in given.items() for word in pair)])
 
 
 def tables(out):
@@ -180,8 +188,8 @@ def test_too_small_sources_are_refused(squad_file, tmp_path, capsys):
 
 def test_bad_arguments_and_sources(squad_file, tmp_path, capsys):
     cases = [
-        ([squad_file, "--train", "-1"], "--train -1 must be at least 0"),
-        ([squad_file, "--train", "0", "--test", "0"], "--train plus --test 0"),
+        ([squad_file, "--train", "-1"], "train: must be at least 0, got -1"),
+        ([squad_file, "--train", "0", "--test", "0"], "train: and test are both 0"),
         ([squad_file, "--tokenizer", str(tmp_path / "none")], "neither a directory nor a hub id"),
         ([squad_file, "--tokenizer", "bpe:300"], "would be trained"),
         ([tmp_path / "none.json"], "none.json does not exist"),

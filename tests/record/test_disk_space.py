@@ -86,7 +86,7 @@ def test_a_full_disk_is_said_first_then_the_cure_and_the_library_last(free: Any,
         "keep fewer checkpoints with trainer.max_actor_ckpt_to_keep; "
     )
     message = said(tmp_path, error)
-    assert message.startswith(f"{begins}{earlier} is whole, and the same command goes on from it (rank 1 on ")
+    assert message.startswith(f"{begins}{earlier} is whole, and the same command resumes from it (rank 1 on ")
     assert message.endswith(f"0.00 GiB are free in {tmp_path}; RuntimeError: {TORCH})")
     assert said(tmp_path, NO_SPACE).startswith(begins) and "(the driver: " in said(tmp_path, NO_SPACE)
 

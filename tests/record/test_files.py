@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from refine_verl.record import files
-from refine_verl.record.files import AlreadyLockedError, locked, write_atomically
+from refine_verl.record.files import AlreadyLockedError, locked, replacing, write_atomically
 
 HOLD = """
 import sys
@@ -87,4 +87,16 @@ def test_a_file_that_cannot_be_replaced_leaves_the_old_one(tmp_path, monkeypatch
     with pytest.raises(OSError, match="full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "weights"
+    with replacing(path) as partial:
+        partial.write_text("old")
+        assert not path.exists()
+    with pytest.raises(KeyError), replacing(path) as partial:
+        partial.write_text("new")
+        raise KeyError
+    assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -138,6 +138,9 @@ def test_a_damaged_line_in_the_middle_is_named(path: Path, line: str) -> None:
     with pytest.raises(MetricsError, match="line 2"):
         MetricsWriter(path)
     assert line in path.read_text()
+    path.write_text(f'{{"step": 1}}\n{line}\n')  # it ends, so it is not torn
+    with pytest.raises(MetricsError, match="line 2"):
+        read_metrics(path)
 
 
 def test_killed_writer_loses_at_most_the_line_being_written(path: Path) -> None:

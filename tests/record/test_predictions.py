@@ -17,8 +17,10 @@ def test_rows_come_back_and_a_torn_line_does_not(tmp_path: Path) -> None:
     file = PredictionsFile(path)
     file.write([{"id": "a", "prediction": "é\n|"}, {"id": "b", "loss": math.nan, "curve": [{"loss": math.inf}]}])
     file.close()
-    rows, whole = read_predictions(path)
-    assert whole and rows == [{"id": "a", "prediction": "é\n|"}, {"id": "b", "loss": None, "curve": [{"loss": None}]}]
+    assert read_predictions(path) == [
+        {"id": "a", "prediction": "é\n|"},
+        {"id": "b", "loss": None, "curve": [{"loss": None}]},
+    ]
     with path.open("a") as torn:
         torn.write('{"id": "c", "pred')
     again = PredictionsFile(path)
@@ -34,7 +36,7 @@ def test_rows_that_do_not_hold_any_more_are_dropped_and_the_others_keep_their_pl
     file.write([{"id": str(step), "step": step} for step in range(4)])
     file.close()
     kept = PredictionsFile(path, lambda row: row["step"] != 2)
-    assert [row["step"] for row in kept.rows] == [0, 1, 3] == [row["step"] for row in read_predictions(path)[0]]
+    assert [row["step"] for row in kept.rows] == [0, 1, 3] == [row["step"] for row in read_predictions(path)]
     kept.close()
 
 
@@ -44,6 +46,15 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="line 2: not a prediction"):
         PredictionsFile(path)
     assert path.read_text().splitlines()[1] == "notes"
+
+
+def test_a_last_line_that_ends_is_not_torn(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"id": "a"}\nnotes\n')
+    with pytest.raises(ConfigError, match="line 2: not a prediction"):
+        PredictionsFile(path)
+    path.write_text('{"id": "a"}\n{"id": "b"}')
+    assert [row["id"] for row in read_predictions(path)] == ["a", "b"]  # whole but for its line end
 
 
 def test_means_by_task(tmp_path: Path) -> None:

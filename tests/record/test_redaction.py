@@ -148,6 +148,6 @@ def test_what_goes_to_trackers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     )
     trainer = object.__new__(refine_trainer.RefineTrainer)
     trainer.config, trainer.run_dir, trainer.global_steps = config, tmp_path, 0
-    with pytest.raises(Reached), trainer._recorder(None, 1):
+    with pytest.raises(Reached), trainer._recorder(None):
         pass
     assert TOKEN not in str(sent["config"]) and HIDDEN in str(sent["config"])

@@ -139,9 +139,11 @@ class Session:
         self.trainer.val_dataset = Rows(rows)
         self.worker.snapshot()
         answered: list[dict[str, Any]] = []
-        for step, batch in enumerate(self.trainer.batches(), start=1):
+        self.trainer.rows_of = self.trainer.batches()
+        for step, _ in enumerate(self.trainer.rows_of, start=1):
             self.trainer.global_steps = step
-            answered += self.trainer._adapt_and_answer(self.trainer._columns(batch))[1]
+            self.trainer.step({}, {})
+            answered += self.trainer.answers
         return answered
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import pickle
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from reference.processes import Forked
 from reference.runs import ROOT, TIMEOUT, environment
 from tensordict import TensorDict
 from torch import Tensor
@@ -197,14 +197,17 @@ class Session:
         """Updates with a bad advantage in ``rows``, driven through the trainer's own accounting."""
         from verl.utils import tensordict_utils as tu
 
+        from refine_verl.workers.objective import Objective
+
         batch = self.trainer._to_batch(columns(LENGTHS, 1))
         rollouts = self.group.rollout_and_reward(batch).get()
         batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs"))
         batch["advantages"] = torch.zeros(*rollouts["rewards"].shape)
         batch["advantages"][rows, 0, 0] = value
         before = self.parameters()
-        updated = tu.get(self.group.update(self.trainer._in_mini_batches(batch)).get(), "metrics")
-        metrics = self.trainer._update_metrics(updated)
+        metrics: dict[str, float] = {}
+        self.trainer._update(batch, Objective.ROLLOUTS, metrics)
+        updated = tu.get(self.group.last["update"], "metrics")
         return {
             "metrics": metrics,
             "grad_norms": list(updated["grad_norm"]),
@@ -300,12 +303,12 @@ def run_ranks(
         "DIST_INIT_METHOD": f"file://{directory / 'rendezvous'}",
     }
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(spec), str(out)],
-            cwd=ROOT,
+        Forked(
+            module,
+            [str(spec), str(out)],
             env={**shared, "RANK": str(rank)},
-            stdout=(directory / f"rank_{rank}.log").open("w"),
-            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            output=directory / f"rank_{rank}.log",
         )
         for rank in range(world)
     ]

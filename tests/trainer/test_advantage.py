@@ -11,9 +11,9 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
 from refine_verl.config import ConfigError
-from refine_verl.nsp import group_standardise
-from refine_verl.preflight.estimator import check_estimator
-from refine_verl.trainer.advantage import answer_advantages, compute_advantages
+from refine_verl.nsp import group_ids, group_standardise
+from refine_verl.preflight.run import check_estimator
+from refine_verl.trainer.advantage import _estimate, answer_advantages, compute_advantages
 
 REWARDS = torch.tensor([[[1.0, 3.0], [5.0, 7.0]], [[2.0, 2.0], [2.0, 2.0]]])  # [B=2, c=2, n=2]
 
@@ -80,6 +80,22 @@ def test_random_rewards_agree_with_our_own_formula(group: str, length: int) -> N
     rewards = torch.rand(6, 8, 3, generator=torch.Generator().manual_seed(0))
     got = compute_advantages(rewards, length, group, algorithm())
     torch.testing.assert_close(got, group_standardise(rewards, group), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize("group", ["sequence", "position"])
+def test_the_default_is_the_formula_of_adapt(group: str, divide: bool) -> None:
+    """verl's `grpo` in training and `nsp.group_standardise` in one process, before either is rounded to float32."""
+    rewards = torch.rand(6, 8, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got = _estimate(
+        rewards.flatten(),
+        torch.full((rewards.numel(),), 5),
+        5,
+        group_ids(*rewards.shape, group),
+        algorithm(norm_adv_by_std_in_grpo=divide),
+    )
+    wanted = group_standardise(rewards, group, divide_by_std=divide)
+    torch.testing.assert_close(got[:, 0].view_as(wanted), wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_equal_rewards_that_float32_cannot_average_give_exactly_zero() -> None:

@@ -15,8 +15,8 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, WorkerCr
 from refine_verl.trainer import attempts
 from refine_verl.trainer.attempts import (
     WorkerLost,
-    losses_said_once,
     run_attempts,
+    silence_further_losses,
     wait_for_capacity,
     worker_lost,
 )
@@ -91,7 +91,7 @@ def test_what_a_loss_does_to_other_workers_is_not_printed(
     error: Exception, said: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As Ray does with results that nobody asked for; what has another reason is."""
-    with losses_said_once():
+    with silence_further_losses():
         _unhandled_error_handler(error)
     assert ("Unhandled error" in caplog.text) == said
     caplog.clear()
@@ -175,7 +175,7 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(play: Play, monkeypat
 
 @pytest.mark.parametrize(("left", "mode"), [(True, "auto"), (False, "disable")])
 def test_a_run_told_to_start_over_does_so_once(play: Play, left: bool, mode: str) -> None:
-    """Its second attempt goes on from the first one's checkpoint, never from what was there before."""
+    """Its second attempt resumes from the first one's checkpoint, never from what was there before."""
     seen, _ = play([LOST, None], left=left, resume_mode="disable")
     assert [config.trainer.resume_mode for config in seen] == ["disable", mode]
 
@@ -191,4 +191,4 @@ def test_a_node_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch, caplog:
     with pytest.raises(ResourceError) as error:
         wait_for_capacity(3)
     assert str(error.value).startswith("a node left the Ray cluster and did not come back within 0 s: 2 CPUs are left")
-    assert "the run needs 3 " in str(error.value) and "goes on from the last checkpoint" in str(error.value)
+    assert "the run needs 3 " in str(error.value) and "resumes from the last checkpoint" in str(error.value)

@@ -81,7 +81,7 @@ def test_the_command_ends_with_the_code_of_the_signal(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """While a configuration is composed, long before Ray."""
-    monkeypatch.setattr("refine_verl.main.register_configs", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("refine_verl.command.jobs.register_configs", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["recipe=quickstart"]) == 143
     said = capfd.readouterr().err
     assert "stopped at once by SIGTERM" in said and "Traceback" not in said

@@ -32,6 +32,7 @@ from refine_verl.trainer.refine_trainer import (
     mini_batch_order,
 )
 from refine_verl.trainer.signals import Stopped, StopSignals
+from refine_verl.workers.objective import Objective
 
 Make = Callable[..., RefineTrainer]
 
@@ -142,7 +143,8 @@ def test_warm_up_steps_make_no_rollouts(make: Make, step: int, rolls_out: bool) 
     trainer.step(metrics, {})
     names = [name for name, _ in trainer.actor_rollout_wg.calls]
     assert names == (["rollout_and_reward", "update"] if rolls_out else ["update"])
-    assert ("rollout_tokens" in trainer.actor_rollout_wg.calls[-1][1].keys()) == rolls_out  # noqa: SIM118
+    objective = Objective.of(trainer.actor_rollout_wg.calls[-1][1])
+    assert objective is (Objective.ROLLOUTS if rolls_out else Objective.DOCUMENTS)
     assert ("nsp/reward/mean" in metrics) == rolls_out
 
 

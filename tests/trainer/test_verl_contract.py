@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from verl.plugin.platform.platform_base import PlatformBase
-from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, ResourcePoolManager
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
@@ -29,8 +29,8 @@ from verl.workers.engine_workers import TrainingWorker
 
 from refine_verl.plugin import CpuPlatform
 from refine_verl.trainer.posttrain import PosttrainTrainer
+from refine_verl.trainer.prompts import PromptTrainer
 from refine_verl.trainer.refine_trainer import RefineTrainer
-from refine_verl.trainer.resources import WorkerPoolManager
 from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.trainer.ttt import TTTTrainer
 from refine_verl.workers.engine import RefineEngine
@@ -42,7 +42,6 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
         PPOTrainer,
         {
             "_build_replay_buffer",
-            "_init_resource_pool_mgr",
             "_setup",
             "on_step_end",
             "on_sample_end",
@@ -57,10 +56,10 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
         FSDPEngine,
         {"_build_module", "forward_backward_batch", "forward_step", "lr_scheduler_step"},
     ),
-    "posttrain": (PosttrainTrainer, PPOTrainer, {"__init__", "step", "_validate"}),
-    "ttt": (TTTTrainer, PPOTrainer, {"__init__", "fit"}),
+    "posttrain": (PosttrainTrainer, PPOTrainer, {"step", "_validate"}),
+    "prompts": (PromptTrainer, PPOTrainer, {"fit"}),
+    "ttt": (TTTTrainer, PPOTrainer, {"__init__", "step"}),
     "worker": (NSPRolloutWorker, TrainingWorker, {"__init__", "save_checkpoint"}),
-    "pool": (WorkerPoolManager, ResourcePoolManager, {"_check_resource_available"}),
     "platform": (
         CpuPlatform,
         PlatformBase,
@@ -125,7 +124,7 @@ CALLED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = 
     "hooks": (PPOTrainer.on_train_begin, (None,), {}),
     "more hooks": (PPOTrainer.on_train_end, (None,), {}),
     "step hook": (PPOTrainer.on_step_begin, (None,), {}),
-    "pool": (ResourcePoolManager, (), {"resource_pool_spec": {}, "mapping": {}}),
+    "pool": (RayResourcePool, ([1],), {"use_gpu": True, "max_colocate_count": 1, "name_prefix": "workers"}),
     "worker class": (RayClassWithInitArgs, (), {"cls": None, "config": None}),
     "worker group": (
         RayWorkerGroup,

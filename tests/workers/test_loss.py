@@ -18,6 +18,7 @@ from refine_verl.compose.verl_keys import UNSUPPORTED_LOSSES
 from refine_verl.config import LossSettings
 from refine_verl.nsp import ppo_clip_loss, refine_objective
 from refine_verl.workers.loss import RefineLoss
+from refine_verl.workers.objective import Objective
 
 
 def actor(**values: object) -> ActorConfig:
@@ -30,10 +31,9 @@ def micro_batch(old: Tensor, advantages: Tensor, tokens: int, totals: tuple[int,
     rows = len(old)
     mask = torch.zeros(rows, dtype=torch.int64)
     mask[0] = tokens
-    return tu.get_tensordict(
-        tensor_dict={"old_log_probs": old, "advantages": advantages, "loss_mask": mask},
-        non_tensor_dict={"batch_num_tokens": totals[0], "global_rollouts": totals[1], "dp_size": dp_size},
-    )
+    counts = {"batch_num_tokens": totals[0], "global_rollouts": totals[1], "dp_size": dp_size}
+    tensors = {"old_log_probs": old, "advantages": advantages, "loss_mask": mask, "weight": torch.ones(rows)}
+    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict={**counts, "objective": Objective.ROLLOUTS})
 
 
 def test_by_hand() -> None:
@@ -134,6 +134,7 @@ def test_the_loss_that_is_not_allowed_does_not_add_up() -> None:
 
 def test_without_rollouts_only_the_next_token_loss_is_left() -> None:
     data = micro_batch(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1), 4, (8, 0))
+    tu.assign_non_tensor(data, objective=Objective.DOCUMENTS)
     loss, metrics = RefineLoss(LossSettings(rl_coef=0.2, sft_coef=1.0), actor())(
         {"ntp_loss_sum": torch.tensor(6.0)}, data
     )
@@ -171,11 +172,10 @@ def answer_batch(
         "old_log_probs": old,
         "advantages": advantages,
         "loss_mask": lengths.sum(dim=1),
+        "weight": torch.ones(len(old)) if weight is None else weight,
     }
-    if weight is not None:
-        tensors["weight"] = weight
-    counts = {"batch_num_tokens": tokens, "global_rollouts": rollouts, "dp_size": 1, "objective": "answers"}
-    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=counts)
+    counts = {"batch_num_tokens": tokens, "global_rollouts": rollouts, "dp_size": 1}
+    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict={**counts, "objective": Objective.ANSWERS})
 
 
 @pytest.mark.parametrize("mode", ["seq-mean-token-mean", "token-mean"])
@@ -203,7 +203,7 @@ def test_answers_of_unequal_length_by_hand(mode: str) -> None:
 def test_answers_are_learned_with_weight_one() -> None:
     data = tu.get_tensordict(
         tensor_dict={"loss_mask": torch.tensor([4])},
-        non_tensor_dict={"batch_num_tokens": 8, "global_rollouts": 0, "dp_size": 1, "objective": "answers"},
+        non_tensor_dict={"batch_num_tokens": 8, "global_rollouts": 0, "dp_size": 1, "objective": Objective.REFERENCES},
     )
     loss, _ = RefineLoss(LossSettings(sft_coef=2.0), actor())({"ntp_loss_sum": torch.tensor(12.0)}, data)
     assert loss.item() == pytest.approx(1.5)

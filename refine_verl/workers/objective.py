@@ -1,0 +1,72 @@
+"""What an update learns from its batch: one tag that travels with the message."""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+
+
+class Objective(enum.Enum):
+    """Driver and workers decide by this, and never by which tensors a batch has.
+
+    Every batch has ``tokens`` [b, Tmax], ``lengths`` [b] and ``weight`` [b], 0 for rows that only keep ranks in step.
+    """
+
+    DOCUMENTS = "documents"
+    """Next-token loss of documents or prompts."""
+    ROLLOUTS = "rollouts"
+    """The same and the policy loss of rollouts written within them: ``positions`` [b, c], ``rollout_tokens`` and
+    ``old_log_probs`` [b, c, n, k], ``advantages`` [b, c, n]."""
+    REFERENCES = "references"
+    """Next-token loss of reference answers behind their prompts, which end where ``learn_from`` [b] says."""
+    ANSWERS = "answers"
+    """Policy loss of answers to prompts: ``answer_tokens``, ``old_log_probs``, ``advantages`` [b, n, A] and
+    ``answer_lengths`` [b, n]; non-tensor ``temperature`` of the sampler."""
+
+    @classmethod
+    def of(cls, data: TensorDict) -> Objective:
+        """That of a batch, a mini-batch or a micro-batch.
+
+        Raises:
+            ValueError: it has none.
+        """
+        return cls(tu.get_non_tensor_data(data, "objective", None))
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether there is a next-token loss."""
+        return self is not Objective.ANSWERS
+
+    @property
+    def reinforces(self) -> bool:
+        """Whether there is a policy loss."""
+        return self in (Objective.ROLLOUTS, Objective.ANSWERS)
+
+    @property
+    def weighs_losses(self) -> bool:
+        """Whether ``refine.loss`` has a say: what is done with answers is one thing or the other."""
+        return self in (Objective.DOCUMENTS, Objective.ROLLOUTS)
+
+
+def tokens_to_learn(data: TensorDict) -> Tensor:
+    """Number of tokens in the loss of each row, int64 [b]; sets ``learn_from`` where rows teach nothing."""
+    lengths, real = data["lengths"], data["weight"] > 0
+    if Objective.of(data) is Objective.ANSWERS:
+        return data["answer_lengths"].sum(dim=1) * real
+    first: Tensor = data.get("learn_from", torch.ones_like(lengths))
+    if not bool(real.all()):
+        data["learn_from"] = first = torch.where(real, first, lengths)
+    return lengths - first
+
+
+def rollouts_to_learn(data: TensorDict) -> int:
+    """Number of rollouts or answers in the policy loss of a batch."""
+    objective = Objective.of(data)
+    if not objective.reinforces:
+        return 0
+    per_row = data["advantages"].shape[1:3] if objective is Objective.ROLLOUTS else data["advantages"].shape[1:2]
+    return int((data["weight"] > 0).sum()) * per_row.numel()

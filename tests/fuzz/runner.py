@@ -1,0 +1,232 @@
+"""A command run in this process, up to the moment before Ray would start; and the judgement of what it did."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib
+import io
+import logging
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import omegaconf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, grammar_parser
+from omegaconf.errors import OmegaConfBaseException
+
+from refine_verl.compose.composition import base_schema, compose_config
+
+REFUSED = 2
+MODULES = {"main": "refine_verl.main", "train": "refine_verl.trainer.launch"}
+"""Where commands are found; the others are `refine_verl.NAME.__main__`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a command did.
+
+    Attributes:
+        code: its exit code; None if an exception came out of it.
+        config: the configuration that would be trained; None if nothing would.
+        output, errors: what it printed.
+        problem: the exception that came out of it, as text.
+        written: files and directories it made or changed in its working directory or beside its input.
+    """
+
+    code: int | None
+    config: DictConfig | None
+    output: str
+    errors: str
+    problem: str
+    written: tuple[str, ...]
+
+    @property
+    def accepted(self) -> bool:
+        return self.config is not None or self.code == 0
+
+
+def run(command: str, arguments: Sequence[str], here: Path, inputs: Path, checks: Checks | None = None) -> Outcome:
+    """Run `python -m refine_verl.COMMAND ARGUMENTS` in the empty directory `here`, which is emptied afterwards.
+
+    Where training would start the configuration is kept instead, and the command ends with 0. What is written below
+    `here` and `inputs` is in the outcome. With `checks` they stand in for the command.
+    """
+    main = importlib.import_module(MODULES.get(command, f"refine_verl.{command}.__main__")).main
+    launch = importlib.import_module(MODULES["train"])
+    started: list[DictConfig] = []
+
+    def train(config: DictConfig, *_: Any, **__: Any) -> Path:
+        started.append(config)
+        return Path(config.trainer.default_local_dir)
+
+    before, trainer, files = Path.cwd(), launch.train, _state_of(here, inputs)
+    output, errors, code, problem = io.StringIO(), io.StringIO(), None, ""
+    launch.train = train
+    os.chdir(here)
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), _logging_to(errors):
+            command_line = list(arguments)
+            code, problem = _exit_code(lambda: checks(command_line, train) if checks else main(command_line))
+    finally:
+        os.chdir(before)
+        launch.train = trainer
+    written = tuple(sorted(path for path, _ in _state_of(here, inputs) - files))
+    for path in here.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    config = started[0] if started else None
+    return Outcome(
+        code=code,
+        config=config,
+        output=output.getvalue(),
+        errors=errors.getvalue(),
+        problem=problem,
+        written=written,
+    )
+
+
+def _state_of(*directories: Path) -> set[tuple[str, tuple[int, int]]]:
+    """Every path with size and time of change; a directory is there or not."""
+    found = [path for directory in directories for path in directory.rglob("*")]
+    states = [(path, path.lstat()) for path in found]
+    return {(str(path), (0, 0) if path.is_dir() else (at.st_size, at.st_mtime_ns)) for path, at in states}
+
+
+def _exit_code(main: Callable[[], int]) -> tuple[int | None, str]:
+    try:
+        return main(), ""
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None), ""
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "refine_verl" in frame.filename] or list(frames)
+        return None, f"{type(error).__name__}: {error} ({Path(ours[-1].filename).name}: {ours[-1].name})"
+
+
+@contextlib.contextmanager
+def _logging_to(stream: io.StringIO) -> Iterator[None]:
+    """As in a process of its own: what is logged is on standard error, in the order of what is said there."""
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.INFO)
+    root = logging.getLogger()
+    before = root.handlers
+    root.handlers = [handler]
+    try:
+        yield
+    finally:
+        root.handlers = before
+
+
+# The judgement
+
+
+def fault(outcome: Outcome, *, names: Sequence[str], may_act: bool, must_act: bool = False) -> str:
+    """What is wrong with an outcome, or an empty string.
+
+    Args:
+        outcome: of a command with one thing wrong.
+        names: what a refusal must name, one of them at least.
+        may_act: whether going ahead is right as well.
+        must_act: whether only going ahead is right.
+    """
+    if outcome.problem:
+        return f"traceback: {outcome.problem}"
+    if "Traceback (most recent call last)" in outcome.errors:
+        return f"traceback: {outcome.errors.strip().splitlines()[-1]}"
+    if outcome.accepted:
+        return "" if may_act or must_act else "accepted"
+    if must_act:
+        return f"refused: {said(outcome)}"
+    if outcome.code != REFUSED:
+        return f"exit code {outcome.code}: {said(outcome)}"
+    messages = re.findall(r"^(?:.*: )?error: .*$", outcome.errors, re.MULTILINE)
+    if len(messages) != 1:
+        return f"{len(messages)} messages: {outcome.errors.strip()[:200]!r}"
+    if not any(name in outcome.errors for name in names):
+        return f"does not name {' or '.join(names)}: {said(outcome)}"
+    if outcome.written:
+        return f"refused, but wrote {', '.join(outcome.written[:3])}"
+    return ""
+
+
+def said(outcome: Outcome) -> str:
+    """The last line on standard error, shortened."""
+    lines = outcome.errors.strip().splitlines()
+    return lines[-1][:200] if lines else "nothing was said"
+
+
+# What is the same in every case is done once
+
+
+class Checks:
+    """What `python -m refine_verl.main` does until it would train, with compositions that are shared.
+
+    A base is composed once; overrides of values and sections go onto a copy of it exactly as Hydra puts them there.
+
+    Args:
+        bases: command lines to start from.
+    """
+
+    def __init__(self, bases: Sequence[Sequence[str]]) -> None:
+        self.bases = [tuple(base) for base in bases]
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, arguments: Sequence[str], train: Callable[[DictConfig], object]) -> int:
+        """Compose, check and prepare; hand what is to be trained to `train`, and return the exit code."""
+        from refine_verl.compose.messages import readable
+        from refine_verl.compose.validate import validate
+        from refine_verl.config import ConfigError, DataError, ModelError
+        from refine_verl.preflight.run import prepare_run
+
+        message = ""
+        try:
+            prepared = prepare_run(validate(self._compose(arguments)), starts_here=True)
+            train(prepared.launch_config())
+        except (ConfigError, DataError, ModelError, OSError) as error:
+            message = str(error)
+        except (HydraException, OmegaConfBaseException) as error:
+            message = readable(error, base_schema())
+        if message:
+            sys.stderr.write(f"error: {message}\n")
+        return REFUSED if message else 0
+
+    def _compose(self, arguments: Sequence[str]) -> DictConfig:
+        base = next(base for base in self.bases if base[0] == arguments[0])
+        if base not in self.composed:
+            self.composed[base] = compose_config(base)
+        config = copy.deepcopy(self.composed[base])
+        OmegaConf.set_struct(config, True)
+        added = [item for item in arguments if item not in base]
+        parsed = OverridesParser.create().parse_overrides(added)
+        left_out = {item.partition("=")[0] for item in base if item not in arguments}
+        assert left_out <= {str(item.key_or_group) for item in parsed}
+        ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
+        return config
+
+
+@contextlib.contextmanager
+def shared_grammar() -> Iterator[None]:
+    """Interpolations, the same ones in every case, are parsed once: a third of the time of a check."""
+    parse = grammar_parser.parse
+    parsed_once = functools.lru_cache(maxsize=None)(parse)  # trees are only read
+    omegaconf.base.parse = omegaconf._utils.parse = parsed_once
+    try:
+        yield
+    finally:
+        omegaconf.base.parse = omegaconf._utils.parse = parse
+
+
+def value_of(outcome: Outcome, key: str) -> Any:
+    """What the key has in the configuration that would be trained."""
+    assert outcome.config is not None
+    return OmegaConf.select(outcome.config, key)

@@ -1,0 +1,79 @@
+"""Training does what it did: short runs, step by step, against what was recorded of an earlier version.
+
+One run for each family and phase; DeltaNet's is in test_old_run.py. `record.py` and `compare.py` beside it do all
+scenarios, and bit for bit on one machine. Where a result is meant to change, the recordings are made again, and the
+change says so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from trajectories.held import LATER_STEPS, assert_same, recorded, this_checkout
+from trajectories.record import record, versions
+from trajectories.scenarios import SCENARIOS
+
+HELD = ("gated_deltanet_segments", "lact", "posttrain_grpo", "test_time")
+RELEASES = ("torch", "transformers", "flash-linear-attention")
+"""Decide what random weights a seed gives."""
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, Future[dict[str, Any]]]]:
+    """All runs of this file, two at a time; a test waits for the one it needs."""
+    now, then = versions(), recorded(HELD[0])["versions"]
+    others = [f"{item} {now[item]} instead of {then[item]}" for item in RELEASES if now[item] != then[item]]
+    if others:
+        pytest.skip(f"the random weights may be others: {', '.join(others)}")
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(max_workers=2) as pool:
+        patch.setenv("PYTHONPATH", this_checkout())
+        yield {item.name: pool.submit(record, item) for item in SCENARIOS if item.name in HELD}
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("name", HELD)
+def test_a_run_does_what_it_did(runs: dict[str, Future[dict[str, Any]]], name: str) -> None:
+    assert_same(runs[name].result()["run"], recorded(name)["run"])
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_small_changes_are_seen(name: str) -> None:
+    """The control of the comparison."""
+    wanted = recorded(name)["run"]
+    assert_same(wanted, wanted)
+    for change in (change_loss, change_norm, drop_metric, drop_file, change_answer):
+        other = copy.deepcopy(wanted)
+        if change(other):
+            with pytest.raises(AssertionError):
+                assert_same(other, wanted)
+
+
+def change_loss(run: dict[str, Any]) -> bool:
+    run["steps"][-1]["actor/ntp_loss"] *= 1 + 2 * LATER_STEPS
+    return True
+
+
+def change_norm(run: dict[str, Any]) -> bool:
+    if run["model"] is not None:
+        run["model"]["norms"]["lm_head.weight"] *= 1 + 2 * LATER_STEPS
+    return run["model"] is not None
+
+
+def drop_metric(run: dict[str, Any]) -> bool:
+    return run["steps"][1].pop("actor/lr") is not None
+
+
+def drop_file(run: dict[str, Any]) -> bool:
+    return run["files"].pop() is not None
+
+
+def change_answer(run: dict[str, Any]) -> bool:
+    for row in run["predictions"][:1]:
+        row["prediction"] += "x"
+    return bool(run["predictions"])
