@@ -109,7 +109,9 @@ def write(
         all_done,
     )
     last = hidden[packed.last].repeat_interleave(copies, dim=0)
-    written = actor.write(last, state.fork(copies), uniforms.flatten(0, 1), temperature, stop=progress.add)
+    written = actor.write(
+        last, state.fork(copies), uniforms.reshape(len(prompts) * copies, length), temperature, stop=progress.add
+    )
     behind = torch.arange(length, device=device) >= progress.lengths[:, None]
     missing = (0, length - written.tokens.shape[1])
     return Answers(

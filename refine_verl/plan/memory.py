@@ -25,7 +25,6 @@ from refine_verl.models.adapters import FlaAdapter, ModelAdapter, get_adapter
 from refine_verl.models.packing import Packed
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import Trace
-from refine_verl.nsp.selection import chunk_bounds
 from refine_verl.plan.gpu_kernels import gpu_delta_rules
 from refine_verl.plan.hollow import LABELS, LOGITS, STATES, HollowRun, tensors_in
 
@@ -254,8 +253,10 @@ def _actor(config: PretrainedConfig, shape: Shape, counter: HollowRun) -> FastWe
 
 def _positions(shape: Shape) -> Tensor:
     """Positions of one document, [c], where they cost most: the longest segment between two spans two chunks."""
-    bounds = chunk_bounds(shape.length - shape.nsp.rollout_length, shape.nsp.chunks)
-    return torch.tensor([stop - 1 if i % 2 else start for i, (start, stop) in enumerate(bounds)])
+    valid = shape.length - shape.nsp.rollout_length
+    borders = [border[0] for border in Documents(torch.zeros(1, valid), (valid,)).even_cuts(shape.nsp.chunks)]
+    chunks = zip(borders, borders[1:], strict=False)
+    return torch.tensor([stop - 1 if i % 2 else start for i, (start, stop) in enumerate(chunks)])
 
 
 @contextmanager
