@@ -18,7 +18,11 @@ TORCH ?= torch>=2.7,<2.14
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet
+# Modules are compiled when they are first imported: most of what is installed never is.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
+# uv is several times faster, but knows nothing of pip's settings: where it does not find everything, pip is asked.
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python $(1) 2>/dev/null || )$(PIP) $(1)
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Files in parallel, one thread each; what needs several processes or Ray takes its share.
 TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
@@ -73,14 +77,14 @@ $(BIN)/python:
 	echo "Creating $(VENV) with $$found"; \
 	"$$found" -m venv $(VENV)
 
-# torch goes first, so that nothing installed later picks another build of it.
+# torch goes first and by pip, so that nothing installed later picks another build of it.
 $(VENV)/.package: setup.py | $(BIN)/python
 	@echo "Installing refine_verl into $(VENV) (a few minutes the first time)"
 	@$(PIP) "$(TORCH)"
-	@$(PIP) --editable .
+	@$(call INSTALL,--editable .)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.package
 	@echo "Installing the development tools into $(VENV)"
-	@$(PIP) --editable ".[dev]"
+	@$(call INSTALL,--editable ".[dev]")
 	@touch $@

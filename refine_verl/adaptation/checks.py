@@ -1,4 +1,4 @@
-"""Models that cannot be adapted in this process, told apart before anything is touched."""
+"""Settings and models that cannot be used in this process, told apart before anything is touched."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.models import FastWeightActor, ModelError
 from refine_verl.models.loading import check_family
+from refine_verl.nsp import check_functions
 
 _ADAPT = "refine_verl.adapt"
+
+
+def check_settings(settings: AdaptSettings) -> None:
+    """Check that the reward and the selection strategy exist.
+
+    Raises:
+        ConfigError: names the key, and the nearest known name.
+    """
+    check_functions(settings.nsp)
 
 
 def check_model(model: object, trains: bool) -> None:

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refine_verl.adaptation.checks import check_model
+from refine_verl.adaptation.checks import check_model, check_settings
 from refine_verl.adaptation.guard import SavedModel, TemporaryActor, set_training
 from refine_verl.adaptation.prompts import PromptError, Prompts
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
-from refine_verl.config import ConfigError
 from refine_verl.models import FastWeightActor
-from refine_verl.models.answers import Answers
-from refine_verl.models.step import answer_draws
-from refine_verl.nsp import end_tokens, validate_reward_name
+from refine_verl.models.answers import Answers, answer_draws
+from refine_verl.nsp import end_tokens
 
 
 def adapt(
@@ -44,10 +42,7 @@ def adapt(
     """
     settings = read_settings(config)
     check_model(model, trains=settings.method != "none")
-    try:
-        validate_reward_name(settings.nsp.reward)
-    except ValueError as error:
-        raise ConfigError("refine.nsp.reward", str(error)) from error
+    check_settings(settings)
     prompts = Prompts.read(
         input_ids, vocabulary=_vocabulary(model), shortest=settings.shortest_prompt, needs=_needs(settings)
     )

@@ -7,6 +7,7 @@ Every class is frozen and keyword-only, checks itself when it is made, and names
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -34,7 +35,10 @@ class NSPSettings(Settings):
     rollout_length: int = option(5, "k: tokens generated after each position (Eq. 7)", at_least=1, paper="5 (Tab. 2)")
     rollouts_per_position: int = option(1, "n: rollouts generated from each position", at_least=1, paper="1 (Tab. D.1)")
     selection: str = option(
-        "entropy", "how the position is drawn within its chunk", choices=SELECTIONS, paper="entropy (Eq. 6)"
+        "entropy",
+        "how the position is drawn within its chunk: entropy, uniform, max_entropy, min_entropy, or a function of "
+        "yours by registered name or import path",
+        paper="entropy (Eq. 6)",
     )
     anchor: str = option(
         "prediction",
@@ -54,7 +58,7 @@ class NSPSettings(Settings):
     temperature: float = option(1.0, "sampling temperature of the rollouts", above=0, paper="1.0 (Tab. D.1)")
     reward: str = option(
         "cosine",
-        "cosine (Eq. 9), binary (Eq. 11), hybrid (Eq. 12), or the import path of a function of yours",
+        "cosine (Eq. 9), binary (Eq. 11), hybrid (Eq. 12), or a function of yours by registered name or import path",
         paper="cosine; hybrid in post-training, binary at test time",
     )
     group: str = option(
@@ -87,19 +91,23 @@ class NSPSettings(Settings):
         return self.chunks + self.rollout_length
 
     def _check_rules(self) -> None:
-        if self.selection != "entropy" and self.entropy_temperature != 1.0:
+        for key, known in (("selection", SELECTIONS), ("reward", REWARDS)):
+            _check_function_name(f"refine.nsp.{key}", getattr(self, key), known)
+        if self.selection in SELECTIONS and self.selection != "entropy" and self.entropy_temperature != 1.0:
             raise ConfigError(
                 "refine.nsp.entropy_temperature",
                 f"has no effect with refine.nsp.selection={self.selection}: remove it or set selection=entropy.",
             )
-        if "." not in self.reward and ":" not in self.reward:
-            hint = did_you_mean(self.reward, REWARDS)
-            if self.reward not in REWARDS:
-                raise ConfigError(
-                    "refine.nsp.reward",
-                    f"unknown reward {self.reward!r}. Allowed: {', '.join(REWARDS)}, or the import path of a "
-                    f"function (package.module.function).{hint}",
-                )
+
+
+def _check_function_name(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse what can be no name; whether the function exists is known once users' packages are imported."""
+    if not re.fullmatch(r"[\w-]+([.:]\w+)*", value):
+        raise ConfigError(
+            key,
+            f"{value!r} is no name of a function. Allowed: {', '.join(known)}, a name that a package of yours "
+            f"registers, or an import path (package.module.function).{did_you_mean(value, known)}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from refine_verl.config import ConfigError, did_you_mean, require_choice
 from refine_verl.evaluate.model import DTYPES, EvaluatedModel, load_evaluated, ttt_settings
-from refine_verl.nsp import generation_uniforms
+from refine_verl.models.answers import answer_draws
 
 logger = logging.getLogger(__name__)
 
@@ -209,8 +209,7 @@ class RefineLM(TemplateLM):
     def _answers(self, batch: list[tuple[int, list[int], int, tuple[str, ...], float]]) -> list[str]:
         limits, draws = [job[2] for job in batch], None
         if batch[0][4] > 0:
-            rows = [generation_uniforms(self.seed, 0, job[0], 1, max(limits)).reshape(-1) for job in batch]
-            draws = torch.stack([torch.from_numpy(row) for row in rows])
+            draws = answer_draws(self.seed, 0, [job[0] for job in batch], 1, max(limits)).squeeze(1)
         return self.evaluated.write(
             [job[1] for job in batch], limits, stops=batch[0][3], temperature=batch[0][4], draws=draws
         )

@@ -15,11 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from refine_verl.adaptation import AdaptSettings, PromptError, adapt
+from refine_verl.adaptation.checks import check_settings
 from refine_verl.adaptation.settings import METHODS, read_settings
 from refine_verl.config import ConfigError, DataError, require_choice
 from refine_verl.data.tokenizers import load_finished_tokenizer
-from refine_verl.models import Documents, FastWeightActor, ModelError, Packed, inspect_model, load_model, make_actor
-from refine_verl.nsp import end_tokens, sample_from_logits
+from refine_verl.models import Documents, FastWeightActor, ModelError, inspect_model, load_model, make_actor
+from refine_verl.nsp import end_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -129,7 +130,6 @@ class EvaluatedModel:
             for total, right, (_, following) in zip(loss.tolist(), correct.tolist(), pairs, strict=True)
         ]
 
-    @torch.no_grad()
     def _write(
         self,
         prompts: Sequence[Sequence[int]],
@@ -138,35 +138,45 @@ class EvaluatedModel:
         temperature: float,
         draws: Tensor | None,
     ) -> list[list[int]]:
-        # A byte is the least a token can add to a text: so many tokens back, and a stop that has just ended shows.
-        reach = max((len(stop.encode()) for stop in stops), default=0) + 2
-        written: list[list[int]] = [[] for _ in prompts]
-        done = [False] * len(prompts)
-        with self.actor._autocast():
-            packed = self._documents(prompts).cut([0] * len(prompts), [len(prompt) for prompt in prompts])
-            hidden, state = self.actor.run(packed, None, keep_state=True)
-            last = hidden[packed.last]
-            for step in range(max(limits)):
-                uniforms = torch.zeros(len(prompts)) if draws is None else draws[:, step]
-                token, _ = sample_from_logits(self.actor._head(last), uniforms.to(self.device), temperature)
-                for row, identifier in enumerate(token.tolist()):
-                    if done[row]:
-                        continue
-                    ended = identifier in self.stop_tokens
-                    written[row].append(identifier)
-                    tail = self.decode(written[row][-reach:]) if stops and not ended else ""
-                    done[row] = ended or len(written[row]) >= limits[row] or any(stop in tail for stop in stops)
-                if all(done) or step + 1 == max(limits):
-                    break
-                assert state is not None
-                last, state = self.actor.run(
-                    Packed(token.unsqueeze(1), (1,) * len(prompts), None), state, keep_state=True
-                )
-        return written
+        answers = FastWeightActor.forward(
+            self.actor,
+            mode="generate",
+            prompts=self._documents(prompts),
+            limits=limits,
+            length=max(limits),
+            temperature=temperature,
+            draws=None if draws is None else draws[:, None, : max(limits)],
+            ends=_Ends(self, len(prompts), stops),
+        )
+        rows = zip(answers.tokens[:, 0].tolist(), answers.lengths[:, 0].tolist(), strict=True)
+        return [tokens[:length] for tokens, length in rows]
 
     def _documents(self, rows: Sequence[Sequence[int]], learn_from: tuple[int, ...] | None = None) -> Documents:
         tokens = pad_sequence([torch.tensor(list(row), dtype=torch.int64) for row in rows], batch_first=True)
         return Documents(tokens.to(self.device), tuple(len(row) for row in rows), learn_from)
+
+
+class _Ends:
+    """Which answers a token ends: a stop token, or the last one of a text that stops them."""
+
+    def __init__(self, model: EvaluatedModel, rows: int, stops: Sequence[str]) -> None:
+        self.model, self.stops = model, stops
+        self.written: list[list[int]] = [[] for _ in range(rows)]
+        self.ended = [False] * rows
+        # A byte is the least a token can add to a text: so many tokens back, and a stop that has just ended shows.
+        self.reach = max((len(stop.encode()) for stop in stops), default=0) + 2
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        for row, token in enumerate(tokens.tolist()):
+            self.written[row].append(token)
+            self.ended[row] = self.ended[row] or token in self.model.stop_tokens or self._stops(row)
+        return torch.tensor(self.ended, device=tokens.device)
+
+    def _stops(self, row: int) -> bool:
+        if not self.stops:
+            return False
+        tail = self.model.decode(self.written[row][-self.reach :])
+        return any(stop in tail for stop in self.stops)
 
 
 def load_evaluated(
@@ -226,7 +236,9 @@ def ttt_settings(method: str, settings: Any = None) -> AdaptSettings:
         raise ConfigError("adapt", "has no effect with ttt=none. Set ttt=refine or ttt=sft, or leave it out.")
     if isinstance(settings, dict) and "method" in settings:
         raise ConfigError("adapt.method", "is what ttt says; leave it out.")
-    return read_settings({**(settings or {}), "method": method})
+    read = read_settings({**(settings or {}), "method": method})
+    check_settings(read)
+    return read
 
 
 def _device(name: str) -> torch.device:

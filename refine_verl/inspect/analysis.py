@@ -17,6 +17,7 @@ from refine_verl.models.reward_manager import HiddenStateRewardManager
 from refine_verl.models.step import Step
 from refine_verl.nsp import (
     ANCHORS,
+    STRATEGIES,
     align_entropy,
     chunk_bounds,
     group_standardise,
@@ -67,7 +68,8 @@ class Inspection:
         surprise: [T], -log p of each token, nats.
         correct: [T], whether the most likely token was the right one.
         chunks: half-open ranges of positions.
-        chance: [T], probability of each position within its chunk; 0 behind the last valid one.
+        chance: [T], probability of each position within its chunk; 0 behind the last valid one. None for a selection
+            strategy of a user's, whose probabilities are not known.
         positions: the chosen ones, in order.
         group_zero_std: share of groups whose rewards are all equal.
     """
@@ -78,7 +80,7 @@ class Inspection:
     surprise: list[float]
     correct: list[bool]
     chunks: list[tuple[int, int]]
-    chance: list[float]
+    chance: list[float] | None
     positions: list[Position]
     group_zero_std: float
 
@@ -137,8 +139,10 @@ def _recorded(actor: FastWeightActor, task: str) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def _chances(smoothed: np.ndarray, nsp: NSPSettings) -> list[float]:
-    """Probability of each position under the selection that is set (Eq. 6), [T]."""
+def _chances(smoothed: np.ndarray, nsp: NSPSettings) -> list[float] | None:
+    """Probability of each position under the selection that is set (Eq. 6), [T]; None for one not of the paper."""
+    if nsp.selection not in STRATEGIES:
+        return None
     valid = len(smoothed) - nsp.rollout_length
     offset = ANCHORS[nsp.anchor]
     weights = np.nan_to_num(smoothed[offset : offset + valid], nan=0.0, posinf=0.0, neginf=0.0)

@@ -219,9 +219,11 @@ def _position(view: View, order: int, position: Position, largest: float) -> Mar
     facts = [
         f"next token: entropy {format_number(inspection.entropy[index + 1], digits=3)}",
         f"smoothed {format_number(inspection.smoothed[index + 1], digits=3)}",
-        f"chosen with probability {format_number(inspection.chance[index], percent=True, digits=3)} among "
-        f"{inspection.chunks[order - 1][1] - inspection.chunks[order - 1][0]}",
     ]
+    if inspection.chance is not None:
+        chance = format_number(inspection.chance[index], percent=True, digits=3)
+        start, stop = inspection.chunks[order - 1]
+        facts.append(f"chosen with probability {chance} among {stop - start}")
     start = max(index + 1 - PREFIX_TOKENS, 0)
     prefix = _tokens(view, start, index + 1, plain=True)
     names = view.rewards

@@ -16,7 +16,7 @@ from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.inspect.settings import STDIN, InspectSettings
 from refine_verl.models import FastWeightActor, ModelError, ModelInfo, inspect_model, load_model, make_actor
 from refine_verl.models.weights import check_weights
-from refine_verl.nsp import validate_reward_name
+from refine_verl.nsp import check_functions
 
 __all__ = ["Text", "check_out", "load_actor", "read_inputs", "read_text", "tokenize"]
 
@@ -108,13 +108,10 @@ def read_inputs(settings: InspectSettings) -> tuple[ModelInfo, Text]:
     Raises:
         ConfigError, DataError, ModelError: what cannot be used, and why.
     """
-    content = read_text(settings.text)
     if settings.external_lib is not None:
         _import(settings.external_lib)
-    try:
-        validate_reward_name(settings.nsp.reward)
-    except ValueError as error:
-        raise ConfigError("refine.nsp.reward", str(error)) from error
+    check_functions(settings.nsp)
+    content = read_text(settings.text)
     info = _inspect(settings.model)
     tokenizer = _tokenizer(settings, info)
     name = "standard input" if settings.text == STDIN else Path(settings.text).name

@@ -132,11 +132,12 @@ def _heat(level: int) -> Style:
 
 def _title(view: View, order: int, position: Position) -> Text:
     seen, index = view.inspection, position.index
+    chance = "" if seen.chance is None else format_number(seen.chance[index], percent=True, digits=3)
     return Text.assemble(
         (f"position {order}", "bold blue"),
         f" after token {index} · next token: entropy {format_number(seen.entropy[index + 1], digits=3)}, smoothed "
-        f"{format_number(seen.smoothed[index + 1], digits=3)} · chosen with probability "
-        f"{format_number(seen.chance[index], percent=True, digits=3)}",
+        f"{format_number(seen.smoothed[index + 1], digits=3)}"
+        + (f" · chosen with probability {chance}" if chance else ""),
     )
 
 

@@ -142,7 +142,7 @@ class View:
             return "0 · nothing predicts the first token"
         entropy = f"H {seen.entropy[index]:.2f}, smoothed {self.heat.text(seen.smoothed[index], 2)}"
         text = f"{index} · {entropy} · {MINUS}log p {seen.surprise[index]:.2f}"
-        chance = seen.chance[index]
+        chance = None if seen.chance is None else seen.chance[index]
         return text + (f" · chosen with {100 * chance:.2g}%" if chance else "")
 
     def true_log_prob(self, position: Position) -> str:

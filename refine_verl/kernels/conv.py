@@ -7,7 +7,7 @@ of width W looks back W - 1 tokens only, so slot 0 is carried along but never re
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,26 @@ from refine_verl.kernels.chunking import sequence_lengths
 from refine_verl.kernels.delta_rule import check_unknown
 from refine_verl.kernels.recording import ConvHistory, Kept, RowGradients, active_recorder
 
+_UNUSED = ("backend", "cu_seqlens_cpu", "chunk_indices")
+"""Arguments of fla's signature that choose a kernel or spare it a look at the GPU."""
+
+
+class _PackedIndex(NamedTuple):
+    """A row where every sequence is preceded by its ``width`` state rows.
+
+    Attributes:
+        source: ``[tokens + n * width]``, row of ``cat(tokens, states)`` that each row comes from.
+        tokens: row of each token.
+        last: ``[n * width]``, the last ``width`` rows of each sequence.
+    """
+
+    source: torch.Tensor
+    tokens: torch.Tensor
+    last: torch.Tensor
+
 
 @functools.lru_cache(maxsize=32)
-def _packed_index(lengths: tuple[int, ...], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Index a row where every sequence is preceded by its ``width`` state rows.
-
-    Returns:
-        ``source`` ``[tokens + n * width]``: row of ``cat(tokens, states)`` that each row comes from;
-        ``tokens``: row of each token; ``last`` ``[n * width]``: the last ``width`` rows of each sequence.
-    """
+def _packed_index(lengths: tuple[int, ...], width: int) -> _PackedIndex:
     with torch.inference_mode(False):
         sizes = torch.tensor(lengths)
         total, count = int(sizes.sum()), len(lengths)
@@ -36,7 +47,7 @@ def _packed_index(lengths: tuple[int, ...], width: int) -> tuple[torch.Tensor, t
         source[state_rows] = torch.arange(count * width) + total
         source[token_rows] = torch.arange(total)
         last = (start + sizes)[:, None] + torch.arange(width)
-        return source, token_rows, last.flatten()
+        return _PackedIndex(source, token_rows, last.flatten())
 
 
 def _convolve(padded: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -112,10 +123,7 @@ def causal_conv1d(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool | None = False,
     activation: str | None = None,
-    backend: str | None = "triton",
     cu_seqlens: torch.Tensor | None = None,
-    cu_seqlens_cpu: torch.Tensor | None = None,
-    chunk_indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Depthwise causal convolution ``y_t = act(sum_j weight[:, j] * x_{t-W+1+j} + bias) + residual_t``.
@@ -129,10 +137,8 @@ def causal_conv1d(
         output_final_state: whether to return the last W inputs of each sequence, older state included where a
             sequence is shorter than W.
         activation: ``"silu"``, ``"swish"`` or ``None``.
-        backend: accepted for fla's signature; there is one implementation.
         cu_seqlens: ``[N + 1]`` bounds of the sequences packed into the one row (B = 1).
-        cu_seqlens_cpu, chunk_indices: accepted for fla's signature and not needed here.
-        **kwargs: refused unless ``None`` or ``False``.
+        **kwargs: fla's others; refused unless ``None``, ``False`` or without meaning here (`_UNUSED`).
 
     Returns:
         ``y`` ``[B, T, D]`` in x's dtype and the final state ``[N, D, W]`` in x's dtype, or ``None``; both
@@ -143,50 +149,54 @@ def causal_conv1d(
         ValueError: for an unknown activation or shapes that do not fit together.
         NotImplementedError: for an argument that has no CPU implementation.
     """
-    del backend, cu_seqlens_cpu, chunk_indices
-    check_unknown("causal_conv1d", kwargs)
+    check_unknown("causal_conv1d", {name: value for name, value in kwargs.items() if name not in _UNUSED})
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"causal_conv1d: activation must be None, 'silu' or 'swish', got {activation!r}")
-    batch, tokens, channels = x.shape
-    width = weight.shape[1]
-    lengths = sequence_lengths(batch, tokens, cu_seqlens)
-    count = len(lengths)
-    if initial_state is None:
-        state = x.new_zeros(count, width, channels)
-    elif initial_state.shape == (count, channels, width):
-        state = initial_state.to(x.dtype).transpose(1, 2)
-    else:
-        raise ValueError(
-            f"causal_conv1d: initial_state must be [sequences, D, W] = {[count, channels, width]}, "
-            f"got {list(initial_state.shape)}"
-        )
-    packed = count > batch  # several sequences in the one row
-    if packed:
-        source, token_rows, last = _packed_index(lengths, width)
-        padded = torch.cat([x[0], state.flatten(0, 1)]).index_select(0, source).unsqueeze(0)
-    else:
+    width, lengths = weight.shape[1], sequence_lengths(x.shape[0], x.shape[1], cu_seqlens)
+    index = _packed_index(lengths, width) if len(lengths) > len(x) else None  # several sequences in the one row
+    state = _rows_before(x, initial_state, len(lengths), width)
+    if index is None:
         padded = torch.cat([state, x], 1)
-    kept = Kept({"inputs": padded.detach().flatten(0, 1)})
-    if torch.is_grad_enabled() and (padded.requires_grad or weight.requires_grad):
-        waiting = RowGradients()
-        y, handle = _CausalConv.apply(padded, weight, bias, activation is not None, waiting)
-        if padded.requires_grad:
-            kept = Kept(kept.tensors, handle, waiting)
     else:
-        y = _conv_forward(padded, weight, bias, activation is not None)
-    if packed:
-        # Row r of y ends at row r + W of the padded input.
-        y = y.index_select(1, token_rows - width)
+        padded = torch.cat([x[0], state.flatten(0, 1)]).index_select(0, index.source).unsqueeze(0)
+    y, kept = _differentiable_conv(padded, weight, bias, activation is not None)
+    if index is not None:
+        y = y.index_select(1, index.tokens - width)  # row r of y ends at row r + W of the padded input
     if residual is not None:
         y = y + residual
     if not output_final_state:
         return y, None
-    final = padded[0].index_select(0, last).view(count, width, channels) if packed else padded[:, tokens:]
+    final = padded[:, -width:] if index is None else padded[0].index_select(0, index.last).view(state.shape)
     final = final.transpose(1, 2).contiguous()
     if (recorder := active_recorder()) is not None:
         sizes = torch.tensor(lengths) + width
         recorder.add(final, ConvHistory(kept=kept, start=sizes.cumsum(0) - sizes, width=width))
     return y, final
+
+
+def _rows_before(x: torch.Tensor, initial_state: torch.Tensor | None, count: int, width: int) -> torch.Tensor:
+    """The inputs that precede each of ``count`` sequences, ``[N, W, D]`` in x's dtype."""
+    channels = x.shape[2]
+    if initial_state is None:
+        return x.new_zeros(count, width, channels)
+    if initial_state.shape != (count, channels, width):
+        raise ValueError(
+            f"causal_conv1d: initial_state must be [sequences, D, W] = {[count, channels, width]}, "
+            f"got {list(initial_state.shape)}"
+        )
+    return initial_state.to(x.dtype).transpose(1, 2)
+
+
+def _differentiable_conv(
+    padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
+) -> tuple[torch.Tensor, Kept]:
+    """The convolution, and its inputs for a `ConvHistory`."""
+    inputs = {"inputs": padded.detach().flatten(0, 1)}
+    if not (torch.is_grad_enabled() and (padded.requires_grad or weight.requires_grad)):
+        return _conv_forward(padded, weight, bias, silu), Kept(inputs)
+    waiting = RowGradients()
+    y, handle = _CausalConv.apply(padded, weight, bias, silu, waiting)
+    return y, Kept(inputs, handle, waiting) if padded.requires_grad else Kept(inputs)
 
 
 def causal_conv1d_update(

@@ -26,21 +26,27 @@ def run_scan(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    beta: torch.Tensor,
-    g: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    g: torch.Tensor | None = None,
     *,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool | None,
-    l2norm: bool,
-    cu_seqlens: torch.Tensor | None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool | None = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
     chunk_size: int | None = None,
+    **unknown: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check shapes, plan the chunks and run `delta_scan`; shared by the plain and the gated rule.
 
     Raises:
         ValueError: for shapes that do not fit together, with the shapes.
+        NotImplementedError: for an argument that has no CPU implementation.
     """
+    del cu_seqlens_cpu  # accepted for fla's signature: everything is on the CPU
+    check_unknown(name, unknown)
+    beta = torch.ones_like(v[..., 0]) if beta is None else beta
     if beta.shape != v.shape[:3]:
         raise ValueError(f"{name}: beta must be [B, T, heads] = {list(v.shape[:3])}, got {list(beta.shape)}")
     lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
@@ -53,25 +59,14 @@ def run_scan(
     settings = ScanSettings(
         plan=chunk_plan(lengths, chunk=chunk_size, head_dim=k.shape[3]),
         scale=k.shape[3] ** -0.5 if scale is None else scale,
-        l2norm=l2norm,
+        l2norm=use_qk_l2norm_in_kernel,
         dtype=torch.float64 if v.dtype == torch.float64 else torch.float32,
     )
     return delta_scan(q, k, v, beta, g, initial_state, settings, bool(output_final_state))
 
 
 def chunk_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool | None = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    cu_seqlens_cpu: torch.Tensor | None = None,
-    chunk_size: int | None = None,
-    **kwargs: Any,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Delta rule ``S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T``, ``o_t = scale * S_t^T q_t``.
 
@@ -79,14 +74,14 @@ def chunk_delta_rule(
         q, k: ``[B, T, H, K]``, float32, float64 or bfloat16. Unlike fla's Triton kernel, float32 is welcome.
         v: ``[B, T, H, V]``.
         beta: ``[B, T, H]`` step sizes.
-        scale: factor on the output, ``K ** -0.5`` by default.
-        initial_state: ``[N, H, K, V]``, zeros by default.
-        output_final_state: whether to return the states after the last tokens.
-        use_qk_l2norm_in_kernel: normalise q and k to unit length first.
-        cu_seqlens: ``[N + 1]`` bounds of the sequences packed into the one row (B = 1).
-        cu_seqlens_cpu: accepted for fla's signature and not needed: everything is on the CPU.
-        chunk_size: tokens per chunk, chosen from the lengths by default.
-        **kwargs: refused unless ``None`` or ``False``.
+        **options: fla's other arguments, by name:
+            ``scale``: factor on the output, ``K ** -0.5`` by default;
+            ``initial_state``: ``[N, H, K, V]``, zeros by default;
+            ``output_final_state``: whether to return the states after the last tokens;
+            ``use_qk_l2norm_in_kernel``: normalise q and k to unit length first;
+            ``cu_seqlens``: ``[N + 1]`` bounds of the sequences packed into the one row (B = 1);
+            ``chunk_size``: tokens per chunk, chosen from the lengths by default.
+            Others are refused unless ``None`` or ``False``.
 
     Returns:
         ``o`` ``[B, T, H, V]`` in v's dtype and the final state ``[N, H, K, V]`` (float32; float64 for float64
@@ -96,50 +91,15 @@ def chunk_delta_rule(
         ValueError: if shapes do not fit together.
         NotImplementedError: for an argument that has no CPU implementation.
     """
-    del cu_seqlens_cpu
-    check_unknown("chunk_delta_rule", kwargs)
-    return run_scan(
-        "chunk_delta_rule",
-        q,
-        k,
-        v,
-        beta,
-        None,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        l2norm=use_qk_l2norm_in_kernel,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-    )
+    return run_scan("chunk_delta_rule", q, k, v, beta, **options)
 
 
 def fused_recurrent_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor | None = None,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool | None = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same rule under the name fla's layer calls for 64 tokens or fewer; ``beta`` defaults to ones.
 
     See `chunk_delta_rule`. On the CPU both names run the same chunked code, so switching between them does
     not change the result, and neither needs a contiguous state or one that requires grad.
     """
-    return run_scan(
-        "fused_recurrent_delta_rule",
-        q,
-        k,
-        v,
-        torch.ones_like(v[..., 0]) if beta is None else beta,
-        None,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        l2norm=use_qk_l2norm_in_kernel,
-        cu_seqlens=cu_seqlens,
-    )
+    return run_scan("fused_recurrent_delta_rule", q, k, v, beta, **options)

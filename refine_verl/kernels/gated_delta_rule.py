@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from refine_verl.kernels.delta_rule import check_unknown, run_scan
+from refine_verl.kernels.delta_rule import run_scan
 from refine_verl.kernels.recording import active_recorder
 
 
@@ -24,18 +24,20 @@ def _gated(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor | None,
-    beta: torch.Tensor,
+    beta: torch.Tensor | None,
     *,
-    initial_state: torch.Tensor | None,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    state_v_first: bool,
+    initial_state: torch.Tensor | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    chunk_indices: torch.Tensor | None = None,
     **scan: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Apply gate, sigmoid and state layout around the shared scan."""
+    del chunk_indices  # accepted for fla's signature and not needed here
     if v.shape[2] % k.shape[2]:
         raise ValueError(f"{name}: {v.shape[2]} value heads cannot be grouped over {k.shape[2]} key heads")
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
@@ -44,6 +46,7 @@ def _gated(
         if A_log is None or g is None:
             raise ValueError(f"{name}: use_gate_in_kernel=True requires g (the raw gate) and A_log")
         g = log_decay(g, A_log, dt_bias)
+    beta = torch.ones_like(v[..., 0]) if beta is None else beta
     if use_beta_sigmoid_in_kernel:
         beta = beta.to(torch.promote_types(beta.dtype, torch.float32)).sigmoid()
         beta = beta * 2 if allow_neg_eigval else beta
@@ -59,26 +62,7 @@ def _gated(
 
 
 def chunk_gated_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool | None = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    cu_seqlens_cpu: torch.Tensor | None = None,
-    chunk_indices: torch.Tensor | None = None,
-    use_gate_in_kernel: bool = False,
-    A_log: torch.Tensor | None = None,
-    dt_bias: torch.Tensor | None = None,
-    chunk_size: int | None = None,
-    **kwargs: Any,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gated delta rule: `chunk_delta_rule` whose state first decays by ``exp(g_t)`` at every token.
 
@@ -88,19 +72,13 @@ def chunk_gated_delta_rule(
         head j.
         g: ``[B, T, HV]`` log-decay, or the raw gate with ``use_gate_in_kernel``.
         beta: ``[B, T, HV]`` step sizes, or their logits with ``use_beta_sigmoid_in_kernel``.
-        scale: factor on the output, ``K ** -0.5`` by default.
-        initial_state: ``[N, HV, K, V]`` (``[N, HV, V, K]`` with ``state_v_first``), zeros by default.
-        output_final_state: whether to return the states after the last tokens.
-        use_qk_l2norm_in_kernel: normalise q and k to unit length first.
-        use_beta_sigmoid_in_kernel: apply a sigmoid to beta; with ``allow_neg_eigval``, twice the sigmoid.
-        allow_neg_eigval: see above.
-        state_v_first: layout of both states.
-        cu_seqlens: ``[N + 1]`` bounds of the sequences packed into the one row (B = 1).
-        cu_seqlens_cpu, chunk_indices: accepted for fla's signature and not needed here.
-        use_gate_in_kernel: log-decay is ``-exp(A_log) * softplus(g + dt_bias)``.
-        A_log, dt_bias: ``[HV]``.
-        chunk_size: tokens per chunk, chosen from the lengths by default.
-        **kwargs: refused unless ``None`` or ``False`` (fla's ``cp_context``, say).
+        **options: those of `chunk_delta_rule`, and
+            ``initial_state``: ``[N, HV, K, V]`` (``[N, HV, V, K]`` with ``state_v_first``), zeros by default;
+            ``use_beta_sigmoid_in_kernel``: apply a sigmoid to beta; with ``allow_neg_eigval``, twice the sigmoid;
+            ``state_v_first``: layout of both states;
+            ``use_gate_in_kernel``: log-decay is ``-exp(A_log) * softplus(g + dt_bias)``, ``A_log`` and
+            ``dt_bias`` being ``[HV]``.
+            Others (fla's ``cp_context``, say) are refused unless ``None`` or ``False``.
 
     Returns:
         ``o`` ``[B, T, HV, V]`` in v's dtype and the final state (float32; float64 for float64 inputs) or
@@ -110,28 +88,7 @@ def chunk_gated_delta_rule(
         ValueError: if shapes or flags do not fit together.
         NotImplementedError: for an argument that has no CPU implementation.
     """
-    del cu_seqlens_cpu, chunk_indices
-    check_unknown("chunk_gated_delta_rule", kwargs)
-    return _gated(
-        "chunk_gated_delta_rule",
-        q,
-        k,
-        v,
-        g,
-        beta,
-        initial_state=initial_state,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        use_gate_in_kernel=use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-        allow_neg_eigval=allow_neg_eigval,
-        state_v_first=state_v_first,
-        scale=scale,
-        output_final_state=output_final_state,
-        l2norm=use_qk_l2norm_in_kernel,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-    )
+    return _gated("chunk_gated_delta_rule", q, k, v, g, beta, **options)
 
 
 def fused_recurrent_gated_delta_rule(
@@ -139,21 +96,8 @@ def fused_recurrent_gated_delta_rule(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor | None = None,
-    gk: torch.Tensor | None = None,
-    gv: torch.Tensor | None = None,
     beta: torch.Tensor | None = None,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool | None = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: torch.Tensor | None = None,
-    dt_bias: torch.Tensor | None = None,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same rule under the name fla's layer calls for short inputs without grad; unlike there,
     differentiable.
@@ -161,23 +105,4 @@ def fused_recurrent_gated_delta_rule(
     See `chunk_gated_delta_rule`. ``g`` may be ``None`` (no decay) and ``beta`` defaults to ones. The
     per-channel decays ``gk`` and ``gv`` have no CPU implementation.
     """
-    check_unknown("fused_recurrent_gated_delta_rule", {"gk": gk, "gv": gv, **kwargs})
-    return _gated(
-        "fused_recurrent_gated_delta_rule",
-        q,
-        k,
-        v,
-        g,
-        torch.ones_like(v[..., 0]) if beta is None else beta,
-        initial_state=initial_state,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        use_gate_in_kernel=use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-        allow_neg_eigval=allow_neg_eigval,
-        state_v_first=state_v_first,
-        scale=scale,
-        output_final_state=output_final_state,
-        l2norm=use_qk_l2norm_in_kernel,
-        cu_seqlens=cu_seqlens,
-    )
+    return _gated("fused_recurrent_gated_delta_rule", q, k, v, g, beta, **options)

@@ -12,25 +12,6 @@ def _swiglu(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.silu(x).mul_(y)
 
 
-def _swiglu_backward(x: torch.Tensor, y: torch.Tensor, dz: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.aten.silu_backward(dz * y, x), F.silu(x).mul_(dz)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """``silu(x) * y``, keeping only x and y."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, y)
-        return _swiglu(x, y)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dz: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = ctx.saved_tensors
-        return _swiglu_backward(x, y, dz)
-
-
 class _SwiGLULinear(torch.autograd.Function):
     """``(silu(x) * y) W^T + b``; the product, the widest tensor of a block, is recomputed instead of kept."""
 
@@ -56,7 +37,7 @@ class _SwiGLULinear(torch.autograd.Function):
             d_weight = torch.mm(rows.t(), _swiglu(x, y).reshape(-1, x.shape[-1])).to(weight.dtype)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dz = torch.mm(rows, weight).to(x.dtype).view_as(x)
-            d_x, d_y = _swiglu_backward(x, y, dz)
+            d_x, d_y = torch.ops.aten.silu_backward(dz * y, x), _swiglu(x, dz)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
             d_bias = rows.sum(0).to(ctx.bias_dtype)
         return d_x, d_y, d_weight, d_bias
@@ -64,9 +45,7 @@ class _SwiGLULinear(torch.autograd.Function):
 
 def swiglu(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """``silu(x) * y`` for tensors of one shape and dtype."""
-    if not torch.is_grad_enabled():
-        return _swiglu(x, y)
-    return _SwiGLU.apply(x, y)
+    return F.silu(x) * y
 
 
 def swiglu_linear(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

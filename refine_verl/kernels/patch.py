@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from refine_verl.kernels import conv, delta_rule, gated_delta_rule, loss, mlp, norm, rotary
+from refine_verl.kernels import conv, delta_rule, gated_delta_rule, loss, mlp, norm
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ TARGETS: dict[str, Callable[..., Any]] = {
     "fla.modules.fused_linear_cross_entropy.ops:fused_linear_cross_entropy_loss": (
         loss.fused_linear_cross_entropy_loss
     ),
-    "fla.modules.rotary.ops:rotary_embedding": rotary.rotary_embedding,
 }
 """``module:attribute`` (``module:Class.method``) in fla, and what stands in for it."""
 

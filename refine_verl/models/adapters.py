@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from refine_verl.kernels.patch import cpu_kernels_in_use
 from refine_verl.kernels.recording import Recorder, record_states
@@ -129,7 +130,7 @@ class FlaAdapter:
         """On the CPU, where the kernels are ours; fla's own kernels give out final states only."""
         if not cpu_kernels_in_use():
             return None
-        packed = documents.cut([0] * len(documents), documents.lengths)
+        packed = documents.whole
         with record_states() as recorder:
             hidden, state = self.run(model, packed, None, keep_state=True)
         assert state is not None
@@ -161,14 +162,9 @@ def _fresh_layers(layers: tuple[dict[str, Any], ...], clone_conv: bool) -> tuple
     for layer in layers:
         copy = dict(layer)
         if clone_conv and copy.get("conv_state") is not None:
-            conv = copy["conv_state"]
-            copy["conv_state"] = conv.clone() if isinstance(conv, Tensor) else type(conv)(_clone(part) for part in conv)
+            copy["conv_state"] = pytree.tree_map_only(Tensor, torch.clone, copy["conv_state"])
         fresh.append(copy)
     return tuple(fresh)
-
-
-def _clone(part: Tensor | None) -> Tensor | None:
-    return None if part is None else part.clone()
 
 
 for _model_type in (*FLA_VERIFIED_ON_CPU, *FLA_THROUGH_THE_SAME_ADAPTER):

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from refine_verl.models.packing import Documents, Packed, pack
+from refine_verl.models.packing import Documents, pack
+from refine_verl.models.passes import Passes
 from refine_verl.models.state import FastWeightState
-from refine_verl.nsp import sample_from_logits
-
-if TYPE_CHECKING:
-    from refine_verl.models.actor import FastWeightActor
+from refine_verl.models.trace import read_segments
+from refine_verl.nsp import generation_uniforms
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,34 @@ class Answers:
         return torch.arange(self.tokens.shape[-1], device=self.lengths.device) < self.lengths[..., None]
 
 
-def here(done: Tensor) -> bool:
+def answer_draws(seed: int, step: int, prompts: Sequence[int], copies: int, length: int) -> Tensor:
+    """Uniforms [N, n, A] for answers to the prompts of these ids; see `refine_verl.nsp.generation_uniforms`."""
+    rows = [torch.from_numpy(generation_uniforms(seed, step, prompt, copies, length)) for prompt in prompts]
+    return torch.stack(rows)
+
+
+def every_row(done: Tensor) -> bool:
     """Whether all rows of this process are done."""
     return bool(done.all())
 
 
+class _Progress:
+    """How long each of R answers is by now, and which are done."""
+
+    def __init__(self, limits: Tensor, ends: Callable[[Tensor], Tensor], all_done: Callable[[Tensor], bool]) -> None:
+        self.limits, self.ends, self.all_done = limits, ends, all_done
+        self.lengths = torch.zeros_like(limits)
+        self.done = torch.zeros_like(limits, dtype=torch.bool)
+
+    def add(self, token: Tensor) -> bool:
+        """Count one more token [R] of each that is not done; whether to stop."""
+        self.lengths = self.lengths + ~self.done
+        self.done = self.done | self.ends(token) | (self.lengths >= self.limits)
+        return self.all_done(self.done)
+
+
 def write(
-    actor: FastWeightActor,
+    actor: Passes,
     prompts: Documents,
     limits: Sequence[int],
     length: int,
@@ -55,7 +75,8 @@ def write(
     temperature: float = 0.0,
     draws: Tensor | None = None,
     stop_tokens: Sequence[int] = (),
-    all_done: Callable[[Tensor], bool] = here,
+    ends: Callable[[Tensor], Tensor] | None = None,
+    all_done: Callable[[Tensor], bool] = every_row,
 ) -> Answers:
     """Continue prompts of unequal length, each until a stop token or its own limit.
 
@@ -68,39 +89,34 @@ def write(
         temperature: 0 takes the most likely token.
         draws: uniforms [N, n, A], needed unless the temperature is 0.
         stop_tokens: ids that end an answer.
+        ends: asked instead, after each token with int64 [N * n], which rows it ends: bool [N * n].
         all_done: asked after each token, with bool [N * n], whether to stop; under FSDP ranks must agree.
     """
-    packed = prompts.cut([0] * len(prompts), prompts.lengths)
+    packed = prompts.whole
     hidden, state = actor.run(packed, None, keep_state=True)
     assert state is not None
-    last, state = hidden[packed.last].repeat_interleave(copies, dim=0), state.fork(copies)
-    device, rows = last.device, len(prompts) * copies
-    uniforms = torch.zeros(rows, length) if draws is None else draws.reshape(rows, length)
-    limit = torch.tensor(list(limits), device=device).repeat_interleave(copies)
+    device, shape = hidden.device, (len(prompts), copies, length)
+    uniforms = torch.zeros(shape) if draws is None else draws
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
-    tokens, log_probs = [], []
-    for step in range(length):
-        token, log_prob = sample_from_logits(actor._head(last), uniforms[:, step].to(device), temperature)
-        tokens.append(token.masked_fill(done, 0))
-        log_probs.append(log_prob.masked_fill(done, 0.0))
-        lengths = lengths + ~done
-        done = done | torch.isin(token, stops) | (lengths >= limit)
-        if step + 1 == length or all_done(done):
-            break
-        last, state = actor.run(Packed(token.unsqueeze(1), (1,) * rows, None), state, keep_state=True)
-    missing, shape = length - len(tokens), (len(prompts), copies, length)
+    progress = _Progress(
+        torch.tensor(list(limits), device=device).repeat_interleave(copies),
+        ends or (lambda token: torch.isin(token, stops)),
+        all_done,
+    )
+    last = hidden[packed.last].repeat_interleave(copies, dim=0)
+    written = actor.write(last, state.fork(copies), uniforms.flatten(0, 1), temperature, stop=progress.add)
+    behind = torch.arange(length, device=device) >= progress.lengths[:, None]
+    missing = (0, length - written.tokens.shape[1])
     return Answers(
-        tokens=torch.nn.functional.pad(torch.stack(tokens, dim=1), (0, missing)).view(shape),
-        lengths=lengths.view(shape[:2]),
-        log_probs=torch.nn.functional.pad(torch.stack(log_probs, dim=1), (0, missing)).view(shape),
+        tokens=F.pad(written.tokens, missing).masked_fill(behind, 0).view(shape),
+        lengths=progress.lengths.view(shape[:2]),
+        log_probs=F.pad(written.log_probs, missing).masked_fill(behind, 0.0).view(shape),
     )
 
 
 def log_probs(
-    actor: FastWeightActor, prompts: Documents, tokens: Tensor, lengths: Tensor, temperature: float, segments: int
-) -> Tensor:
+    actor: Passes, prompts: Documents, tokens: Tensor, lengths: Tensor, temperature: float, segments: int
+) -> dict[str, Tensor]:
     """Log-probabilities of answers under the current policy, with the gradient through the whole prompt.
 
     Args:
@@ -111,40 +127,33 @@ def log_probs(
         segments: in how many passes to read the prompts; the same on all ranks.
 
     Returns:
-        [N * n, A], 0 after the end of an answer.
+        ``log_probs``: [N * n, A], 0 after the end of an answer.
     """
     copies, width = tokens.shape[1:]
     last, state = _read(actor, prompts, segments)
     rows, counts = tokens.flatten(0, 1), lengths.flatten().tolist()
     # an answer of one token reads that token for nothing: every rank has to make this pass
     packed = pack([row[: max(count - 1, 1)] for row, count in zip(rows, counts, strict=True)])
-    hidden, _ = actor._segment(packed, state.fork(copies), keep_state=False)
+    hidden, _ = actor.segment(packed, state.fork(copies), keep_state=False)
     first = last.repeat_interleave(copies, dim=0)
     pieces = [
         torch.cat([first[i : i + 1], piece[: count - 1]])
         for i, (piece, count) in enumerate(zip(hidden.split(packed.lengths), counts, strict=True))
     ]
     mask = torch.arange(width, device=rows.device) < lengths.flatten()[:, None]
-    values = actor._head(torch.cat(pieces), "log_probs", targets=rows[mask], temperature=temperature)
-    return values.new_zeros(rows.shape).masked_scatter(mask, values)
+    values = actor.apply_head(torch.cat(pieces), "log_probs", targets=rows[mask], temperature=temperature)
+    return {"log_probs": values.new_zeros(rows.shape).masked_scatter(mask, values)}
 
 
-def _read(actor: FastWeightActor, prompts: Documents, segments: int) -> tuple[Tensor, FastWeightState]:
+def _read(actor: Passes, prompts: Documents, segments: int) -> tuple[Tensor, FastWeightState]:
     """Hidden state [N, d] at the last token of each prompt, and the state [N rows] after it."""
-    borders = prompts.even_cuts(segments)
     lasts, states = [], []
-    ends = [0] * len(prompts)
-    state: FastWeightState | None = None
-    for index, (starts, stops) in enumerate(zip(borders, borders[1:], strict=False)):
-        packed = prompts.cut(starts, stops)
-        part, state = actor._segment(packed, state, keep_state=True)
-        assert state is not None
-        lasts.append(part[packed.last])
-        states.append(state)
-        for b, length in enumerate(prompts.lengths):
-            # a prompt of fewer tokens than segments is over before the others are
-            ends[b] = index if starts[b] < length else ends[b]
-    if min(ends) == segments - 1:  # as always but for very short prompts
+    for part in read_segments(actor.segment, prompts, prompts.even_cuts(segments), keep_last=True):
+        assert part.state is not None
+        lasts.append(part.last)
+        states.append(part.state)
+    if min(prompts.lengths) >= segments:  # as always but for very short prompts
         return lasts[-1], states[-1]
-    picks = [(index, b) for b, index in enumerate(ends)]
+    # a prompt of fewer tokens than segments is over before the others are
+    picks = [(min(length, segments) - 1, b) for b, length in enumerate(prompts.lengths)]
     return torch.stack([lasts[index][b] for index, b in picks]), FastWeightState.gather(states, picks)

@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from refine_verl.models.packing import IGNORED
 from refine_verl.nsp.entropy import accumulation_dtype, chunked_entropy
 from refine_verl.nsp.objective import gather_log_probs
-
-IGNORED = -100
-"""Target of a token that is not predicted, as in torch's cross-entropy."""
 
 # Logits held at once: 16 MiB in float32. More leave the cache and are mapped anew by every malloc.
 _CHUNK_ELEMENTS = 1 << 22

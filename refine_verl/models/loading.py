@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import refine_verl.models.lact  # noqa: F401  registers LaCT
-from refine_verl.config import ModelError
+from refine_verl.config import ModelError, did_you_mean
 from refine_verl.config.hub import local_files_only, why_not
 from refine_verl.kernels import ensure_kernels
 from refine_verl.models.adapters import FLA_VERIFIED_ON_CPU, FlaAdapter, get_adapter, known_model_types
@@ -83,12 +82,11 @@ def load_model(
         ModelError: the checkpoint lacks keys of the model or has keys the model lacks.
     """
     ensure_kernels()
-    info = inspect_model(path, None) if config is None else None
-    if config is None:
-        assert info is not None
-        config = info.config
-    if path is not None and (info.has_weights if info else inspect_model(path).has_weights):
-        return _from_checkpoint(str(path), config, dtype)
+    info = None if path is None and config is not None else inspect_model(path)
+    if info is not None:
+        config = config or info.config
+        if info.has_weights:
+            return _from_checkpoint(str(path), config, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -117,9 +115,7 @@ def _config_from_values(values: dict[str, Any]) -> PretrainedConfig:
     for key in values:
         if not hasattr(config, key):
             known = [name for name in vars(config) if not name.startswith("_")]
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ModelError(f"model.config.{key}: a {model_type} has no such setting{hint}")
+            raise ModelError(f"model.config.{key}: a {model_type} has no such setting.{did_you_mean(key, known)}")
     try:
         return AutoConfig.for_model(model_type, **values)
     except ValueError as error:

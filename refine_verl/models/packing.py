@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""Target of a token that is not predicted, as in torch's cross-entropy."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -24,6 +27,11 @@ class Packed:
     lengths: tuple[int, ...]
     cu_seqlens: Tensor | None
 
+    @classmethod
+    def of_rows(cls, tokens: Tensor) -> Packed:
+        """One run for each row of ``tokens`` [R, L]."""
+        return cls(tokens, (tokens.shape[1],) * tokens.shape[0], None)
+
     @property
     def last(self) -> Tensor:
         """int64 [runs]: index of each run's last token in the flattened order of ``tokens``."""
@@ -36,7 +44,7 @@ def pack(runs: Sequence[Tensor]) -> Packed:
     if min(lengths) < 1:
         raise ValueError(f"cannot pack an empty run of tokens (lengths {lengths})")
     if len(set(lengths)) == 1:
-        return Packed(torch.stack(list(runs)), lengths, None)
+        return Packed.of_rows(torch.stack(list(runs)))
     offsets = torch.tensor((0, *lengths), device=runs[0].device).cumsum(0)
     return Packed(torch.cat(list(runs)).unsqueeze(0), lengths, offsets)
 
@@ -91,6 +99,11 @@ class Documents:
         first = self.learn_from or (1,) * len(self)
         return sum(length - start for length, start in zip(self.lengths, first, strict=True))
 
+    @property
+    def whole(self) -> Packed:
+        """All tokens of all documents."""
+        return self.cut([0] * len(self), self.lengths)
+
     def cut(self, starts: Sequence[int], stops: Sequence[int]) -> Packed:
         """Pack tokens starts[b]..stops[b]-1 of every document; past its end a document yields its first token."""
         runs = []
@@ -98,6 +111,22 @@ class Documents:
             ended = start >= self.lengths[b]
             runs.append(self.tokens[b, :1] if ended else self.tokens[b, start:stop])
         return pack(runs)
+
+    def next_tokens(self, packed: Packed, stops: Sequence[int]) -> Tensor:
+        """What each token of a `cut` predicts, in the order of ``packed.tokens``: int64 [tokens].
+
+        Its successor; IGNORED for the last token of a document and for what lies before ``learn_from``.
+        """
+        runs = []
+        for b, (length, stop) in enumerate(zip(packed.lengths, stops, strict=True)):
+            following = self.tokens[b, stop - length + 1 : stop + 1]
+            if stop == self.lengths[b]:
+                following = torch.cat([following[: length - 1], following.new_full((1,), IGNORED)])
+            if self.learn_from is not None:
+                skipped = min(max(self.learn_from[b] - (stop - length + 1), 0), length)
+                following = torch.cat([following.new_full((skipped,), IGNORED), following[skipped:]])
+            runs.append(following)
+        return torch.cat(runs)
 
     def even_cuts(self, segments: int) -> list[list[int]]:
         """``segments + 1`` borders per document, as even as possible: list over borders of [N] positions.

@@ -7,23 +7,18 @@ rollout one cached pass over the prefix to write, one plain pass to score, one p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from refine_verl.config import NSPSettings
 from refine_verl.models.packing import Documents, Packed, pack
-from refine_verl.nsp import sample_from_logits
-
-if TYPE_CHECKING:
-    from refine_verl.models.actor import FastWeightActor
-    from refine_verl.models.rollouts import Branches
+from refine_verl.models.passes import Passes
+from refine_verl.models.rollouts import Branches
 
 
 def rollout(
-    actor: FastWeightActor, documents: Documents, positions: Tensor, nsp: NSPSettings, draws: Tensor
+    actor: Passes, documents: Documents, positions: Tensor, nsp: NSPSettings, draws: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write the rollouts; same arguments and results as forking.
 
@@ -41,7 +36,10 @@ def rollout(
     tokens, log_probs, hidden = [], [], []
     for chunk in range(nsp.chunks):
         prefixes = _prefixes(documents, positions[:, chunk], nsp.rollouts_per_position)
-        written = _write(actor, prefixes, nsp, draws[:, chunk].flatten(0, 1).to(positions.device))
+        packed = pack(prefixes)
+        states, after = actor.run(packed, None, keep_state=True)
+        uniforms = draws[:, chunk].flatten(0, 1)
+        written = actor.write(states[packed.last], after, uniforms, nsp.temperature).tokens
         states = _plain_hidden(actor, prefixes, written, nsp.rollout_length + 1)
         tokens.append(written)
         log_probs.append(actor.log_probs(states[:, :-1], written, nsp.temperature))
@@ -54,9 +52,9 @@ def rollout(
     )
 
 
-def update(actor: FastWeightActor, documents: Documents, branches: Branches, nsp: NSPSettings) -> dict[str, Tensor]:
+def update(actor: Passes, documents: Documents, branches: Branches, nsp: NSPSettings) -> dict[str, Tensor]:
     """The pass that is trained: the document once for the next-token loss, every prefix again for its rollouts."""
-    loss = actor.update(documents, None, nsp)["ntp_loss_sum"]
+    loss = actor.read_to_train(documents, nsp.chunks)
     log_probs = []
     for chunk in range(nsp.chunks):
         prefixes = _prefixes(documents, branches.positions[:, chunk], nsp.rollouts_per_position)
@@ -70,27 +68,14 @@ def _prefixes(documents: Documents, positions: Tensor, copies: int) -> list[Tens
     return [documents.tokens[b, : t + 1] for b, t in enumerate(positions.tolist()) for _ in range(copies)]
 
 
-def _write(actor: FastWeightActor, prefixes: list[Tensor], nsp: NSPSettings, draws: Tensor) -> Tensor:
-    packed = pack(prefixes)
-    hidden, state = actor.run(packed, None, keep_state=True)
-    last = hidden[packed.last]
-    tokens: list[Tensor] = []
-    for step in range(nsp.rollout_length):
-        if step:
-            column = Packed(tokens[-1].unsqueeze(1), (1,) * len(prefixes), None)
-            last, state = actor.run(column, state, keep_state=True)
-        tokens.append(sample_from_logits(actor._head(last), draws[:, step], nsp.temperature)[0])
-    return torch.stack(tokens, dim=1)
-
-
-def _plain_hidden(actor: FastWeightActor, prefixes: list[Tensor], tokens: Tensor, keep: int) -> Tensor:
+def _plain_hidden(actor: Passes, prefixes: list[Tensor], tokens: Tensor, keep: int) -> Tensor:
     """Hidden states [R, keep, d] at the last ``keep`` tokens of prefix + tokens, in one pass without any state."""
     packed = pack([torch.cat(pair) for pair in zip(prefixes, tokens, strict=True)])
     hidden, _ = actor.run(packed, None, keep_state=False)
     return torch.stack([part[-keep:] for part in hidden.split(packed.lengths)])
 
 
-def _through_prefix(actor: FastWeightActor, prefixes: list[Tensor], tokens: Tensor, nsp: NSPSettings) -> Tensor:
+def _through_prefix(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: NSPSettings) -> Tensor:
     def body(inputs: Tensor) -> Tensor:
         return _plain_hidden(actor, prefixes, inputs, nsp.rollout_length)
 
@@ -102,7 +87,7 @@ def _through_prefix(actor: FastWeightActor, prefixes: list[Tensor], tokens: Tens
     return actor.log_probs(hidden, tokens, nsp.temperature)
 
 
-def _branch_only(actor: FastWeightActor, prefixes: list[Tensor], tokens: Tensor, nsp: NSPSettings) -> Tensor:
+def _branch_only(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: NSPSettings) -> Tensor:
     """``grad_scope: branch``: everything up to and including x_t is a constant."""
     packed = pack(prefixes)
     with torch.no_grad():
@@ -110,7 +95,7 @@ def _branch_only(actor: FastWeightActor, prefixes: list[Tensor], tokens: Tensor,
     last = hidden[packed.last].unsqueeze(1)
     if nsp.rollout_length > 1:
         assert state is not None
-        rest = Packed(tokens[:, :-1], (nsp.rollout_length - 1,) * len(prefixes), None)
+        rest = Packed.of_rows(tokens[:, :-1])
         after, _ = actor.run(rest, state.detach(), keep_state=False)
         last = torch.cat([last, after.view(*rest.tokens.shape, -1)], dim=1)
     return actor.log_probs(last, tokens, nsp.temperature)

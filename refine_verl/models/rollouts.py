@@ -40,7 +40,7 @@ class RolloutDraws:
 
     @staticmethod
     def of(seed: int, step: int, documents: Sequence[int], nsp: NSPSettings) -> RolloutDraws:
-        """Those of documents with these ids, at one step: a function of its arguments alone (contract C5)."""
+        """Those of documents with these ids, at one step: a function of its arguments alone."""
         shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
         positions = [torch.from_numpy(position_uniforms(seed, step, id_, nsp.chunks)) for id_ in documents]
         tokens = [torch.from_numpy(rollout_uniforms(seed, step, id_, *shape)) for id_ in documents]

@@ -1,4 +1,4 @@
-"""The state of a fast-weight model: everything it needs to go on after a prefix.
+"""The state of a fast-weight model: everything it needs to continue after a prefix.
 
 A state is a tree (tuples, lists, dicts) of tensors whose first dimension counts sequences. What the
 tensors mean is the adapter's business; the algorithm only carries, forks, selects and detaches them.
@@ -47,7 +47,7 @@ class RowLeaf(ABC):
     @classmethod
     @abstractmethod
     def stack(cls, leaves: Sequence[Any]) -> RowLeaf:
-        """The rows of all ``leaves`` under each other."""
+        """The rows of all ``leaves``, stacked."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class FastWeightState:
 
     @staticmethod
     def stack(states: Sequence[FastWeightState]) -> FastWeightState:
-        """Put the rows of several states under each other: [sum of rows, ...]."""
+        """Stack the rows of several states: [sum of rows, ...]."""
         if len(states) == 1:
             return states[0]
         leaves, spec = zip(*(pytree.tree_flatten(state.tree) for state in states), strict=True)
@@ -171,7 +171,7 @@ class FastWeightState:
 
 
 def _join(column: Sequence[Any]) -> Any:
-    """One leaf of several states, rows under each other."""
+    """One leaf of several states, rows stacked."""
     first = column[0]
     if isinstance(first, RowLeaf):
         return type(first).stack(column)

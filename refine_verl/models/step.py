@@ -19,7 +19,8 @@ from refine_verl.config import LossSettings, NSPSettings
 from refine_verl.models.actor import snapshot_count
 from refine_verl.models.packing import Documents
 from refine_verl.models.rollouts import Branches, RolloutBatch, RolloutDraws, documents_together
-from refine_verl.nsp import PolicyLoss, generation_uniforms, refine_objective
+from refine_verl.nsp import refine_objective
+from refine_verl.nsp.objective import PolicyLoss
 
 Rollouts = Mapping[str, Tensor]
 """Rollouts without hidden states, under the names `Step.write_and_reward` lists, and ``advantages`` [N, c, n]."""
@@ -125,8 +126,3 @@ def in_parts(documents: Documents, rollouts: Rollouts | None, size: int) -> Iter
     for index, part in enumerate(documents.split(size)):
         rows = slice(index * size, index * size + len(part))
         yield part, None if rollouts is None else {name: values[rows] for name, values in rollouts.items()}
-
-
-def answer_draws(seed: int, step: int, ids: Sequence[int], samples: int, length: int) -> Tensor:
-    """The random numbers of ``samples`` answers to each of N prompts, float64 [N, n, length] on the CPU."""
-    return torch.stack([torch.from_numpy(generation_uniforms(seed, step, id_, samples, length)) for id_ in ids])

@@ -5,7 +5,7 @@ Positions are chosen by the entropy that the pass itself yields, so their states
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from refine_verl.models.packing import Documents, Packed, pack
 from refine_verl.models.state import FastWeightState
 
 Run = Callable[[Packed, FastWeightState | None, bool], tuple[Tensor, FastWeightState | None]]
-"""``FastWeightActor.run``: tokens and state in, hidden states and state out."""
+"""A pass, such as ``Passes.run``: tokens and state in, hidden states and state out."""
 
 
 class Trace(Protocol):
@@ -61,24 +61,60 @@ class Snapshots:
         return state
 
 
-def read_in_segments(run: Run, documents: Documents, segments: int) -> tuple[list[Tensor], Snapshots]:
+@dataclass(frozen=True)
+class Segment:
+    """What a pass over one segment of all documents gives.
+
+    Attributes:
+        packed: the tokens.
+        starts, stops: its borders in each document, [N].
+        hidden: [tokens, d], in the order of the runs.
+        state: after the segment; None unless asked for.
+    """
+
+    packed: Packed
+    starts: list[int]
+    stops: list[int]
+    hidden: Tensor
+    state: FastWeightState | None
+
+    @property
+    def last(self) -> Tensor:
+        """Hidden state [N, d] at the last token of each run."""
+        return self.hidden[self.packed.last]
+
+
+def read_segments(
+    run: Run, documents: Documents, borders: list[list[int]], keep_last: bool = False
+) -> Iterator[Segment]:
+    """Read S one segment after the other, the state carried from each to the next.
+
+    Args:
+        run: makes a pass.
+        documents: S.
+        borders: of the segments, [N] each; a document that has ended reads its first token again, and nothing may
+            look at that.
+        keep_last: whether the state after the last segment is wanted.
+    """
+    state: FastWeightState | None = None
+    for index, (starts, stops) in enumerate(zip(borders, borders[1:], strict=False)):
+        packed = documents.cut(starts, stops)
+        hidden, state = run(packed, state, keep_last or index < len(borders) - 2)
+        yield Segment(packed, starts, stops, hidden, state)
+
+
+def read_with_snapshots(run: Run, documents: Documents, segments: int) -> tuple[list[Tensor], Snapshots]:
     """One pass over S that keeps the state at even intervals; works for every model.
 
     Returns:
         Hidden states [T, d] of each document, and the states before the segments.
     """
-    borders = documents.even_cuts(segments)
     parts: list[list[Tensor]] = []
     kept: list[tuple[list[int], FastWeightState]] = []
-    state: FastWeightState | None = None
-    for starts, stops in zip(borders, borders[1:], strict=False):
-        if state is not None:
-            kept.append((starts, state))
-        # a document that has ended reads any token instead: nothing looks at its state any more
-        packed = documents.cut(starts, [max(stop, start + 1) for start, stop in zip(starts, stops, strict=True)])
-        hidden, state = run(packed, state, True)
-        pieces = zip(hidden.split(packed.lengths), starts, stops, strict=True)
+    for part in read_segments(run, documents, documents.even_cuts(segments), keep_last=True):
+        pieces = zip(part.hidden.split(part.packed.lengths), part.starts, part.stops, strict=True)
         parts.append([piece[: stop - start] for piece, start, stop in pieces])
-    assert state is not None
-    kept.insert(0, (borders[0], state.zeros_like()))
-    return [torch.cat(column) for column in zip(*parts, strict=True)], Snapshots(documents, kept, run)
+        assert part.state is not None
+        kept.append((part.stops, part.state))
+    fresh = ([0] * len(documents), kept[-1][1].zeros_like())
+    return [torch.cat(column) for column in zip(*parts, strict=True)], Snapshots(documents, [fresh, *kept[:-1]], run)

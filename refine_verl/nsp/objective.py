@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from refine_verl.nsp.entropy import accumulation_dtype
+from refine_verl.nsp.registry import unknown_choice
 from refine_verl.nsp.sampling import scaled_log_softmax
-from refine_verl.nsp.selection import unknown_choice
 
-GROUPS: tuple[str, ...] = ("sequence", "position")
-"""Which rollouts are compared with each other: all c*n of a document, or the n of a position."""
+GROUPS = ("sequence", "position")
+"""What is compared with each other: all rollouts of a document, or those of one position."""
 
 # exp() of a larger difference of log-probs overflows or loses all meaning; the same bound as verl.
 _MAX_LOG_RATIO = 20.0
@@ -159,12 +159,7 @@ def refine_objective(
         ValueError: the micro-batch claims more tokens or rollouts than the mini-batch has.
     """
     rollouts = 0 if log_probs is None else log_probs.shape[0] if mask is None else int(mask.any(dim=-1).sum())
-    if ntp_token_count > global_tokens or rollouts > global_rollouts:
-        raise ValueError(
-            f"a micro-batch of {ntp_token_count} predicted tokens and {rollouts} rollouts cannot be part of "
-            f"a mini-batch of {global_tokens} and {global_rollouts}: the latter must count all ranks and "
-            "micro-batches"
-        )
+    _check_counts((ntp_token_count, rollouts), (global_tokens, global_rollouts))
     ntp_loss = ntp_loss_sum / max(global_tokens, 1)
     loss = sft_coef * ntp_loss
     metrics: dict[str, Any] = {"actor/ntp_loss": ntp_loss.detach()}
@@ -181,6 +176,14 @@ def refine_objective(
         metrics["actor/pg_loss"] = pg_loss.detach()
         metrics.update({name: value * share for name, value in pg_metrics.items()})
     return loss * dp_size, metrics
+
+
+def _check_counts(own: tuple[int, int], whole: tuple[int, int]) -> None:
+    if own[0] > whole[0] or own[1] > whole[1]:
+        raise ValueError(
+            f"a micro-batch of {own[0]} predicted tokens and {own[1]} rollouts cannot be part of a mini-batch of "
+            f"{whole[0]} and {whole[1]}: the latter must count all ranks and micro-batches"
+        )
 
 
 def _grouped(rewards: Tensor, group: str) -> Tensor:

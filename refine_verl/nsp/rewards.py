@@ -1,13 +1,12 @@
 """How much a rollout resembles the real continuation (paper, Eq. 9, 11, 12), and a registry for more rewards.
 
-A reward is a function `RewardInputs -> float tensor [R]`. Runs name one of their users' by its import path,
-`my_package.my_module.my_reward`, which every worker can find; `@register_reward("name")` gives it a name for Python.
+A reward is a function `RewardInputs -> float tensor [R]`. A run names one of yours by its import path,
+`my_package.my_module.my_reward`, which every worker can find, or by the name that `@register_reward("name")` gives it.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refine_verl.nsp.entropy import accumulation_dtype
-from refine_verl.nsp.selection import unknown_choice
+from refine_verl.nsp.registry import Registry, path_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,29 +51,8 @@ class RewardInputs:
 
 RewardFunction = Callable[[RewardInputs], Tensor]
 
-_REWARDS: dict[str, RewardFunction] = {}
-
-
-def register_reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
-    """Decorator: make a reward known under `name`.
-
-    Raises:
-        ValueError: the name is empty, contains '.' or ':' (reserved for import paths), or has another owner.
-    """
-    if not name or "." in name or ":" in name:
-        raise ValueError(f"a reward's name must be a non-empty word without '.' or ':', got {name!r}")
-
-    def register(function: RewardFunction) -> RewardFunction:
-        owner = _REWARDS.get(name)
-        if owner is not None and _path_of(owner) != _path_of(function):
-            raise ValueError(
-                f"reward {name!r} already belongs to {_path_of(owner)}: register {_path_of(function)} under "
-                "another name"
-            )
-        _REWARDS[name] = function
-        return function
-
-    return register
+REWARDS: Registry[RewardFunction] = Registry("reward")
+register_reward = REWARDS.register
 
 
 @register_reward("cosine")
@@ -99,7 +77,7 @@ def hybrid_reward(inputs: RewardInputs) -> Tensor:
 
 def known_rewards() -> list[str]:
     """Names of all registered rewards, sorted."""
-    return sorted(_REWARDS)
+    return sorted(REWARDS.functions)
 
 
 def get_reward(name: str) -> RewardFunction:
@@ -116,7 +94,7 @@ def get_reward(name: str) -> RewardFunction:
     Raises:
         ValueError: as `validate_reward_name`.
     """
-    return _checked(_resolve(name), name)
+    return _checked(REWARDS.find(name), name)
 
 
 def validate_reward_name(name: str) -> None:
@@ -125,46 +103,14 @@ def validate_reward_name(name: str) -> None:
     Raises:
         ValueError: no such reward (with the nearest known name), module or function, or it cannot be called.
     """
-    _resolve(name)
-
-
-def _path_of(function: Callable[..., object]) -> str:
-    kind = type(function)
-    return f"{getattr(function, '__module__', kind.__module__)}.{getattr(function, '__qualname__', kind.__qualname__)}"
-
-
-def _resolve(name: str) -> RewardFunction:
-    if name in _REWARDS:
-        return _REWARDS[name]
-    if not isinstance(name, str) or ("." not in name and ":" not in name):
-        unknown = unknown_choice("reward", name, known_rewards())
-        raise ValueError(f"{unknown}; a function of your own is named by its path, package.module.function")
-    module_name, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
-    if not module_name or not attribute:
-        raise ValueError(f"reward {name!r} is not a path of the form package.module.function")
-    try:
-        found: object = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way while it is imported
-        raise ValueError(
-            f"reward {name!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); "
-            "is its directory on PYTHONPATH?"
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [entry for entry in dir(found) if not entry.startswith("_")]
-            missing = unknown_choice(f"function in {module_name}", part, public)
-            raise ValueError(f"reward {name!r}: {missing}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"reward {name!r} is a {type(found).__name__}, not a function")
-    return found
+    REWARDS.find(name)
 
 
 def _checked(function: RewardFunction, name: str) -> RewardFunction:
     @functools.wraps(function)
     def checked(inputs: RewardInputs) -> Tensor:
         reward = function(inputs)
-        where = f"reward {name!r} ({_path_of(function)})"
+        where = f"reward {name!r} ({path_of(function)})"
         count = inputs.predicted_tokens.shape[0]
         if not isinstance(reward, Tensor):
             raise TypeError(f"{where} returned a {type(reward).__name__}; expected a tensor of shape [{count}]")

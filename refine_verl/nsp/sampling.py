@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from refine_verl.nsp.entropy import accumulation_dtype
-from refine_verl.nsp.selection import unknown_choice
+from refine_verl.nsp.registry import unknown_choice
 
 PURPOSES: dict[str, int] = {"position": 0, "rollout": 1, "generation": 2}
 """Independent streams of one document. Numbers are part of the result: never change one."""

@@ -6,14 +6,51 @@ so the valid positions of a document of T tokens are `0 <= t <= T-1-k`.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from refine_verl.config import NSPSettings
 from refine_verl.nsp.entropy import smooth_token_entropy
+from refine_verl.nsp.registry import Registry, path_of
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SelectionInputs:
+    """What a selection strategy may look at, for one document of T tokens.
+
+    Attributes:
+        entropy: float64 `[T]` on the CPU, H; entry 0, which nothing predicts, means nothing.
+        smoothed: float64 `[T]` on the CPU, the average of H over neighbours.
+        weights: float64 `[T-k]` on the CPU, always finite: the smoothed entropy that each valid position is weighed
+            by, that of the token the anchor names.
+        chunks: c half-open ranges of valid positions.
+        uniforms: float64 `[c]` on the CPU, a random number in [0, 1) per chunk: all the randomness there may be.
+        temperature: tau of Eq. 6.
+        rollout_length: k; a position t needs t <= T-1-k.
+        hidden: `[T, d]` after the final norm, on the model's device; None where a caller has entropies only.
+        tokens: int64 `[T]`; None like `hidden`.
+    """
+
+    entropy: Tensor
+    smoothed: Tensor
+    weights: Tensor
+    chunks: list[tuple[int, int]]
+    uniforms: Tensor
+    temperature: float
+    rollout_length: int
+    hidden: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+SelectionFunction = Callable[[SelectionInputs], "Tensor | Sequence[int]"]
+"""From what is known of a document to c valid positions, strictly increasing."""
+
+SELECTIONS: Registry[SelectionFunction] = Registry("selection strategy")
+register_selection = SELECTIONS.register
 
 Strategy = Callable[[np.ndarray, float, float], int]
 """(entropies [m] of one chunk's positions, temperature, uniform in [0, 1)) -> index in 0..m-1."""
@@ -44,7 +81,23 @@ STRATEGIES: dict[str, Strategy] = {
     "max_entropy": _argmax,
     "min_entropy": _argmin,
 }
-"""Selection strategies (Tab. 7). Ties of `max_entropy` and `min_entropy` go to the lowest index."""
+"""The paper's selection strategies (Tab. 7). Ties of `max_entropy` and `min_entropy` go to the lowest index."""
+
+
+def _in_each_chunk(choose: Strategy) -> SelectionFunction:
+    def select(inputs: SelectionInputs) -> list[int]:
+        weights = inputs.weights.numpy()
+        draws = inputs.uniforms.tolist()
+        return [
+            start + choose(weights[start:stop], inputs.temperature, draw)
+            for (start, stop), draw in zip(inputs.chunks, draws, strict=True)
+        ]
+
+    return select
+
+
+for _name, _choose in STRATEGIES.items():
+    register_selection(_name)(_in_each_chunk(_choose))
 
 ANCHORS: dict[str, int] = {"prediction": 1, "token": 0}
 """Anchor -> offset: position t is weighed by H[t + offset].
@@ -54,17 +107,18 @@ prefix.
 """
 
 
-def unknown_choice(setting: str, value: object, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not among `known`: lists them and names the nearest."""
-    names = sorted(known)
-    near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {setting} {value!r}: known are {', '.join(names)}{hint}")
+def known_selections() -> list[str]:
+    """Names of all registered strategies, sorted."""
+    return sorted(SELECTIONS.functions)
 
 
-def minimum_length(chunks: int, rollout_length: int) -> int:
-    """Shortest document, in tokens, that offers one position per chunk: `chunks + rollout_length`."""
-    return chunks + rollout_length
+def validate_selection_name(name: str) -> None:
+    """Check that `select_positions` will find the strategy `name`; imports the module of an import path.
+
+    Raises:
+        ValueError: no such strategy (with the nearest known name), module or function, or it cannot be called.
+    """
+    SELECTIONS.find(name)
 
 
 def chunk_bounds(num_valid: int, chunks: int) -> list[tuple[int, int]]:
@@ -87,22 +141,6 @@ def chunk_bounds(num_valid: int, chunks: int) -> list[tuple[int, int]]:
     return [(i * num_valid // chunks, (i + 1) * num_valid // chunks) for i in range(chunks)]
 
 
-def _check_settings(chunks: int, rollout_length: int, strategy: str, anchor: str, temperature: float) -> None:
-    if chunks < 1:
-        raise ValueError(f"chunks must be at least 1, got {chunks}")
-    if rollout_length < 1:
-        raise ValueError(f"rollout_length must be at least 1, got {rollout_length}")
-    if strategy not in STRATEGIES:
-        raise unknown_choice("selection strategy", strategy, STRATEGIES)
-    if anchor not in ANCHORS:
-        raise unknown_choice("anchor", anchor, ANCHORS)
-    if not temperature > 0:
-        raise ValueError(
-            f"entropy temperature must be greater than 0, got {temperature}; for the most uncertain position "
-            "of every chunk use the strategy 'max_entropy'"
-        )
-
-
 def _as_uniforms(uniforms: Tensor | np.ndarray | Sequence[float], chunks: int) -> np.ndarray:
     values = uniforms.detach().cpu().numpy() if isinstance(uniforms, Tensor) else np.asarray(uniforms)
     values = values.astype(np.float64)
@@ -115,57 +153,65 @@ def _as_uniforms(uniforms: Tensor | np.ndarray | Sequence[float], chunks: int) -
 
 def select_positions(
     entropy: Tensor,
-    *,
-    chunks: int,
-    rollout_length: int,
-    strategy: str = "entropy",
-    anchor: str = "prediction",
-    temperature: float = 1.0,
-    window: int | None = None,
+    nsp: NSPSettings,
     uniforms: Tensor | np.ndarray | Sequence[float],
+    *,
+    hidden: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
-    """Choose one position in each chunk of a document (Eq. 6).
+    """Choose one position in each chunk of a document (Eq. 6); a strategy of your own may disregard the chunks.
 
-    All strategies look at the *smoothed* entropy. The work is done in float64 on the CPU, where sums have
+    The paper's strategies look at the *smoothed* entropy. The work is done in float64 on the CPU, where sums have
     one fixed order: the same entropies give the same positions on every device. An entropy that is NaN or
     infinite counts as 0; the loss of such a document carries the NaN on to whoever decides about the update.
 
     Args:
         entropy: `[T]`, aligned (`H[j]` is about token j; `H[0]` is ignored), any floating dtype and device.
-        chunks: c.
-        rollout_length: k.
-        strategy: a key of `STRATEGIES`.
-        anchor: a key of `ANCHORS`: weigh position t by H[t+1] (`prediction`) or H[t] (`token`).
-        temperature: tau of Eq. 6.
-        window: smoothing window; None means k, as in the paper.
+        nsp: chunks, rollout length, strategy, anchor (position t is weighed by H[t+1] or H[t]), temperature, window.
         uniforms: `[c]` numbers in [0, 1), one per chunk (`sampling.position_uniforms`).
+        hidden, tokens: `[T, d]` and `[T]`, for strategies that look at them.
 
     Returns:
         positions: int64 `[c]` on the CPU, increasing.
 
     Raises:
-        ValueError: a setting is out of range or unknown, or T < `minimum_length(c, k)`.
+        ValueError: an unknown strategy, T < c + k, or the strategy returned something else than c valid positions in
+            increasing order.
     """
-    _check_settings(chunks, rollout_length, strategy, anchor, temperature)
-    length = entropy.shape[0]
-    needed = minimum_length(chunks, rollout_length)
-    if length < needed:
+    length, num_valid = entropy.shape[0], entropy.shape[0] - nsp.rollout_length
+    if length < nsp.shortest_document:
         raise ValueError(
-            f"a document of {length} tokens is too short: at least {needed} are needed (chunks + "
-            f"rollout_length), one position in each of {chunks} chunks plus {rollout_length} tokens after "
+            f"a document of {length} tokens is too short: at least {nsp.shortest_document} are needed (chunks + "
+            f"rollout_length), one position in each of {nsp.chunks} chunks plus {nsp.rollout_length} tokens after "
             "the last one"
         )
-    draws = _as_uniforms(uniforms, chunks)
-    smoothed = smooth_token_entropy(
-        entropy.detach().to("cpu", torch.float64), rollout_length if window is None else window
+    raw = entropy.detach().to("cpu", torch.float64)
+    smoothed, offset = smooth_token_entropy(raw, nsp.pooling_window), ANCHORS[nsp.anchor]
+    inputs = SelectionInputs(
+        entropy=raw,
+        smoothed=smoothed,
+        weights=smoothed[offset : offset + num_valid].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),
+        chunks=chunk_bounds(num_valid, nsp.chunks),
+        uniforms=torch.from_numpy(_as_uniforms(uniforms, nsp.chunks)),
+        temperature=nsp.entropy_temperature,
+        rollout_length=nsp.rollout_length,
+        hidden=hidden,
+        tokens=tokens,
     )
-    offset, num_valid = ANCHORS[anchor], length - rollout_length
-    weights = np.nan_to_num(smoothed[offset : offset + num_valid].numpy(), nan=0.0, posinf=0.0, neginf=0.0)
-    choose = STRATEGIES[strategy]
-    return torch.tensor(
-        [
-            start + choose(weights[start:stop], temperature, float(draw))
-            for (start, stop), draw in zip(chunk_bounds(num_valid, chunks), draws, strict=True)
-        ],
-        dtype=torch.int64,
-    )
+    choose = SELECTIONS.find(nsp.selection)
+    positions = torch.as_tensor(choose(inputs)).cpu()
+    _check_positions(positions, inputs, f"selection strategy {nsp.selection!r} ({path_of(choose)})")
+    return positions.to(torch.int64)
+
+
+def _check_positions(positions: Tensor, inputs: SelectionInputs, where: str) -> None:
+    chunks, num_valid = len(inputs.chunks), len(inputs.weights)
+    if positions.shape != (chunks,) or positions.is_floating_point():
+        raise ValueError(
+            f"{where} returned {positions.dtype} of shape {list(positions.shape)}; expected [{chunks}] positions"
+        )
+    bounded = [-1, *positions.tolist(), num_valid]
+    if any(first >= second for first, second in zip(bounded, bounded[1:], strict=False)):
+        raise ValueError(
+            f"{where} returned {positions.tolist()}; expected increasing positions in 0 ... {num_valid - 1}"
+        )

@@ -261,7 +261,7 @@ def _positions(shape: Shape) -> Tensor:
 @contextmanager
 def _chosen(actor: FastWeightActor, shape: Shape) -> Iterator[None]:
     """There are no entropies to choose by."""
-    with mock.patch.object(actor, "_select", lambda *_: _positions(shape)):
+    with mock.patch.object(actor, "select", lambda *_: _positions(shape)):
         yield
 
 
@@ -310,7 +310,7 @@ def _state_size(config: PretrainedConfig, shape: Shape) -> int:
         read = min(shape.length, TOKENS_PER_SEGMENT)
         packed = Packed(torch.zeros(1, read, dtype=torch.int64), (read,), None)
         stack.enter_context(counter)
-        with torch.no_grad(), actor._autocast():
+        with torch.no_grad(), actor.autocast():
             _, state = actor.run(packed, None, keep_state=True)
     assert state is not None
     return state.num_bytes

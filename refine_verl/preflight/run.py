@@ -116,6 +116,7 @@ def check_run(valid: ValidConfig) -> ModelInfo:
         ConfigError, DataError, ModelError: see `prepare_run`.
     """
     from refine_verl.models.loading import inspect_model
+    from refine_verl.nsp import check_functions
     from refine_verl.preflight.checkpoints import check_checkpoint
 
     _check_device(valid.config.trainer.device)
@@ -123,7 +124,7 @@ def check_run(valid: ValidConfig) -> ModelInfo:
     info = inspect_model(valid.model.path, valid.model.init_config)
     _check_architecture(info)
     _check_weights(valid, info)
-    _check_reward(valid.refine.nsp.reward)
+    check_functions(valid.refine.nsp)
     check_against_verl(valid.config)
     check_estimator(valid.config.algorithm.adv_estimator)
     check_checkpoint(valid.config, info.config)
@@ -205,15 +206,6 @@ def check_estimator(name: str) -> None:
             f"{name} needs {', '.join(missing)}, which REFINE's rollouts do not have; they have rewards and groups. "
             "grpo is the paper's.",
         )
-
-
-def _check_reward(name: str) -> None:
-    from refine_verl.nsp import validate_reward_name
-
-    try:
-        validate_reward_name(name)
-    except ValueError as error:
-        raise ConfigError("refine.nsp.reward", str(error)) from error
 
 
 def _say_if_all_is_warm_up(valid: ValidConfig) -> None:

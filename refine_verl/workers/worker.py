@@ -23,9 +23,9 @@ from verl.workers.engine_workers import TrainingWorker
 
 from refine_verl.config import ModelSettings, RefineSettings
 from refine_verl.models import RolloutBatch
-from refine_verl.models.answers import Answers
+from refine_verl.models.answers import Answers, answer_draws
 from refine_verl.models.reward_manager import HiddenStateRewardManager
-from refine_verl.models.step import Step, answer_draws
+from refine_verl.models.step import Step
 from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.record.checkpoint_files import FileRecord, flushed
 from refine_verl.record.disk_space import could_not_write

@@ -15,6 +15,7 @@ import refine_verl
 from refine_verl.adaptation.guard import SavedModel
 from refine_verl.models import FastWeightActor, make_actor
 from refine_verl.nsp import RewardInputs
+from refine_verl.nsp.rewards import REWARDS
 
 from .conftest import CONFIG, build, fingerprint, prompts
 
@@ -91,18 +92,12 @@ def failing_reward(inputs: RewardInputs) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_exception_while_writing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refine_verl.nsp.rewards._REWARDS", {**_rewards(), "binary": failing_reward})
+    monkeypatch.setitem(REWARDS.functions, "binary", failing_reward)
     model = build(dtype=dtype)
     before = fingerprint(model)
     with pytest.raises(Stop), refine_verl.adapt(model, prompts(), {**CONFIG, "nsp": {"chunks": 2}}):
         pass
     assert changed(before, fingerprint(model)) == []
-
-
-def _rewards() -> dict[str, Any]:
-    from refine_verl.nsp import rewards
-
-    return dict(rewards._REWARDS)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])

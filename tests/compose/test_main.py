@@ -48,6 +48,9 @@ RecipeFile = Callable[..., Path]
         (["recipe=midtrain", "data.train_files=x"], "model.path: no model given"),
         (["recipe=midtrain", "data.train_files=x", "model.path=./nowhere"], "nowhere: no such directory"),
         (["recipe=quickstart", "refine.nsp.reward=nowhere.reward"], "refine.nsp.reward: "),
+        (["recipe=quickstart", "refine.nsp.reward=cosin"], "Did you mean 'cosine'?"),
+        (["recipe=quickstart", "refine.nsp.selection=max_entopy"], "Did you mean 'max_entropy'?"),
+        (["recipe=quickstart", "refine.nsp.selection=no name"], "refine.nsp.selection: 'no name' is no name"),
         (["recipe=quickstart", "data.train_files=nowhere.jsonl", "model.tokenizer=bytes"], "nowhere.jsonl"),
         (
             ["recipe=quickstart", "model.tokenizer=bytes", "model.config.vocab_size=100"],

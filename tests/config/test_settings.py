@@ -91,12 +91,17 @@ def test_pooling_window_and_shortest_document_follow_the_rollout_length() -> Non
         ("refine.nsp.temperature", {"nsp": {"temperature": float("inf")}}, "finite"),
         ("refine.nsp.temperature", {"nsp": {"temperature": float("nan")}}, "finite"),
         ("refine.nsp.entropy_temperature", {"nsp": {"entropy_temperature": -1.0}}, "greater than 0"),
-        ("refine.nsp.selection", {"nsp": {"selection": "max_entopy"}}, "Did you mean 'max_entropy'"),
+        ("refine.nsp.selection", {"nsp": {"selection": "max entropy"}}, "no name of a function.*'max_entropy'"),
         ("refine.nsp.anchor", {"nsp": {"anchor": "predicton"}}, "Did you mean 'prediction'"),
         ("refine.nsp.group", {"nsp": {"group": "batch"}}, "Allowed: sequence, position"),
         ("refine.nsp.grad_scope", {"nsp": {"grad_scope": "none"}}, "Allowed: full, branch"),
         ("refine.nsp.rollout", {"nsp": {"rollout": "fokr"}}, "Did you mean 'fork'"),
-        ("refine.nsp.reward", {"nsp": {"reward": "cosin"}}, "Did you mean 'cosine'"),
+        (
+            "refine.nsp.reward",
+            {"nsp": {"reward": ""}},
+            "no name of a function. Allowed: cosine, binary",
+        ),
+        ("refine.nsp.reward", {"nsp": {"reward": "cosine."}}, "Did you mean 'cosine'"),
         ("refine.loss.rl_coef", {"loss": {"rl_coef": -0.1}}, "at least 0"),
         ("refine.loss.sft_coef", {"loss": {"sft_coef": "1"}}, "must be a number"),
         ("refine.ppo_mini_batch_size", {"ppo_mini_batch_size": 0}, "at least 1"),
@@ -127,6 +132,8 @@ def test_refused_with_key_value_and_cure(key: str, mapping: dict[str, Any], mess
         {"nsp": {"chunks": 1, "group": "position"}, "loss": {"rl_coef": 0}},
         {"loss": {"sft_coef": 0}},
         {"nsp": {"reward": "my_package.rewards.overlap"}},
+        {"nsp": {"reward": "registered-by_a_package"}},
+        {"nsp": {"selection": "my_package:turns", "entropy_temperature": 2.0}},
         *({"nsp": {"reward": reward}} for reward in REWARDS),
         *({"nsp": {"selection": selection}} for selection in SELECTIONS),
     ],
@@ -179,8 +186,10 @@ def test_every_key_is_listed_once_with_a_meaning() -> None:
     assert list(listed) == list(dict.fromkeys(fields))  # documents and prompts have keys in common
     assert all(setting.help for setting in listed.values())
     assert listed["refine.nsp.chunks"].default == 8
-    assert listed["refine.nsp.selection"].choices == SELECTIONS
     assert (listed["data.max_length"].default, listed["data.num_workers"].default) == (16384, None)
+    assert listed["refine.nsp.grad_scope"].choices == ("full", "branch")
+    assert all(name in listed["refine.nsp.selection"].help for name in SELECTIONS)
+    assert all(name in listed["refine.nsp.reward"].help for name in REWARDS)
 
 
 def test_importing_the_settings_loads_nothing_heavy() -> None:

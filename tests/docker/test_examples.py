@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.runs import read_steps, run_to_the_end, toy_overrides, write_corpus
 
 from refine_verl.command.keys import take_keys
 from refine_verl.compose.composition import compose_config
@@ -114,7 +113,7 @@ def test_commands_of_the_page() -> None:
         assert validate(compose_config(overrides), find_configs()).workers == 16
 
 
-# The reward
+# The reward; a run with it is in tests/docs/test_new_model.py
 
 
 @pytest.fixture
@@ -131,22 +130,6 @@ def test_the_reward_by_hand(on_the_path: None) -> None:
         target_tokens=torch.tensor([[1, 2, 3, 4]]).expand(3, -1),
     )
     torch.testing.assert_close(get_reward(REWARD)(inputs), torch.tensor([1.0, 0.375, 0.0]))
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_a_run_with_the_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_corpus(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))
-    more = (f"refine.nsp.reward={REWARD}", "trainer.total_training_steps=3", "trainer.save_freq=-1")
-    code, output = run_to_the_end(toy_overrides(tmp_path, tmp_path / "run", *more), tmp_path)
-    assert code == 0, output
-    trained = [step for step in read_steps(tmp_path / "run").values() if "nsp/reward/mean" in step]
-    assert trained
-    for step in trained:
-        assert 0 <= step["nsp/reward/mean"] <= 1
-        # a token in its place counts whole in both
-        assert step["nsp/reward/mean"] >= step["nsp/reward_binary/mean"] - 1e-6
 
 
 def test_plans_of_the_docs_are_of_runs_that_would_start() -> None:

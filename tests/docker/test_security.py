@@ -119,11 +119,21 @@ def test_ray_asks_for_a_token(name: str) -> None:
         assert service["environment"]["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?")  # no default
 
 
-def test_ray_of_a_run_has_no_dashboard() -> None:
-    source = (ROOT / "refine_verl/trainer/launch.py").read_text()
-    assert '"include_dashboard", False' in source and "0.0.0.0" not in source
+def test_ray_of_a_run_has_no_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    from refine_verl.trainer import launch
+    from refine_verl.trainer.signals import StopSignals
+
+    asked: dict[str, Any] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(launch.ray, "init", lambda **options: asked.update(options))
+    monkeypatch.setattr(launch.ray, "shutdown", lambda: None)
     config = base_schema()
-    assert isinstance(config, DictConfig) and "dashboard_host" not in config.ray_kwargs.ray_init
+    assert isinstance(config, DictConfig)
+    config.trainer.update(device="cpu", n_gpus_per_node=1, nnodes=1)
+    with launch.ray_session(config, StopSignals()):
+        assert asked["address"] == "local" and asked["include_dashboard"] is False
+        assert "dashboard_host" not in asked  # Ray's own choice is the loopback interface
 
 
 # The audit of `make check`

@@ -164,6 +164,7 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_it_trains_through_the_command_line(tmp_path: Path) -> None:
+    """With the example of a reward of one's own, too: both are found by their import paths, in every process."""
     import new_model  # noqa: F401
 
     text = tmp_path / "text.jsonl"
@@ -175,7 +176,7 @@ def test_it_trains_through_the_command_line(tmp_path: Path) -> None:
         *(sys.executable, "-m", "refine_verl.main", "recipe=new_model"),
         *(f"data.train_files={text}", f"data.val_files={text}", f"data.cache_dir={tmp_path / 'cache'}"),
         *("refine.warmup_steps=0", "trainer.total_training_steps=2", f"trainer.default_local_dir={run_dir}"),
-        *("model.tokenizer=bpe:300", "data.max_length=128"),
+        *("model.tokenizer=bpe:300", "data.max_length=128", "refine.nsp.reward=new_reward.near_matches.near_matches"),
     ]
     environment = {
         **os.environ,
@@ -188,6 +189,10 @@ def test_it_trains_through_the_command_line(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "actor/pg_loss" in record] == [1, 2]
     assert all(record["actor/grad_norm"] > 0 for record in records if "actor/grad_norm" in record)
+    for record in records[1:]:
+        assert 0 <= record["nsp/reward/mean"] <= 1
+        # a token in its place counts whole in both
+        assert record["nsp/reward/mean"] >= record["nsp/reward_binary/mean"] - 1e-6
     reloaded, report = AutoModelForCausalLM.from_pretrained(run_dir / "model", output_loading_info=True)
     assert type(reloaded).__name__ == "DecayMemoryForCausalLM"
     assert not report["missing_keys"] and not report["unexpected_keys"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import socket
 import sys
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from refine_verl.doctor import __main__ as command
 from refine_verl.doctor import diagnosis, installation, kernels, machine
@@ -35,9 +37,9 @@ def test_python(version: tuple[int, int], status: str, monkeypatch: pytest.Monke
 
 
 def test_the_bounds_of_python_are_those_of_setup() -> None:
-    text = (Path(__file__).parents[2] / "setup.py").read_text()
-    (low, high) = installation.PYTHONS
-    assert f'python_requires=">={low[0]}.{low[1]},<{high[0]}.{high[1]}"' in text
+    declared = SpecifierSet(importlib.metadata.metadata("refine_verl")["Requires-Python"])
+    low, high = (f"{major}.{minor}" for major, minor in installation.PYTHONS)
+    assert declared == SpecifierSet(f">={low},<{high}")
 
 
 def test_versions_here_are_in_bounds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def test_keys_and_defaults() -> None:
     rows = dict(re.findall(r"^\| `([\w.*]+)=?` \| ?(.*?) ?\|", PAGE, re.M))
     shown = {
         info.key.removeprefix("inspect."): ""
-        if info.default == ""
+        if info.default is dataclasses.MISSING
         else f"`{str(info.default).replace('None', 'null')}`"
         for info in list_settings(InspectSettings)
         if info.key != "inspect.nsp"

@@ -17,6 +17,7 @@ from refine_verl.config import NSPSettings
 from refine_verl.inspect.page import render
 from refine_verl.inspect.view import View
 from refine_verl.models import Documents, RolloutBatch, RolloutDraws, load_model, make_actor, snapshot_count
+from refine_verl.nsp import SelectionInputs
 from refine_verl.record.format import format_number
 
 KEYS = ("refine.nsp.chunks=3", "refine.nsp.rollout_length=4", "refine.nsp.reward=hybrid")
@@ -127,6 +128,18 @@ def test_chances_of_other_selections(look: Callable[..., View], selection: str) 
         wanted = 1 / (stop - start) if selection == "uniform" else 1.0
         assert seen.chance[position.index] == pytest.approx(wanted)
         assert sum(seen.chance[start:stop]) == pytest.approx(1.0)
+
+
+def first_positions(inputs: SelectionInputs) -> list[int]:
+    """A strategy that disregards the chunks."""
+    return list(range(len(inputs.chunks)))
+
+
+def test_no_chance_is_shown_for_a_strategy_of_a_users(look: Callable[..., View]) -> None:
+    seen = look(*KEYS, f"refine.nsp.selection={__name__}.first_positions")
+    assert seen.inspection.chance is None
+    assert [position.index for position in seen.inspection.positions] == list(range(len(seen.inspection.chunks)))
+    assert "chosen" not in seen.facts(1) and "chosen with" not in render(seen)
 
 
 def test_anchor_token_weighs_the_last_token_of_the_prefix(look: Callable[..., View]) -> None:

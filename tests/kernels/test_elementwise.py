@@ -1,4 +1,4 @@
-"""Norms, SwiGLU, rotary embedding and losses against their definitions, written with plain autograd."""
+"""Norms, SwiGLU and losses against their definitions, written with plain autograd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ RMS_NORM_GATED = TARGETS["fla.modules.norm.fused_norm_gate:rms_norm_gated"]
 L2_NORM = TARGETS["fla.modules.norm.l2norm:l2norm"]
 SWIGLU = TARGETS["fla.modules.mlp:swiglu"]
 SWIGLU_LINEAR = TARGETS["fla.modules.mlp:swiglu_linear"]
-ROTARY = TARGETS["fla.modules.rotary.ops:rotary_embedding"]
 LINEAR_CE = TARGETS["fla.modules.fused_linear_cross_entropy.ops:fused_linear_cross_entropy_loss"]
 
 
@@ -104,24 +103,6 @@ def test_swiglu_linear_under_autocast() -> None:
     assert weight.grad.dtype == torch.float32
 
 
-@compares("fla.modules.rotary.ops:rotary_embedding")
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary_embedding(interleaved: bool) -> None:
-    from fla.modules.rotary.ops import rotary_embedding_ref
-
-    x, angles = normal(2, 5, 3, 8), torch.rand(20, 3, dtype=torch.float64)
-    cos, sin = angles.cos(), angles.sin()
-    expected = rotary_embedding_ref(x, cos[:5], sin[:5], interleaved)
-    compare(expected, ROTARY(x, cos, sin, interleaved), [x])
-    shifted = torch.stack(
-        [rotary_embedding_ref(x[i], cos[o : o + 5], sin[o : o + 5], interleaved) for i, o in ((0, 2), (1, 7))]
-    )
-    compare(shifted, ROTARY(x, cos, sin, interleaved, seqlen_offsets=torch.tensor([2, 7])), [x])
-    packed = x.reshape(1, 10, 3, 8)
-    offset = ROTARY(packed, cos, sin, interleaved, cu_seqlens=torch.tensor([0, 5, 10]), seqlen_offsets=0)
-    compare(expected.reshape(1, 10, 3, 8), offset, [x])
-
-
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Loss of the rows whose target is not -100."""
     log_p = logits - logits.exp().sum(-1, keepdim=True).log()
@@ -152,22 +133,21 @@ def test_cross_entropy_options() -> None:
 
     forward = TARGETS["fla.modules.fused_cross_entropy.ops:FusedCrossEntropyLoss.forward"]
     logits, target = normal(6, 9), torch.tensor([3, 0, -100, 8, 1, 1])
-    capped = 3.0 * torch.tanh(0.7 * logits / 3.0)
-    square = 0.2 * capped[target != -100].logsumexp(-1).square()
-    expected = (cross_entropy(capped, target, 0.1) + square).mean()
-    criterion = FusedCrossEntropyLoss(
-        label_smoothing=0.1, logit_scale=0.7, lse_square_scale=0.2, logit_softcapping=3.0, return_z_loss=True
+    compare(
+        cross_entropy(logits, target, 0.1).mean(),
+        forward(FusedCrossEntropyLoss(label_smoothing=0.1), logits, target),
+        [logits],
     )
-    loss, z_loss = forward(criterion, logits, target)
-    compare(expected, loss, [logits])
-    torch.testing.assert_close(z_loss, square.mean())
-    assert not z_loss.requires_grad
+    assert forward(FusedCrossEntropyLoss(), logits.bfloat16(), target).dtype == torch.float32
+    options = {"logit_scale": 0.7, "lse_square_scale": 0.2, "logit_softcapping": 3.0, "return_z_loss": True}
+    for name, value in options.items():
+        with pytest.raises(NotImplementedError, match=name):
+            forward(FusedCrossEntropyLoss(**{name: value}), logits, target)
 
 
 @compares("fla.modules.fused_linear_cross_entropy.ops:fused_linear_cross_entropy_loss")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_linear_cross_entropy(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refine_verl.kernels.loss._ROWS_PER_CHUNK", 4)
+def test_linear_cross_entropy(reduction: str) -> None:
     x, w, b = normal(10, 5), normal(9, 5), normal(9)
     target = torch.tensor([3, 0, -100, 8, 1, 1, 2, -100, 0, 7])
     rows = cross_entropy(F.linear(x, w, b), target, 0.1)
@@ -188,5 +168,5 @@ def test_linear_cross_entropy_l2_pull_has_a_gradient_and_no_value() -> None:
 
 
 def test_sharded_vocabulary_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="process group"):
+    with pytest.raises(NotImplementedError, match="process_group"):
         LINEAR_CE(normal(4, 5), torch.zeros(4, dtype=torch.long), normal(9, 5), process_group=object())

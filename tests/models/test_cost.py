@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from refine_verl.config import NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, snapshot_count
 from refine_verl.models.adapters import FlaAdapter
+from refine_verl.nsp.selection import SELECTIONS
 
 Make = Callable[..., FastWeightActor]
 NSP = NSPSettings(chunks=8, rollout_length=5)
@@ -34,7 +35,7 @@ def at_the_dearest_places(actor: FastWeightActor, monkeypatch: pytest.MonkeyPatc
     last = torch.tensor([stop - 1 for stop in borders[1:]])
     valid = last[last <= length - 1 - NSP.rollout_length]
     per_chunk = [part[-1] for part in valid.chunk(NSP.chunks)]
-    monkeypatch.setattr(FastWeightActor, "_select", staticmethod(lambda *_: torch.stack(per_chunk)))
+    monkeypatch.setitem(SELECTIONS.functions, NSP.selection, lambda inputs: torch.stack(per_chunk))
 
 
 def counted(actor: FastWeightActor, documents: Documents, nsp: NSPSettings) -> tuple[int, int]:
@@ -145,6 +146,6 @@ def test_logits_of_a_long_document_never_exist_at_once(make: Make, monkeypatch: 
         hidden = torch.randn(600, 32, dtype=torch.float64)
         targets = documents.tokens[0]
         with LiveBytes() as live, torch.no_grad():
-            actor._head(hidden, "score", targets=targets)
+            actor.apply_head(hidden, "score", targets=targets)
         sizes.append(live.peak)
     assert sizes[1] < 0.5 * sizes[0]

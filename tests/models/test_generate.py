@@ -11,7 +11,7 @@ from reference.toy import documents_of, one_by_one
 from torch import Tensor
 
 from refine_verl.models import Documents, FastWeightActor
-from refine_verl.models.head import IGNORED
+from refine_verl.models.packing import IGNORED
 from refine_verl.nsp import sample_from_logits
 
 Make = Callable[..., FastWeightActor]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from refine_verl.models import FastWeightActor
 from refine_verl.models import head as head_module
-from refine_verl.models.head import IGNORED, FusedHead
+from refine_verl.models.head import FusedHead
+from refine_verl.models.packing import IGNORED
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 13
 CHUNKS = pytest.mark.parametrize("chunk_rows", [1, 4, ROWS - 1, ROWS, 1000])
@@ -139,5 +140,5 @@ def test_bf16_sums_the_gradients_of_several_passes_in_float32(make: Callable[...
         total.backward()
         return layer.weight.grad.item()
 
-    assert gradient(actor._autocast()) == uses
+    assert gradient(actor.autocast()) == uses
     assert gradient(torch.autocast("cpu", dtype=torch.bfloat16)) < uses  # the control: with the cache

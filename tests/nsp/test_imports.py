@@ -21,7 +21,9 @@ def loaded_after(statement: str) -> str:
 
 
 def test_nsp_needs_torch_and_numpy_only() -> None:
-    everything = ", ".join(f"refine_verl.nsp.{m}" for m in ("entropy", "selection", "sampling", "rewards", "objective"))
+    everything = ", ".join(
+        f"refine_verl.nsp.{m}" for m in ("entropy", "selection", "sampling", "rewards", "objective", "functions")
+    )
     assert loaded_after(f"import refine_verl.nsp, {everything}") == "[]"
 
 

@@ -225,7 +225,7 @@ def test_share_of_groups_without_signal() -> None:
 
 @pytest.mark.parametrize("function", [group_standardise, group_zero_std_share])
 def test_bad_groups_are_refused(function: Any) -> None:
-    with pytest.raises(ValueError, match="unknown group 'sequences': known are position, sequence; did you mean"):
+    with pytest.raises(ValueError, match="unknown group 'sequences'. Allowed: position, sequence. Did you mean"):
         function(torch.rand(2, 3, 1), "sequences")
     with pytest.raises(ValueError, match=r"\[B, c, n\], got \[2, 3\]"):
         function(torch.rand(2, 3))

@@ -31,7 +31,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> RewardInputs:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(rewards, "_REWARDS", dict(rewards._REWARDS))
+    monkeypatch.setattr(rewards.REWARDS, "functions", dict(rewards.REWARDS.functions))
     yield
 
 
@@ -80,7 +80,7 @@ def test_shapes_must_fit() -> None:
 
 def test_unknown_name_is_refused_with_the_nearest() -> None:
     for lookup in (get_reward, validate_reward_name):
-        with pytest.raises(ValueError, match=r"'cosin': known are binary, cosine, hybrid; did you mean 'cosine'"):
+        with pytest.raises(ValueError, match=r"'cosin'. Allowed: binary, cosine, hybrid, .* Did you mean 'cosine'"):
             lookup("cosin")
 
 
@@ -101,7 +101,7 @@ def test_a_name_has_one_owner(registry: None) -> None:
         register_reward("cosine")(lambda given: given.predicted_tokens.float().mean(-1))
     assert get_reward("cosine").__wrapped__ is cosine_reward  # type: ignore[attr-defined]
     register_reward("cosine")(cosine_reward)  # the same function again, as after a reload
-    for name in ("", "a.b", "a:b"):
+    for name in ("", "a.b", "a:b", "a b"):
         with pytest.raises(ValueError, match="non-empty word"):
             register_reward(name)
 
@@ -150,7 +150,7 @@ def test_users_name_a_function_by_its_path(user_module: str) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("{}.rihgt", "unknown function in .* 'rihgt'.*did you mean 'right'"),
+        ("{}.rihgt", "unknown function in .* 'rihgt'.*Did you mean 'right'"),
         ("{}.constant", "is a int, not a function"),
         ("no_such_module_here.fn", "cannot import the module 'no_such_module_here'.*PYTHONPATH"),
         ("my_broken_rewards.fn", "cannot import .*surely_not_installed"),

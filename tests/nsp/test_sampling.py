@@ -82,7 +82,7 @@ def test_bad_arguments_of_draws_are_refused() -> None:
         uniforms(0, 0, 2**63, "position", 1)
     with pytest.raises(ValueError, match="seed must be"):
         uniforms(-1, 0, 0, "position", 1)
-    with pytest.raises(ValueError, match="unknown purpose.*did you mean 'rollout'"):
+    with pytest.raises(ValueError, match="unknown purpose.*Did you mean 'rollout'"):
         uniforms(0, 0, 0, "rollouts", 1)
     with pytest.raises(TypeError):
         uniforms(0, 0, 1.5, "position", 1)  # type: ignore[arg-type]

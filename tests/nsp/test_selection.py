@@ -8,10 +8,42 @@ import torch
 from reference import nsp as reference
 from scipy.stats import chisquare
 
-from refine_verl.nsp import STRATEGIES, chunk_bounds, minimum_length, position_uniforms, select_positions
+from refine_verl.config import NSPSettings
+from refine_verl.nsp import (
+    STRATEGIES,
+    SelectionInputs,
+    chunk_bounds,
+    known_selections,
+    position_uniforms,
+    register_selection,
+    smooth_token_entropy,
+    validate_selection_name,
+)
+from refine_verl.nsp import select_positions as select
+from refine_verl.nsp.selection import SELECTIONS
 
 # Documents; with three chunks each that is 30 000 draws.
 DRAWS = 10_000
+
+
+def select_positions(
+    entropy: torch.Tensor,
+    *,
+    uniforms: object,
+    strategy: str = "entropy",
+    temperature: float = 1.0,
+    window: int | None = None,
+    hidden: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+    **settings: object,
+) -> torch.Tensor:
+    nsp = NSPSettings(
+        selection=strategy,
+        entropy_temperature=temperature,
+        smoothing_window=window,
+        **settings,  # type: ignore[arg-type]
+    )
+    return select(entropy, nsp, uniforms, hidden=hidden, tokens=tokens)  # type: ignore[arg-type]
 
 
 def counts(entropy: torch.Tensor, documents: int = DRAWS, **settings: object) -> np.ndarray:
@@ -123,8 +155,7 @@ def test_first_and_last_valid_positions_are_reachable(strategy: str, anchor: str
 @pytest.mark.parametrize("anchor", ["prediction", "token"])
 @pytest.mark.parametrize(("chunks", "rollout_length"), [(1, 1), (1, 5), (8, 5)])
 def test_shortest_document_leaves_no_choice(strategy: str, anchor: str, chunks: int, rollout_length: int) -> None:
-    length = minimum_length(chunks, rollout_length)
-    assert length == chunks + rollout_length
+    length = chunks + rollout_length
     positions = select_positions(
         torch.rand(length),
         chunks=chunks,
@@ -182,14 +213,14 @@ def test_extreme_temperature_and_broken_entropies_stay_valid() -> None:
     [
         (
             {"strategy": "max_entopy"},
-            r"'max_entopy': known are entropy, max_entropy.*did you mean 'max_entropy'",
+            r"'max_entopy'. Allowed: entropy, max_entropy.*Did you mean 'max_entropy'",
         ),
-        ({"anchor": "tokens"}, "known are prediction, token; did you mean 'token'"),
-        ({"temperature": 0.0}, "greater than 0, got 0.0.*max_entropy"),
-        ({"temperature": math.nan}, "greater than 0"),
-        ({"chunks": 0}, "chunks must be at least 1, got 0"),
-        ({"rollout_length": 0}, "rollout_length must be at least 1, got 0"),
-        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"anchor": "tokens"}, "Allowed: prediction, token. Did you mean 'token'"),
+        ({"temperature": 0.0}, "greater than 0, got 0.0"),
+        ({"temperature": math.nan}, "finite number"),
+        ({"chunks": 0}, "chunks: must be at least 1, got 0"),
+        ({"rollout_length": 0}, "rollout_length: must be at least 1, got 0"),
+        ({"window": 0}, "window: must be at least 1, got 0"),
         ({"uniforms": [0.5]}, r"shape \[2\], one per chunk, got \[1\]"),
         ({"uniforms": [0.5, 1.0]}, r"\[0, 1\)"),
     ],
@@ -198,3 +229,71 @@ def test_bad_settings_are_refused(changed: dict[str, object], message: str) -> N
     settings: dict[str, object] = {"chunks": 2, "rollout_length": 3, "uniforms": [0.1, 0.2]}
     with pytest.raises(ValueError, match=message):
         select_positions(torch.rand(20), **(settings | changed))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SELECTIONS, "functions", dict(SELECTIONS.functions))
+
+
+def test_users_register_a_strategy_that_sees_everything(registry: None, entropy: torch.Tensor) -> None:
+    seen: list[SelectionInputs] = []
+
+    @register_selection("last_of_chunk")
+    def last_of_chunk(inputs: SelectionInputs) -> list[int]:
+        seen.append(inputs)
+        return [stop - 1 for _, stop in inputs.chunks]
+
+    hidden, tokens = torch.randn(17, 4), torch.arange(17)
+    positions = select_positions(
+        entropy,
+        chunks=3,
+        rollout_length=3,
+        strategy="last_of_chunk",
+        anchor="token",
+        temperature=0.5,
+        window=2,
+        uniforms=[0.1, 0.2, 0.3],
+        hidden=hidden,
+        tokens=tokens,
+    )
+    assert known_selections() == sorted([*STRATEGIES, "last_of_chunk"])
+    assert positions.tolist() == [3, 8, 13] and positions.dtype == torch.int64
+    (given,) = seen
+    smoothed = smooth_token_entropy(entropy, 2)
+    assert torch.equal(given.entropy, entropy) and torch.equal(given.smoothed, smoothed)
+    assert torch.equal(given.weights, smoothed[:14])  # the anchor is the position's own token
+    assert given.hidden is hidden and given.tokens is tokens
+    assert given.uniforms.tolist() == [0.1, 0.2, 0.3] and given.temperature == 0.5 and given.rollout_length == 3
+    with pytest.raises(ValueError, match="'entropy' already belongs to"):
+        register_selection("entropy")(last_of_chunk)
+
+
+def early(inputs: SelectionInputs) -> torch.Tensor:
+    """The first c positions, whatever the chunks."""
+    return torch.arange(len(inputs.chunks))
+
+
+def test_users_name_a_strategy_by_its_path() -> None:
+    for path in (f"{__name__}.early", f"{__name__}:early"):
+        validate_selection_name(path)
+        found = select_positions(torch.rand(20), chunks=4, rollout_length=3, strategy=path, uniforms=[0.0] * 4)
+        assert found.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="unknown function in .* 'erly'.*Did you mean 'early'"):
+        validate_selection_name(f"{__name__}.erly")
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1, 2], r"of shape \[2\]; expected \[3\] positions"),
+        ([1.0, 2.0, 3.0], "float32"),
+        ([2, 2, 3], r"returned \[2, 2, 3\]; expected increasing positions in 0 ... 13"),
+        ([-1, 2, 3], "increasing positions"),
+        ([1, 2, 14], "increasing positions"),
+    ],
+)
+def test_what_a_strategy_returns_is_checked(registry: None, returned: list[float], message: str) -> None:
+    register_selection("mine")(lambda inputs: returned)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match=f"'mine' .*{message}"):
+        select_positions(torch.rand(17), chunks=3, rollout_length=3, strategy="mine", uniforms=[0.0] * 3)

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import pickle
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from reference.processes import Forked
 from reference.runs import ROOT, TIMEOUT, environment
 from tensordict import TensorDict
 from torch import Tensor
@@ -303,12 +303,12 @@ def run_ranks(
         "DIST_INIT_METHOD": f"file://{directory / 'rendezvous'}",
     }
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(spec), str(out)],
-            cwd=ROOT,
+        Forked(
+            module,
+            [str(spec), str(out)],
             env={**shared, "RANK": str(rank)},
-            stdout=(directory / f"rank_{rank}.log").open("w"),
-            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            output=directory / f"rank_{rank}.log",
         )
         for rank in range(world)
     ]

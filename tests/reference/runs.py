@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
+from reference.processes import Forked
 
 ROOT = Path(__file__).parents[2]
 NOT_REPEATABLE = ("timing_s/", "perf/tokens_per_second", "perf/max_memory_gb")
@@ -97,29 +98,45 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
+Process: TypeAlias = "subprocess.Popen[str] | Forked"
+
+
 @contextmanager
 def started(
-    overrides: list[str], cwd: Path, prefix: tuple[str, ...] = (), **variables: str
-) -> Iterator[subprocess.Popen[str]]:
+    overrides: list[str],
+    cwd: Path,
+    prefix: tuple[str, ...] | None = None,
+    fork_workers: bool = False,
+    **variables: str,
+) -> Iterator[Process]:
     """`python -m refine_verl.main OVERRIDES` with a Ray of its own; whatever is left of it is killed afterwards.
 
     Args:
         overrides: the arguments.
         cwd: the working directory.
-        prefix: a command that starts it, such as `timeout 600`.
+        prefix: a command that starts it, such as `timeout 600`, or () to start it as users do; None: forked from a
+            process that has imported everything already.
+        fork_workers: Ray's workers of a forked run are forked, too.
         variables: more environment variables.
     """
     # sockets lie below this directory and their paths are limited to about 100 characters
-    scratch = tempfile.mkdtemp(prefix="rv")
-    process = subprocess.Popen(
-        [*prefix, sys.executable, "-m", "refine_verl.main", *overrides],
-        cwd=cwd,
-        env={**environment(), "RAY_TMPDIR": scratch, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    scratch = Path(tempfile.mkdtemp(prefix="rv"))
+    env = {**environment(), "RAY_TMPDIR": str(scratch), **variables}
+    process: Process
+    if prefix is None:
+        process = Forked(
+            "refine_verl.main", overrides, env, cwd, scratch / "output", scratch / "nursery" if fork_workers else None
+        )
+    else:
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "refine_verl.main", *overrides],
+            cwd=cwd,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
     try:
         yield process
     finally:
@@ -127,7 +144,7 @@ def started(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def kill_tree(process: subprocess.Popen[str]) -> None:
+def kill_tree(process: Process) -> None:
     """SIGKILL for the driver, its process group and every process below it, Ray's workers among them."""
     try:
         below = psutil.Process(process.pid).children(recursive=True)
@@ -146,9 +163,15 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def run_to_the_end(overrides: list[str], cwd: Path, **variables: str) -> tuple[int, str]:
-    """Exit code and everything that was printed."""
-    with started(overrides, cwd, **variables) as process:
+def run_to_the_end(
+    overrides: list[str],
+    cwd: Path,
+    prefix: tuple[str, ...] | None = None,
+    fork_workers: bool = True,
+    **variables: str,
+) -> tuple[int, str]:
+    """Exit code and everything that was printed; arguments as of `started`."""
+    with started(overrides, cwd, prefix, fork_workers, **variables) as process:
         output, _ = process.communicate(timeout=TIMEOUT)
         return process.returncode, output
 
@@ -175,15 +198,19 @@ def run_and_kill(overrides: list[str], cwd: Path, run_dir: Path, saved: int) -> 
 def run_and_stop(
     overrides: list[str],
     cwd: Path,
-    ready: Callable[[], bool],
+    ready: Callable[[int], bool],
     number: signal.Signals,
-    prefix: tuple[str, ...] = (),
+    prefix: tuple[str, ...] | None = None,
     group: bool = False,
 ) -> tuple[int, str]:
-    """Send a signal as soon as ``ready``, to the process or to its whole group; exit code and what was printed."""
+    """Send a signal to a process, or to its whole group, as soon as it is ready; exit code and what was printed.
+
+    Args:
+        ready: told the number of the process.
+    """
     deadline = time.monotonic() + TIMEOUT
     with started(overrides, cwd, prefix) as process:
-        while not ready():
+        while not ready(process.pid):
             if process.poll() is not None or time.monotonic() > deadline:
                 assert process.stdout is not None
                 process.kill()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.ports import is_loopback, listening
 from reference.runs import (
     last_step,
     read_steps,
@@ -23,14 +24,16 @@ from reference.runs import (
     toy_overrides,
     write_corpus,
 )
+from reference.shared import TWO_WORKERS, shared_run
 
 from refine_verl.record.checkpoint_files import TRACKER, damage, steps_of, tracked_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 STEPS = 8
-EVERY = ("trainer.n_gpus_per_node=2", "trainer.test_freq=4")
+EVERY = ("trainer.n_gpus_per_node=2", "trainer.test_freq=1")
 TWO_KEPT = ("trainer.save_freq=2", "trainer.max_actor_ckpt_to_keep=2")
+assert {*EVERY, *TWO_KEPT, f"trainer.total_training_steps={STEPS}"} == {*TWO_WORKERS}
 KILLER = "actor_rollout_ref.model.external_lib=reference.killer"
 
 
@@ -49,12 +52,12 @@ class Run:
 class Runs:
     """All runs of this file, two at a time; a test waits for those it needs."""
 
-    def __init__(self, corpus: Path) -> None:
-        self.corpus = corpus
+    def __init__(self, corpus: Path, factory: pytest.TempPathFactory) -> None:
+        self.corpus, self.factory = corpus, factory
+        self.listening: dict[str, str] = {}
         self.pool = ThreadPoolExecutor(max_workers=2)
-        # tokenised once, by the first run
-        self.whole = self.pool.submit(self.run, "whole", STEPS, *TWO_KEPT)
         self.stopped = self.pool.submit(self._stop)
+        self.whole = self.pool.submit(self._whole)
         self.lost = self.pool.submit(self._lose)
         self.damaged = self.pool.submit(self._damage)
         self.full = self.pool.submit(self._fill)
@@ -62,25 +65,33 @@ class Runs:
 
     def run(self, name: str, steps: int, *more: str, **variables: str) -> Run:
         arguments = self.arguments(name, steps, *more)
-        return self._ended(name, *run_to_the_end(arguments, self.corpus, **variables))
+        return self._ended(self.corpus / name, *run_to_the_end(arguments, self.corpus, **variables))
 
     def arguments(self, name: str, steps: int, *more: str) -> list[str]:
         total = f"trainer.total_training_steps={steps}"
         return toy_overrides(self.corpus, self.corpus / name, total, *EVERY, *more)
 
-    def _ended(self, name: str, code: int, output: str) -> Run:
-        run_dir = self.corpus / name
+    def _ended(self, run_dir: Path, code: int, output: str) -> Run:
         hidden = sorted(path.name for path in run_dir.glob(".*"))
         return Run(run_dir, code, output, last_step(run_dir / "metrics.jsonl"), steps_of(run_dir), hidden)
 
+    def _whole(self) -> Run:
+        whole = shared_run(self.factory, "two_workers", TWO_WORKERS)
+        return self._ended(whole.directory, whole.code, whole.output)
+
     def _stop(self) -> Run:
         """No checkpoint is due. `timeout` hands the signal to the command and then to its group, as schedulers do."""
-        metrics = self.corpus / "run" / "metrics.jsonl"
+        run_dir = self.corpus / "run"
         arguments = self.arguments("run", STEPS, "trainer.save_freq=-1")
-        ready = lambda: last_step(metrics) >= 1  # noqa: E731
-        return self._ended(
-            "run", *run_and_stop(arguments, self.corpus, ready, signal.SIGTERM, prefix=("timeout", "900"))
-        )
+
+        def ready(process: int) -> bool:
+            if last_step(run_dir / "metrics.jsonl") < 1:
+                return False
+            self.listening = listening(process)
+            return True
+
+        ended = run_and_stop(arguments, self.corpus, ready, signal.SIGTERM, prefix=("timeout", "900"))
+        return self._ended(run_dir, *ended)
 
     def _lose(self) -> Run:
         """The stopped run resumes and loses a worker twice: one time more than it may."""
@@ -119,7 +130,7 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     corpus = tmp_path_factory.mktemp("faults")
     write_corpus(corpus)
-    runs = Runs(corpus)
+    runs = Runs(corpus, tmp_path_factory)
     yield runs
     runs.pool.shutdown(wait=True, cancel_futures=True)
 
@@ -143,6 +154,16 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(runs: Runs) -> None:
     folder = run.directory / f"global_step_{run.last_step}"
     assert f"SIGTERM after step {run.last_step}; the same command resumes from {folder}" in run.output
     assert not (run.directory / "model").exists()
+
+
+def test_a_run_on_one_machine_listens_to_that_machine_only(runs: Runs) -> None:
+    """Ray's servers, its workers, and the rendezvous of the ranks."""
+    ended(runs.stopped, 143)
+    found = runs.listening
+    names = " ".join(found.values())
+    assert len(found) > 6 and "raylet" in names and "gcs_server" in names and names.count("ray::") >= 2, found
+    assert {place: name for place, name in found.items() if not is_loopback(place)} == {}
+    assert not is_loopback(":: 80") and not is_loopback("0.0.0.0 80")
 
 
 def test_a_lost_worker_ends_an_attempt_and_too_many_end_the_run(runs: Runs) -> None:

@@ -14,6 +14,9 @@ import pytest
 from reference.prompt_runs import TEST, prompt_overrides, write_prompts
 from reference.runs import last_step, read_steps, repeatable, run_and_stop, run_to_the_end
 
+from refine_verl.main import main
+from refine_verl.trainer import launch
+
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 TTT = (
@@ -56,7 +59,7 @@ class Runs:
         metrics = run_dir / "metrics.jsonl"
         # after step 0, the validation, there is a moment in which a signal ends the run at once
         code, output = run_and_stop(
-            arguments, self.directory, lambda: last_step(metrics) >= 1, signal.SIGINT, group=True
+            arguments, self.directory, lambda _: last_step(metrics) >= 1, signal.SIGINT, group=True
         )
         step = last_step(metrics)
         assert code == 130 and f"stopped by SIGINT after step {step}" in output, output[-4000:]
@@ -77,7 +80,7 @@ class Runs:
         code, output = run_and_stop(
             prompt_overrides("ttt", self.directory, run_dir, *TTT),
             self.directory,
-            lambda: predictions.is_file() and predictions.stat().st_size > 0,
+            lambda _: predictions.is_file() and predictions.stat().st_size > 0,
             signal.SIGTERM,
         )
         assert code == 143 and "the same command resumes behind the last answer" in output, output[-4000:]
@@ -162,12 +165,15 @@ def test_online_adaptation_resumes_from_its_checkpoint(runs: Runs) -> None:
     assert (whole / "model").is_dir()
 
 
-def test_answers_of_other_settings_are_not_mixed(runs: Runs) -> None:
+def test_answers_of_other_settings_are_not_mixed(
+    runs: Runs, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "train", lambda *_: pytest.fail("Ray would have been started"))
     run = runs.ttt.result()
     before = (run / "predictions.jsonl").read_bytes()
-    overrides = prompt_overrides("ttt", runs.directory, run, *TTT, "refine.loss.rl_coef=0.5")
-    code, output = run_to_the_end(overrides, runs.directory)
-    assert code == 2 and "refine.loss.rl_coef: 0.4 -> 0.5" in output and "resume_mode=disable" in output
-    code, output = run_to_the_end(prompt_overrides("posttrain", runs.directory, run), runs.directory)
-    assert code == 2 and "holds a run of refine.phase=ttt" in output
+    assert main(prompt_overrides("ttt", runs.directory, run, *TTT, "refine.loss.rl_coef=0.5")) == 2
+    said = capfd.readouterr().err
+    assert "refine.loss.rl_coef: 0.4 -> 0.5" in said and "resume_mode=disable" in said
+    assert main(prompt_overrides("posttrain", runs.directory, run)) == 2
+    assert "holds a run of refine.phase=ttt" in capfd.readouterr().err
     assert (run / "predictions.jsonl").read_bytes() == before

@@ -4,7 +4,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from refine_verl.models.adapters import register_adapter
 from refine_verl.models.lact.adapter import LaCTAdapter
-from refine_verl.models.lact.checks import check_weights_against_config
 from refine_verl.models.lact.configuration import LaCTConfig
 from refine_verl.models.lact.modeling import LaCTForCausalLM, LaCTModel
 from refine_verl.models.lact.state import LaCTCache, LaCTState
@@ -22,5 +21,4 @@ __all__ = [
     "LaCTForCausalLM",
     "LaCTModel",
     "LaCTState",
-    "check_weights_against_config",
 ]

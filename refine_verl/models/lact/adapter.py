@@ -16,7 +16,7 @@ from refine_verl.models.state import FastWeightState
 
 
 class LaCTAdapter:
-    """Runs of unequal length lie behind each other in the model anyway, so there is nothing to pad."""
+    """The model concatenates runs of unequal length anyway, so there is nothing to pad."""
 
     def run(
         self, model: nn.Module, packed: Packed, state: FastWeightState | None, keep_state: bool
@@ -31,7 +31,7 @@ class LaCTAdapter:
     def trace(self, model: nn.Module, documents: Documents) -> tuple[list[Tensor], LaCTTrace]:
         """See `TracingAdapter.trace`: one ordinary pass, in which every state lies ready."""
         trunk = cast(LaCTModel, model.base_model)
-        packed = documents.cut([0] * len(documents), documents.lengths)
+        packed = documents.whole
         done = trunk.run(trunk.embeddings(packed.tokens.flatten()), packed.lengths, trace=True)
         assert done.plan is not None
         config = trunk.config
@@ -49,7 +49,7 @@ class LaCTTrace:
     Attributes:
         lengths: T of each document.
         plan: of the pass.
-        layers: k, v, open tokens of all documents behind each other, and the fast weights of every chunk.
+        layers: k, v, open tokens of all documents concatenated, and the fast weights of every chunk.
         chunk, window: C and W.
     """
 

@@ -122,7 +122,7 @@ def _long(
     plan: LongPlan, state: LayerState, window: int | None, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, LayerState]:
     keys, values = (
-        _behind_each_other([state.window[b][i] for b in plan.buffers], state.tail[i] if state.tail else None, new)
+        _concatenated([state.window[b][i] for b in plan.buffers], state.tail[i] if state.tail else None, new)
         for i, new in enumerate((k, v))
     )
     if plan.packed is not None and q.dtype in (torch.float16, torch.bfloat16):
@@ -136,7 +136,7 @@ def _long(
     return out, replace(state, window=((kept[0], kept[1]),), tail=None)
 
 
-def _behind_each_other(buffers: list[Tensor], tail: Tensor | None, new: Tensor) -> Tensor:
+def _concatenated(buffers: list[Tensor], tail: Tensor | None, new: Tensor) -> Tensor:
     if not buffers and tail is None:
         return new
     parts = [buffer.transpose(1, 2).flatten(0, 1) for buffer in buffers]

@@ -243,9 +243,6 @@ def _plan_long(
     relative = torch.where(flat < 0, flat, flat - layout.first)
     back = torch.full((total,), -1)
     back[relative[relative >= 0]] = torch.arange(len(flat))[relative >= 0]
-    slot, query = torch.arange(3 * size), torch.arange(size)[:, None] + 2 * size
-    band = ((slot <= query) & (slot > query - reach)).to(device)
-    visible = (slot >= torch.tensor([hidden for _, _, hidden in masked]).view(-1, 1))[:, None, None]
     window, slots, where = layout.window(reach, keep, device)
     return LongPlan(
         buffers,
@@ -257,8 +254,7 @@ def _plan_long(
         _triples(plain, device),
         _triples(masked, device),
         size,
-        band,
-        band & visible.to(device),
+        *_masks(masked, size, reach, device),
         Take.of(back, len(flat), device),
         window,
         slots,
@@ -268,6 +264,14 @@ def _plan_long(
 
 def _padded(index: Tensor, length: int) -> Tensor:
     return F.pad(index, (0, length - len(index)), value=-1)
+
+
+def _masks(masked: _Items, size: int, reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which keys of its three blocks a query sees, and the same without what lies before the sequence."""
+    slot, query = torch.arange(3 * size), torch.arange(size)[:, None] + 2 * size
+    band = ((slot <= query) & (slot > query - reach)).to(device)
+    visible = (slot >= torch.tensor([hidden for _, _, hidden in masked]).view(-1, 1))[:, None, None]
+    return band, band & visible.to(device)
 
 
 def _triples(items: _Items, device: torch.device) -> Tensor:
@@ -280,7 +284,7 @@ def _triples(items: _Items, device: torch.device) -> Tensor:
 
 
 class _Sources:
-    """Where keys lie when window buffers, tail and new tokens are put behind each other."""
+    """Where keys lie when window buffers, tail and new tokens are concatenated."""
 
     def __init__(self, where: Rows, lengths: Sequence[int], state: LayerState, buffers: tuple[int, ...]) -> None:
         self.where, self.lengths = where, lengths
@@ -334,7 +338,7 @@ class _Sources:
         return Take.of(index.flatten(), self.size, device), index.shape[1], where
 
     def packed(self, reach: int, device: torch.device) -> tuple[Take, Tensor, Tensor, int, int]:
-        """History and new tokens of all rows behind each other, as flash-attn's variable-length kernel wants them."""
+        """History and new tokens of all rows concatenated, as flash-attn's variable-length kernel wants them."""
         parts = [torch.cat([self.history(row, reach - 1), self.own(row)]) for row in range(len(self.lengths))]
         borders = [
             F.pad(torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)

@@ -63,7 +63,7 @@ class FastWeights(NamedTuple):
 
     @staticmethod
     def join(parts: Sequence[FastWeights]) -> FastWeights:
-        """Several lots of sets behind each other; a missing momentum is zero."""
+        """Several lots of sets joined into one; a missing momentum is zero."""
         if len(parts) == 1:
             return parts[0]
         momentum = None
@@ -78,7 +78,7 @@ class ChunkTokens(NamedTuple):
 
     Attributes:
         k, v: fast keys and values [..., h, d].
-        rates: [..., h, 3 * lr_dim], those of W0, W1, W2 behind each other; at least float32.
+        rates: [..., h, 3 * lr_dim], those of W0, W1, W2 concatenated; at least float32.
         momentum: m in (0, 1) [..., h], None without momentum.
     """
 

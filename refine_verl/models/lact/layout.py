@@ -1,8 +1,7 @@
-"""From the batches callers have (rows, packed rows, padded rows) to tokens behind each other, and back."""
+"""From the batches callers have (rows, packed rows, padded rows) to concatenated tokens, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,30 +27,25 @@ class Layout:
         batch: Tensor,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        lengths: Sequence[int] | None = None,
     ) -> Layout:
         """Args:
         batch: [B, L, ..].
         attention_mask: [B, L] or longer (then its end counts), 0 for padding, on whatever side.
         cu_seqlens: [runs + 1], borders of the runs in a batch of one row.
-        lengths: the same as lengths, where the caller has them on the CPU.
 
         Raises:
             ValueError: borders that do not cover the row, or a mask of another shape; names what was given.
         """
         rows, width = batch.shape[:2]
-        if cu_seqlens is not None or lengths is not None:
+        if cu_seqlens is not None:
             if attention_mask is not None:
                 raise ValueError("give cu_seqlens or attention_mask, not both: a packed row has no padding")
-            if lengths is None:
-                assert cu_seqlens is not None
-                borders = cu_seqlens.tolist()
-                if rows != 1 or borders[0] != 0 or borders[-1] != width or borders != sorted(borders):
-                    raise ValueError(f"cu_seqlens {borders} does not cut a batch of shape [{rows}, {width}] into runs")
-                lengths = [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
-            if sum(lengths) != rows * width:
-                raise ValueError(f"runs of lengths {list(lengths)} do not fill a batch of shape [{rows}, {width}]")
-            return cls((rows, width), tuple(lengths), None)
+            borders = cu_seqlens.tolist()
+            if rows != 1 or borders[0] != 0 or borders[-1] != width or borders != sorted(borders):
+                raise ValueError(f"cu_seqlens {borders} does not cut a batch of shape [{rows}, {width}] into runs")
+            return cls(
+                (rows, width), tuple(stop - start for start, stop in zip(borders, borders[1:], strict=False)), None
+            )
         if attention_mask is None:
             return cls((rows, width), (width,) * rows, None)
         if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < width:

@@ -1,6 +1,6 @@
 """LaCT language models: sliding-window attention and fast weights side by side in every layer.
 
-Parameters carry the names and shapes of the published checkpoints. Tokens of all sequences lie behind each other,
+Parameters carry the names and shapes of the published checkpoints. Tokens of all sequences are concatenated,
 [tokens, d], without padding: what is not there cannot be written into the memory.
 """
 
@@ -401,7 +401,7 @@ def plan_pass(
 
 
 class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
-    """The trunk with an LM head; ``generate`` goes on from the state and never reads a token twice."""
+    """The trunk with an LM head; ``generate`` continues from the state and never reads a token twice."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
 

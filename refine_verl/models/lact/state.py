@@ -1,4 +1,4 @@
-"""What a LaCT needs to go on after a prefix, and how rows share it.
+"""What a LaCT needs to continue after a prefix, and how rows share it.
 
 Three things with three life times: fast weights change every C tokens, so rows within a chunk refer to the same
 values; the tokens of the open chunk are only read when it is full, so they are kept as references to slices of what

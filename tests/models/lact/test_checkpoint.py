@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from refine_verl.models import ModelError, inspect_model, load_model
-from refine_verl.models.lact import LaCTConfig, LaCTForCausalLM, check_weights_against_config
+from refine_verl.models.lact import LaCTConfig, LaCTForCausalLM
 from refine_verl.models.weights import check_weights
 
 Build = Callable[..., LaCTForCausalLM]
@@ -88,10 +88,10 @@ def test_all_contradictions_at_once_and_none_without_weights() -> None:
     with torch.device("meta"):
         model = LaCTForCausalLM(LaCTConfig(num_hidden_layers=1, lr_dim=512, use_momentum=False))
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    check_weights_against_config(model.config, shapes)
-    check_weights_against_config(LaCTConfig(), {})
+    model.config.check_weights(shapes)
+    LaCTConfig().check_weights({})
     with pytest.raises(ValueError, match="lr_dim is 1 .* 512 in the weights; .*use_momentum is True .* False in the"):
-        check_weights_against_config(LaCTConfig(), shapes)
+        LaCTConfig().check_weights(shapes)
 
 
 @pytest.mark.parametrize("saved", ["low rank"], indirect=True)
