@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, grammar_parser
 from omegaconf.errors import OmegaConfBaseException
 
+import refine_verl
 from refine_verl.compose.composition import base_schema, compose_config
 
 REFUSED = 2
+PACKAGE = Path(refine_verl.__file__).parent
+PATIENCE = 5
+"""Seconds of processor time for one command: they all take less than one."""
 MODULES = {"main": "refine_verl.main", "train": "refine_verl.trainer.launch"}
 """Where commands are found; the others are `refine_verl.NAME.__main__`."""
 
@@ -102,15 +107,43 @@ def _state_of(*directories: Path) -> set[tuple[str, tuple[int, int]]]:
     return {(str(path), (0, 0) if path.is_dir() else (at.st_size, at.st_mtime_ns)) for path, at in states}
 
 
+class _Endless(BaseException):
+    """Raised where a command has had its time; no handler of exceptions takes it for one."""
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """By the processor's time: what others do on the machine does not count."""
+
+    def stop(*_: Any) -> None:
+        raise _Endless
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def _exit_code(main: Callable[[], int]) -> tuple[int | None, str]:
     try:
-        return main(), ""
+        with _limited(PATIENCE):
+            return main(), ""
+    except _Endless as stop:
+        return None, f"endless ({_place(stop)})"
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None), ""
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in frames if "refine_verl" in frame.filename] or list(frames)
-        return None, f"{type(error).__name__}: {error} ({Path(ours[-1].filename).name}: {ours[-1].name})"
+        return None, f"traceback: {type(error).__name__}: {error} ({_place(error)})"
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised: file and function of the package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)] or list(frames)
+    return f"{Path(ours[-1].filename).name}: {ours[-1].name}"
 
 
 @contextlib.contextmanager
@@ -140,7 +173,7 @@ def fault(outcome: Outcome, *, names: Sequence[str], may_act: bool, must_act: bo
         must_act: whether only going ahead is right.
     """
     if outcome.problem:
-        return f"traceback: {outcome.problem}"
+        return outcome.problem
     if "Traceback (most recent call last)" in outcome.errors:
         return f"traceback: {outcome.errors.strip().splitlines()[-1]}"
     if outcome.accepted:
@@ -185,14 +218,14 @@ class Checks:
         """Compose, check and prepare; hand what is to be trained to `train`, and return the exit code."""
         from refine_verl.compose.messages import readable
         from refine_verl.compose.validate import validate
-        from refine_verl.config import ConfigError, DataError, ModelError
+        from refine_verl.config import Refusal
         from refine_verl.preflight.run import prepare_run
 
         message = ""
         try:
             prepared = prepare_run(validate(self._compose(arguments)), starts_here=True)
             train(prepared.launch_config())
-        except (ConfigError, DataError, ModelError, OSError) as error:
+        except (Refusal, OSError) as error:
             message = str(error)
         except (HydraException, OmegaConfBaseException) as error:
             message = readable(error, base_schema())

@@ -96,6 +96,6 @@ def test_the_judgement_sees_what_is_wrong(world: World, checks: Checks) -> None:
         ({"code": 1}, "exit code 1"),
         ({"errors": "error: a.\nerror: a."}, "2 messages"),
         ({"errors": "Traceback (most recent call last)\nerror: a"}, "traceback"),
-        ({"problem": "ValueError: a"}, "traceback: ValueError: a"),
+        ({"problem": "traceback: ValueError: a"}, "traceback: ValueError: a"),
     ):
         assert fault(dataclasses.replace(refused, **change), names=("a",), may_act=False).startswith(found)
