@@ -106,8 +106,9 @@ def package_directory(scratch: Path) -> Path:
 _CHANGING: tuple[tuple[str, str], ...] = (
     (r"\d+:\d\d:\d\d left", "TIME left"),
     (r"tokens/s \S+", "tokens/s N"),
-    # the name holds the path and the time of the file
+    # of the path and the time of a file
     (r"(sequences|prompts)-[0-9a-f]{12,}", r"\1-HASH"),
+    (r'"key": "[0-9a-f]{20}"', '"key": "HASH"'),
     (r"[\d.]+ [KMGT]iB free at", "SIZE free at"),
     (r"(free  +)[\d,.]+ [KMGT]iB at", r"\1SIZE at"),
     (r"has [\d.]+ GiB", "has SIZE"),
