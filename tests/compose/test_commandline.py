@@ -63,7 +63,7 @@ def test_a_broken_recipe_stops_only_its_own_runs(
     recipe_file: RecipeFile, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = recipe_file("broken", BROKEN)
-    assert main(["recipe=quickstart", "--cfg", "job", "--package", "refine.nsp"]) == 0
+    assert main(["recipe=midtrain", "--cfg", "job", "--package", "refine.nsp"]) == 0
     assert "chunks: 8" in capfd.readouterr().out
     assert [record.getMessage() for record in caplog.records if str(path) in record.getMessage()] == [
         f"{path}: is not valid YAML: line 4: expected ',' or ']', but got ':'. It is left out."
@@ -83,7 +83,7 @@ def test_a_broken_recipe_of_config_dir_is_named(tmp_path: Path, capfd: pytest.Ca
     path.parent.mkdir(parents=True)
     path.write_text(f"# @package _global_\n{BROKEN}")
     options = ["--config-dir", str(tmp_path / "configs")]
-    assert main([*options, "recipe=quickstart", "--cfg", "job", "--package", "refine.nsp"]) == 0
+    assert main([*options, "recipe=midtrain", "--cfg", "job", "--package", "refine.nsp"]) == 0
     assert main([*options, "recipe=broken"]) == 2
     said = capfd.readouterr().err
     assert str(path) in said and "line 5" in said and "Traceback" not in said

@@ -123,7 +123,7 @@ def test_a_good_configuration_reaches_the_trainer(
     micro = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"]
     assert main(["recipe=quickstart", *files, *more, *micro]) == 0
     config = received[0]
-    assert config.data.min_length == 13
+    assert config.data.min_length == config.refine.nsp.chunks + config.refine.nsp.rollout_length
     run_dir = empty_directory / "outputs" / "refine_verl" / "quickstart"
     model = config.actor_rollout_ref.model
     assert model.path == model.tokenizer_path == str(run_dir / "initial_model")

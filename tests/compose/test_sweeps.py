@@ -127,5 +127,5 @@ def test_a_sweep_over_recipes_of_config_dir(tmp_path: Path, jobs: list[DictConfi
     path.parent.mkdir(parents=True)
     path.write_text("# @package _global_\ndefaults: [quickstart, _self_]\nrefine: {nsp: {chunks: 3}}\n")
     assert main(["-m", "--config-dir", str(tmp_path / "configs"), "recipe=mine,quickstart"]) == 0
-    assert [job.refine.nsp.chunks for job in jobs] == [3, 8]
+    assert [job.refine.nsp.chunks for job in jobs] == [3, compose_config(["recipe=quickstart"]).refine.nsp.chunks]
     assert [job.trainer.experiment_name for job in jobs] == ["mine", "quickstart"]

@@ -19,8 +19,9 @@ RecipeFile = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def quickstart() -> DictConfig:
-    """With batch sizes of its own, so that tuning the recipe changes no test."""
+    """With sizes of its own, so that tuning the recipe changes no test."""
     sizes = ["refine.ppo_mini_batch_size=8", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8"]
+    sizes += ["refine.nsp.chunks=8", "data.max_length=512"]
     return compose_config(["recipe=quickstart", "data.min_length=null", *sizes])
 
 

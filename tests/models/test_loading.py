@@ -118,7 +118,7 @@ def test_values_without_a_known_family_are_refused() -> None:
     assert "model.path=DIR_OR_HUB_ID" in refusal(None, {})
     assert "'llama' is not a fast-weight model" in refusal(None, {"model_type": "llama"})
     said = refusal(None, {"model_type": "delta_net", "hiden_size": 32})
-    assert "model.config.hiden_size" in said and "did you mean 'hidden_size'" in said
+    assert "model.config.hiden_size" in said and "Did you mean 'hidden_size'?" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
