@@ -15,7 +15,7 @@ from refine_verl.adaptation.guard import SavedModel, TemporaryActor, set_trainin
 from refine_verl.adaptation.prompts import PromptError, Prompts
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
-from refine_verl.models import FastWeightActor
+from refine_verl.models import Documents, FastWeightActor
 from refine_verl.models.answers import Answers, answer_draws, end_tokens_of
 
 
@@ -142,21 +142,21 @@ class Adapted:
             set_training(actor, False)
             for start in range(0, len(prompts), batch_size):
                 rows = range(start, min(start + batch_size, len(prompts)))
+                part = prompts.documents(rows, self._actor.device)
                 mine = [limits[row] for row in rows]
                 ids = [prompts.ids[row] for row in rows]
-                answers: Answers = FastWeightActor.forward(
-                    actor,
-                    mode="generate",
-                    prompts=prompts.documents(rows, self._actor.device),
-                    limits=mine,
-                    length=max(mine),
-                    temperature=temperature,
-                    draws=answer_draws(key, 0, ids, 1, max(mine)) if temperature > 0 else None,
-                    stop_tokens=stops,
-                )
-                lengths = answers.lengths[:, 0].tolist()
-                written += [row[:length].clone() for row, length in zip(answers.tokens[:, 0], lengths, strict=True)]
+                draws = answer_draws(key, 0, ids, 1, max(mine)) if temperature > 0 else None
+                written += _written(actor, part, mine, temperature=temperature, draws=draws, stop_tokens=stops)
         return written
+
+
+def _written(actor: FastWeightActor, prompts: Documents, limits: list[int], **how: Any) -> Iterator[Tensor]:
+    """The ids of each answer, int64 [L]."""
+    answers: Answers = FastWeightActor.forward(
+        actor, mode="generate", prompts=prompts, limits=limits, length=max(limits), **how
+    )
+    for row, length in zip(answers.tokens[:, 0], answers.lengths[:, 0].tolist(), strict=True):
+        yield row[:length].clone()
 
 
 def _vocabulary(model: Any) -> int:
