@@ -21,8 +21,6 @@ from typing import Any
 from refine_verl.config import Refusal
 from refine_verl.record.lines import keep_lines, read_lines
 
-__all__ = ["METRICS_FILE", "MetricsError", "MetricsWriter", "merge_steps", "read_metrics"]
-
 METRICS_FILE = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)

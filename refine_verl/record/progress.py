@@ -30,8 +30,6 @@ from rich.text import Text
 
 from refine_verl.record.format import format_change, format_number
 
-__all__ = ["TrainingProgress"]
-
 # Rich estimates speed from the updates of the last 30 s by default; a step may well take longer than that.
 SPEED_WINDOW_SECONDS = 1800.0
 MAX_TASK_ROWS = 4
