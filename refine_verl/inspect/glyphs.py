@@ -54,7 +54,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
     special = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     as_byte = {character: byte for byte, character in bytes_to_unicode().items()}
-    byte_level = "ByteLevel" in _decoders(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = backend is not None and "ByteLevel" in _types(json.loads(backend.to_str()).get("decoder"))
 
     def convert(token_id: int) -> bytes:
         token = tokenizer.convert_ids_to_tokens(token_id)
@@ -69,11 +70,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
         return str(token).replace(_META_SPACE, " ").encode("utf-8", "replace")
 
     return convert
-
-
-def _decoders(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return set(_types(json.loads(backend.to_str()).get("decoder"))) if backend is not None else set()
 
 
 def _types(decoder: Any) -> Iterator[str]:

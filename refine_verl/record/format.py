@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+from rich.filesize import pick_unit_and_suffix
+
 MINUS = "\u2212"
 POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+BINARY = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -46,6 +49,17 @@ def format_duration(seconds: float) -> str:
         return _unbroken(f"{minutes} min {rest} s" if rest else f"{minutes} min")
     hours, minutes = divmod(minutes, 60)
     return _unbroken(f"{hours} h {minutes} min" if minutes else f"{hours} h")
+
+
+def unit_of(size: int) -> tuple[int, str]:
+    """The largest binary unit of which ``size`` bytes have one: its bytes and its name."""
+    return pick_unit_and_suffix(size, BINARY, 1024)
+
+
+def size_text(size: int, digits: int = 1) -> str:
+    """`1.5 MiB`; bytes are whole."""
+    unit, name = unit_of(size)
+    return f"{size / unit:,.{digits if unit > 1 else 0}f} {name}"
 
 
 def _unbroken(text: str) -> str:

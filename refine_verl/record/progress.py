@@ -56,7 +56,6 @@ FIGURES = (
     Figure(key="val/ntp_loss", label="validation loss", better=-1, since_first=True),
     Figure(key="val/ntp_accuracy", label="validation accuracy", percent=True, better=1, since_first=True),
 )
-FIGURE_KEYS = frozenset(figure.key for figure in FIGURES)
 
 
 class TrainingProgress:
@@ -65,7 +64,6 @@ class TrainingProgress:
     Args:
         total_steps: the step the run ends at.
         initial: the step it starts from, not 0 after a resume.
-        description: name shown in front of the bar.
         console: where to show it; standard output by default.
         history: earlier metrics lines of the run (`read_metrics`), so that after a resume changes are still
             counted from the first measurement of the run.
@@ -76,13 +74,11 @@ class TrainingProgress:
         total_steps: int,
         *,
         initial: int = 0,
-        description: str = "training",
         console: Console | None = None,
         history: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         self.total_steps = total_steps
         self.step = initial
-        self.description = description
         self.console = console or Console()
         self.live = self.console.is_interactive
         self._initial = initial
@@ -96,7 +92,6 @@ class TrainingProgress:
             self._build_display()
 
     def __enter__(self) -> TrainingProgress:
-        self._started = time.monotonic()
         if self.live:
             terminal = {sys.stdout, sys.stderr}
             self._display.start()
@@ -119,13 +114,10 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step)
             self._display.update(self._render())
         else:
-            self._print(self._line(metrics))
+            self.message(self._line(metrics))
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the display where there is one."""
-        self._print(text)
-
-    def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _remember(self, metrics: Mapping[str, Any]) -> None:
@@ -136,12 +128,9 @@ class TrainingProgress:
 
     def _figures(self) -> list[Figure]:
         """The known figures, then the first few tasks of `val/<task>/<metric>`."""
-        tasks = [key for key in self._last if key.startswith("val/") and key not in FIGURE_KEYS]
-        shown = tasks[:MAX_TASK_ROWS]
-        return [
-            *FIGURES,
-            *(Figure(key=key, label=key.removeprefix("val/"), since_first=True) for key in shown),
-        ]
+        known = {figure.key for figure in FIGURES}
+        tasks = [key for key in self._last if key.startswith("val/") and key not in known][:MAX_TASK_ROWS]
+        return [*FIGURES, *(Figure(key=key, label=key.removeprefix("val/"), since_first=True) for key in tasks)]
 
     def _change(self, figure: Figure) -> str:
         first, last = self._first[figure.key], self._last[figure.key]
@@ -150,7 +139,7 @@ class TrainingProgress:
         return format_change(first, last, percent=figure.percent)
 
     def _line(self, metrics: Mapping[str, Any]) -> str:
-        parts = [f"{self.description} {self.step}/{self.total_steps}"]
+        parts = [f"training {self.step}/{self.total_steps}"]
         for figure in self._figures():
             if figure.key not in metrics:
                 continue
@@ -178,7 +167,7 @@ class TrainingProgress:
             expand=True,
             speed_estimate_period=SPEED_WINDOW_SECONDS,
         )
-        self._task = self._bar.add_task(self.description, total=self.total_steps, completed=self.step)
+        self._task = self._bar.add_task("training", total=self.total_steps, completed=self.step)
         self._display = Live(self._render(), console=self.console, refresh_per_second=2)
 
     def _render(self) -> Group:

@@ -27,13 +27,7 @@ def finite(points: Sequence[Point]) -> list[tuple[float, float]]:
 
 def segments(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
     """Runs of points without a non-finite value between them: a line is broken there, not drawn across."""
-    runs: list[list[tuple[float, float]]] = [[]]
-    for step, value in points:
-        if value is None:
-            runs.append([])
-        else:
-            runs[-1].append((step, value))
-    return [run for run in runs if run]
+    return [finite(list(run)) for drawn, run in groupby(points, key=lambda point: point[1] is not None) if drawn]
 
 
 def buckets(count: int, most: int) -> list[tuple[int, int]]:
