@@ -73,9 +73,7 @@ def check_shared_memory() -> Iterator[Finding]:
 def check_disk() -> Iterator[Finding]:
     """Room for checkpoints (here) and for tokenised documents (the cache directory)."""
     for name, path in (("disk, working directory", Path.cwd()), ("disk, data.cache_dir", default_cache_dir())):
-        place = path
-        while not place.exists():
-            place = place.parent
+        place = next(place for place in (path, *path.parents) if place.exists())
         free = shutil.disk_usage(place).free
         seen = f"{free / GIB:.1f} GiB free at {path}"
         fix = "free some, or set trainer.default_local_dir and data.cache_dir to another disk"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console, Group
@@ -178,9 +179,8 @@ class TrainingProgress:
             table.add_column(justify="left", min_width=8)
         cells = [self._cells(figure) for figure in self._figures() if figure.key in self._last]
         half = (len(cells) + 1) // 2
-        for row in range(half):
-            right = cells[row + half] if row + half < len(cells) else ()
-            table.add_row(*cells[row], *right)
+        for left, right in zip_longest(cells[:half], cells[half:], fillvalue=()):
+            table.add_row(*left, *right)
         return Group(table, self._bar) if cells else Group(self._bar)
 
     def _cells(self, figure: Figure) -> tuple[str, Text, Text]:

@@ -48,14 +48,8 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
         MetricsError: its metrics file is damaged.
     """
     directory = Path(run_dir)
-    target = Path(out) if out is not None else directory / REPORT_FILE
-    return write_page(target, render_report(directory))
-
-
-def render_report(directory: Path) -> str:
-    """The page as text; see `write_report`."""
     run = read_run(directory)
-    return render_page(
+    page = render_page(
         f"{run.name} · REFINE run",
         _header(run),
         el("section", *headlines(run.records), class_="tiles", aria_label="Key figures"),
@@ -65,6 +59,7 @@ def render_report(directory: Path) -> str:
         _environment(run.environment),
         el("footer", f"Drawn from {METRICS_FILE} by python -m refine_verl.report"),
     )
+    return write_page(Path(out) if out is not None else directory / REPORT_FILE, page)
 
 
 def _header(run: Run) -> Markup:
