@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_verl.config import DataError, PromptSettings, split_key
 from refine_verl.data.cache import make_key
 from refine_verl.data.prepare import Prepared, because, prepare_directory, require_enough, require_room, say_reading
-from refine_verl.data.prompts_dataset import PromptDataset, VerlPromptDataset, collate, collate_columns
+from refine_verl.data.prompts_dataset import PromptDataset, collate
 from refine_verl.data.prompts_read import PromptRow, read_prompts
 from refine_verl.data.prompts_tokenize import check_tokenizer, encode_rows, render
 from refine_verl.data.readers import place
@@ -35,15 +35,7 @@ from refine_verl.data.sources import DocumentSource, split_sources
 from refine_verl.data.statistics import PromptStatistics
 from refine_verl.data.tokenize import column, save_dataset, tokenize_rows, tokenizer_fingerprint
 
-__all__ = [
-    "PromptDataset",
-    "PromptSettings",
-    "PromptStatistics",
-    "VerlPromptDataset",
-    "collate",
-    "collate_columns",
-    "prepare_prompts",
-]
+__all__ = ["PromptDataset", "PromptSettings", "collate", "prepare_prompts"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +76,8 @@ def prepare_prompts(
 ) -> Prepared[PromptStatistics]:
     """Find, check and tokenise the prompts and answers of one split, or find them in the cache.
 
-    Args:
-        settings: files, columns, lengths and cache directory.
-        split: `train` or `validation`.
-        tokenizer: turns text into tokens. Prompts get the special tokens it puts in front of a text, answers
-            end with its end-of-sequence token.
-        minimum_prompt_length: fewest tokens of a prompt the caller can use.
-        reason: why, as a clause for the messages ("refine.nsp.chunks=8 and refine.nsp.rollout_length=5 ...").
-        minimum_sequences: fewest rows the caller can use (a batch, say).
-        sequences_reason: why.
+    Prompts get the special tokens that the tokenizer puts in front of a text, answers end with its end-of-sequence
+    token. Arguments are those of `prepare.prepare`.
 
     Raises:
         DataError: no files, files that cannot be read, a row that cannot be used (its file and row are named), a

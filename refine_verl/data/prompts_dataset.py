@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refine_verl.data.dataset import PreparedDataset, integers, pad, rows_of
+from refine_verl.data.dataset import PreparedDataset, integers, pad
 from refine_verl.data.statistics import PromptStatistics
 from refine_verl.data.verl_dataset import VerlDocumentDataset
 
@@ -65,10 +65,9 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """
     prompts = [torch.as_tensor(row["prompt_ids" if "prompt_ids" in row else "input_ids"]).long() for row in rows]
     answers = [torch.as_tensor(row["answer_ids"]).long() for row in rows]
-    joined = [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
     tokens, lengths = pad(prompts)
     answer_tokens, answer_lengths = pad(answers)
-    joined_tokens, joined_lengths = pad(joined)
+    joined_tokens, joined_lengths = pad(map(torch.cat, zip(prompts, answers, strict=True)))
     return {
         "tokens": tokens,
         "lengths": lengths,
@@ -76,12 +75,14 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         "answer_lengths": answer_lengths,
         "joined": joined_tokens,
         "joined_lengths": joined_lengths,
-        "document_id": integers(rows, "document_id"),
-        "max_new_tokens": integers(rows, "max_new_tokens"),
-        "weight": torch.ones(len(rows), dtype=torch.float32),
+        "document_id": integers(row["document_id"] for row in rows),
+        "max_new_tokens": integers(row["max_new_tokens"] for row in rows),
+        "weight": torch.ones(len(rows)),
     }
 
 
 def collate_columns(columns: Mapping[str, Any]) -> dict[str, Tensor]:
     """`collate` for a batch that verl's own collate function has turned into object arrays by column."""
-    return collate(list(rows_of(columns, ("input_ids", "answer_ids", "document_id", "max_new_tokens"))))
+    names = ("input_ids", "answer_ids", "document_id", "max_new_tokens")
+    values = zip(*(columns[name] for name in names), strict=True)
+    return collate([dict(zip(names, row, strict=True)) for row in values])

@@ -38,7 +38,8 @@ def load_tokenizer(
         DataError: nothing loadable at `spec`, a SIZE that makes no sense, or no text to train on.
     """
     if spec == "bytes":
-        return _finish(_byte_tokenizer(), out_dir)
+        vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+        return _finish(_byte_level(models.BPE(vocab=vocabulary, merges=[])), out_dir)
     if is_made_of_documents(spec):
         return _finish(_train_bpe(_bpe_size(spec), corpus_texts), out_dir)
     try:
@@ -66,11 +67,6 @@ def _bpe_size(spec: str) -> int:
             "end-of-sequence), for example bpe:4096."
         )
     return int(spec[4:])
-
-
-def _byte_tokenizer() -> backend.Tokenizer:
-    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
-    return _byte_level(models.BPE(vocab=vocabulary, merges=[]))
 
 
 def _train_bpe(size: int, corpus_texts: Iterable[str] | None) -> backend.Tokenizer:
