@@ -41,11 +41,6 @@ class Key:
     help: str
     choices: tuple[str, ...] | None
 
-    @property
-    def collection(self) -> Any:
-        """`list[...]` or `tuple[...]` where the key holds several values, else None."""
-        return next((kind for kind in self.kinds if (typing.get_origin(kind) or kind) in (list, tuple)), None)
-
 
 def keys_of(settings: type[Settings] | Settings, prefix: str = "") -> dict[str, Key]:
     """All keys of a class of settings by name; a section in an instance has the values there as defaults."""
@@ -141,7 +136,8 @@ def _value_after(word: str, key: Key, waiting: deque[str], keys: Mapping[str, Ke
     if key.kinds == (bool,):
         return "true"
     values: list[str] = []
-    while waiting and not waiting[0].startswith("--") and (key.collection or not values):
+    several = any((typing.get_origin(kind) or kind) in (list, tuple) for kind in key.kinds)
+    while waiting and not waiting[0].startswith("--") and (several or not values):
         if values and _find(waiting[0].partition("=")[0], keys) and "=" in waiting[0]:
             break
         values.append(waiting.popleft())

@@ -360,10 +360,5 @@ def list_settings(*sections: type[Settings]) -> Iterator[SettingInfo]:
             if "help" not in field.metadata or key in listed:
                 continue
             listed.add(key)
-            yield SettingInfo(
-                key=key,
-                default=field.metadata["configured"],
-                paper=field.metadata["paper"],
-                help=field.metadata["help"],
-                choices=field.metadata["choices"],
-            )
+            meaning = {name: field.metadata[name] for name in ("paper", "help", "choices")}
+            yield SettingInfo(key=key, default=field.metadata["configured"], **meaning)

@@ -18,10 +18,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
-from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
+from verl.utils.device import get_device_name, get_resource_name
 from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
@@ -33,7 +34,6 @@ from refine_verl.record.metrics import MetricsWriter, read_metrics
 from refine_verl.record.progress import TrainingProgress
 from refine_verl.record.redaction import redacted
 from refine_verl.trainer.advantage import compute_advantages
-from refine_verl.trainer.resources import worker_pool
 from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.workers.loss import RefineLoss
 from refine_verl.workers.objective import Objective
@@ -45,6 +45,10 @@ Record = Callable[[dict[str, float]], None]
 
 MAX_SKIPPED_UPDATES = 5
 """So many updates in a row with a NaN or infinite gradient end the run."""
+
+
+class ResourceError(RunFailed):
+    """The cluster is too small for the run, or has become so."""
 
 
 class TrainingDiverged(RunFailed):
@@ -390,6 +394,22 @@ class RefineTrainer(CheckpointingTrainer):
         self.prev_step_profile = False
         self.curr_step_profile = steps is not None and self.global_steps + 1 in steps
         self.next_step_profile = False
+
+
+def worker_pool(per_node: int, nodes: int) -> RayResourcePool:
+    """A place per GPU, or per CPU where there is no GPU, which a worker has for itself.
+
+    Raises:
+        ResourceError: the cluster has fewer.
+    """
+    resource, needed = get_resource_name(), per_node * nodes
+    available = ray.cluster_resources().get(resource, 0)
+    if available < needed:
+        raise ResourceError(
+            f"the Ray cluster has {available:g} {resource}s, the run asks for {needed} workers on "
+            f"{get_device_name()} (trainer.n_gpus_per_node * trainer.nnodes); lower these or add nodes"
+        )
+    return RayResourcePool([per_node] * nodes, use_gpu=True, max_colocate_count=1, name_prefix="workers")
 
 
 def mini_batch_order(rows: int, size: int, ranks: int) -> list[int]:
