@@ -55,10 +55,9 @@ class SavedModel:
         self.widened = False
 
     def save(self, backup: str) -> None:
-        """Copy what will change, and widen low precision. After an error, `restore` undoes what was done.
+        """Copy what will change to ``backup``, ``cpu`` or ``device``, and widen low precision.
 
-        Args:
-            backup: ``cpu`` or ``device``, where the copies lie.
+        After an error, `restore` undoes what was done.
         """
         for parameter in self._model.parameters():
             data, low = parameter.data, parameter.dtype in LOW_PRECISION

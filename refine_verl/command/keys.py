@@ -77,15 +77,7 @@ def _shown(default: Any) -> str:
 
 
 def read_keys(arguments: Sequence[str], settings: type[S], *, words: bool = False) -> tuple[S, list[str]]:
-    """Settings from a command line.
-
-    Args:
-        arguments: as typed.
-        settings: whose keys they are.
-        words: the command also takes words that are no keys, such as names of directories.
-
-    Returns:
-        The settings, and those words.
+    """Settings from a command line, and with `words` what is no key, such as names of directories.
 
     Raises:
         ConfigError: an unknown key or option (with the nearest one), a key given twice, without a value or not at all

@@ -52,15 +52,9 @@ def option(
     empty: bool = True,
     configured: Any = dataclasses.MISSING,
 ) -> Any:
-    """A dataclass field with its meaning, its bounds and the paper's value.
+    """A dataclass field with its meaning, its bounds (`empty=False` refuses an empty string) and the paper's value.
 
-    Args:
-        default: of the field.
-        help: its meaning.
-        choices, at_least, above: what it may hold.
-        paper: the paper's value.
-        empty: False refuses an empty string.
-        configured: default of the key in a configuration, where that is not the field's.
+    `configured` is the default of the key in a configuration, where that is not the field's.
     """
     metadata = {"help": help, "choices": choices, "at_least": at_least, "above": above, "paper": paper, "empty": empty}
     metadata["configured"] = default if configured is dataclasses.MISSING else configured

@@ -1,12 +1,4 @@
-"""Prompts with answers for post-training and test-time training: from file names to a directory of tokens.
-
-The usual way::
-
-    settings = PromptSettings.from_mapping(config.data)
-    prepared = prepare_prompts(settings, "train", tokenizer)
-    dataset = PromptDataset(prepared.path)
-    batch = collate([dataset[0], dataset[1]])
-"""
+"""Prompts with answers for post-training and test-time training: from file names to a directory of tokens."""
 
 from __future__ import annotations
 
@@ -88,7 +80,11 @@ def prepare_prompts(
     check_tokenizer(tokenizer, settings)
     require_room("data.max_prompt_length", settings.max_prompt_length, "prompts", minimum_prompt_length, reason)
     sources = split_sources(settings, split)
-    name = f"prompts-{_cache_key(settings, sources, tokenizer)}"
+    left_out = {"train_files", "val_files", "cache_dir", "num_workers", "progress"}
+    values = {field: value for field, value in dataclasses.asdict(settings).items() if field not in left_out}
+    template = getattr(tokenizer, "chat_template", None) if settings.chat_template else None
+    fingerprints = [source.fingerprint() for source in sources]
+    name = f"prompts-{make_key([_FORMAT, values, template, tokenizer_fingerprint(tokenizer), fingerprints])}"
     build = partial(_build, settings, sources, tokenizer, key)
     prepared = prepare_directory(settings, key, name, build, PromptStatistics)
     statistics = prepared.statistics
@@ -110,14 +106,6 @@ def document_id(name: str, occurrence: int = 0) -> int:
     """A number in 0 ... 2**63-1 for stateless sampling that depends on the row's name or text, not on its place."""
     digest = hashlib.sha256(f"{occurrence}\0{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _cache_key(settings: PromptSettings, sources: Sequence[DocumentSource], tokenizer: PreTrainedTokenizerBase) -> str:
-    left_out = {"train_files", "val_files", "cache_dir", "num_workers", "progress"}
-    values = {key: value for key, value in dataclasses.asdict(settings).items() if key not in left_out}
-    template = getattr(tokenizer, "chat_template", None) if settings.chat_template else None
-    fingerprints = [source.fingerprint() for source in sources]
-    return make_key([_FORMAT, values, template, tokenizer_fingerprint(tokenizer), fingerprints])
 
 
 def _build(

@@ -44,12 +44,6 @@ class VerlPromptDataset(VerlDocumentDataset):
 
     dataset_class = PromptDataset
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """As `PromptDataset`, with `input_ids` for `prompt_ids` and numpy arrays for tensors."""
-        row = super().__getitem__(index)
-        row["input_ids"] = row.pop("prompt_ids")
-        return row
-
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Right-padded tensors of a batch of B rows; what is padding is told by the lengths, never by a token id.
@@ -63,7 +57,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         answer right behind it (the answer begins at `lengths[b]`); `document_id` int64 [B]; `max_new_tokens`
         int64 [B]; `weight` float32 [B], all 1. `dataset.pad_batch` and `TensorDict` take it as it is.
     """
-    prompts = [torch.as_tensor(row["prompt_ids" if "prompt_ids" in row else "input_ids"]).long() for row in rows]
+    prompts = [torch.as_tensor(row["prompt_ids"]).long() for row in rows]
     answers = [torch.as_tensor(row["answer_ids"]).long() for row in rows]
     tokens, lengths = pad(prompts)
     answer_tokens, answer_lengths = pad(answers)
@@ -83,6 +77,6 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 def collate_columns(columns: Mapping[str, Any]) -> dict[str, Tensor]:
     """`collate` for a batch that verl's own collate function has turned into object arrays by column."""
-    names = ("input_ids", "answer_ids", "document_id", "max_new_tokens")
+    names = ("prompt_ids", "answer_ids", "document_id", "max_new_tokens")
     values = zip(*(columns[name] for name in names), strict=True)
     return collate([dict(zip(names, row, strict=True)) for row in values])

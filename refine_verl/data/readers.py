@@ -51,7 +51,13 @@ def read_file(path: Path, name: str, text_key: str | None = None) -> Iterator[Re
             yield from _read_json_lines(path, name, text_key or "prompt")
         else:
             require_plain_text(name, text_key)
-            yield Record(name, 0, f"{name}, row 0", {"text": _read_text(path, name)})
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{name}, row 0 is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8 first."
+                ) from error
+            yield Record(name, 0, f"{name}, row 0", {"text": text})
     except PermissionError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}. Check its permissions.") from error
 
@@ -205,15 +211,6 @@ def _object_of_line(line: bytes, row: int, where: str, example: str) -> dict[str
             f'as {{"{example}": "..."}}; write the file as json lines.'
         )
     return record
-
-
-def _read_text(path: Path, name: str) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}, row 0 is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8 first."
-        ) from error
 
 
 def place(row: int, unit: str) -> str:

@@ -23,17 +23,11 @@ from refine_verl.data.windows import WindowPlan
 
 TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string()), ("row", pa.int64())])
 """Documents before they are tokens: the text, the file it came from, its 0-based row (line, for json lines)."""
+_NUMBER = datasets.Value("int64")
 TOKEN_FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.Sequence(datasets.Value("int32")),
-        "source": datasets.Value("string"),
-        "row": datasets.Value("int64"),
-        "length": datasets.Value("int64"),
-    }
+    input_ids=datasets.Sequence(datasets.Value("int32")), source=datasets.Value("string"), row=_NUMBER, length=_NUMBER
 )
-SEQUENCE_FEATURES = datasets.Features(
-    {**TOKEN_FEATURES, "window": datasets.Value("int64"), "document_id": datasets.Value("int64")}
-)
+SEQUENCE_FEATURES = datasets.Features(**TOKEN_FEATURES, window=_NUMBER, document_id=_NUMBER)
 _IN_BATCHES: dict[str, Any] = {
     "batched": True,
     "batch_size": BATCH_ROWS,

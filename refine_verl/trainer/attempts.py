@@ -54,10 +54,7 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
     Any other error ends the run: what is wrong with the configuration, the data, a reward or the disk would be wrong
     the next time, too.
 
-    Args:
-        config: resolved.
-        attempt: makes a trainer.
-        after: called when the processes of an attempt are gone, however it ended.
+    ``attempt`` makes a trainer; ``after`` is called when its processes are gone, however it ended.
 
     Raises:
         WorkerLost: once more than allowed.

@@ -60,13 +60,7 @@ class PromptTrainer(RefineTrainer):
         return dataclasses.replace(super()._worker_settings(), stop_tokens=self.stop_tokens)
 
     def prompts(self, columns: Columns, multiple: int = 1, step: int | None = None) -> TensorDict:
-        """The prompts of a batch as documents; dummies of weight 0 fill it up to ``multiple`` rows.
-
-        Args:
-            columns: the rows.
-            multiple: see `pad_batch`.
-            step: what random draws depend on; None: the step of the run.
-        """
+        """The prompts of a batch as documents; random draws depend on ``step`` (None: the step of the run)."""
         batch = collate_columns(columns)
         return self._message({name: batch[name] for name in _PROMPT}, multiple, step)
 

@@ -56,11 +56,7 @@ class TrainingDiverged(RunFailed):
 
 
 class RefineTrainer(CheckpointingTrainer):
-    """Mid-training with REFINE, or with the next-token loss alone (``refine.loss.rl_coef: 0``).
-
-    Args:
-        config: the resolved configuration.
-    """
+    """Mid-training with REFINE, or with the next-token loss alone (``refine.loss.rl_coef: 0``)."""
 
     def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
@@ -167,11 +163,7 @@ class RefineTrainer(CheckpointingTrainer):
 
     @contextmanager
     def _recorder(self, resume_step: int | None) -> Iterator[Record]:
-        """A function that records the metrics of the current step: in metrics.jsonl, loggers and the display.
-
-        Args:
-            resume_step: see :class:`MetricsWriter`.
-        """
+        """A function that records the metrics of the current step: in metrics.jsonl, loggers and the display."""
         trainer = self.config.trainer
         path = self.run_dir / "metrics.jsonl"
         writer = MetricsWriter(path, resume_step=resume_step)
@@ -229,7 +221,7 @@ class RefineTrainer(CheckpointingTrainer):
 
     def step(self, metrics: dict[str, float], timing_raw: dict[str, float]) -> int:
         """The paper's four steps on one batch of documents. Returns the number of document tokens."""
-        batch = self._next_batch()
+        batch = self._to_batch(self._next_columns())
         forward_tokens, _ = self.learn(batch, metrics, timing_raw)
         document_tokens = int(batch["lengths"].sum())
         metrics["perf/forward_tokens_per_token"] = forward_tokens / document_tokens
@@ -271,9 +263,6 @@ class RefineTrainer(CheckpointingTrainer):
 
     def _uses_rollouts(self) -> bool:
         return self.settings.uses_rollouts and self.global_steps > self.settings.warmup_steps
-
-    def _next_batch(self) -> TensorDict:
-        return self._to_batch(self._next_columns())
 
     def _next_columns(self) -> dict[str, Any]:
         """The rows of the next batch, column by column, as verl's collate function leaves them."""

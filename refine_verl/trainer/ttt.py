@@ -115,7 +115,7 @@ class TTTTrainer(PromptTrainer):
             if before is not None:
                 row["prediction_before"], row["scores_before"] = before[index]["prediction"], before[index]["scores"]
             self.answers.append(row)
-        return sum(map(len, columns["input_ids"]))
+        return sum(map(len, columns["prompt_ids"]))
 
     def _timed_answers(self, name: str, columns: Columns, timing: dict[str, float]) -> list[dict[str, Any]]:
         with marked_timer(name, timing):
@@ -144,13 +144,12 @@ class TTTTrainer(PromptTrainer):
                 points = [{**point, "reward": mean} for point, mean in zip(points, means, strict=True)]
             for curve, point in zip(curves, points, strict=True):
                 curve.append({"step": step, **point})
+        metrics["perf/forward_tokens_per_token"] = forward_tokens / (
+            sum(map(len, columns["prompt_ids"])) * self.settings.ttt.steps
+        )
         if self.settings.ttt.curve:
             for curve, point in zip(curves, self._losses(batch, timing), strict=True):
                 curve.append({"step": self.settings.ttt.steps, **point})
-        metrics["perf/forward_tokens_per_token"] = forward_tokens / (
-            sum(map(len, columns["input_ids"])) * self.settings.ttt.steps
-        )
-        if self.settings.ttt.curve:
             metrics["ttt/loss_before"] = sum(curve[0]["loss"] for curve in curves) / len(curves)
             metrics["ttt/loss_after"] = sum(curve[-1]["loss"] for curve in curves) / len(curves)
         return curves
@@ -171,7 +170,7 @@ def filled_mini_batches(columns: Columns, size: int, workers: int) -> tuple[list
     Returns:
         The row in each place, the shortest one in places that are left over, and weights float32, 0 for these.
     """
-    lengths = [len(tokens) for tokens in columns["input_ids"]]
+    lengths = [len(tokens) for tokens in columns["prompt_ids"]]
     dummy = lengths.index(min(lengths))
     width = -(-size // workers) * workers
     order: list[int] = []

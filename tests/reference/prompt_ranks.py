@@ -45,7 +45,7 @@ def tokenised(count: int, seed: int) -> list[dict[str, Any]]:
     """Bytes as tokens, as the tokenizer `bytes` makes them."""
     return [
         {
-            "input_ids": np.frombuffer(row["prompt"].encode(), dtype=np.uint8).astype(np.int64),
+            "prompt_ids": np.frombuffer(row["prompt"].encode(), dtype=np.uint8).astype(np.int64),
             "answer_ids": np.array([*row["answer"][0].encode(), 256]),
             "answers": row["answer"],
             "classes": [],
