@@ -214,7 +214,10 @@ def test_due_steps(make: Make) -> None:
 def test_a_used_up_data_loader_starts_again(make: Make) -> None:
     """Also right after a checkpoint written at the end of an epoch: its iterator is empty from the start."""
     trainer = make()
-    batch = lambda: trainer._to_batch(trainer._next_columns())  # noqa: E731
+
+    def batch() -> TensorDict:
+        return trainer._to_batch(trainer._next_columns())
+
     first = batch()
     assert torch.equal(batch()["tokens"], first["tokens"])
     trainer.train_dataloader_it = iter([])
