@@ -15,8 +15,6 @@ import yaml
 from refine_verl.config import Refusal
 from refine_verl.record.metrics import METRICS_FILE, merge_steps, read_metrics
 
-__all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "ReportError", "Run", "read_run"]
-
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 
 logger = logging.getLogger(__name__)
