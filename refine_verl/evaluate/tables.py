@@ -6,28 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from refine_verl.evaluate.rows import Row
-from refine_verl.evaluate.settings import GROUPS, OTHERS
+from refine_verl.evaluate.settings import GROUPS, LABELS, OTHERS, SHORT_COLUMNS
 
-LABELS = {
-    "niah_single_1": "S-NIAH",
-    "niah_multikey_1": "MK-NIAH",
-    "niah_multiquery": "MQ-NIAH",
-    "niah_multivalue": "MV-NIAH",
-    "ruler_squadqa": "SQuADQA",
-    "ruler_hotpotqa": "HotpotQA",
-    "narrativeqa": "NQ",
-    "qasper": "QR",
-    "multifieldqa_en": "MF",
-    "hotpotqa": "HP",
-    "2wikimqa": "2W",
-    "qmsum": "QM",
-    "multi_news": "MN",
-    "samsum": "SS",
-    "trec": "TC",
-    "triviaqa": "TQ",
-    "lcc": "LC",
-    "repobench-p": "RP",
-}
 TITLES = {
     "ruler_niah": "RULER NIAH (the paper's Table 3)",
     "ruler_qa": "RULER QA (Table 4)",
@@ -35,18 +15,6 @@ TITLES = {
     "short_context": "Short-context tasks (Table E.1)",
     "ntp": "Next-token prediction",
 }
-SHORT_COLUMNS = (
-    ("wikitext", "word_perplexity", "Wiki ppl"),
-    ("lambada_openai", "perplexity", "LMB ppl"),
-    ("fda", "contains", "FDA recall"),
-    ("swde", "contains", "SWDE recall"),
-    ("lambada_openai", "acc", "LMB acc"),
-    ("piqa", "acc", "PIQA acc"),
-    ("hellaswag", "acc_norm", "Hella acc_n"),
-    ("winogrande", "acc", "Wino acc"),
-    ("arc_easy", "acc", "ARC-e acc"),
-    ("arc_challenge", "acc_norm", "ARC-c acc_n"),
-)
 AVERAGED = ("LMB acc", "PIQA acc", "Hella acc_n", "Wino acc", "ARC-e acc", "ARC-c acc_n")
 """Columns of Table E.1 that its Avg is of (checked on the paper's own numbers)."""
 

@@ -128,9 +128,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub("\n", text.strip()).strip()
 
 
-Measure = Callable[[str, Sequence[str]], float]
-
-MEASURES: dict[str, Measure] = {
+MEASURES: dict[str, Callable[[str, Sequence[str]], float]] = {
     "substring_match": substring_match,
     "substring_fraction": substring_fraction,
     "token_f1": token_f1,
