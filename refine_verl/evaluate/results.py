@@ -93,8 +93,8 @@ class Results:
             )
         return known
 
-    def whole(self, name: str, asked: str) -> list[dict[str, Any]]:
-        """The records of a task that is asked as a whole; none where it is not finished.
+    def whole(self, name: str, asked: str) -> dict[str, dict[str, Any]]:
+        """The records of a task that is asked as a whole, by id; none where it is not finished.
 
         Raises:
             ConfigError: it was asked something else then.
@@ -105,7 +105,7 @@ class Results:
                 "out",
                 f"{self.directory} has results of {name} with another limit or other files. Give another directory.",
             )
-        return records
+        return {record["id"]: record for record in records}
 
     def save(self, name: str, records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
         """Append finished samples of a task, or write all of them at once."""
@@ -117,7 +117,7 @@ class Results:
         path = folder / f"{name}.jsonl"
         text = "".join(json.dumps(record) + "\n" for record in records)
         if replace:
-            write_atomically(path, text.encode())
+            write_atomically(path, text)
             return
         if path.exists() and not path.read_bytes().endswith(b"\n"):  # of a process that was killed
             whole = path.read_bytes()
@@ -140,11 +140,6 @@ class Results:
             raise ConfigError("out", f"{path} cannot be read ({error}); delete it.") from error
         again = set(names)
         return [row for row in rows if row.name not in again]
-
-    def order(self, name: str, identifiers: Sequence[str]) -> None:
-        """Put the samples of a task in this order, which is that of the data."""
-        records = {record["id"]: record for record in read_samples(self.directory, name, torn=True)}
-        self.save(name, [records[identifier] for identifier in identifiers], replace=True)
 
     def write(self, rows: Sequence[Row], tables: str) -> None:
         """Write `results.json` and `results.md`."""
@@ -213,4 +208,4 @@ def _differences(key: str, there: Any, now: Any) -> list[str]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

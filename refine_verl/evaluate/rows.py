@@ -79,9 +79,7 @@ def standard_error(kind: str, values: np.ndarray) -> float | None:
     return aggregate(kind, values) * float(rest.std(ddof=1) / math.sqrt(len(values)) / words.mean())
 
 
-def make_row(
-    unit: Unit, metric: str, kind: str, values: np.ndarray, settings: EvaluateSettings, asked: str | None = None
-) -> Row:
+def make_row(unit: Unit, metric: str, kind: str, values: np.ndarray, settings: EvaluateSettings) -> Row:
     """The scores of a unit's samples as a row of results.
 
     Args:
@@ -89,7 +87,6 @@ def make_row(
         kind: see `aggregate`.
         values: [N], or [N, 2], see `aggregate`.
         settings: of the run.
-        asked: sha256 of what was asked; None takes that of the unit's samples.
     """
     return Row(
         group=unit.group,
@@ -100,7 +97,7 @@ def make_row(
         stderr=standard_error(kind, values),
         samples=len(values),
         left_out=unit.left_out,
-        fingerprint=asked or unit.fingerprint,
+        fingerprint=unit.fingerprint,
         aggregate=kind,
         source=unit.source,
         settings=settings.selection(unit.group),
