@@ -61,8 +61,10 @@ def aggregate(kind: str, values: np.ndarray) -> float:
     if kind == "mean":
         return float(values.mean())
     if kind == "perplexity":
-        return _exp(-float(values.mean()))
-    return _exp(-float(values[:, 0].sum()) / float(values[:, 1].sum()))
+        exponent = -float(values.mean())
+    else:
+        exponent = -float(values[:, 0].sum()) / float(values[:, 1].sum())
+    return math.exp(exponent) if exponent < 700 else math.inf
 
 
 def standard_error(kind: str, values: np.ndarray) -> float | None:
@@ -70,10 +72,9 @@ def standard_error(kind: str, values: np.ndarray) -> float | None:
     method; for `weighted_perplexity` that of a ratio of means)."""
     if len(values) < 2:
         return None
-    if kind == "mean":
-        return float(values.std(ddof=1) / math.sqrt(len(values)))
-    if kind == "perplexity":
-        return aggregate(kind, values) * float(values.std(ddof=1) / math.sqrt(len(values)))
+    if kind != "weighted_perplexity":
+        error = float(values.std(ddof=1) / math.sqrt(len(values)))
+        return error if kind == "mean" else aggregate(kind, values) * error
     words = values[:, 1]
     rest = values[:, 0] - words * (values[:, 0].sum() / words.sum())
     return aggregate(kind, values) * float(rest.std(ddof=1) / math.sqrt(len(values)) / words.mean())
@@ -102,7 +103,3 @@ def make_row(unit: Unit, metric: str, kind: str, values: np.ndarray, settings: E
         source=unit.source,
         settings=settings.selection(unit.group),
     )
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -109,9 +109,6 @@ class EvaluateSettings(Settings):
         if len(set(self.lengths)) < len(self.lengths):
             raise ConfigError(f"{self.SECTION}.lengths", f"has a length twice: {self.lengths}.")
         object.__setattr__(self, "lengths", tuple(sorted(self.lengths)))
-        self._check_tasks()
-
-    def _check_tasks(self) -> None:
         known = dict.fromkeys(itertools.chain(GROUPS, *GROUPS.values(), *OTHERS.values()))
         for name in self.tasks:
             require_choice(f"{self.SECTION}.tasks", name, known, kind="task")
