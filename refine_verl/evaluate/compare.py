@@ -12,8 +12,7 @@ import numpy as np
 
 from refine_verl.config import ConfigError
 from refine_verl.evaluate.console import INSTALL
-from refine_verl.evaluate.results import RESULTS_FILE, read_results, read_samples
-from refine_verl.evaluate.rows import Row, aggregate
+from refine_verl.evaluate.results import RESULTS_FILE, Row, aggregate, read_results, read_samples
 from refine_verl.evaluate.settings import ADAPTS
 from refine_verl.evaluate.tables import Table, task_label
 
@@ -63,7 +62,7 @@ def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tu
     """Percentile interval of `aggregate(after) - aggregate(before)`, samples resampled in pairs; None for one sample.
 
     Args:
-        kind: see `rows.aggregate`.
+        kind: see `results.aggregate`.
         before, after: [N], or [N, 2], scores of the same samples in the same order.
     """
 

@@ -127,7 +127,7 @@ class RefineLM(TemplateLM):
             rows = order[start : start + self.batch_size]
             pairs = [self._fit(requests[row][1], requests[row][2]) for row in rows]
             for row, result in zip(rows, self.evaluated.likelihoods(pairs), strict=True):
-                found[row] = (result.log_prob, result.is_greedy)
+                found[row] = (result.log_prob, result.correct == result.tokens)
                 if requests[row][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[row][0], found[row])
         return [found[index] for index in range(len(requests))]

@@ -33,11 +33,6 @@ class Likelihood:
     correct: int
     tokens: int
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether greedy decoding would have written them."""
-        return self.correct == self.tokens
-
 
 class EvaluatedModel:
     """A model with its tokenizer, read once and asked many times.
@@ -173,9 +168,7 @@ class _Ends:
         return torch.tensor(self.ended, device=tokens.device)
 
     def _stops(self, row: int) -> bool:
-        if not self.stops:
-            return False
-        tail = self.model.decode(self.written[row][-self.reach :])
+        tail = self.model.decode(self.written[row][-self.reach :]) if self.stops else ""
         return any(stop in tail for stop in self.stops)
 
 

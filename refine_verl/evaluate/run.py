@@ -20,8 +20,7 @@ from refine_verl.evaluate import needles, short_context
 from refine_verl.evaluate.console import require_lm_eval
 from refine_verl.evaluate.files import check_data_dir, find_documents, find_longbench, find_ruler_qa, refuse_missing
 from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, ttt_settings
-from refine_verl.evaluate.results import Results, model_fingerprint
-from refine_verl.evaluate.rows import Row, make_row
+from refine_verl.evaluate.results import Results, Row, model_fingerprint
 from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_documents
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.evaluate.tables import Table, build_tables
@@ -146,9 +145,7 @@ def _run(
     metrics = ("ntp_accuracy", "ntp_loss") if unit.group == "ntp" else (main_metric(unit.task, settings.convention),)
     records = [done[sample.id] for sample in unit.samples]
     results.save(unit.name, records, replace=True)  # in the order of the data
-    return [
-        make_row(unit, metric, "mean", np.array([record[metric] for record in records]), settings) for metric in metrics
-    ]
+    return [unit.row(metric, "mean", np.array([record[metric] for record in records]), settings) for metric in metrics]
 
 
 def _ask(

@@ -15,6 +15,7 @@ from refine_verl.config import DataError, PromptSettings
 from refine_verl.data.prompts_read import read_prompts
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.sources import FileSource, iterate_documents, resolve_sources
+from refine_verl.evaluate.results import Row, aggregate, standard_error
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.prepare.longbench import TASKS as LONGBENCH_TASKS
 from refine_verl.scoring import main_metric
@@ -77,6 +78,23 @@ class Unit:
     def fingerprint(self) -> str:
         """sha256 of everything that is asked, in order."""
         return self.asked or hashlib.sha256("".join(sample.digest for sample in self.samples).encode()).hexdigest()
+
+    def row(self, metric: str, kind: str, values: np.ndarray, settings: EvaluateSettings) -> Row:
+        """The samples' scores as a row of results; kind and values ([N], or [N, 2]) as in `results.aggregate`."""
+        return Row(
+            group=self.group,
+            task=self.task,
+            length=self.length,
+            metric=metric,
+            value=aggregate(kind, values),
+            stderr=standard_error(kind, values),
+            samples=len(values),
+            left_out=self.left_out,
+            fingerprint=self.fingerprint,
+            aggregate=kind,
+            source=self.source,
+            settings=settings.selection(self.group),
+        )
 
 
 def read_answers(path: Path, unit: Unit, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> Unit:

@@ -17,8 +17,7 @@ import numpy as np
 
 from refine_verl.config import DataError
 from refine_verl.evaluate.model import EvaluatedModel
-from refine_verl.evaluate.results import Results
-from refine_verl.evaluate.rows import Row, make_row
+from refine_verl.evaluate.results import Results, Row
 from refine_verl.evaluate.samples import Unit
 from refine_verl.evaluate.settings import EvaluateSettings
 
@@ -33,7 +32,7 @@ class Task:
         dataset: hub id.
         config: configuration of it; None for the only one.
         split: the split that is scored.
-        metrics: name and how it is aggregated (`rows.aggregate`).
+        metrics: name and how it is aggregated (`results.aggregate`).
     """
 
     dataset: str
@@ -103,7 +102,7 @@ def run(
         records = [_record(sample, task, unit.asked) for sample in found["samples"][unit.task]]
         results.save(unit.name, records, replace=True)
     return [
-        make_row(unit, metric, kind, np.array([record[metric] for record in records]), settings)
+        unit.row(metric, kind, np.array([record[metric] for record in records]), settings)
         for metric, kind in task.metrics.items()
     ]
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
-from refine_verl.evaluate.rows import Row
+from refine_verl.evaluate.results import Row
 from refine_verl.evaluate.settings import GROUPS, LABELS, LONGBENCH, OTHERS, SHORT_COLUMNS
 
 TITLES = {
@@ -37,12 +37,7 @@ class Table:
 
 
 def build_tables(rows: Sequence[Row], label: str) -> list[Table]:
-    """One table per group that has results; a standard error in a row of its own below.
-
-    Args:
-        rows: the results of one run.
-        label: what the row of the model is called.
-    """
+    """One table per group that has results: a row called `label`, and its standard errors in a row below."""
     tables = []
     for group, title in TITLES.items():
         mine = [row for row in rows if row.group == group]
