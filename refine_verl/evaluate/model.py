@@ -22,6 +22,7 @@ from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.models import Documents, FastWeightActor, ModelError, inspect_model, load_model, make_actor
 from refine_verl.models.answers import end_tokens_of
 
+Rows = Sequence[Sequence[int]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -35,12 +36,9 @@ class Likelihood:
 
 
 class EvaluatedModel:
-    """A model with its tokenizer, read once and asked many times.
+    """A model on its device with its tokenizer, read once and asked many times.
 
-    Args:
-        actor: the model, on its device.
-        tokenizer: its tokenizer.
-        ttt: how to adapt to a prompt before what follows it is scored or written; `method="none"` does not.
+    With ``ttt`` it is adapted to each prompt before what follows it is scored or written; `method="none"` does not.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class EvaluatedModel:
 
     def write(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Rows,
         limits: Sequence[int],
         *,
         stops: Sequence[str] = (),
@@ -126,12 +124,7 @@ class EvaluatedModel:
         ]
 
     def _write(
-        self,
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-        stops: Sequence[str],
-        temperature: float,
-        draws: Tensor | None,
+        self, prompts: Rows, limits: Sequence[int], stops: Sequence[str], temperature: float, draws: Tensor | None
     ) -> list[list[int]]:
         answers = FastWeightActor.forward(
             self.actor,
@@ -146,7 +139,7 @@ class EvaluatedModel:
         rows = zip(answers.tokens[:, 0].tolist(), answers.lengths[:, 0].tolist(), strict=True)
         return [tokens[:length] for tokens, length in rows]
 
-    def _documents(self, rows: Sequence[Sequence[int]], learn_from: tuple[int, ...] | None = None) -> Documents:
+    def _documents(self, rows: Rows, learn_from: tuple[int, ...] | None = None) -> Documents:
         tokens = pad_sequence([torch.tensor(list(row), dtype=torch.int64) for row in rows], batch_first=True)
         return Documents(tokens.to(self.device), tuple(len(row) for row in rows), learn_from)
 

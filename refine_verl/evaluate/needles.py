@@ -78,9 +78,14 @@ def missing_files(settings: EvaluateSettings, tasks: list[str], tokenizer: PreTr
     hidden = sorted(task for task in unmade if KINDS[task]["type_haystack"] == "essay")
     missing = []
     with _generator(settings):  # also where nothing is hidden in essays: it refuses what is not installed
+        import nltk
+
         if hidden and not _essay_file(settings).exists():
             missing.append(_no_essays(settings, hidden))
-        if hidden and not _has_splitter():
+        try:
+            if hidden:
+                nltk.data.find("tokenizers/punkt_tab")
+        except LookupError:
             folder = _nltk_folder(settings)
             missing.append(
                 f"ruler_niah: NLTK's sentence splitter is missing: there is no {folder}/tokenizers/punkt_tab. Where "
@@ -199,17 +204,6 @@ def _essay_words(settings: EvaluateSettings) -> list[str]:
                 raise DataError(f"{record.where} has no text in a column text.")
             texts.append(record.columns["text"])
     return re.sub(r"\s+", " ", " ".join(texts)).split(" ")
-
-
-def _has_splitter() -> bool:
-    """Whether NLTK finds its sentence splitter, within `_generator`, which tells it where to look."""
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        return False
-    return True
 
 
 def _hash_file(path: Path) -> Path:

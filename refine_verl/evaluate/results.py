@@ -104,9 +104,6 @@ class Results:
         self.directory = Path(directory).expanduser()
         self.identity = json.loads(json.dumps(identity))
         self.recorded: dict[str, Any] | None = None
-        self._check()
-
-    def _check(self) -> None:
         run = self.directory / RUN_FILE
         if not self.directory.exists():
             return

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from refine_verl.adaptation import AdaptSettings
@@ -145,7 +144,7 @@ def _run(
     metrics = ("ntp_accuracy", "ntp_loss") if unit.group == "ntp" else (main_metric(unit.task, settings.convention),)
     records = [done[sample.id] for sample in unit.samples]
     results.save(unit.name, records, replace=True)  # in the order of the data
-    return [unit.row(metric, "mean", np.array([record[metric] for record in records]), settings) for metric in metrics]
+    return [unit.row(metric, "mean", records, settings) for metric in metrics]
 
 
 def _ask(

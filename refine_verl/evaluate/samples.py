@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -79,8 +80,9 @@ class Unit:
         """sha256 of everything that is asked, in order."""
         return self.asked or hashlib.sha256("".join(sample.digest for sample in self.samples).encode()).hexdigest()
 
-    def row(self, metric: str, kind: str, values: np.ndarray, settings: EvaluateSettings) -> Row:
-        """The samples' scores as a row of results; kind and values ([N], or [N, 2]) as in `results.aggregate`."""
+    def row(self, metric: str, kind: str, records: list[dict[str, Any]], settings: EvaluateSettings) -> Row:
+        """The scores in the samples' records as a row of results; ``kind`` as in `results.aggregate`."""
+        values = np.array([record[metric] for record in records])
         return Row(
             group=self.group,
             task=self.task,

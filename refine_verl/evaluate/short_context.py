@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import datasets
-import numpy as np
 
 from refine_verl.config import DataError
 from refine_verl.evaluate.model import EvaluatedModel
@@ -99,12 +98,17 @@ def run(
                 limit=settings.limit,
                 bootstrap_iters=0,
             )
-        records = [_record(sample, task, unit.asked) for sample in found["samples"][unit.task]]
+        records = [
+            {
+                "id": str(sample["doc_id"]),
+                "sample": unit.asked,
+                "responses": sample["filtered_resps"],
+                **{metric: sample[metric] for metric in task.metrics},
+            }
+            for sample in found["samples"][unit.task]
+        ]
         results.save(unit.name, records, replace=True)
-    return [
-        unit.row(metric, kind, np.array([record[metric] for record in records]), settings)
-        for metric, kind in task.metrics.items()
-    ]
+    return [unit.row(metric, kind, records, settings) for metric, kind in task.metrics.items()]
 
 
 @functools.cache
@@ -113,15 +117,6 @@ def _task_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def _record(sample: dict[str, Any], task: Task, asked: str) -> dict[str, Any]:
-    return {
-        "id": str(sample["doc_id"]),
-        "sample": asked,
-        "responses": sample["filtered_resps"],
-        **{metric: sample[metric] for metric in task.metrics},
-    }
 
 
 def _files(settings: EvaluateSettings, task: str) -> list[Path]:

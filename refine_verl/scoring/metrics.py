@@ -11,8 +11,7 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from rouge import Rouge
 
@@ -155,22 +154,15 @@ def _f1(prediction: list[str], reference: list[str]) -> float:
 
 
 def _rouge(prediction: str, reference: str) -> float:
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(_ROUGE_RECURSION, before))
     try:
-        with _recursion_limit(_ROUGE_RECURSION):
-            scores = Rouge(metrics=["rouge-l"]).get_scores([prediction], [reference])
+        scores = Rouge(metrics=["rouge-l"]).get_scores([prediction], [reference])
     except ValueError:  # its way to say that one of the two holds no word
         return 0.0
-    return float(scores[0]["rouge-l"]["f"])
-
-
-@contextmanager
-def _recursion_limit(limit: int) -> Iterator[None]:
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, before))
-    try:
-        yield
     finally:
         sys.setrecursionlimit(before)
+    return float(scores[0]["rouge-l"]["f"])
 
 
 def _classified(prediction: str, reference: str, classes: Sequence[str]) -> float:
