@@ -12,6 +12,7 @@ import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rouge import Rouge
 
@@ -21,58 +22,7 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 # The rouge package recurses once per word of a sentence pair; a degenerate answer is one sentence of 512 words.
 _ROUGE_RECURSION = 20_000
 
-TREC_CLASSES = (
-    "Abbreviation",
-    "Animal",
-    "City",
-    "Color",
-    "Country",
-    "Currency name",
-    "Date",
-    "Definition of something",
-    "Description of a person",
-    "Description of something",
-    "Disease and medicine",
-    "Distance, linear measure",
-    "Element and substance",
-    "Equivalent term",
-    "Event",
-    "Expression abbreviated",
-    "Food",
-    "Group or organization of person",
-    "Individual",
-    "Invention, book and other creative piece",
-    "Language",
-    "Lasting time of somethin",
-    "Letter like a-z",
-    "Manner of an action",
-    "Mountain",
-    "Musical instrument",
-    "Number of something",
-    "Order, rank",
-    "Organ of body",
-    "Other entity",
-    "Other location",
-    "Other number",
-    "Percent, fraction",
-    "Plant",
-    "Postcode or other code",
-    "Price",
-    "Product",
-    "Reason",
-    "Religion",
-    "Size, area and volume",
-    "Speed",
-    "Sport",
-    "State",
-    "Symbols and sign",
-    "Techniques and method",
-    "Temperature",
-    "Title of a person",
-    "Vehicle",
-    "Weight",
-    "Word with a special property",
-)
+TREC_CLASSES = tuple(Path(__file__).with_name("trec_classes.txt").read_text(encoding="utf-8").splitlines())
 """The 50 question types of LongBench's trec, spelt as in its data (one is cut off there)."""
 
 
