@@ -100,14 +100,9 @@ class Unit:
 
 
 def read_answers(path: Path, unit: Unit, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> Unit:
-    """The rows of a file as samples of a unit.
+    """The rows of a file as samples of a unit; prompts get the special tokens that go in front of a text.
 
-    Args:
-        path: a file with prompts and answers.
-        unit: its task and length.
-        settings: limit, convention, and the most tokens of a LongBench prompt with its longest reference; rows with
-            more are left out.
-        tokenizer: prompts get the special tokens it puts in front of a text.
+    Rows of LongBench are left out where prompt and longest reference have more tokens than the last of `lengths`.
 
     Raises:
         DataError: a row that cannot be used, or no rows.
