@@ -53,7 +53,7 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     }
     results = Results(settings.out, identity)
     units = [*plan.needles(), *units]
-    finished = {unit.name: _finished(unit, results, ttt) for unit in units}
+    finished = _finished(units, results, ttt)
     rows = results.earlier(finished)
     label = settings.model if settings.ttt == "none" else f"{settings.model} + {settings.ttt} at test time"
     tables: list[Table] = []
@@ -65,23 +65,28 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     return tables
 
 
-def _finished(unit: Unit, results: Results, ttt: AdaptSettings) -> dict[str, dict[str, Any]]:
-    """The answered samples of a unit by id; what could only be refused later is refused here.
+def _finished(units: Sequence[Unit], results: Results, ttt: AdaptSettings) -> dict[str, dict[str, dict[str, Any]]]:
+    """The answered samples of each unit by id; what could only be refused later is refused here.
 
     Raises:
         ConfigError: an answer to what is no longer asked.
         DataError: a prompt too short to adapt to.
     """
-    if unit.group == "short_context":
-        return results.whole(unit.name, unit.fingerprint)
-    for sample in unit.samples:
-        if len(sample.ids) < ttt.shortest_prompt:
-            raise DataError(
-                f"{unit.name}: the prompt of sample {sample.id} has {len(sample.ids)} tokens, and ttt={ttt.method} "
-                f"needs at least {ttt.shortest_prompt} (adapt.nsp.chunks, adapt.nsp.rollout_length). Lower these, or "
-                "leave the task out."
-            )
-    return results.finished(unit.name, {sample.id: sample.digest for sample in unit.samples})
+    found = {}
+    for unit in units:
+        if unit.group == "short_context":
+            found[unit.name] = results.whole(unit.name, unit.fingerprint)
+        for sample in unit.samples:
+            if len(sample.ids) < ttt.shortest_prompt:
+                raise DataError(
+                    f"{unit.name}: the prompt of sample {sample.id} has {len(sample.ids)} tokens, and ttt={ttt.method} "
+                    f"needs at least {ttt.shortest_prompt} (adapt.nsp.chunks, adapt.nsp.rollout_length). Lower these, "
+                    "or leave the task out."
+                )
+    for unit in units:
+        if unit.group != "short_context":
+            found[unit.name] = results.finished(unit.name, {sample.id: sample.digest for sample in unit.samples})
+    return found
 
 
 class _Plan:
