@@ -20,7 +20,7 @@ from refine_verl.models.packing import IGNORED, Documents, Packed
 from refine_verl.models.rollouts import Branches
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import Trace, read_segments, read_with_snapshots
-from refine_verl.nsp import align_entropy, sample_from_logits, select_positions
+from refine_verl.nsp import sample_from_logits
 
 
 @dataclass(frozen=True)
@@ -155,20 +155,6 @@ class Passes(nn.Module):
         loss: Tensor = self.apply_head(hidden, "cross_entropy", targets=targets)
         return loss
 
-    # Select
-
-    def select(self, entropy: Tensor, hidden: Tensor, tokens: Tensor, nsp: NSPSettings, uniforms: Tensor) -> Tensor:
-        """Positions [c] of one document, on the CPU.
-
-        Args:
-            entropy: [T], of the prediction made from each token.
-            hidden: [T, d].
-            tokens: [T].
-            nsp: how to select.
-            uniforms: [c], they decide.
-        """
-        return select_positions(align_entropy(entropy), nsp, uniforms, hidden=hidden, tokens=tokens)
-
     # Continue
 
     def write(
@@ -222,7 +208,7 @@ class Passes(nn.Module):
             targets = documents.next_tokens(documents.whole, documents.lengths)
             return Forks(torch.cat(parts), targets, last, trace.after(branches.positions))
         # in c+1 segments cut after the chosen positions, the state carried from one to the next
-        borders = [[0] * len(documents), *branches.cuts, list(documents.lengths)]
+        borders = [[0] * len(documents), *(branches.positions + 1).t().tolist(), list(documents.lengths)]
         segments = list(read_segments(self.segment, documents, borders))
         states = [part.state for part in segments if part.state is not None]
         picks = [(chunk, b) for b in range(len(documents)) for chunk in range(len(states))]

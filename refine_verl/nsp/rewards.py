@@ -75,11 +75,6 @@ def hybrid_reward(inputs: RewardInputs) -> Tensor:
     return cosine_reward(inputs) + binary_reward(inputs)
 
 
-def known_rewards() -> list[str]:
-    """Names of all registered rewards, sorted."""
-    return sorted(REWARDS.functions)
-
-
 def get_reward(name: str) -> RewardFunction:
     """The reward called `name`, or the one found at an import path.
 
@@ -92,18 +87,9 @@ def get_reward(name: str) -> RewardFunction:
         and floating.
 
     Raises:
-        ValueError: as `validate_reward_name`.
-    """
-    return _checked(REWARDS.find(name), name)
-
-
-def validate_reward_name(name: str) -> None:
-    """Check that `get_reward(name)` will work; imports the module of an import path.
-
-    Raises:
         ValueError: no such reward (with the nearest known name), module or function, or it cannot be called.
     """
-    REWARDS.find(name)
+    return _checked(REWARDS.find(name), name)
 
 
 def _checked(function: RewardFunction, name: str) -> RewardFunction:
