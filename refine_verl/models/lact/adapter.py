@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from refine_verl.models.lact.modeling import LaCTModel, LayerTrace
 from refine_verl.models.lact.scan import ScanPlan
-from refine_verl.models.lact.state import NOWHERE, LaCTState, LayerState, Rows, referenced
+from refine_verl.models.lact.state import NOWHERE, LaCTState, LayerState, Rows
 from refine_verl.models.lact.take import windows
 from refine_verl.models.packing import Documents, Packed
 from refine_verl.models.state import FastWeightState
@@ -77,15 +77,13 @@ class LaCTTrace:
                 (0, r, end - (stop - start)) for r, (end, (start, stop)) in enumerate(zip(seen, spans, strict=True))
             ]
         where = Rows(tuple(seen), tuple(fast), tuple(slots), tuple(seen), tuple(open_))
-        lots = referenced(where)[0]
-        where = where.renumber({b: i for i, b in enumerate(lots)}, {0: 0}, {0: 0})
         layers = tuple(
             LayerState(
-                tuple(layer.lots[b] for b in lots),
+                layer.lots,
                 () if self.window == 1 else ((windows(layer.k, spans), windows(layer.v, spans)),),
                 None,
                 (layer.tokens,),
             )
             for layer in self.layers
         )
-        return FastWeightState(LaCTState(where, layers))
+        return FastWeightState(LaCTState(where, layers).compact())

@@ -67,21 +67,18 @@ class LongPlan:
 
     Attributes:
         buffers: window buffers to read from, with the tail behind them and the new tokens behind that.
-        tail: whether there is a tail to read.
         queries: tokens -> those of starts, blocks and masked blocks.
         starts: (rows, tokens) of sequences that begin here, up to a window; ``start_keys`` leads to their keys.
         blocks: keys -> blocks; ``plain`` and ``masked`` name the three blocks each block of queries attends to.
         size: of a block.
         band: bool [size, 3 * size].
         holes: bool [masked, 1, size, 3 * size]: the band without what lies before a sequence.
-        back: outputs -> tokens.
         window: keys -> R * slots, the window after the pass; None if no state is kept.
         slots: P of it.
         packed: for flash-attn: keys, cumulative lengths of queries and keys, longest of each.
     """
 
     buffers: tuple[int, ...]
-    tail: bool
     queries: Take
     starts: tuple[int, int]
     start_keys: Take
@@ -91,7 +88,6 @@ class LongPlan:
     size: int
     band: Tensor
     holes: Tensor
-    back: Take
     window: Take | None
     slots: int
     packed: tuple[Take, Tensor, Tensor, int, int] | None
@@ -241,12 +237,9 @@ def _plan_long(
     )
     total = sum(lengths)
     relative = torch.where(flat < 0, flat, flat - layout.first)
-    back = torch.full((total,), -1)
-    back[relative[relative >= 0]] = torch.arange(len(flat))[relative >= 0]
     window, slots, where = layout.window(reach, keep, device)
     return LongPlan(
         buffers,
-        state.tail is not None,
         Take.of(relative, total, device),
         (len(starts), longest),
         Take.of(flat[: len(starts) * longest], layout.size, device),
@@ -255,7 +248,6 @@ def _plan_long(
         _triples(masked, device),
         size,
         *_masks(masked, size, reach, device),
-        Take.of(back, len(flat), device),
         window,
         slots,
         layout.packed(reach, device) if _flash_available(device) else None,
@@ -276,11 +268,8 @@ def _masks(masked: _Items, size: int, reach: int, device: torch.device) -> tuple
 
 def _triples(items: _Items, device: torch.device) -> Tensor:
     """Each block and the two before it, in order: [3 * blocks]."""
-    return (
-        (torch.tensor([block for block, _, _ in items], dtype=torch.int64)[:, None] + torch.tensor([-2, -1, 0]))
-        .flatten()
-        .to(device)
-    )
+    blocks = torch.tensor([block for block, _, _ in items], dtype=torch.int64, device=device)
+    return (blocks[:, None] + torch.arange(-2, 1, device=device)).flatten()
 
 
 class _Sources:

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from refine_verl.models.lact.configuration import LaCTConfig
 
@@ -51,15 +52,7 @@ class FastWeights(NamedTuple):
         if list(rows) == list(range(len(self.used[0]))):
             return self
         index = torch.tensor(list(rows), device=self.used[0].device)
-
-        def taken(matrices: Matrices) -> Matrices:
-            return _each(matrices, lambda w: w.index_select(0, index))
-
-        return FastWeights(
-            taken(self.used),
-            None if self.main is None else taken(self.main),
-            None if self.momentum is None else taken(self.momentum),
-        )
+        return FastWeights(*pytree.tree_map_only(Tensor, lambda w: w.index_select(0, index), tuple(self)))
 
     @staticmethod
     def join(parts: Sequence[FastWeights]) -> FastWeights:

@@ -29,9 +29,9 @@ from refine_verl.models.lact.fast_weights import (
     row_norms,
     state_dtype,
 )
-from refine_verl.models.lact.layout import Layout
 from refine_verl.models.lact.scan import Keep, ScanPlan, keep_fast, keep_open, plan_keep, plan_scan, scan
 from refine_verl.models.lact.state import LaCTCache, LaCTState, LayerState
+from refine_verl.models.lact.take import Layout
 
 BASE_RATE = 1e-3
 _QK_EPSILON = 1e-5
