@@ -238,6 +238,7 @@ def _plan_long(
     total = sum(lengths)
     relative = torch.where(flat < 0, flat, flat - layout.first)
     window, slots, where = layout.window(reach, keep, device)
+    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     return LongPlan(
         buffers,
         Take.of(relative, total, device),
@@ -250,7 +251,7 @@ def _plan_long(
         *_masks(masked, size, reach, device),
         window,
         slots,
-        layout.packed(reach, device) if _flash_available(device) else None,
+        layout.packed(reach, device) if flash else None,
     ), where
 
 
@@ -334,7 +335,3 @@ class _Sources:
             for sizes in (list(self.lengths), [len(part) for part in parts])
         ]
         return Take.of(torch.cat(parts), self.size, device), *borders, max(self.lengths), max(map(len, parts))  # type: ignore[return-value]
-
-
-def _flash_available(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None

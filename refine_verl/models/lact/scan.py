@@ -190,7 +190,7 @@ def scan(
         assert initial is not None
         lots.append(initial)
     pieces = None if plan.segments is None else _split(tokens, plan.segments)
-    change = updater(config)
+    change = updater(config.compile_fast_weights)
     queries = plan.reads(q)
     outputs, at = [], 0
     for write, reads in plan.steps:
