@@ -103,14 +103,11 @@ def _checked(function: RewardFunction, name: str) -> RewardFunction:
         if reward.shape != (count,):
             raise ValueError(f"{where} returned shape {list(reward.shape)}; expected [{count}], one number per rollout")
         reward = reward.detach() if reward.is_floating_point() else reward.float()
-        if not torch.isfinite(reward).all() and _finite(inputs):
+        # where the model's own numbers are not finite, the reward function is not to blame
+        hidden = (inputs.predicted_hidden, inputs.target_hidden)
+        if not torch.isfinite(reward).all() and all(torch.isfinite(part).all() for part in hidden):
             bad = int((~torch.isfinite(reward)).sum())
             raise ValueError(f"{where} returned NaN or infinity for {bad} of {count} rollouts")
         return reward
 
     return checked
-
-
-def _finite(inputs: RewardInputs) -> bool:
-    """Whether the model's own numbers are fine; if not, the reward function is not to blame."""
-    return all(bool(torch.isfinite(h).all()) for h in (inputs.predicted_hidden, inputs.target_hidden))

@@ -62,21 +62,16 @@ class LaCTTrace:
     def after(self, positions: Tensor) -> FastWeightState:
         """States after x_t for positions [N, c]: [N * c] rows, document by document."""
         starts = [sum(self.lengths[:b]) for b in range(len(self.lengths))]
-        seen, fast, open_, spans = [], [], [], []
+        rows, spans = [], []
         for b, row in enumerate(positions.tolist()):
             for t in row:
                 step = t // self.chunk
-                seen.append(t + 1)
-                fast.append(self.plan.history[step][b])
-                open_.append(((0, starts[b] + step * self.chunk, t + 1 - step * self.chunk),))
                 known = t + 1 if self.window is None else min(t + 1, self.window - 1)
+                slot = (NOWHERE, 0, 0) if self.window == 1 else (0, len(rows), t + 1 - known)
+                open_ = (0, starts[b] + step * self.chunk, t + 1 - step * self.chunk)
+                rows.append((t + 1, self.plan.history[step][b], slot, t + 1, (open_,)))
                 spans.append((starts[b] + t + 1 - known, starts[b] + t + 1))
-        slots = [(NOWHERE, 0, 0)] * len(seen)
-        if self.window != 1:
-            slots = [
-                (0, r, end - (stop - start)) for r, (end, (start, stop)) in enumerate(zip(seen, spans, strict=True))
-            ]
-        where = Rows(tuple(seen), tuple(fast), tuple(slots), tuple(seen), tuple(open_))
+        where = Rows(*zip(*rows, strict=True))
         layers = tuple(
             LayerState(
                 layer.lots,

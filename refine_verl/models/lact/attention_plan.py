@@ -147,9 +147,8 @@ def _plan_short(
     for buffer in sorted({b for b, _, _ in where.window}):
         mine = [r for r in range(rows) if where.window[r][0] == buffer and lengths[r]]
         if mine:
-            width = None if buffer == NOWHERE else state.window[buffer][0].shape[2]
-            total = 1 if buffer == NOWHERE else state.window[buffer][0].shape[0]
-            group, grid = _group(where, mine, buffer, total, width, position, sees_near, reach, device)
+            keys = None if buffer == NOWHERE else state.window[buffer][0]
+            group, grid = _group(where, mine, buffer, keys, position, sees_near, reach, device)
             groups.append(group)
             order.append(grid)
     flat = torch.cat(order)  # row of each place, -1 for none
@@ -169,8 +168,7 @@ def _group(
     where: Rows,
     mine: list[int],
     buffer: int,
-    total: int,
-    width: int | None,
+    keys: Tensor | None,
     position: Tensor,
     sees_near: Tensor,
     reach: int,
@@ -182,12 +180,12 @@ def _group(
     values = sorted(by_value)
     grid = pad_sequence([torch.tensor(by_value[u]) for u in values], batch_first=True, padding_value=-1)
     base = None
-    if width is not None:
+    if keys is not None:
         start = torch.tensor([s for _, _, s in where.window])
-        at = start[:, None, None] + torch.arange(width)
+        at = start[:, None, None] + torch.arange(keys.shape[2])
         sees = (at < torch.tensor(where.border)[:, None, None]) & (at > position[..., None] - reach)
         base = sees[grid].unsqueeze(1).to(device)
-    every = values == list(range(total))
+    every = values == list(range(1 if keys is None else len(keys)))
     return Group(
         buffer,
         None if every else torch.tensor(values, device=device),

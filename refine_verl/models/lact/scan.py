@@ -131,12 +131,9 @@ def _cut(seen: int, length: int, chunk: int) -> list[int]:
 
 def _content(where: Rows, row: int, j: int, chunk: int, numbers: range, parts: list[int]) -> Pieces:
     """The chunk that is full before step ``j``."""
-    open_ = where.open[row]
-    if j == 0:
-        content = open_
-    else:
-        before = open_ if j == 1 and where.seen[row] % chunk else ()
-        content = (*before, (NEW, numbers[j - 1], parts[j - 1]))
+    content = where.open[row] if j == 0 or (j == 1 and where.seen[row] % chunk) else ()
+    if j:
+        content = (*content, (NEW, numbers[j - 1], parts[j - 1]))
     assert sum(count for _, _, count in content) == chunk
     return content
 
