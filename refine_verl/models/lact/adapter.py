@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -62,7 +62,8 @@ class LaCTTrace:
     def after(self, positions: Tensor) -> FastWeightState:
         """States after x_t for positions [N, c]: [N * c] rows, document by document."""
         starts = [sum(self.lengths[:b]) for b in range(len(self.lengths))]
-        rows, spans = [], []
+        rows: list[tuple[Any, ...]] = []
+        spans = []
         for b, row in enumerate(positions.tolist()):
             for t in row:
                 step = t // self.chunk
