@@ -87,6 +87,7 @@ def write(
     lengths, done = torch.zeros_like(most), torch.zeros_like(most, dtype=torch.bool)
 
     def stop(token: Tensor) -> bool:
+        """Count one more token [N * n] of each answer that is not done; whether to stop."""
         nonlocal lengths, done
         lengths = lengths + ~done
         done = done | (ends(token) if ends else torch.isin(token, stops)) | (lengths >= most)
