@@ -140,7 +140,7 @@ def causal_conv1d(
     final = final.transpose(1, 2).contiguous()
     if (recorder := active_recorder()) is not None:
         sizes = torch.tensor(lengths) + width
-        recorder.add(final, ConvHistory(kept=kept, start=sizes.cumsum(0) - sizes, width=width).at)
+        recorder.add(final, ConvHistory(kept=kept, start=sizes.cumsum(0) - sizes, width=width))
     return y, final
 
 

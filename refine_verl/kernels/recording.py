@@ -8,18 +8,22 @@ belongs to: whatever a model's layers do with that tensor, it is the one in thei
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from refine_verl.kernels.chunking import ChunkPlan
 
-History = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""The states one kernel call went through: that of sequence ``sequences[r]`` (int64 ``[R]``) after its token
-``positions[r]``, ``[R, ...]``."""
+
+class History(Protocol):
+    """The states one kernel call went through."""
+
+    def at(self, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """State of sequence ``sequences[r]`` (int64 ``[R]``) after its token ``positions[r]``: ``[R, ...]``."""
+        ...
 
 
 class RowGradients:
@@ -141,6 +145,16 @@ class ConvHistory:
         return self.kept.take("inputs", rows.flatten()).view(*rows.shape, -1).transpose(1, 2).contiguous()
 
 
+@dataclass(frozen=True)
+class _Transposed:
+    """A history whose states are kept with their last two dimensions swapped."""
+
+    history: History
+
+    def at(self, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.history.at(sequences, positions).transpose(-1, -2).contiguous()
+
+
 class Recorder:
     """Histories of the kernel calls of one pass; see `record_states`."""
 
@@ -154,20 +168,19 @@ class Recorder:
 
     def add_transposed(self, transposed: torch.Tensor, final: torch.Tensor) -> None:
         """Remember that ``transposed`` is ``final`` with its last two dimensions swapped."""
-        history = self._histories[id(final)][1]
-        self.add(transposed, lambda *places: history(*places).transpose(-1, -2).contiguous())
+        self.add(transposed, _Transposed(self._histories[id(final)][1]))
 
     def covers(self, final: torch.Tensor) -> bool:
         """Whether ``final`` came out of a recorded call."""
         return id(final) in self._histories
 
     def at(self, final: torch.Tensor, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """States on the way to ``final``; see `History`.
+        """States on the way to ``final``; see `History.at`.
 
         Raises:
             KeyError: ``final`` did not come out of a recorded call.
         """
-        return self._histories[id(final)][1](sequences, positions)
+        return self._histories[id(final)][1].at(sequences, positions)
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("refine_verl_recorder", default=None)

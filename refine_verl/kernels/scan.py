@@ -474,5 +474,5 @@ def delta_scan(
     if final is not None and plan.inverse is not None:
         final = final.index_select(0, plan.inverse)
     if recorder is not None and final is not None:
-        recorder.add(final, ScanHistory(plan, v.shape[2], kept).at)
+        recorder.add(final, ScanHistory(plan, v.shape[2], kept))
     return out, final

@@ -21,7 +21,6 @@ from refine_verl.models.packing import Documents
 from refine_verl.models.passes import Passes
 from refine_verl.models.rollouts import Branches, RolloutBatch, RolloutDraws
 from refine_verl.models.state import FastWeightState
-from refine_verl.nsp import align_entropy, select_positions
 
 # Replaying from the nearest snapshot then costs at most c * T / (8 c) = T / 8 tokens for all positions together.
 SNAPSHOTS_PER_CHUNK = 8
@@ -130,10 +129,7 @@ class FastWeightActor(Passes):
         entropy = list(self.apply_head(torch.cat(hidden), "entropy").split(documents.lengths))
         rows = range(len(documents))
         tokens = [documents.tokens[b, :length] for b, length in enumerate(documents.lengths)]
-        chosen = [
-            select_positions(align_entropy(entropy[b]), nsp, uniforms[b], hidden=hidden[b], tokens=tokens[b])
-            for b in rows
-        ]
+        chosen = [self.select(entropy[b], hidden[b], tokens[b], nsp, uniforms[b]) for b in rows]
         positions = torch.stack(chosen).to(documents.tokens.device)
         places = positions[..., None] + torch.arange(1, nsp.rollout_length + 1, device=positions.device)
         fields = {

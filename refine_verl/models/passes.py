@@ -20,7 +20,7 @@ from refine_verl.models.packing import IGNORED, Documents, Packed
 from refine_verl.models.rollouts import Branches
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import Trace, read_segments, read_with_snapshots
-from refine_verl.nsp import sample_from_logits
+from refine_verl.nsp import align_entropy, sample_from_logits, select_positions
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,20 @@ class Passes(nn.Module):
             hidden, targets = hidden[targets != IGNORED], targets[targets != IGNORED]
         loss: Tensor = self.apply_head(hidden, "cross_entropy", targets=targets)
         return loss
+
+    # Select
+
+    def select(self, entropy: Tensor, hidden: Tensor, tokens: Tensor, nsp: NSPSettings, uniforms: Tensor) -> Tensor:
+        """Positions [c] of one document, on the CPU.
+
+        Args:
+            entropy: [T], of the prediction made from each token.
+            hidden: [T, d].
+            tokens: [T].
+            nsp: how to select.
+            uniforms: [c], they decide.
+        """
+        return select_positions(align_entropy(entropy), nsp, uniforms, hidden=hidden, tokens=tokens)
 
     # Continue
 
