@@ -54,7 +54,7 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
     "engine": (
         RefineEngine,
         FSDPEngine,
-        {"_build_module", "forward_backward_batch", "forward_step", "lr_scheduler_step"},
+        {"_build_module", "forward_backward_batch", "forward_step", "lr_scheduler_step", "load_checkpoint"},
     ),
     "posttrain": (PosttrainTrainer, PPOTrainer, {"step", "_validate"}),
     "prompts": (PromptTrainer, PPOTrainer, {"fit"}),
