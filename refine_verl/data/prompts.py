@@ -129,6 +129,8 @@ def document_id(name: str, occurrence: int = 0) -> int:
 
 def _cache_key(settings: PromptSettings, sources: Sequence[DocumentSource], tokenizer: PreTrainedTokenizerBase) -> str:
     left_out = {"train_files", "val_files", "cache_dir", "num_workers", "progress"}
+    if not settings.apply_chat_template_kwargs:  # what was prepared before there was this key keeps its name
+        left_out.add("apply_chat_template_kwargs")
     values = {key: value for key, value in dataclasses.asdict(settings).items() if key not in left_out}
     template = getattr(tokenizer, "chat_template", None) if settings.chat_template else None
     fingerprints = [source.fingerprint() for source in sources]
