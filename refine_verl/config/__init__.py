@@ -5,7 +5,7 @@ Loads no torch, ray, verl or transformers. `options` is what sections are made o
 """
 
 from refine_verl.config.data import DataSettings, FileSettings, PromptSettings, split_key
-from refine_verl.config.options import Settings, did_you_mean, nearest, option, require_choice
+from refine_verl.config.options import Settings, did_you_mean, nearest, option, require_choice, require_names
 from refine_verl.config.refusals import ConfigError, DataError, ModelError, Refusal, RunFailed
 from refine_verl.config.sections import (
     ACTIVATION_CHECKPOINTING,

@@ -111,7 +111,7 @@ def _nested(key: str, value: Any, hint: Any) -> Any:
 def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str:
-        return _names(key, value)
+        return require_names(key, value)
     if value is None:
         if types.NoneType in allowed:
             return None
@@ -127,7 +127,7 @@ def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> An
         raise ConfigError(key, f"must be {_type_name(allowed)}, got {value!r}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, f"must be a finite number, got {value}.")
-    if value == "" and not metadata.get("empty", True):
+    if isinstance(value, str) and not value.strip() and not metadata.get("empty", True):
         raise ConfigError(key, "is empty. Give a name, or leave it out.")
     if metadata.get("choices"):
         require_choice(key, value, metadata["choices"])
@@ -138,8 +138,12 @@ def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> An
     return value
 
 
-def _names(key: str, value: Any) -> tuple[str, ...]:
-    """One name or several (None: none) as a tuple."""
+def require_names(key: str, value: Any) -> tuple[str, ...]:
+    """One name or several (None: none) as a tuple.
+
+    Raises:
+        ConfigError: something in it is no name.
+    """
     names = () if value is None else (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
     for name in names:
         if not isinstance(name, str) or not name.strip():

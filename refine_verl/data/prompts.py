@@ -81,6 +81,8 @@ def prepare_prompts(
     require_room("data.max_prompt_length", settings.max_prompt_length, "prompts", minimum_prompt_length, reason)
     sources = split_sources(settings, split)
     left_out = {"train_files", "val_files", "cache_dir", "num_workers", "progress"}
+    if not settings.apply_chat_template_kwargs:  # what was prepared before there was this key keeps its name
+        left_out.add("apply_chat_template_kwargs")
     values = {field: value for field, value in dataclasses.asdict(settings).items() if field not in left_out}
     template = getattr(tokenizer, "chat_template", None) if settings.chat_template else None
     fingerprints = [source.fingerprint() for source in sources]

@@ -153,6 +153,9 @@ def check_column(schema: pa.Schema, text_key: str, name: str) -> None:
 
 def _read_parquet(path: Path, name: str, text_key: str | None) -> Iterator[Record]:
     with reading(name, "parquet file"), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        names = file.schema_arrow.names
+        if twice := [column for column in names if names.count(column) > 1]:
+            raise DataError(f"{name} has {len(twice)} columns of the name {twice[0]!r}. Rename them, or keep one.")
         if text_key is not None:
             check_column(file.schema_arrow, text_key, name)
         columns = None if text_key is None else [text_key]
