@@ -56,18 +56,6 @@ BY_KIND: dict[str, tuple[str, ...]] = {
         "main: reads documents.jsonl.gz",
         "main: reads a folder of a linked folder",
     ),
-    "checkpoints whose code would be run": (
-        "main: resumes with actor/model_world_size_1_rank_0.pt crafted",
-        "main: resumes with actor/optim_world_size_1_rank_0.pt crafted",
-        "main: resumes with actor/extra_state_world_size_1_rank_0.pt crafted",
-        "main: resumes with data.pt crafted",
-    ),
-    "checkpoints that end in a traceback, or are taken": (
-        "main: resumes with manifest of no files",
-        "main: resumes with notes a list",
-        "main: resumes with notes null",
-        "main: resumes with model a list",
-    ),
 }
 
 KNOWN = {case: kind for kind, cases in BY_KIND.items() for case in cases}
