@@ -104,13 +104,9 @@ def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarra
 
 
 def cut_prompt(ids: np.ndarray, added: int, limit: int, policy: str) -> np.ndarray:
-    """A prompt of at most `limit` tokens; the `added` special tokens in front stay.
+    """A prompt, int [T], of at most `limit` tokens; the `added` special tokens in front, fewer than `limit`, stay.
 
-    Args:
-        ids: int [T].
-        added: tokens in front that the tokenizer added.
-        limit: most tokens, larger than `added`.
-        policy: `left` drops the beginning, `right` the end, `middle` what lies between two equal parts.
+    The policy `left` drops the beginning, `right` the end, `middle` what lies between two equal parts.
     """
     if len(ids) <= limit:
         return ids

@@ -34,27 +34,23 @@ def check_versions() -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         yield Finding("packages", FAIL, "refine_verl is not installed in this Python", "pip install -e .")
         return
-    good = 0
-    for requirement in wanted:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        finding = _version(requirement)
-        if finding is None:
-            good += 1
-        else:
-            yield finding
-    yield Finding("packages", OK, f"{good} dependencies within their bounds")
+    here = [needed for needed in wanted if needed.marker is None or needed.marker.evaluate({"extra": ""})]
+    bad = [finding for requirement in here if (finding := _version(requirement))]
+    yield from bad
+    yield Finding("packages", OK, f"{len(here) - len(bad)} dependencies within their bounds")
 
 
 def _version(requirement: Requirement) -> Finding | None:
-    install = f'pip install "{requirement.name}{requirement.specifier}"'
     try:
         found = importlib.metadata.version(requirement.name)
+        if requirement.specifier.contains(found, prereleases=True):
+            return None
+        seen = f"{found}, needed: {requirement.specifier}"
     except importlib.metadata.PackageNotFoundError:
-        return Finding(f"package {requirement.name}", FAIL, "not installed", install)
-    if requirement.specifier.contains(found, prereleases=True):
-        return None
-    return Finding(f"package {requirement.name}", FAIL, f"{found}, needed: {requirement.specifier}", install)
+        seen = "not installed"
+    return Finding(
+        f"package {requirement.name}", FAIL, seen, f'pip install "{requirement.name}{requirement.specifier}"'
+    )
 
 
 def check_imports() -> Iterator[Finding]:

@@ -18,6 +18,10 @@ LENGTHS = (150, 3)
 LIMITS = {"cpu": 1e-4, "cuda": 3e-2}
 """Largest relative error (norm of the difference over norm): float32 on the CPU, bf16 inputs on a GPU."""
 BATCH, HEADS, WIDTH = 2, 2, 32
+FIX = (
+    'pip install --force-reinstall "flash-linear-attention>=0.6,<0.7" and a Triton that belongs to this torch. Do not '
+    "train with wrong gradients: the loss goes down anyway, only not as far."
+)
 
 Inputs = dict[str, Tensor]
 Rule = Callable[[Inputs], tuple[Tensor, Tensor]]
@@ -52,25 +56,18 @@ def sequential_convolution(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def check_kernels() -> Iterator[Finding]:
-    """One finding per kernel; the fix names what is known to be wrong where."""
+    """One finding per kernel."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, kernel, reference, make in _cases():
         try:
             error, where = largest_error(kernel, reference, make, device)
         except Exception as problem:  # a kernel that does not compile raises what its compiler raises
             detail = f"{type(problem).__name__}: {str(problem)[:200]}"
-            yield Finding(f"kernel {name}", FAIL, detail, _fix())
+            yield Finding(f"kernel {name}", FAIL, detail, FIX)
             continue
         seen = f"largest relative error {error:.1e} ({where}) on {device}, limit {LIMITS[device]:.0e}"
         good = error <= LIMITS[device]  # a NaN is not
-        yield Finding(f"kernel {name}", OK if good else FAIL, seen, "" if good else _fix())
-
-
-def _fix() -> str:
-    return (
-        'pip install --force-reinstall "flash-linear-attention>=0.6,<0.7" and a Triton that belongs to this torch. Do '
-        "not train with wrong gradients: the loss goes down anyway, only not as far."
-    )
+        yield Finding(f"kernel {name}", OK if good else FAIL, seen, "" if good else FIX)
 
 
 def largest_error(kernel: Rule, reference: Rule, make: Callable[[int], Inputs], device: str) -> tuple[float, str]:
@@ -109,11 +106,8 @@ def _random(shape: tuple[int, ...], seed: int) -> Tensor:
 def _delta_inputs(length: int, gated: bool = False) -> Inputs:
     shape = (BATCH, length, HEADS, WIDTH)
     inputs = {name: _random(shape, seed) for seed, name in enumerate(("q", "k", "v"))}
-    inputs["beta"] = _random(shape[:3], 3).sigmoid()
-    inputs["state"] = _random((BATCH, HEADS, WIDTH, WIDTH), 4)
-    if gated:
-        inputs["g"] = -_random(shape[:3], 5).exp() * 0.1
-    return inputs
+    inputs |= {"beta": _random(shape[:3], 3).sigmoid(), "state": _random((BATCH, HEADS, WIDTH, WIDTH), 4)}
+    return inputs | {"g": -_random(shape[:3], 5).exp() * 0.1} if gated else inputs
 
 
 def _convolution_inputs(length: int) -> Inputs:

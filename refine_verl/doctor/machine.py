@@ -30,40 +30,30 @@ def check_gpu() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        yield from _no_gpu(torch.version.cuda)
+        yield _no_gpu(torch.version.cuda)
         return
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        name = f"GPU {index}"
-        capability = (properties.major, properties.minor)
-        seen = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, compute capability {capability[0]}."
-        seen += f"{capability[1]}, CUDA {torch.version.cuda}"
-        if capability < CAPABILITY_NEEDED:
+        gpu = torch.cuda.get_device_properties(index)
+        name, memory, capability = f"GPU {index}", f"{gpu.total_memory / GIB:.0f} GiB", f"{gpu.major}.{gpu.minor}"
+        seen = f"{gpu.name}, {memory}, compute capability {capability}, CUDA {torch.version.cuda}"
+        if (gpu.major, gpu.minor) < CAPABILITY_NEEDED:
             yield Finding(name, FAIL, f"{seen}: no bf16", "use Ampere or later, or the CPU: CUDA_VISIBLE_DEVICES=")
-        elif properties.total_memory < GPU_MEMORY_WANTED:
-            yield Finding(
-                name, WARN, seen, "enough for small models only; python -m refine_verl.plan says what a run needs"
-            )
+        elif gpu.total_memory < GPU_MEMORY_WANTED:
+            fix = "enough for small models only; python -m refine_verl.plan says what a run needs"
+            yield Finding(name, WARN, seen, fix)
         else:
             yield Finding(name, OK, seen)
 
 
-def _no_gpu(cuda: str | None) -> Iterator[Finding]:
-    driver = shutil.which("nvidia-smi")
-    if driver and cuda is None:
-        yield Finding(
-            "GPU", FAIL, "there is a driver (nvidia-smi), but torch is a CPU build", "install a CUDA build of torch"
-        )
-    elif driver:
-        yield Finding(
-            "GPU",
-            FAIL,
-            f"there is a driver, but torch (CUDA {cuda}) sees no GPU",
-            "run nvidia-smi: is the driver recent enough for this CUDA, is CUDA_VISIBLE_DEVICES empty, was the "
-            "container started with --gpus?",
-        )
-    else:
-        yield Finding("GPU", OK, "none: models run on the CPU kernels")
+def _no_gpu(cuda: str | None) -> Finding:
+    if not shutil.which("nvidia-smi"):
+        return Finding("GPU", OK, "none: models run on the CPU kernels")
+    if cuda is None:
+        seen = "there is a driver (nvidia-smi), but torch is a CPU build"
+        return Finding("GPU", FAIL, seen, "install a CUDA build of torch")
+    fix = "run nvidia-smi: is the driver recent enough for this CUDA, is CUDA_VISIBLE_DEVICES empty, was the container "
+    fix += "started with --gpus?"
+    return Finding("GPU", FAIL, f"there is a driver, but torch (CUDA {cuda}) sees no GPU", fix)
 
 
 def check_shared_memory() -> Iterator[Finding]:
@@ -83,9 +73,7 @@ def check_shared_memory() -> Iterator[Finding]:
 def check_disk() -> Iterator[Finding]:
     """Room for checkpoints (here) and for tokenised documents (the cache directory)."""
     for name, path in (("disk, working directory", Path.cwd()), ("disk, data.cache_dir", default_cache_dir())):
-        place = path
-        while not place.exists():
-            place = place.parent
+        place = next(place for place in (path, *path.parents) if place.exists())
         free = shutil.disk_usage(place).free
         seen = f"{free / GIB:.1f} GiB free at {path}"
         fix = "free some, or set trainer.default_local_dir and data.cache_dir to another disk"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,6 @@ from refine_verl.nsp import (
     group_zero_std_share,
     smooth_token_entropy,
 )
-
-__all__ = ["SHOWN_REWARDS", "Inspection", "Position", "Rollout", "analyse"]
 
 SHOWN_REWARDS = ("cosine", "binary", "hybrid")
 _STEP, _DOCUMENT = 0, 0  # no training step and no data set: draws depend on the seed alone
@@ -55,6 +54,10 @@ class Position:
     index: int
     target: list[int]
     rollouts: list[Rollout]
+
+    def right(self, rollout: Rollout) -> list[bool]:
+        """Which of the rollout's tokens are the text's own."""
+        return [token == target for token, target in zip(rollout.tokens, self.target, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,11 @@ def analyse(actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: i
     aligned = align_entropy(entropy.double().cpu())
     smoothed = smooth_token_entropy(aligned, nsp.pooling_window)
     positions, zero_std = _positions(batch, nsp)
-    nothing = float("nan")
     return Inspection(
         tokens=list(tokens),
-        entropy=[nothing, *aligned[1:].tolist()],
-        smoothed=[nothing, *smoothed[1:].tolist()],
-        surprise=[nothing, *loss[:-1].tolist()],
+        entropy=[math.nan, *aligned[1:].tolist()],
+        smoothed=[math.nan, *smoothed[1:].tolist()],
+        surprise=[math.nan, *loss[:-1].tolist()],
         correct=[False, *correct[:-1].tolist()],
         chunks=chunk_bounds(len(tokens) - nsp.rollout_length, nsp.chunks),
         chance=_chances(smoothed.numpy(), nsp),

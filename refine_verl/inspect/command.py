@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
@@ -15,8 +13,6 @@ from refine_verl.inspect.source import check_out, load_actor, read_inputs
 from refine_verl.inspect.terminal import show
 from refine_verl.inspect.view import View
 from refine_verl.report.page import write_page
-
-__all__ = ["inspect_text", "run"]
 
 
 def inspect_text(settings: InspectSettings) -> View:
@@ -38,11 +34,8 @@ def inspect_text(settings: InspectSettings) -> View:
     )
 
 
-def run(settings: InspectSettings, console: Console) -> Path | None:
+def run(settings: InspectSettings, console: Console) -> None:
     """Show the inspection, and write the page where one is asked for.
-
-    Returns:
-        The page's path.
 
     Raises:
         ConfigError, DataError, ModelError: see `inspect_text`.
@@ -52,8 +45,6 @@ def run(settings: InspectSettings, console: Console) -> Path | None:
     transformers_logging.disable_progress_bar()  # of weights that are read in a moment
     view = inspect_text(settings)
     show(view, console)
-    if out is None:
-        return None
-    size = write_page(out, render(view)).stat().st_size
-    console.print(f"\n{out} ({size / 1e6:.2f} MB)", markup=False, highlight=False, soft_wrap=True)
-    return out
+    if out is not None:
+        size = write_page(out, render(view)).stat().st_size
+        console.print(f"\n{out} ({size / 1e6:.2f} MB)", markup=False, highlight=False, soft_wrap=True)

@@ -12,8 +12,6 @@ from refine_verl.report.axes import BOTTOM, TOP, Frame, number, padded
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.series import Point, buckets, moving_average
 
-__all__ = ["averaged_tokens", "render_curve"]
-
 WIDTH, HEIGHT = 1090, 250
 MAX_POINTS = 900
 AVERAGES = 150  # the bold curve of a long text averages over its length divided by this
@@ -31,11 +29,12 @@ def render_curve(inspection: Inspection) -> Markup:
         width=WIDTH,
         height=HEIGHT,
     )
+    borders = [number(frame.x(start - 0.5)) for start, _ in inspection.chunks[1:]]
     return el(
         "svg",
         el("title", "Entropy in nats by token, with chunk borders and chosen positions"),
         frame.grid(x_label="token", y_ticks=5),
-        *(_border(start, frame) for start, _ in inspection.chunks[1:]),
+        *(el("path", class_="border", d=f"M{x} {TOP}V{HEIGHT - BOTTOM}") for x in borders),
         *_curves(inspection, frame),
         *_columns(inspection, frame),
         el("g", *_pins(inspection, frame), class_="pins"),
@@ -45,10 +44,6 @@ def render_curve(inspection: Inspection) -> Markup:
     )
 
 
-def _border(start: int, frame: Frame) -> Markup:
-    return el("path", class_="border", d=f"M{number(frame.x(start - 0.5))} {TOP}V{HEIGHT - BOTTOM}")
-
-
 def averaged_tokens(count: int) -> int:
     """Tokens that the bold curve averages over; 0 where a text is short enough to see every token."""
     return 2 * (count // (2 * AVERAGES)) + 1 if count > MAX_POINTS else 0
@@ -56,12 +51,9 @@ def averaged_tokens(count: int) -> int:
 
 def _curves(inspection: Inspection, frame: Frame) -> list[Markup | None]:
     """Entropy faint and smoothed bold; of a long text smoothed faint and an average of many tokens bold."""
-    window = averaged_tokens(len(inspection.tokens))
-    if not window:
-        faint, bold = _points(inspection.entropy), _points(inspection.smoothed)
-    else:
-        faint = _points(inspection.smoothed)
-        bold = moving_average(faint, window)
+    faint, bold = _points(inspection.entropy), _points(inspection.smoothed)
+    if window := averaged_tokens(len(inspection.tokens)):
+        faint, bold = bold, moving_average(bold, window)
     return [frame.curve(faint, "line raw c2", MAX_POINTS), frame.curve(bold, "line c2", MAX_POINTS)]
 
 
@@ -73,12 +65,10 @@ def _columns(inspection: Inspection, frame: Frame) -> list[Markup]:
     """Invisible columns that show the numbers of their tokens."""
     drawn = []
     for first, stop in buckets(len(inspection.tokens), MAX_COLUMNS):
-        values = finite(inspection.smoothed[first:stop])
-        if not values:
-            continue
-        name = f"token {first}" if stop - first == 1 else f"tokens {first}–{stop - 1}"
-        text = f"{name}\nsmoothed entropy: {format_number(sum(values) / len(values))}"
-        drawn.append(frame.hover(text, first - 0.5, stop - 0.5))
+        if values := finite(inspection.smoothed[first:stop]):
+            name = f"token {first}" if stop - first == 1 else f"tokens {first}–{stop - 1}"
+            text = f"{name}\nsmoothed entropy: {format_number(sum(values) / len(values))}"
+            drawn.append(frame.hover(text, first - 0.5, stop - 0.5))
     return drawn
 
 

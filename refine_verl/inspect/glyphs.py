@@ -19,8 +19,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-__all__ = ["Glyph", "Kind", "TokenBytes", "glyphs", "plain", "token_bytes"]
-
 TokenBytes = Callable[[int], bytes]
 """Token id -> the bytes it stands for."""
 
@@ -29,15 +27,18 @@ _META_SPACE = "\u2581"
 
 
 class Kind(Enum):
-    """How a piece is drawn."""
+    """How a piece is drawn; its class on the page."""
 
     TEXT = "text"
     SPACE = "space"
     TAB = "tab"
-    NEWLINE = "newline"
+    NEWLINE = "nl"
     SIGN = "sign"  # a sign that stands for a character without ink
     BYTE = "byte"  # a byte that belongs to no character
     REST = "rest"  # holds only later bytes of a character that an earlier token shows
+
+
+_BLANKS = {" ": Kind.SPACE, "\n": Kind.NEWLINE, "\t": Kind.TAB}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
     special = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     as_byte = {character: byte for byte, character in bytes_to_unicode().items()}
-    byte_level = "ByteLevel" in _decoders(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = backend is not None and "ByteLevel" in _types(json.loads(backend.to_str()).get("decoder"))
 
     def convert(token_id: int) -> bytes:
         token = tokenizer.convert_ids_to_tokens(token_id)
@@ -68,11 +70,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
         return str(token).replace(_META_SPACE, " ").encode("utf-8", "replace")
 
     return convert
-
-
-def _decoders(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return set(_types(json.loads(backend.to_str()).get("decoder"))) if backend is not None else set()
 
 
 def _types(decoder: Any) -> Iterator[str]:
@@ -110,12 +107,8 @@ def glyphs(tokens: Sequence[bytes], before: bytes = b"") -> list[list[Glyph]]:
 
 
 def _glyph(character: str) -> Glyph:
-    if character == " ":
-        return Glyph(Kind.SPACE, character)
-    if character == "\n":
-        return Glyph(Kind.NEWLINE, character)
-    if character == "\t":
-        return Glyph(Kind.TAB, character)
+    if character in _BLANKS:
+        return Glyph(_BLANKS[character], character)
     code = ord(character)
     if code < 32:
         return Glyph(Kind.SIGN, chr(0x2400 + code))  # U+2400 and what follows are pictures of control characters
@@ -137,7 +130,7 @@ def _merged(parts: Sequence[Glyph]) -> list[Glyph]:
 
 def plain(parts: Sequence[Glyph]) -> str:
     """One line of text without a break, a direction change or a hidden character in it."""
-    signs = {Kind.SPACE: None, Kind.TEXT: None, Kind.NEWLINE: "↵", Kind.TAB: "⇥", Kind.REST: "▏"}
+    signs = {Kind.NEWLINE: "↵", Kind.TAB: "⇥", Kind.REST: "▏"}
     texts = []
     for part in parts:
         if part.kind is Kind.BYTE:
@@ -145,5 +138,5 @@ def plain(parts: Sequence[Glyph]) -> str:
         elif part.kind is Kind.SIGN:
             texts.append(part.text if len(part.text) == 1 else f"⟨{part.text}⟩")
         else:
-            texts.append(signs[part.kind] or part.text)
+            texts.append(signs.get(part.kind, part.text))
     return "".join(texts)

@@ -15,18 +15,9 @@ from refine_verl.inspect.style import LEVELS, STYLE
 from refine_verl.inspect.view import Scale, View, finite, rollout_figures
 from refine_verl.record.format import MINUS, format_number
 from refine_verl.report.markup import Markup, el, join
-from refine_verl.report.page import folded, header, key_table, number_cells, render_page, sample, tile
-
-__all__ = ["render"]
+from refine_verl.report.page import figure, folded, header, key_table, number_cells, render_page, sample, tile
 
 PREFIX_TOKENS = 48  # of the prefix, shown above what follows it
-_CLASSES = {
-    Kind.NEWLINE: "nl",
-    Kind.TAB: "tab",
-    Kind.SIGN: "sign",
-    Kind.BYTE: "byte",
-    Kind.REST: "rest",
-}
 
 
 def render(view: View) -> str:
@@ -100,8 +91,8 @@ def _curve(inspection: Inspection) -> Markup:
         el("li", sample("M10 0V10", "stem"), "chosen position"),
         class_="legend",
     )
-    caption = el("figcaption", el("h3", "Entropy", el("span", "nats", class_="unit")), legend)
-    return el("figure", caption, el("div", render_curve(inspection), class_="scroll"), class_="card wide")
+    drawing = el("div", render_curve(inspection), class_="scroll")
+    return figure("Entropy", "nats", legend, drawing, "card wide")
 
 
 # The text
@@ -128,22 +119,17 @@ def _heat_scale(heat: Scale) -> Markup:
 
 def _text(view: View) -> Markup:
     """The whole text, chunk by chunk, in a box that scrolls on a screen and grows on paper."""
-    inspection = view.inspection
-    ends = [stop for _, stop in inspection.chunks]
-    parts = [_chunk(view, index, start, stop) for index, (start, stop) in enumerate(inspection.chunks)]
-    tail = len(inspection.tokens) - ends[-1]
-    note = el("h3", f"Last {tail} tokens: no room for a rollout after them")
-    parts.append(el("div", note, _tokens(view, ends[-1], len(inspection.tokens)), class_="chunk"))
+    inspection, count = view.inspection, len(view.inspection.tokens)
+    pieces = []
+    for index, (start, stop) in enumerate(inspection.chunks, start=1):
+        entropy = finite(inspection.entropy[start:stop])
+        mean = f" · mean entropy {format_number(fmean(entropy), digits=3)}" if entropy else ""
+        pieces.append((f"Chunk {index} · tokens {start}–{stop - 1}{mean}", start, stop))
+    end = inspection.chunks[-1][1]
+    pieces.append((f"Last {count - end} tokens: no room for a rollout after them", end, count))
+    parts = [el("div", el("h3", head), _tokens(view, *bounds), class_="chunk") for head, *bounds in pieces]
     box = {"tabindex": "0", "role": "region", "aria_label": "The text with its entropy"}
     return el("div", el("div", *parts, class_="text", **box), class_="card flow")
-
-
-def _chunk(view: View, index: int, start: int, stop: int) -> Markup:
-    mean = finite(view.inspection.entropy[start:stop])
-    heading = f"Chunk {index + 1} · tokens {start}–{stop - 1}"
-    if mean:
-        heading += f" · mean entropy {format_number(fmean(mean), digits=3)}"
-    return el("div", el("h3", heading), _tokens(view, start, stop), class_="chunk")
 
 
 def _tokens(view: View, start: int, stop: int, *, plain: bool = False) -> Markup:
@@ -164,7 +150,7 @@ def _token(view: View, index: int, plain: bool) -> Markup:
         classes.append(f"h{level}")
     if index in view.continuations and not plain:
         classes.append("gt")
-    if view.is_special(view.inspection.tokens[index]):
+    if view.inspection.tokens[index] in view.special:
         classes.append("special")
     title = None if plain else view.facts(index)
     return el("span", *_marked(view.shown[index]), class_=" ".join(classes) or None, title=title)
@@ -178,15 +164,10 @@ def _marked(parts: Sequence[Glyph]) -> list[Markup | str]:
         elif part.kind is Kind.SPACE:
             marked.append(el("i", part.text))
         elif part.kind in (Kind.NEWLINE, Kind.TAB):
-            marked += [el("b", class_=_CLASSES[part.kind]), part.text]
+            marked += [el("b", class_=part.kind.value), part.text]
         else:
-            marked.append(el("b", part.text, class_=_CLASSES[part.kind]))
+            marked.append(el("b", part.text, class_=part.kind.value))
     return marked
-
-
-def _one_line(parts: Sequence[Glyph]) -> list[Markup | str]:
-    """As `_marked`, but a newline does not break the line."""
-    return _marked([Glyph(Kind.SIGN, "↵") if part.kind is Kind.NEWLINE else part for part in parts])
 
 
 # The rollouts
@@ -232,8 +213,10 @@ def _position(view: View, order: int, position: Position, largest: float) -> Mar
         *(el("th", name) for name in ("", "continuation")),
         *(el("th", name, class_="number") for name in ("log p", *names, "advantage")),
     )
+    numbers = number_cells([view.true_log_prob(position), *["–"] * (len(names) + 1)])
+    truth = el("tr", el("th", "true"), _written(view, position, position.target), *numbers, class_="truth")
     rows = [_rollout(view, n, rollout, position, largest) for n, rollout in enumerate(position.rollouts, start=1)]
-    table = el("table", el("thead", head), el("tbody", _truth(view, position), *rows), class_="rollouts")
+    table = el("table", el("thead", head), el("tbody", truth, *rows), class_="rollouts")
     back = el("a", order, class_="at", href=f"#t{order}", aria_label=f"Position {order}: to its place in the text")
     return el(
         "section",
@@ -246,28 +229,20 @@ def _position(view: View, order: int, position: Position, largest: float) -> Mar
     )
 
 
-def _truth(view: View, position: Position) -> Markup:
-    shown = [el("span", *_one_line(parts)) for parts in view.continuation(position, position.target)]
-    numbers = number_cells([view.true_log_prob(position), *["–"] * (len(view.rewards) + 1)])
-    return el("tr", el("th", "true"), el("td", *shown, class_="tokens"), *numbers, class_="truth")
-
-
 def _rollout(view: View, n: int, rollout: Rollout, position: Position, largest: float) -> Markup:
-    shown = [
-        el("span", *_one_line(parts), class_="same" if token == target else None)
-        for parts, token, target in zip(
-            view.continuation(position, rollout.tokens), rollout.tokens, position.target, strict=True
-        )
-    ]
     log_prob, rewards, advantage = rollout_figures(position, rollout, view.rewards)
-    numbers = number_cells(
-        [
-            log_prob,
-            *(el("b", text, class_="best") if bold else text for text, bold in rewards),
-            join(advantage, _bar(rollout.advantage, largest)),
-        ]
-    )
-    return el("tr", el("th", n), el("td", *shown, class_="tokens"), *numbers)
+    shown = [el("b", text, class_="best") if bold else text for text, bold in rewards]
+    numbers = number_cells([log_prob, *shown, join(advantage, _bar(rollout.advantage, largest))])
+    return el("tr", el("th", n), _written(view, position, rollout.tokens, position.right(rollout)), *numbers)
+
+
+def _written(view: View, position: Position, tokens: Sequence[int], right: Sequence[bool] = ()) -> Markup:
+    """A cell with a continuation in one line, whatever newlines it has."""
+    shown, marks = [], right or [False] * len(tokens)
+    for parts, good in zip(view.continuation(position, tokens), marks, strict=True):
+        signs = [Glyph(Kind.SIGN, "↵") if part.kind is Kind.NEWLINE else part for part in parts]
+        shown.append(el("span", *_marked(signs), class_="same" if good else None))
+    return el("td", *shown, class_="tokens")
 
 
 def _bar(advantage: float, largest: float) -> Markup:

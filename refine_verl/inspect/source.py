@@ -18,8 +18,6 @@ from refine_verl.models import FastWeightActor, ModelError, ModelInfo, inspect_m
 from refine_verl.models.weights import check_weights
 from refine_verl.nsp import check_functions
 
-__all__ = ["Text", "check_out", "load_actor", "read_inputs", "read_text", "tokenize"]
-
 
 @dataclass(frozen=True)
 class Text:

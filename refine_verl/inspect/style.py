@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["LEVELS", "STYLE"]
-
 LEVELS = 9
 """Steps of the heat scale; level 0 has no colour."""
 

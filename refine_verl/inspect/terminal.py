@@ -18,8 +18,6 @@ from refine_verl.inspect.view import Scale, View, finite, rollout_figures
 from refine_verl.record.format import format_number
 from refine_verl.report.series import buckets
 
-__all__ = ["show"]
-
 WHOLE_TEXT_TOKENS = 1200
 """A longer text is shown around its positions only; the page has all of it."""
 
@@ -66,9 +64,9 @@ def _profile(view: View, width: int) -> Iterator[Text | Table]:
     for index, (chunk, position) in enumerate(zip(chunks, view.inspection.positions, strict=True), start=1):
         blocks = Text()
         for first, last, mean in chunk:
-            share = scale.share(mean) if math.isfinite(mean) else 0.0
             chosen = first <= position.index < last
-            blocks.append(_BLOCKS[round(share * (len(_BLOCKS) - 1))], "bold blue" if chosen else "yellow")
+            block = _BLOCKS[round(scale.share(mean) * (len(_BLOCKS) - 1))]
+            blocks.append(block, "bold blue" if chosen else "yellow")
         tokens = Text(f"tokens {chunk[0][0]}–{chunk[-1][1] - 1}", style="dim")
         table.add_row(Text(f"chunk {index}"), tokens, blocks, Text(f"position {index} after {position.index}", "blue"))
     yield table
@@ -155,11 +153,10 @@ def _table(view: View, position: Position) -> Table:
 
 
 def _rollout(view: View, position: Position, rollout: Rollout) -> list[Text]:
-    right = [token == target for token, target in zip(rollout.tokens, position.target, strict=True)]
     log_prob, rewards, advantage = rollout_figures(position, rollout, view.rewards)
     color = "green" if rollout.advantage > 0 else "yellow" if rollout.advantage < 0 else "dim"
     return [
-        _continuation(view.continuation(position, rollout.tokens), right),
+        _continuation(view.continuation(position, rollout.tokens), position.right(rollout)),
         Text(log_prob),
         *(Text(text, "bold" if bold else "") for text, bold in rewards),
         Text(advantage, color),
@@ -167,7 +164,5 @@ def _rollout(view: View, position: Position, rollout: Rollout) -> list[Text]:
 
 
 def _continuation(parts: Sequence[list[Glyph]], right: Sequence[bool] = ()) -> Text:
-    text = Text()
-    for index, part in enumerate(parts):
-        text.append(plain(part), "bold green underline" if index < len(right) and right[index] else "")
-    return text
+    shown = zip(parts, right or [False] * len(parts), strict=True)
+    return Text.assemble(*((plain(part), "bold green underline" if good else "") for part, good in shown))

@@ -13,8 +13,6 @@ from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.style import LEVELS
 from refine_verl.record.format import MINUS, format_number
 
-__all__ = ["Scale", "View", "finite", "rollout_figures"]
-
 _CONTEXT = 4  # tokens before a position that may hold the beginning of a character
 _WITHIN = 0.98  # a few outliers at either end do not make the rest pale
 _NOISE = 1e-4  # nats: rounding, as where a model predicts the same everywhere
@@ -59,8 +57,10 @@ class Scale:
         return not self.high - self.low > _NOISE
 
     def share(self, value: float) -> float:
-        """Place on the scale, 0 to 1; 0 on a flat one."""
-        return 0.0 if self.flat else min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
+        """Place on the scale, 0 to 1; 0 on a flat one, and for what is not finite."""
+        if self.flat or not math.isfinite(value):
+            return 0.0
+        return min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
 
     def text(self, value: float, decimals: int = 1) -> str:
         """Nats with as many decimals as tell a quarter of the scale apart, and at least `decimals`."""
@@ -81,7 +81,7 @@ class View:
         settings: how they were made.
         left_out: tokens behind `max_length`.
         to_bytes: of a token.
-        special: ids of special tokens.
+        special: ids of tokens that stand for no text of their own.
     """
 
     name: str
@@ -128,12 +128,7 @@ class View:
 
     def level(self, index: int) -> int:
         """Step of the heat scale of a token, 0 (none) to LEVELS - 1."""
-        value = self.inspection.smoothed[index]
-        return round(self.heat.share(value) * (LEVELS - 1)) if math.isfinite(value) else 0
-
-    def is_special(self, token: int) -> bool:
-        """Whether a token stands for no text of its own."""
-        return token in self.special
+        return round(self.heat.share(self.inspection.smoothed[index]) * (LEVELS - 1))
 
     def facts(self, index: int) -> str:
         """A line of numbers about a token of the text."""

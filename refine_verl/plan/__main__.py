@@ -20,7 +20,7 @@ from refine_verl.command.keys import keys_of, list_keys, make_settings, take_key
 from refine_verl.compose.validate import ValidConfig
 from refine_verl.config import ConfigError, DataSettings
 from refine_verl.plan.options import PlanSettings
-from refine_verl.plan.origins import files_chosen, find_origins
+from refine_verl.plan.origins import find_origins
 
 if TYPE_CHECKING:
     from refine_verl.models.loading import ModelInfo
@@ -54,8 +54,7 @@ def _run(arguments: list[str]) -> None:
         if command.multirun or command.shows:
             raise ConfigError("", "a plan is of one run: leave out -m, --cfg and --info.")
         valid, composed = command.compose(command.overrides)
-        speed = settings.speed(valid.workers, rollouts=valid.refine.uses_rollouts)
-        plan = make_plan(valid, composed, command, settings, speed)
+        plan = make_plan(valid, composed, command, settings)
     if settings.json:
         show(json.dumps(plan.as_json(), indent=2, default=_plain))
         return
@@ -69,24 +68,18 @@ def _plain(value: object) -> object:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else str(value)
 
 
-def make_plan(
-    valid: ValidConfig,
-    composed: DictConfig,
-    command: CommandLine,
-    settings: PlanSettings,
-    speed: tuple[float | None, str] = (None, ""),
-) -> Plan:
+def make_plan(valid: ValidConfig, composed: DictConfig, command: CommandLine, settings: PlanSettings) -> Plan:
     """Prepare (or sample) the data and work everything out.
 
     Args:
         valid, composed: the run, and what it was composed to before it was checked.
         command: what was typed.
         settings: of the plan.
-        speed: document tokens per second and where the number comes from.
 
     Raises:
         ConfigError, DataError, ModelError: as a run would at its start.
     """
+    speed, speed_from = settings.speed(valid.workers, rollouts=valid.refine.uses_rollouts)
     # Only a sound configuration is worth the seconds that torch and transformers take to load.
     from refine_verl.plan.estimate import Plan, disk_of, find_warnings, memory_here, shape_of, work_of
     from refine_verl.plan.memory import estimate_memory, reads_uncut
@@ -99,9 +92,7 @@ def make_plan(
     work = work_of(valid, train, shape, traced=reads_uncut(info.model_type, shape.cuda))
     trainer = valid.config.trainer
     plan = Plan(
-        origins=find_origins(
-            composed, valid.config, files_chosen(command.files(), command.overrides), command.overrides
-        ),
+        origins=find_origins(composed, valid.config, command.files(), command.overrides),
         train=train,
         validation=validation,
         work=work,
@@ -110,9 +101,9 @@ def make_plan(
         memory_available=round(settings.memory * 2**30)
         if settings.memory
         else memory_here(trainer.device, int(trainer.n_gpus_per_node)),
-        seconds_per_step=work.tokens_per_step / speed[0] if speed[0] else None,
-        throughput=speed[0],
-        throughput_from=speed[1],
+        seconds_per_step=work.tokens_per_step / speed if speed else None,
+        throughput=speed,
+        throughput_from=speed_from,
         disk=disk_of(valid.config, memory.parameters, work.steps),
         warnings=[],
     )

@@ -20,7 +20,8 @@ from refine_verl.models.rollouts import documents_together
 from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
 from refine_verl.plan.origins import Origin
 from refine_verl.plan.reading import Reading
-from refine_verl.plan.sizes import size_text
+from refine_verl.record.disk_space import existing
+from refine_verl.record.format import size_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,20 +126,18 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
     per_epoch = math.ceil(train.sequences / batch) if at_test_time else train.sequences // batch
     steps = config.trainer.total_training_steps or per_epoch * int(config.trainer.total_epochs)
     rounds = valid.refine.ttt.steps if at_test_time else 1
-    if not trains_on_what_it_reads(valid):
-        rounds = 0
+    if valid.refine.phase != "documents" and valid.refine.inner == "none":
+        rounds = 0  # prompts are only there to be answered
     share = -(-mini // valid.workers)
     updates = rounds * -(-batch // mini) * int(config.actor_rollout_ref.actor.ppo_epochs)
     micro = -(-share // shape.update_rows)
-    cuts = nsp.chunks + 1 if shape.checkpoint_segments else 1
-    if not traced and shape.with_rollouts:
-        cuts = nsp.chunks + 1
-    readings = rounds * -(-(batch // valid.workers or 1) // shape.rollout_rows)
-    writings = rounds * -(-(batch // valid.workers or 1) // shape.rollouts_of)
-    snapshots = 1 if traced else snapshot_count(nsp.chunks, _longest(valid)) + 1  # and the replay
-    passes = {"update": updates * micro * (cuts + (1 if shape.with_rollouts else 0))}
+    cuts = nsp.chunks + 1 if shape.checkpoint_segments or (shape.with_rollouts and not traced) else 1
+    passes = {"update": updates * micro * (cuts + shape.with_rollouts)}
     if shape.with_rollouts:
-        passes = {"read": readings * snapshots, "write": writings * nsp.rollout_length, **passes}
+        rows = batch // valid.workers or 1
+        snapshots = 1 if traced else snapshot_count(nsp.chunks, _longest(valid)) + 1  # and the replay
+        written = rounds * -(-rows // shape.rollouts_of) * nsp.rollout_length
+        passes = {"read": rounds * -(-rows // shape.rollout_rows) * snapshots, "write": written, **passes}
     return Work(
         steps=int(steps),
         epochs=steps / per_epoch if per_epoch else 0.0,
@@ -156,11 +155,6 @@ def _longest(valid: ValidConfig) -> int:
     return longest or sys.maxsize  # null: documents are not cut
 
 
-def trains_on_what_it_reads(valid: ValidConfig) -> bool:
-    """False for ``refine.inner=none``: prompts are only there to be answered."""
-    return valid.refine.phase == "documents" or valid.refine.inner != "none"
-
-
 def forward_tokens(shape: Shape, length: float, traced: bool) -> float | None:
     """Tokens put through the model per document token in one step, at most; docs/performance.md has the table.
 
@@ -169,19 +163,15 @@ def forward_tokens(shape: Shape, length: float, traced: bool) -> float | None:
         length: mean tokens of a document, T.
         traced: whether no token is replayed.
     """
-    nsp = shape.nsp
-    trained = 1.0
-    if shape.with_rollouts:
-        trained += nsp.chunks * nsp.rollouts_per_position * (nsp.rollout_length - 1) / length
-    if shape.checkpoint_segments:
-        trained *= 2
+    nsp, readings = shape.nsp, 2 if shape.checkpoint_segments else 1
     if not shape.with_rollouts:
-        return trained
+        return float(readings)
     if nsp.rollout == "prefix":
         return None
+    rollouts = nsp.chunks * nsp.rollouts_per_position
     replay = 0.0 if traced else 1 / SNAPSHOTS_PER_CHUNK
-    written = nsp.chunks * nsp.rollouts_per_position * nsp.rollout_length / length
-    return 1 + replay + written + trained
+    trained = (1 + rollouts * (nsp.rollout_length - 1) / length) * readings
+    return 1 + replay + rollouts * nsp.rollout_length / length + trained
 
 
 def disk_of(config: DictConfig, parameters: int, steps: int) -> Disk:
@@ -189,15 +179,9 @@ def disk_of(config: DictConfig, parameters: int, steps: int) -> Disk:
     trainer = config.trainer
     contents = config.actor_rollout_ref.actor.checkpoint.save_contents
     numbers = ("model" in contents) + 2 * ("optimizer" in contents)
-    saves = 0
-    if trainer.save_freq > 0:
-        saves = -(-steps // int(trainer.save_freq))
-    kept = saves
-    if trainer.max_actor_ckpt_to_keep:
-        kept = min(saves, int(trainer.max_actor_ckpt_to_keep))
-    place = Path(trainer.default_local_dir)
-    while not place.exists():
-        place = place.parent
+    saves = -(-steps // int(trainer.save_freq)) if trainer.save_freq > 0 else 0
+    kept = min(saves, int(trainer.max_actor_ckpt_to_keep or saves))
+    place = existing(Path(trainer.default_local_dir))
     return Disk(
         place=str(place),
         checkpoint=parameters * FP32 * numbers,

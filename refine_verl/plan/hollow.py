@@ -32,6 +32,7 @@ class HollowRun(TorchDispatchMode):
     Where a program asks for the value of a fake tensor it gets 0: checks such as "any NaN?" are answered no.
 
     Attributes:
+        fake: inside, fake tensors are not counted: parameters, their gradients.
         peaks: for each kind of moment, bytes by label (`LABELS`) when most were alive. Kinds are what is being made (a
             label), forward or backward: the peak of each is linear in the size of the model, their maximum is not.
     """
@@ -43,12 +44,6 @@ class HollowRun(TorchDispatchMode):
         self.peaks: dict[str, dict[str, int]] = {}
         self._label = ACTIVATIONS
         self._labels: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Make fake tensors that are not counted: parameters, their gradients."""
-        with self.fake:
-            yield
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[None]:
@@ -78,7 +73,7 @@ class HollowRun(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return 0 if func is _VALUE else func(*args, **kwargs)
         if tensors:
@@ -91,8 +86,7 @@ class HollowRun(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._labels:
             return
-        holder = [self._label]
-        self._labels[storage] = holder
+        holder = self._labels[storage] = [self._label]
         size = storage.nbytes()
         self._now[self._label] += size
         moment = f"{self._label}, {'forward' if torch._C._current_autograd_node() is None else 'backward'}"
@@ -104,34 +98,19 @@ class HollowRun(TorchDispatchMode):
         self._now[holder[0]] -= size
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of an operation: themselves or in lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors reachable through containers and attributes of our own objects (states, traces)."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-
-    def visit(item: Any) -> None:
+    seen: dict[int, Any] = {}
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
         if id(item) in seen:
-            return
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            found.append(item)
+            continue
+        seen[id(item)] = item
+        if isinstance(item, (list, tuple)):
+            waiting += item
         elif isinstance(item, dict):
-            for part in item.values():
-                visit(part)
-        elif isinstance(item, (list, tuple)):
-            for part in item:
-                visit(part)
+            waiting += item.values()
         elif dataclasses.is_dataclass(item) or type(item).__module__.startswith("refine_verl."):
-            visit(list(getattr(item, "__dict__", {}).values()))
-
-    visit(value)
-    return found
+            waiting += getattr(item, "__dict__", {}).values()
+    return [item for item in seen.values() if isinstance(item, Tensor)]

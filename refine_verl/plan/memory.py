@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -88,14 +88,11 @@ def estimate_memory(config: PretrainedConfig, shape: Shape) -> MemoryEstimate:
         shape: what is run.
     """
     passes = pass_peaks(config, shape)
-    model = _on_meta(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     own = -(-total // shape.workers)
-    held = {
-        "parameters": own * FP32,
-        "gradients": own * FP32,
-        "optimiser": 2 * own * FP32,
-    }
+    held = {"parameters": own * FP32, "gradients": own * FP32, "optimiser": 2 * own * FP32}
     unit = _largest_unit(model)
     phases = {}
     if shape.with_rollouts:
@@ -135,34 +132,25 @@ def pass_peaks(config: PretrainedConfig, shape: Shape) -> dict[str, dict[str, in
 
 def _probes(config: PretrainedConfig, shape: Shape) -> tuple[Sequence[int], Sequence[int]]:
     """Numbers of layers and lengths to run: the real ones where these are small."""
-    layers: Sequence[int] = (int(config.num_hidden_layers),)
-    if layers[0] > PROBED_LAYERS[-1]:
-        layers = PROBED_LAYERS
+    count = int(config.num_hidden_layers)
+    layers = PROBED_LAYERS if count > PROBED_LAYERS[-1] else (count,)
     chunk = max(getattr(config, "lact_chunk_size", 0), getattr(config, "window_size", 0) or 0)
     unit = max(TOKENS_PER_SEGMENT * (shape.nsp.chunks + 1), 4 * chunk)
-    lengths: Sequence[int] = (unit, 2 * unit) if shape.length > 2 * unit else (shape.length,)
-    return layers, lengths
+    return layers, (unit, 2 * unit) if shape.length > 2 * unit else (shape.length,)
 
 
 def _bilinear(values: dict[tuple[int, int], int], wanted: tuple[int, int]) -> int:
     """The value at ``wanted`` of the function that is linear in each coordinate and has these values."""
-    layers, lengths = sorted({at[0] for at in values}), sorted({at[1] for at in values})
-
-    def along(points: list[int], read: Any, x: int) -> float:
-        first = float(read(points[0]))
-        if len(points) == 1:
-            return first
-        return first + (float(read(points[1])) - first) / (points[1] - points[0]) * (x - points[0])
-
-    def at_layer(layer: int) -> float:
-        return along(lengths, lambda length: values[layer, length], wanted[1])
-
-    return max(0, round(along(layers, at_layer, wanted[0])))
+    by_layers: dict[int, dict[int, float]] = {}
+    for (layers, length), value in values.items():
+        by_layers.setdefault(layers, {})[length] = value
+    return max(0, round(_linear({layers: _linear(at, wanted[1]) for layers, at in by_layers.items()}, wanted[0])))
 
 
-def _on_meta(config: PretrainedConfig) -> nn.Module:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def _linear(values: dict[int, float], x: int) -> float:
+    """The value at ``x`` of the line through one or two points."""
+    (first, value), *others = sorted(values.items())
+    return value + sum((other - value) / (at - first) * (x - first) for at, other in others)
 
 
 def _largest_unit(model: nn.Module) -> int:
@@ -205,10 +193,7 @@ def _probe(config: PretrainedConfig, layers: int, shape: Shape) -> dict[str, dic
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     result: dict[str, dict[str, dict[str, int]]] = {}
-    with ExitStack() as stack:
-        stack.enter_context(cpu_kernels())
-        if shape.cuda:
-            stack.enter_context(gpu_delta_rules())
+    with cpu_kernels(), gpu_delta_rules() if shape.cuda else nullcontext():
         if shape.with_rollouts:
             result["rollout"] = _count(config, shape, _roll_out)
         result["update"] = _count(config, shape, _update)
@@ -225,7 +210,8 @@ def _count(config: PretrainedConfig, shape: Shape, run: Any) -> dict[str, dict[s
         with counter.labelled(LOGITS):
             return forward(*args, **kwargs)
 
-    with mock.patch.object(head, "forward", labelled), _chosen(actor, shape), counter:
+    chosen = mock.patch.object(actor, "select", lambda *_: _positions(shape))  # there are no entropies to choose by
+    with mock.patch.object(head, "forward", labelled), chosen, counter:
         run(actor, shape)
     return counter.peaks
 
@@ -239,7 +225,7 @@ def reads_uncut(model_type: str, cuda: bool) -> bool:
 def _actor(config: PretrainedConfig, shape: Shape, counter: HollowRun) -> FastWeightActor:
     inner = get_adapter(config.model_type)
     traces = reads_uncut(config.model_type, shape.cuda)
-    with counter.uncounted():
+    with counter.fake:
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -259,13 +245,6 @@ def _positions(shape: Shape) -> Tensor:
     return torch.tensor([stop - 1 if i % 2 else start for i, (start, stop) in enumerate(chunks)])
 
 
-@contextmanager
-def _chosen(actor: FastWeightActor, shape: Shape) -> Iterator[None]:
-    """There are no entropies to choose by."""
-    with mock.patch.object(actor, "select", lambda *_: _positions(shape)):
-        yield
-
-
 def _documents(rows: int, shape: Shape) -> Documents:
     return Documents(torch.zeros(rows, shape.length, dtype=torch.int64), (shape.length,) * rows)
 
@@ -276,13 +255,12 @@ def _roll_out(actor: FastWeightActor, shape: Shape) -> None:
         torch.zeros(rows, nsp.chunks, dtype=torch.float64),
         torch.zeros(rows, nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length, dtype=torch.float64),
     )
-    snapshots = snapshot_count(nsp.chunks, shape.length)
     actor(
         mode="rollout",
         documents=_documents(rows, shape),
         nsp=nsp,
         draws=draws,
-        snapshots=snapshots,
+        snapshots=snapshot_count(nsp.chunks, shape.length),
         read_together=shape.rollout_rows,
     )
 
@@ -303,15 +281,10 @@ def _update(actor: FastWeightActor, shape: Shape) -> None:
 def _state_size(config: PretrainedConfig, shape: Shape) -> int:
     """Bytes of the state of one document."""
     counter = HollowRun()
-    with ExitStack() as stack:
-        stack.enter_context(cpu_kernels())
-        if shape.cuda:
-            stack.enter_context(gpu_delta_rules())
+    with cpu_kernels(), gpu_delta_rules() if shape.cuda else nullcontext():
         actor = _actor(config, shape, counter)
-        read = min(shape.length, TOKENS_PER_SEGMENT)
-        packed = Packed(torch.zeros(1, read, dtype=torch.int64), (read,), None)
-        stack.enter_context(counter)
-        with torch.no_grad(), actor.autocast():
+        packed = Packed.of_rows(torch.zeros(1, min(shape.length, TOKENS_PER_SEGMENT), dtype=torch.int64))
+        with counter, torch.no_grad(), actor.autocast():
             _, state = actor.run(packed, None, keep_state=True)
     assert state is not None
     return state.num_bytes

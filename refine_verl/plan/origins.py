@@ -36,33 +36,26 @@ class Origin:
     follows: str = ""
 
 
-def files_chosen(files: Iterable[ConfigFile], overrides: Sequence[str]) -> list[ConfigFile]:
-    """The preset and the recipes of the configuration composed last, in the order in which they win."""
-    names = [("model", HydraConfig.get().runtime.choices.get("model"))]
-    for item in OverridesParser.create().parse_overrides(list(overrides)):
-        if item.key_or_group == "recipe":
-            value = item.value()
-            names += [("recipe", name) for name in (value if isinstance(value, list) else [value])]
-    found = {(file.group, file.name): file for file in files}
-    return [found[name] for name in names if name in found]
-
-
 def find_origins(
-    composed: DictConfig, valid: DictConfig, files: Sequence[ConfigFile], overrides: Sequence[str]
+    composed: DictConfig, valid: DictConfig, files: Iterable[ConfigFile], overrides: Sequence[str]
 ) -> list[Origin]:
-    """The source of every leaf.
+    """The source of every leaf of the configuration composed last.
 
     Args:
         composed: as Hydra made it, with interpolations.
         valid: resolved, as the checks left it.
-        files: from `files_chosen`.
+        files: all presets and recipes there are.
         overrides: of the command line.
     """
-    typed = {item.key_or_group for item in OverridesParser.create().parse_overrides(list(overrides))} - set(GROUPS)
-    contents = [(file, dict(leaves(file.content))) for file in files]
-    resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+    given = OverridesParser.create().parse_overrides(list(overrides))
+    typed = {item.key_or_group for item in given} - set(GROUPS)
+    names = [("model", HydraConfig.get().runtime.choices.get("model"))]  # then the recipes: the last one wins
+    for value in (item.value() for item in given if item.key_or_group == "recipe"):
+        names += [("recipe", name) for name in (value if isinstance(value, list) else [value])]
+    found = {(file.group, file.name): file for file in files}
+    contents = [(found[name], dict(leaves(found[name].content))) for name in names if name in found]
     written = dict(leaves(composed))
-    before = dict(leaves(DictConfig(resolved)))
+    before = dict(leaves(DictConfig(OmegaConf.to_container(composed, resolve=True))))
     origins = []
     for key, value in leaves(valid):
         raw = written.get(key)

@@ -102,7 +102,7 @@ def sample_split(data: DataSettings, split: str, tokenizer: Any, minimum: int, c
     totals = np.zeros(4)
     longest = 0
     for source in sources:
-        texts = _first_texts(source, data.text_key, count)
+        texts = list(itertools.islice(iterate_texts([source], data.text_key), count))
         lengths = np.array([len(ids) + data.append_eos for ids in tokenizer(texts)["input_ids"]])
         plan = plan_windows(lengths, max_length=data.max_length, min_length=minimum, policy=data.long_documents)
         seen = plan.statistics
@@ -123,10 +123,6 @@ def sample_split(data: DataSettings, split: str, tokenizer: Any, minimum: int, c
         estimated=True,
         note=note,
     )
-
-
-def _first_texts(source: DocumentSource, text_key: str, count: int) -> list[str]:
-    return list(itertools.islice(iterate_texts([source], text_key), count))
 
 
 def _times_more(source: DocumentSource, sampled: int, count: int) -> float:

@@ -10,25 +10,21 @@ from rich.table import Table
 
 from refine_verl.plan.estimate import Plan
 from refine_verl.plan.origins import DEFAULT, Origin
-from refine_verl.plan.reading import Reading
-from refine_verl.plan.sizes import size_text, unit_of
+from refine_verl.record.format import size_text, unit_of
 
 
 def show_plan(plan: Plan, console: Console, *, every_key: bool = False) -> None:
     """Print ``plan``; ``every_key`` with verl's defaults, too."""
-    origins = [origin for origin in plan.origins if every_key or _is_shown(origin)]
-    console.print(_table("Configuration", ("key", "from", "value"), [_origin_row(origin) for origin in origins]))
-    console.print(_reading(plan))
-    console.print(_work(plan))
-    console.print(_memory(plan))
-    console.print(_disk(plan))
+    origins = [
+        _origin_row(origin)
+        for origin in plan.origins
+        if every_key or origin.source != DEFAULT or origin.key.startswith("refine.")  # set by somebody, or REFINE's own
+    ]
+    configuration = _table("Configuration", ("key", "from", "value"), origins)
+    for table in (configuration, _reading(plan), _work(plan), _memory(plan), _disk(plan)):
+        console.print(table)
     for warning in plan.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}", highlight=False)
-
-
-def _is_shown(origin: Origin) -> bool:
-    """What somebody has set, and REFINE's own settings."""
-    return origin.source != DEFAULT or origin.key.startswith("refine.")
 
 
 def _origin_row(origin: Origin) -> tuple[str, str, str]:
@@ -51,24 +47,15 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) ->
 
 
 def _reading(plan: Plan) -> Table:
-    def row(name: str, reading: Reading | None) -> list[tuple[Any, ...]]:
-        if reading is None:
-            return []
-        about = "about " if reading.estimated else ""
-        return [
-            (
-                name,
-                f"{about}{reading.documents:,}",
-                f"{reading.too_short:,}",
-                f"{about}{reading.tokens:,}",
-                f"{about}{reading.sequences:,}",
-                f"{reading.mean_length:,.0f}",
-                f"{reading.longest:,}",
-            )
-        ]
-
+    rows = []
+    for name, reading in (("train", plan.train), ("validation", plan.validation)):
+        if reading is not None:
+            counts = (reading.documents, reading.tokens, reading.sequences)
+            documents, tokens, sequences = (f"{'about ' * reading.estimated}{count:,}" for count in counts)
+            lengths = (f"{reading.mean_length:,.0f}", f"{reading.longest:,}")
+            rows.append((name, documents, f"{reading.too_short:,}", tokens, sequences, *lengths))
     columns = ("data", "documents", "too short", "tokens", "sequences", "mean length", "longest")
-    return _table("Reading", columns, row("train", plan.train) + row("validation", plan.validation))
+    return _table("Reading", columns, rows)
 
 
 def _work(plan: Plan) -> Table:

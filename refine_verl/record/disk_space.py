@@ -18,7 +18,7 @@ class DiskFullError(CheckpointError):
 
 def free_space(place: Path) -> str:
     """``0.12 GiB are free in PLACE``, or in the nearest directory above it that exists."""
-    place = _existing(place)
+    place = existing(place)
     return f"{shutil.disk_usage(place).free / _GIB:.2f} GiB are free in {place}"
 
 
@@ -47,10 +47,11 @@ def disk_is_full(error: BaseException, place: Path, needed: int) -> bool:
     if "No space left on device" in text:  # an exception of safetensors' own
         return True
     short = isinstance(error, RuntimeError) and any(name in text for name in _OF_TORCH)
-    return short and shutil.disk_usage(_existing(place)).free < needed
+    return short and shutil.disk_usage(existing(place)).free < needed
 
 
-def _existing(place: Path) -> Path:
+def existing(place: Path) -> Path:
+    """The place itself, or the nearest directory above it that exists."""
     while not place.exists() and place != place.parent:
         place = place.parent
     return place

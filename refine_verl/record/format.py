@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["format_change", "format_duration", "format_number", "power_of_ten"]
+from rich.filesize import pick_unit_and_suffix
 
-MINUS = "\u2212"
+MINUS, NO_BREAK = "\u2212", "\u00a0"
 POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+BINARY = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -42,16 +43,22 @@ def format_change(first: float, last: float, *, percent: bool = False) -> str:
 def format_duration(seconds: float) -> str:
     """`3 h 12 min`, `4 min 5 s`, `12.3 s`; the spaces do not break."""
     if seconds < 60:
-        return _unbroken(f"{seconds:.1f} s")
+        return f"{seconds:.1f}{NO_BREAK}s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return _unbroken(f"{minutes} min {rest} s" if rest else f"{minutes} min")
-    hours, minutes = divmod(minutes, 60)
-    return _unbroken(f"{hours} h {minutes} min" if minutes else f"{hours} h")
+    hours, left = divmod(minutes, 60)
+    parts = ((hours, "h"), (left, "min")) if hours else ((left, "min"), (rest, "s"))
+    return NO_BREAK.join(f"{count}{NO_BREAK}{unit}" for count, unit in parts if count)
 
 
-def _unbroken(text: str) -> str:
-    return text.replace(" ", "\u00a0")
+def unit_of(size: int) -> tuple[int, str]:
+    """The largest binary unit of which ``size`` bytes have one: its bytes and its name."""
+    return pick_unit_and_suffix(size, BINARY, 1024)
+
+
+def size_text(size: int, digits: int = 1) -> str:
+    """`1.5 MiB`; bytes are whole."""
+    unit, name = unit_of(size)
+    return f"{size / unit:,.{digits if unit > 1 else 0}f} {name}"
 
 
 def _plain(value: float, digits: int) -> str:

@@ -9,8 +9,6 @@ from typing import Any
 
 from refine_verl.record.files import write_atomically
 
-__all__ = ["keep_lines", "read_lines"]
-
 Test = Callable[[Mapping[str, Any]], bool]
 Refusal = Callable[[str, bytes], Exception]
 """From `PATH, line 3` and that line to the error to raise."""

@@ -21,8 +21,6 @@ from typing import Any
 from refine_verl.config import Refusal
 from refine_verl.record.lines import keep_lines, read_lines
 
-__all__ = ["METRICS_FILE", "MetricsError", "MetricsWriter", "merge_steps", "read_metrics"]
-
 METRICS_FILE = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
@@ -41,8 +39,7 @@ class MetricsWriter:
             the interruption, are dropped, so that no step is there twice. `-1` drops all lines (a fresh run in a
             used directory). `None` keeps all of them.
 
-    A last line torn by a kill is dropped in every case. Dropping replaces the file atomically: a kill
-    meanwhile leaves either the old file or the new one. Lines that stay keep every byte.
+    A last line torn by a kill is dropped in every case; see `refine_verl.record.lines.keep_lines`.
 
     Raises:
         MetricsError: an existing file has a line, other than a torn last one, that is not a metrics line.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_verl.config import ConfigError
-from refine_verl.record.lines import keep_lines, read_lines
+from refine_verl.record.lines import keep_lines
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -34,12 +34,13 @@ class PredictionsFile:
     """
 
     def __init__(self, path: Path, keep: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> None:
-        self.rows, _ = keep_lines(path, _has_id, _refusal, keep) if path.exists() else ([], 0)
+        self.rows, _ = keep_lines(path, lambda row: "id" in row, _refusal, keep) if path.exists() else ([], 0)
         self._file = path.open("a")
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows; they are on disk when this returns."""
-        self._file.write("".join(_line(row) for row in rows))
+        lines = (json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) for row in rows)
+        self._file.write("".join(f"{line}\n" for line in lines))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.rows += rows
@@ -47,15 +48,6 @@ class PredictionsFile:
     def close(self) -> None:
         """Close the file; may be called twice."""
         self._file.close()
-
-
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a predictions file.
-
-    Raises:
-        ConfigError: a line, other than a torn last one, is no row.
-    """
-    return [row for _, row in read_lines(path, _has_id, _refusal)]
 
 
 def mean_scores(rows: Iterable[Mapping[str, Any]], key: str = "scores", within: str = "") -> dict[str, float]:
@@ -73,19 +65,11 @@ def mean_scores(rows: Iterable[Mapping[str, Any]], key: str = "scores", within: 
     return {name: sum(scores) / len(scores) for name, scores in values.items()}
 
 
-def _has_id(row: Mapping[str, Any]) -> bool:
-    return "id" in row
-
-
 def _refusal(place: str, line: bytes) -> ConfigError:
     return ConfigError(
         "trainer.default_local_dir",
         f"{place}: not a prediction. Remove the file, or name another run directory.",
     )
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console, Group
@@ -29,8 +30,6 @@ from rich.table import Table
 from rich.text import Text
 
 from refine_verl.record.format import format_change, format_number
-
-__all__ = ["TrainingProgress"]
 
 # Rich estimates speed from the updates of the last 30 s by default; a step may well take longer than that.
 SPEED_WINDOW_SECONDS = 1800.0
@@ -58,7 +57,6 @@ FIGURES = (
     Figure(key="val/ntp_loss", label="validation loss", better=-1, since_first=True),
     Figure(key="val/ntp_accuracy", label="validation accuracy", percent=True, better=1, since_first=True),
 )
-FIGURE_KEYS = frozenset(figure.key for figure in FIGURES)
 
 
 class TrainingProgress:
@@ -67,7 +65,6 @@ class TrainingProgress:
     Args:
         total_steps: the step the run ends at.
         initial: the step it starts from, not 0 after a resume.
-        description: name shown in front of the bar.
         console: where to show it; standard output by default.
         history: earlier metrics lines of the run (`read_metrics`), so that after a resume changes are still
             counted from the first measurement of the run.
@@ -78,13 +75,11 @@ class TrainingProgress:
         total_steps: int,
         *,
         initial: int = 0,
-        description: str = "training",
         console: Console | None = None,
         history: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         self.total_steps = total_steps
         self.step = initial
-        self.description = description
         self.console = console or Console()
         self.live = self.console.is_interactive
         self._initial = initial
@@ -98,7 +93,6 @@ class TrainingProgress:
             self._build_display()
 
     def __enter__(self) -> TrainingProgress:
-        self._started = time.monotonic()
         if self.live:
             terminal = {sys.stdout, sys.stderr}
             self._display.start()
@@ -121,13 +115,10 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step)
             self._display.update(self._render())
         else:
-            self._print(self._line(metrics))
+            self.message(self._line(metrics))
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the display where there is one."""
-        self._print(text)
-
-    def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _remember(self, metrics: Mapping[str, Any]) -> None:
@@ -138,12 +129,9 @@ class TrainingProgress:
 
     def _figures(self) -> list[Figure]:
         """The known figures, then the first few tasks of `val/<task>/<metric>`."""
-        tasks = [key for key in self._last if key.startswith("val/") and key not in FIGURE_KEYS]
-        shown = tasks[:MAX_TASK_ROWS]
-        return [
-            *FIGURES,
-            *(Figure(key=key, label=key.removeprefix("val/"), since_first=True) for key in shown),
-        ]
+        known = {figure.key for figure in FIGURES}
+        tasks = [key for key in self._last if key.startswith("val/") and key not in known][:MAX_TASK_ROWS]
+        return [*FIGURES, *(Figure(key=key, label=key.removeprefix("val/"), since_first=True) for key in tasks)]
 
     def _change(self, figure: Figure) -> str:
         first, last = self._first[figure.key], self._last[figure.key]
@@ -152,7 +140,7 @@ class TrainingProgress:
         return format_change(first, last, percent=figure.percent)
 
     def _line(self, metrics: Mapping[str, Any]) -> str:
-        parts = [f"{self.description} {self.step}/{self.total_steps}"]
+        parts = [f"training {self.step}/{self.total_steps}"]
         for figure in self._figures():
             if figure.key not in metrics:
                 continue
@@ -180,7 +168,7 @@ class TrainingProgress:
             expand=True,
             speed_estimate_period=SPEED_WINDOW_SECONDS,
         )
-        self._task = self._bar.add_task(self.description, total=self.total_steps, completed=self.step)
+        self._task = self._bar.add_task("training", total=self.total_steps, completed=self.step)
         self._display = Live(self._render(), console=self.console, refresh_per_second=2)
 
     def _render(self) -> Group:
@@ -191,9 +179,8 @@ class TrainingProgress:
             table.add_column(justify="left", min_width=8)
         cells = [self._cells(figure) for figure in self._figures() if figure.key in self._last]
         half = (len(cells) + 1) // 2
-        for row in range(half):
-            right = cells[row + half] if row + half < len(cells) else ()
-            table.add_row(*cells[row], *right)
+        for left, right in zip_longest(cells[:half], cells[half:], fillvalue=()):
+            table.add_row(*left, *right)
         return Group(table, self._bar) if cells else Group(self._bar)
 
     def _cells(self, figure: Figure) -> tuple[str, Text, Text]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable
+from contextlib import suppress
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """The version of each package that is installed."""
     found = {}
     for name in packages:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

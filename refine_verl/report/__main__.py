@@ -42,12 +42,12 @@ def _run(arguments: list[str]) -> None:
     settings, runs = read_keys(arguments, ReportSettings, words=True)
     if not runs:
         raise ConfigError("", "no run given: python -m refine_verl.report RUN [RUN ...].")
-    if len(runs) == 1 and settings.x is not None:
-        raise ConfigError("", "--x is for several runs: the report of one run is by step.")
-    if len(runs) == 1:
-        show(str(write_report(runs[0], settings.out)))
-    else:
+    if len(runs) > 1:
         show(str(write_comparison(runs, settings.out, settings.x or "step")))
+    elif settings.x is not None:
+        raise ConfigError("", "--x is for several runs: the report of one run is by step.")
+    else:
+        show(str(write_report(runs[0], settings.out)))
 
 
 if __name__ == "__main__":

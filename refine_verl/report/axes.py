@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refine_verl.record.format import power_of_ten
+from refine_verl.record.format import POWERS, power_of_ten
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.series import Point, segments, thin
-
-__all__ = ["BOTTOM", "HEIGHT", "LEFT", "RIGHT", "TOP", "WIDTH", "Frame", "nice_ticks", "number", "padded"]
 
 WIDTH, HEIGHT = 540, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 20, 40
@@ -111,9 +109,9 @@ def _labels(ticks: Sequence[float], *, percent: bool) -> tuple[list[str], str]:
     if 0 < largest < 1e-3 or (largest < 1e-2 and max(map(len, _fixed(ticks)), default=0) > WIDEST):
         exponent = math.floor(math.log10(largest))
         return _fixed([tick * 10.0**-exponent for tick in ticks]), f"×{power_of_ten(exponent)}"
-    for limit, unit, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if largest >= limit:
-            texts = _fixed([tick / unit for tick in ticks])
+    for power, suffix in POWERS:
+        if largest >= max(power, 1e4):
+            texts = _fixed([tick / power for tick in ticks])
             return ["0" if tick == 0 else text + suffix for tick, text in zip(ticks, texts, strict=True)], ""
     return _fixed(ticks), ""
 

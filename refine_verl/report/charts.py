@@ -10,8 +10,6 @@ from refine_verl.report.series import Point, column, finite, warmup_spans
 from refine_verl.report.svg import Band, Chart, Line
 
 LEARNING, ANSWERS, POLICY, STABILITY, COST = "Learning", "Answers", "Policy", "Stability", "Cost"
-SECTIONS = (LEARNING, ANSWERS, POLICY, STABILITY, COST)
-"""In the order of the page."""
 VALIDATION_KEYS = ("val/ntp_loss", "val/ntp_accuracy")
 MAX_COLORS = 6
 
@@ -20,7 +18,6 @@ MAX_COLORS = 6
 class ChartSpec:
     """A chart by the names of its metrics, each with its label; a noisy one is smoothed, validation never is."""
 
-    section: str
     title: str
     unit: str
     lines: Mapping[str, str]
@@ -42,87 +39,83 @@ def is_validation(key: str) -> bool:
     return key.startswith("val/")
 
 
-SPECS = (
-    ChartSpec(
-        LEARNING,
-        "Reward by kind",
-        "mean over rollouts",
-        {"nsp/reward_cosine/mean": "cosine", "nsp/reward_binary/mean": "binary"},
-        first_color=3,
+SPECS = {
+    LEARNING: (
+        ChartSpec(
+            "Reward by kind",
+            "mean over rollouts",
+            {"nsp/reward_cosine/mean": "cosine", "nsp/reward_binary/mean": "binary"},
+            first_color=3,
+        ),
+        ChartSpec("Next-token loss", "nats per token", {"actor/ntp_loss": "training", "val/ntp_loss": "validation"}),
+        ChartSpec(
+            "Next-token accuracy",
+            "share of validation tokens",
+            {"val/ntp_accuracy": "validation"},
+            percent=True,
+            first_color=2,
+        ),
+        ChartSpec(
+            "Loss around test-time training",
+            "nats per token of the batch's prompts",
+            {"ttt/loss_before": "before", "ttt/loss_after": "after"},
+        ),
     ),
-    ChartSpec(
-        LEARNING, "Next-token loss", "nats per token", {"actor/ntp_loss": "training", "val/ntp_loss": "validation"}
+    ANSWERS: (
+        ChartSpec("Score of sampled answers", "mean over answers", {"answer/reward/mean": "mean"}),
+        ChartSpec("Loss on answers", "nats per answer token", {"answer/ntp_loss": "training"}),
+        ChartSpec(
+            "Lost signal of answers",
+            "share",
+            {"answer/pg_clipfrac": "clipped ratios", "answer/group_zero_std": "prompts of equal scores"},
+            percent=True,
+            from_zero=True,
+        ),
+        ChartSpec("Length of answers", "tokens", {"answer/length/mean": "mean"}, from_zero=True),
     ),
-    ChartSpec(
-        LEARNING,
-        "Next-token accuracy",
-        "share of validation tokens",
-        {"val/ntp_accuracy": "validation"},
-        percent=True,
-        first_color=2,
-        noisy=False,
+    POLICY: (
+        ChartSpec("Entropy", "nats", {"nsp/entropy/mean": "all positions", "nsp/entropy/selected_mean": "selected"}),
+        ChartSpec("Policy loss", "mean over generated tokens", {"actor/pg_loss": "policy loss"}),
+        ChartSpec("KL to the rollout policy", "nats", {"actor/ppo_kl": "KL"}),
+        ChartSpec(
+            "Lost signal",
+            "share",
+            {"actor/pg_clipfrac": "clipped ratios", "nsp/group_zero_std": "groups of equal rewards"},
+            percent=True,
+            from_zero=True,
+        ),
     ),
-    ChartSpec(
-        LEARNING,
-        "Loss around test-time training",
-        "nats per token of the batch's prompts",
-        {"ttt/loss_before": "before", "ttt/loss_after": "after"},
+    STABILITY: (
+        ChartSpec(
+            "Gradient norm",
+            "before clipping",
+            {"actor/grad_norm": "gradient norm", "answer/grad_norm": "of answers"},
+            from_zero=True,
+            noisy=False,
+        ),
+        ChartSpec(
+            "Updates left out",
+            "gradients that were not finite, per step",
+            {"actor/skipped_updates": "updates", "answer/skipped_updates": "of answers"},
+            from_zero=True,
+            unless_zero=True,
+            noisy=False,
+        ),
+        ChartSpec("Learning rate", "per optimiser step", {"actor/lr": "learning rate"}, from_zero=True, noisy=False),
     ),
-    ChartSpec(ANSWERS, "Score of sampled answers", "mean over answers", {"answer/reward/mean": "mean"}),
-    ChartSpec(ANSWERS, "Loss on answers", "nats per answer token", {"answer/ntp_loss": "training"}),
-    ChartSpec(
-        ANSWERS,
-        "Lost signal of answers",
-        "share",
-        {"answer/pg_clipfrac": "clipped ratios", "answer/group_zero_std": "prompts of equal scores"},
-        percent=True,
-        from_zero=True,
+    COST: (
+        ChartSpec("Throughput", "document tokens per second", {"perf/tokens_per_second": "tokens/s"}, from_zero=True),
+        ChartSpec(
+            "Forward tokens per token",
+            "model tokens per document token",
+            {"perf/forward_tokens_per_token": "forward tokens"},
+            from_zero=True,
+            noisy=False,
+        ),
+        ChartSpec("Peak memory", "GB", {"perf/max_memory_gb": "peak"}, from_zero=True, noisy=False),
     ),
-    ChartSpec(ANSWERS, "Length of answers", "tokens", {"answer/length/mean": "mean"}, from_zero=True),
-    ChartSpec(
-        POLICY, "Entropy", "nats", {"nsp/entropy/mean": "all positions", "nsp/entropy/selected_mean": "selected"}
-    ),
-    ChartSpec(POLICY, "Policy loss", "mean over generated tokens", {"actor/pg_loss": "policy loss"}),
-    ChartSpec(POLICY, "KL to the rollout policy", "nats", {"actor/ppo_kl": "KL"}),
-    ChartSpec(
-        POLICY,
-        "Lost signal",
-        "share",
-        {"actor/pg_clipfrac": "clipped ratios", "nsp/group_zero_std": "groups of equal rewards"},
-        percent=True,
-        from_zero=True,
-    ),
-    ChartSpec(
-        STABILITY,
-        "Gradient norm",
-        "before clipping",
-        {"actor/grad_norm": "gradient norm", "answer/grad_norm": "of answers"},
-        from_zero=True,
-        noisy=False,
-    ),
-    ChartSpec(
-        STABILITY,
-        "Updates left out",
-        "gradients that were not finite, per step",
-        {"actor/skipped_updates": "updates", "answer/skipped_updates": "of answers"},
-        from_zero=True,
-        unless_zero=True,
-        noisy=False,
-    ),
-    ChartSpec(
-        STABILITY, "Learning rate", "per optimiser step", {"actor/lr": "learning rate"}, from_zero=True, noisy=False
-    ),
-    ChartSpec(COST, "Throughput", "document tokens per second", {"perf/tokens_per_second": "tokens/s"}, from_zero=True),
-    ChartSpec(
-        COST,
-        "Forward tokens per token",
-        "model tokens per document token",
-        {"perf/forward_tokens_per_token": "forward tokens"},
-        from_zero=True,
-        noisy=False,
-    ),
-    ChartSpec(COST, "Peak memory", "GB", {"perf/max_memory_gb": "peak"}, from_zero=True, noisy=False),
-)
+}
+"""By section, in the order of the page."""
 TIMES: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("rollout", ("rollout",), 1),
     ("reward", ("reward",), 3),
@@ -136,19 +129,14 @@ BETWEEN_STEPS = (("validate", 4), ("save_checkpoint", 6))
 
 def build_charts(records: Sequence[dict[str, Any]]) -> dict[str, list[Chart]]:
     """Charts by section, in the order of the page; `records` as `merge_steps` returns them."""
-    charts: dict[str, list[Chart]] = {section: [] for section in SECTIONS}
-    if reward := _reward(records):
-        charts[LEARNING].append(reward)
-    for spec in SPECS:
-        if chart := _from_spec(spec, records):
-            charts[spec.section].append(chart)
-    charts[LEARNING] += _tasks(records)
-    charts[COST][:0] = [chart for chart in (_times(records), _between_steps(records)) if chart]
+    charts = {section: [_from_spec(spec, records) for spec in specs] for section, specs in SPECS.items()}
+    charts[LEARNING] = [_reward(records), *charts[LEARNING], *_tasks(records)]
+    charts[COST] = [_times(records), _between_steps(records), *charts[COST]]
     steps, spans = (records[0]["step"], records[-1]["step"]), warmup_spans(records)
     return {
-        section: [replace(chart, steps=steps, warmup=spans) for chart in found]
+        section: [replace(chart, steps=steps, warmup=spans) for chart in found if chart]
         for section, found in charts.items()
-        if found
+        if any(found)
     }
 
 
@@ -196,18 +184,14 @@ def _tasks(records: Sequence[dict[str, Any]]) -> list[Chart]:
     charts = []
     for metric, tasks in by_metric.items():
         for start in range(0, len(tasks), MAX_COLORS):
-            shown = tasks[start : start + MAX_COLORS]
-            lines = [Line(task, points, color) for color, (task, points) in enumerate(shown, start=1)]
-            charts.append(Chart(f"Validation: {metric}", metric, lines))
+            shown = enumerate(tasks[start : start + MAX_COLORS], start=1)
+            charts.append(Chart(f"Validation: {metric}", metric, [Line(*task, color) for color, task in shown]))
     return charts
 
 
 def _times(records: Sequence[dict[str, Any]]) -> Chart | None:
     """Where the time of a step goes; what no part accounts for is shown as `other`."""
-    lines = []
-    for label, names, color in TIMES:
-        if points := _sum(records, [f"timing_s/{name}" for name in names]):
-            lines.append(Line(label, points, color))
+    lines = [Line(label, points, color) for label, names, color in TIMES if (points := _sum(records, names))]
     tables = [dict(finite(line.points)) for line in lines]
     rest: list[Point] = [
         (step, max(total - sum(table.get(step, 0.0) for table in tables), 0.0))
@@ -228,10 +212,10 @@ def _between_steps(records: Sequence[dict[str, Any]]) -> Chart | None:
     return Chart("Time between steps", "seconds, each time", lines, from_zero=True) if lines else None
 
 
-def _sum(records: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[Point]:
-    """Sum of the finite values of `keys` at every step that has one."""
+def _sum(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Point]:
+    """Sum of the finite times of `names` at every step that has one."""
     total: dict[float, float] = {}
-    for key in keys:
-        for step, value in finite(column(records, key)):
+    for name in names:
+        for step, value in finite(column(records, f"timing_s/{name}")):
             total[step] = total.get(step, 0.0) + value
     return sorted(total.items())

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from refine_verl.record.format import format_duration, format_number
 from refine_verl.record.metrics import METRICS_FILE
 from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, read_run
-from refine_verl.report.charts import COST, LEARNING, SECTIONS, SPECS, ChartSpec, is_validation, task_keys
+from refine_verl.report.charts import COST, LEARNING, SPECS, ChartSpec, is_validation, task_keys
 from refine_verl.report.html import chart_section
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.page import header, number_cells, render_page, sample, table_card, write_page
 from refine_verl.report.series import Point, column, final_value, finite
 from refine_verl.report.settings import differences
 from refine_verl.report.svg import Axis, Chart, Line, line_marker, line_style
-
-__all__ = ["AXES", "COMPARISON_FILE", "write_comparison"]
 
 COMPARISON_FILE = "comparison.html"
 COLORS = PATTERNS = 6
@@ -34,6 +34,8 @@ AXES: dict[str, Axis] = {
     "time": Axis(label="seconds of training steps", one="second", many="seconds", whole=False),
 }
 """What the curves can be drawn over."""
+AMOUNTS = {"tokens": ("timing_s/step", "perf/tokens_per_second"), "time": ("timing_s/step",)}
+"""Metrics whose product is what a step adds on an axis."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def write_comparison(
     """
     directories = [Path(directory) for directory in run_dirs]
     resolved = [directory.resolve() for directory in directories]
-    for directory, place in zip(directories, resolved, strict=True):
-        if resolved.count(place) > 1:
+    for directory in directories:
+        if resolved.count(directory.resolve()) > 1:
             raise ReportError(f"{directory}: given twice; name each run once")
     if len(directories) > MAX_RUNS:
         raise ReportError(
@@ -119,27 +121,18 @@ def _on_axis(run: Run, axis: str) -> list[dict[str, Any]]:
     """The records with `step` replaced by the place on the axis, which is what was done up to the step's end."""
     if axis == "step":
         return run.records
-    amount: Callable[[Mapping[str, Any]], float | None] = _seconds if axis == "time" else _tokens
-    total, counted, placed = 0.0, 0, []
-    for record in run.records:
-        if (done := amount(record)) is not None:
-            total += done
-            counted += 1
-        placed.append({**record, "step": total})
-    if not counted:
-        needed = "timing_s/step" if axis == "time" else "timing_s/step and perf/tokens_per_second"
+    amounts = [_amount(record, axis) for record in run.records]
+    if all(amount is None for amount in amounts):
+        needed = " and ".join(AMOUNTS[axis])
         raise ReportError(f"{run.directory}: its steps have no {needed}, so there is no {axis} axis; leave --x out")
-    return placed
+    places = accumulate(amount or 0.0 for amount in amounts)
+    return [{**record, "step": place} for record, place in zip(run.records, places, strict=True)]
 
 
-def _seconds(record: Mapping[str, Any]) -> float | None:
-    value = record.get("timing_s/step")
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def _tokens(record: Mapping[str, Any]) -> float | None:
-    rate, seconds = record.get("perf/tokens_per_second"), _seconds(record)
-    return float(rate) * seconds if isinstance(rate, (int, float)) and seconds is not None else None
+def _amount(record: Mapping[str, Any], axis: str) -> float | None:
+    """Tokens or seconds of a step, None where it did not log them."""
+    values: list[Any] = [record.get(key) for key in AMOUNTS[axis]]
+    return float(math.prod(values)) if all(isinstance(value, (int, float)) for value in values) else None
 
 
 # Curves
@@ -148,29 +141,30 @@ def _tokens(record: Mapping[str, Any]) -> float | None:
 def _charts(entries: Sequence[Entry], axis: Axis) -> dict[str, list[Chart]]:
     """One chart per metric with a line per run that has it, by section."""
     places = [record["step"] for entry in entries for record in entry.records]
-    charts: dict[str, list[Chart]] = {section: [] for section in SECTIONS}
-    for spec, key, title in _metrics(entries):
+    charts: dict[str, list[Chart]] = {section: [] for section in SPECS}
+    for section, spec, key, title in _metrics(entries):
         averaged = not is_validation(key)
         columns = [(entry, column(entry.records, key)) for entry in entries]
         lines = [entry.line(points, spec.noisy and averaged) for entry, points in columns if points]
         if chart := spec.chart(title, lines, steps=(min(places), max(places)), axis=axis, tail=averaged):
-            charts[spec.section].append(chart)
+            charts[section].append(chart)
     return {section: found for section, found in charts.items() if found}
 
 
-def _metrics(entries: Sequence[Entry]) -> Iterator[tuple[ChartSpec, str, str]]:
-    """(how to draw, metric, title) of every chart, in the order of a single run's report."""
-    reward = ChartSpec(LEARNING, "Reward", "reward that trains, mean over rollouts", {})
-    yield reward, "nsp/reward/mean", reward.title
-    for spec in SPECS:
-        for key, label in spec.lines.items():
-            alone = len(spec.lines) == 1 or label == spec.title.lower()
-            yield spec, key, spec.title if alone else f"{spec.title}: {label}"
-    for key in dict.fromkeys(key for entry in entries for key in task_keys(entry.records)):
+def _metrics(entries: Sequence[Entry]) -> Iterator[tuple[str, ChartSpec, str, str]]:
+    """(section, how to draw, metric, title) of every chart, in the order of a single run's report."""
+    reward = ChartSpec("Reward", "reward that trains, mean over rollouts", {})
+    yield LEARNING, reward, "nsp/reward/mean", reward.title
+    for section, specs in SPECS.items():
+        for spec in specs:
+            for key, label in spec.lines.items():
+                alone = len(spec.lines) == 1 or label == spec.title.lower()
+                yield section, spec, key, spec.title if alone else f"{spec.title}: {label}"
+    for key in task_keys([record for entry in entries for record in entry.records]):
         name = key.removeprefix("val/")
-        yield ChartSpec(LEARNING, name, "validation", {}), key, f"Validation: {name}"
-    step = ChartSpec(COST, "Time per step", "seconds", {}, from_zero=True)
-    yield step, "timing_s/step", step.title
+        yield LEARNING, ChartSpec(name, "validation", {}), key, f"Validation: {name}"
+    step = ChartSpec("Time per step", "seconds", {}, from_zero=True)
+    yield COST, step, "timing_s/step", step.title
 
 
 # Tables
@@ -181,7 +175,7 @@ def _runs(entries: Sequence[Entry]) -> Markup:
     rows = []
     for entry in entries:
         seconds = sum(value for _, value in finite(column(entry.run.records, "timing_s/step")))
-        tokens = sum(done for record in entry.run.records if (done := _tokens(record)) is not None)
+        tokens = sum(_amount(record, "tokens") or 0.0 for record in entry.run.records)
         line = entry.line((), noisy=False)
         drawn = el("span", sample("M0 5H20", line_style(line), line_marker(line, 10, 5)), class_="swatch")
         cells = [
@@ -198,7 +192,7 @@ def _runs(entries: Sequence[Entry]) -> Markup:
 def _final_values(entries: Sequence[Entry]) -> Markup:
     """The last value of what is validated, and the mean of the last tenth of what is noisy; the best is bold."""
     rows = []
-    for spec, key, title in _metrics(entries):
+    for _, spec, key, title in _metrics(entries):
         finals = [_final(column(entry.run.records, key), key) for entry in entries]
         if any(finals):
             cells = _final_cells(key, finals, spec.percent)
@@ -235,11 +229,6 @@ def _final(points: Sequence[Point], key: str) -> tuple[float, float] | None:
 def _best(key: str, values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
-    if (key.startswith(HIGHER_IS_BETTER) and "zero_std" not in key) or _is_task_score(key):
+    if key.startswith(HIGHER_IS_BETTER) or task_keys([{key: 0.0}]):  # all scores of answers are better when higher
         return max(values)
     return min(values) if key in LOWER_IS_BETTER else None
-
-
-def _is_task_score(key: str) -> bool:
-    """A score of answers, `val/<task>/<metric>`: all of them are better when higher."""
-    return bool(task_keys([{key: 0.0}]))

@@ -12,9 +12,6 @@ from refine_verl.report.markup import Markup
 from refine_verl.report.page import tile
 from refine_verl.report.series import column, finite, head_and_tail
 
-__all__ = ["headlines"]
-
-
 MOST_TASKS = 3
 
 
@@ -40,10 +37,9 @@ def _task_scores(records: Sequence[dict[str, Any]]) -> list[Markup | None]:
     for key in scores[:MOST_TASKS]:
         task, _, metric = key.removeprefix("val/").rpartition("/")
         name = ", ".join(filter(None, (task, metric.replace("_", " "))))
-        before = finite(column(records, f"val/{task}/before/{metric}"))
-        if before:
-            without, (_, value) = before[-1][1], finite(column(records, key))[-1]
-            found.append(_changed(name, without, value, 1, "{} without adaptation", percent=True))
+        if before := finite(column(records, f"val/{task}/before/{metric}")):
+            value = finite(column(records, key))[-1][1]
+            found.append(_changed(name, before[-1][1], value, 1, "{} without adaptation", percent=True))
         else:
             found.append(_first_to_last(records, key, name, better=1, percent=True))
     return found
@@ -55,20 +51,19 @@ def _first_to_last(
     points = finite(column(records, key))
     if not points:
         return None
-    (first_step, first), (last_step, last) = points[0], points[-1]
+    (step, first), (_, last) = points[0], points[-1]
     if len(points) == 1:
-        value = format_number(last, percent=percent)
-        return tile(name, value, detail=f"at step {last_step}, measured once")
-    return _changed(name, first, last, better, f"{{}} at step {first_step}", percent=percent)
+        return tile(name, format_number(last, percent=percent), detail=f"at step {step}, measured once")
+    return _changed(name, first, last, better, f"{{}} at step {step}", percent=percent)
 
 
 def _start_to_end(records: Sequence[dict[str, Any]], key: str, name: str, better: int) -> Markup | None:
-    points = column(records, key)
+    points = finite(column(records, key))
     found = head_and_tail(points)
     if found is None:
         return None
     first, last, count = found
-    if len(finite(points)) == 1:
+    if len(points) == 1:
         return tile(name, format_number(last), detail="measured once")
     ends = f"means of the first and last {count} steps" if count > 1 else "first and last step"
     return _changed(name, first, last, better, f"{{}}; {ends}")
@@ -90,7 +85,8 @@ def _throughput(records: Sequence[dict[str, Any]]) -> Markup | None:
     if not values:
         return None
     seconds = sum(value for _, value in finite(column(records, "timing_s/step")))
-    detail = f"median; {_steps(len(values))} in {format_duration(seconds)}" if seconds else "median of the steps"
+    steps = "1 step" if len(values) == 1 else f"{len(values)} steps"
+    detail = f"median; {steps} in {format_duration(seconds)}" if seconds else "median of the steps"
     return tile("Throughput", format_number(median(values)), unit="tokens/s", detail=detail)
 
 
@@ -99,7 +95,3 @@ def _cost(records: Sequence[dict[str, Any]]) -> Markup | None:
     if not values:
         return None
     return tile("Cost", f"{sum(values) / len(values):.2f}", detail="forward tokens per document token")
-
-
-def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"

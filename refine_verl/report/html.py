@@ -1,8 +1,4 @@
-"""`report.html`: one self-contained page per run, drawn from `metrics.jsonl` and what lies beside it.
-
-No script, no font and nothing from elsewhere: the page can be mailed, archived and opened without a network.
-Its own content policy refuses anything else.
-"""
+"""`report.html`: one self-contained page per run, drawn from `metrics.jsonl` and what lies beside it."""
 
 from __future__ import annotations
 
@@ -13,12 +9,13 @@ from typing import Any
 
 from refine_verl.record.format import format_number
 from refine_verl.record.metrics import METRICS_FILE
-from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, ReportError, Run, lookup, read_run
+from refine_verl.record.run import Run, lookup, read_run
 from refine_verl.report.charts import build_charts
 from refine_verl.report.headline import headlines
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.page import (
     card,
+    figure,
     header,
     key_table,
     number_cells,
@@ -30,8 +27,6 @@ from refine_verl.report.page import (
 from refine_verl.report.series import column, final_value, finite
 from refine_verl.report.settings import settings_section
 from refine_verl.report.svg import Chart, line_marker, line_style, render_chart, smoothing_window
-
-__all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "REPORT_FILE", "ReportError", "write_report"]
 
 REPORT_FILE = "report.html"
 NUMBER_COLUMNS = ("metric", "first", "last", "lowest", "highest", "mean", "steps")
@@ -54,14 +49,8 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
         MetricsError: its metrics file is damaged.
     """
     directory = Path(run_dir)
-    target = Path(out) if out is not None else directory / REPORT_FILE
-    return write_page(target, render_report(directory))
-
-
-def render_report(directory: Path) -> str:
-    """The page as text; see `write_report`."""
     run = read_run(directory)
-    return render_page(
+    page = render_page(
         f"{run.name} · REFINE run",
         _header(run),
         el("section", *headlines(run.records), class_="tiles", aria_label="Key figures"),
@@ -71,6 +60,7 @@ def render_report(directory: Path) -> str:
         _environment(run.environment),
         el("footer", f"Drawn from {METRICS_FILE} by python -m refine_verl.report"),
     )
+    return write_page(Path(out) if out is not None else directory / REPORT_FILE, page)
 
 
 def _header(run: Run) -> Markup:
@@ -83,12 +73,8 @@ def _header(run: Run) -> Markup:
 
 
 def chart_section(section: str, charts: Sequence[Chart]) -> Markup:
-    return el("section", el("h2", section), el("div", *(_figure(chart) for chart in charts), class_="charts"))
-
-
-def _figure(chart: Chart) -> Markup:
-    caption = el("figcaption", el("h3", chart.title, el("span", chart.unit, class_="unit")), _legend(chart))
-    return el("figure", caption, render_chart(chart), class_="card")
+    figures = (figure(chart.title, chart.unit, _legend(chart), render_chart(chart), "card") for chart in charts)
+    return el("section", el("h2", section), el("div", *figures, class_="charts"))
 
 
 def _legend(chart: Chart) -> Markup:
@@ -113,7 +99,7 @@ def _legend(chart: Chart) -> Markup:
 
 def _numbers(records: Sequence[dict[str, Any]]) -> Markup:
     """Every metric of the run: first, last, lowest, highest, mean."""
-    keys = dict.fromkeys(key for record in records for key in record if key != "step")
+    keys = {key for record in records for key in record} - {"step"}
     rows = [_number_row(key, records) for key in sorted(keys, key=_rank)]
     return el("section", el("h2", "Final numbers"), table_card(NUMBER_COLUMNS, rows, numbers=True))
 
@@ -125,14 +111,12 @@ def _rank(key: str) -> tuple[int, str]:
 
 def _number_row(key: str, records: Sequence[dict[str, Any]]) -> Markup | None:
     points = column(records, key)
-    values = [value for _, value in finite(points)]
     if not points:
         return None
-    lost = len(points) - len(values)
+    values = [value for _, value in finite(points)]
     figures = [values[0], values[-1], min(values), max(values), sum(values) / len(values)] if values else [None] * 5
-    cells = [format_number(figure) for figure in figures]
-    count = f"{len(values)}" + (f" ({lost} not finite)" if lost else "")
-    return el("tr", el("th", el("code", key)), *number_cells([*cells, count]))
+    lost = f" ({len(points) - len(values)} not finite)" if len(points) > len(values) else ""
+    return el("tr", el("th", el("code", key)), *number_cells([*map(format_number, figures), f"{len(values)}{lost}"]))
 
 
 def _environment(environment: Mapping[str, Any]) -> Markup | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from html import escape
 
-__all__ = ["Markup", "el", "join"]
-
 VOID_ELEMENTS = frozenset({"meta", "br", "hr", "link"})
 
 

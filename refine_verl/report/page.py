@@ -68,6 +68,12 @@ def tile(
     )
 
 
+def figure(title: str, unit: str, legend: Markup, drawing: Markup, style: str) -> Markup:
+    """A drawing with its title and legend above it."""
+    caption = el("figcaption", el("h3", title, el("span", unit, class_="unit")), legend)
+    return el("figure", caption, drawing, class_=style)
+
+
 def sample(shape: str, style: str, *marks: Markup) -> Markup:
     """A piece of a line or an area, for a legend."""
     return el("svg", el("path", class_=style, d=shape), *marks, viewBox="0 0 20 10", aria_hidden="true")

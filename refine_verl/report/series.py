@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 Point = tuple[float, "float | None"]
@@ -26,13 +27,7 @@ def finite(points: Sequence[Point]) -> list[tuple[float, float]]:
 
 def segments(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
     """Runs of points without a non-finite value between them: a line is broken there, not drawn across."""
-    runs: list[list[tuple[float, float]]] = [[]]
-    for step, value in points:
-        if value is None:
-            runs.append([])
-        else:
-            runs[-1].append((step, value))
-    return [run for run in runs if run]
+    return [finite(list(run)) for drawn, run in groupby(points, key=lambda point: point[1] is not None) if drawn]
 
 
 def buckets(count: int, most: int) -> list[tuple[int, int]]:
@@ -84,8 +79,9 @@ def head_and_tail(points: Sequence[Point]) -> tuple[float, float, int] | None:
 
 def final_value(points: Sequence[Point], *, tail: bool) -> float | None:
     """The mean of the last tenth (`tail`) or the last value, of those that are finite."""
-    found = head_and_tail(points) if tail else None
-    return found[1] if found else next((value for _, value in reversed(finite(points))), None)
+    values = finite(points)
+    found = head_and_tail(values)
+    return None if found is None else found[1] if tail else values[-1][1]
 
 
 def warmup_spans(records: Sequence[Record]) -> list[tuple[float, float]]:
@@ -93,20 +89,8 @@ def warmup_spans(records: Sequence[Record]) -> list[tuple[float, float]]:
 
     A step says so by `refine/active: 0`. A run that never refines has no warm-up.
     """
-    states = [(record["step"], state) for record in records if (state := _warming_up(record)) is not None]
-    if all(state for _, state in states):
+    states = [(record["step"], active) for record in records if (active := record.get("refine/active")) is not None]
+    if not any(active for _, active in states):
         return []
-    spans: list[tuple[float, float]] = []
-    previous = False
-    for step, state in states:
-        if state and previous:
-            spans[-1] = (spans[-1][0], step)
-        elif state:
-            spans.append((step, step))
-        previous = state
-    return spans
-
-
-def _warming_up(record: Record) -> bool | None:
-    active = record.get("refine/active")
-    return None if active is None else not active
+    runs = [list(run) for active, run in groupby(states, key=lambda state: bool(state[1])) if not active]
+    return [(run[0][0], run[-1][0]) for run in runs]

@@ -5,7 +5,7 @@ Of several runs, those in which they differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ import yaml
 from refine_verl.record.run import CONFIG_FILE
 from refine_verl.report.markup import Markup, el
 from refine_verl.report.page import card, flatten, folded, key_table, setting_text, table_card
-
-__all__ = ["differences", "settings_section"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NAMED_IN = ("conf/base.yaml", "recipes/*.yaml")
@@ -33,14 +31,13 @@ def settings_section(config: Mapping[str, Any], overrides: Mapping[str, Any] | N
     """
     if not config:
         return None
-    own = config.get("refine")
     others = {key: value for key, value in config.items() if key != "refine"}
     named = {key: value for key, value in flatten(others) if _is_named(key)}
     rest = {key: value for key, value in flatten(others) if key not in named}
     parts = [el("h2", "Settings")]
     if overrides:
         parts += [el("p", "Given on the command line:", class_="note"), card(key_table(overrides))]
-    if own:
+    if own := config.get("refine"):
         parts.append(card(key_table({"refine": own})))
     if named:
         parts.append(folded(f"Model, data and training ({len(named)})", key_table(named), "card"))
@@ -84,34 +81,25 @@ def differences(
     if not differ:
         return el("section", heading, el("p", f"None of {len(keys)}.", class_="note"))
     partly = [key for key in differ if not all(key in tree for tree in known)]
-    if len(partly) > FOLD_FROM:
-        # hundreds of keys that a run says nothing about would bury the few whose values differ, and fill reams of paper
-        differ = [key for key in differ if key not in set(partly)]
+    if len(partly) <= FOLD_FROM:
+        partly = []
+    # hundreds of keys that a run says nothing about would bury the few whose values differ, and fill reams of paper
+    shown = [key for key in differ if key not in partly]
+    table = _table(shown, flat, names) if shown else None
+    if len(shown) > FOLD_FROM:
+        table = el("details", el("summary", f"{len(shown)} keys"), table)
+    note = el("p", f"{len(shown)} of {len(keys)} keys; the same in all runs: {len(keys) - len(differ)}.", class_="note")
+    rest = None
+    if partly:
         words = f"{len(partly)} keys that only some of the runs have, also in {file}"
-        rest: Markup | None = _folded_table(words, "screen", _rows(partly, flat), names)
-    else:
-        partly, rest = [], None
-    same = len(keys) - len(differ) - len(partly)
-    note = el("p", f"{len(differ)} of {len(keys)} keys; the same in all runs: {same}.", class_="note")
-    if len(differ) > FOLD_FROM:
-        table: Markup | None = _folded_table(f"{len(differ)} keys", None, _rows(differ, flat), names)
-    else:
-        table = _table(_rows(differ, flat), names) if differ else None
+        rest = el("details", el("summary", words), _table(partly, flat, names), class_="screen")
     return el("section", heading, table, note, rest)
 
 
-def _rows(keys: Iterable[str], flat: Sequence[Mapping[str, Any]]) -> list[Markup]:
+def _table(keys: Sequence[str], flat: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Markup:
     rows = []
     for key in keys:
         texts = [setting_text(key, tree[key]) if key in tree else "–" for tree in flat]
         cells = (el("td", el("code", text), class_="setting-value") for text in texts)
         rows.append(el("tr", el("th", key, class_="key"), *cells))
-    return rows
-
-
-def _table(rows: Sequence[Markup], names: Sequence[str]) -> Markup:
     return table_card(("key", *names), rows, numbers=False)
-
-
-def _folded_table(title: str, style: str | None, rows: Sequence[Markup], names: Sequence[str]) -> Markup:
-    return el("details", el("summary", title), _table(rows, names), class_=style)

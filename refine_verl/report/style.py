@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["STYLE"]
-
 # Series colours reach a contrast of 3:1 on their background and stay apart for colour-blind readers.
 # No character needs escaping, so the page is well-formed XML too.
 STYLE = """

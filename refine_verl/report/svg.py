@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from refine_verl.record.format import format_number
 from refine_verl.report.axes import BOTTOM, HEIGHT, TOP, WIDTH, Frame, number, padded
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.series import Point, buckets, finite, moving_average, segments, thin
-
-__all__ = ["Axis", "Band", "Chart", "Line", "line_marker", "line_style", "render_chart", "smoothing_window"]
 
 MAX_POINTS = 400  # more than the pixels of a line can show
 MAX_COLUMNS = 80  # of tooltips and of stacked bars
@@ -35,9 +34,6 @@ class Axis:
     def text(self, value: float) -> str:
         """`7`, `1.23M`."""
         return str(int(value)) if self.whole else format_number(value)
-
-
-STEPS = Axis()
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Chart:
     percent: bool = False
     from_zero: bool = False
     steps: tuple[float, float] = (0, 1)
-    axis: Axis = STEPS
+    axis: Axis = Axis()
     warmup: Sequence[tuple[float, float]] = ()
     tail: bool | None = None
 
@@ -149,12 +145,9 @@ def _y_range(chart: Chart, columns: Sequence[Column]) -> tuple[float, float]:
 def _columns(lines: Sequence[Line]) -> list[Column]:
     steps = sorted({step for line in lines for step, _ in line.points})
     tables = [dict(finite(line.points)) for line in lines]
-    columns = []
-    for start, stop in buckets(len(steps), MAX_COLUMNS):
-        part = steps[start:stop]
-        values = [[table[step] for step in part if step in table] for table in tables]
-        columns.append(Column(first=part[0], last=part[-1], values=values))
-    return columns
+    parts = [steps[start:stop] for start, stop in buckets(len(steps), MAX_COLUMNS)]
+    values = [[[table[step] for step in part if step in table] for table in tables] for part in parts]
+    return [Column(first=part[0], last=part[-1], values=found) for part, found in zip(parts, values, strict=True)]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -241,8 +234,8 @@ def _band(band: Band, frame: Frame) -> Markup:
 
 def _stack(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
     bars = []
-    for column, bounds in zip(columns, _bounds(columns, chart), strict=True):
-        left, right = frame.span(*bounds)
+    for column, (first, last) in zip(columns, _bounds(columns, chart), strict=True):
+        left, right = frame.span(first, last)
         margin = min(0.5, (right - left) * 0.08)
         start, end, base = number(left + margin), number(right - margin), 0.0
         parts: list[Markup] = []
@@ -263,22 +256,18 @@ def _tooltips(chart: Chart, columns: Sequence[Column], frame: Frame) -> Markup:
 
 def _bounds(columns: Sequence[Column], chart: Chart) -> list[tuple[float, float]]:
     """First and last step of each column: half-way to its neighbours."""
-    middles = [(left.last + right.first) / 2 for left, right in zip(columns, columns[1:], strict=False)]
+    middles = [(left.last + right.first) / 2 for left, right in pairwise(columns)]
     half = 0.5 if chart.axis.whole else 0.0
-    bounds = [columns[0].first - half, *middles, columns[-1].last + half]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise([columns[0].first - half, *middles, columns[-1].last + half]))
 
 
 def _tooltip(chart: Chart, column: Column) -> str:
     rows = [column.name(chart.axis)]
     for line, values in zip(chart.lines, column.values, strict=True):
-        if not values:
-            continue
-        text = f"{line.label}: {format_number(_mean(values), percent=chart.percent)}"
-        if len(values) > 1 and not chart.stacked:
-            low, high = (format_number(value, percent=chart.percent) for value in (min(values), max(values)))
-            text += f" ({low} to {high})"
-        rows.append(text)
+        if values:
+            numbers = (_mean(values), min(values), max(values))
+            mean, low, high = (format_number(value, percent=chart.percent) for value in numbers)
+            rows.append(f"{line.label}: {mean}" + f" ({low} to {high})" * (len(values) > 1 and not chart.stacked))
     return "\n".join(rows)
 
 

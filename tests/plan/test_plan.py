@@ -27,8 +27,8 @@ from refine_verl.plan.__main__ import main
 from refine_verl.plan.estimate import Shape, forward_tokens
 from refine_verl.plan.memory import MemoryEstimate
 from refine_verl.plan.options import PlanSettings, measured_throughput
-from refine_verl.plan.origins import files_chosen, find_origins
-from refine_verl.plan.sizes import size_text
+from refine_verl.plan.origins import find_origins
+from refine_verl.record.format import size_text
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -244,7 +244,7 @@ def origins_of(*overrides: str) -> dict[str, Any]:
     composed = compose_config(overrides)
     files = find_configs()
     valid = validate(composed, files)
-    return {item.key: item for item in find_origins(composed, valid.config, files_chosen(files, overrides), overrides)}
+    return {item.key: item for item in find_origins(composed, valid.config, files, overrides)}
 
 
 def test_origins() -> None:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from refine_verl.config import ConfigError
-from refine_verl.record.predictions import PredictionsFile, mean_scores, read_predictions
+from refine_verl.record.predictions import PredictionsFile, mean_scores
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    file = PredictionsFile(path)
+    file.close()
+    return file.rows
 
 
 def test_rows_come_back_and_a_torn_line_does_not(tmp_path: Path) -> None:
@@ -17,7 +24,7 @@ def test_rows_come_back_and_a_torn_line_does_not(tmp_path: Path) -> None:
     file = PredictionsFile(path)
     file.write([{"id": "a", "prediction": "é\n|"}, {"id": "b", "loss": math.nan, "curve": [{"loss": math.inf}]}])
     file.close()
-    assert read_predictions(path) == [
+    assert rows_of(path) == [
         {"id": "a", "prediction": "é\n|"},
         {"id": "b", "loss": None, "curve": [{"loss": None}]},
     ]
@@ -36,7 +43,7 @@ def test_rows_that_do_not_hold_any_more_are_dropped_and_the_others_keep_their_pl
     file.write([{"id": str(step), "step": step} for step in range(4)])
     file.close()
     kept = PredictionsFile(path, lambda row: row["step"] != 2)
-    assert [row["step"] for row in kept.rows] == [0, 1, 3] == [row["step"] for row in read_predictions(path)]
+    assert [row["step"] for row in kept.rows] == [0, 1, 3] == [row["step"] for row in rows_of(path)]
     kept.close()
 
 
@@ -54,7 +61,7 @@ def test_a_last_line_that_ends_is_not_torn(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 2: not a prediction"):
         PredictionsFile(path)
     path.write_text('{"id": "a"}\n{"id": "b"}')
-    assert [row["id"] for row in read_predictions(path)] == ["a", "b"]  # whole but for its line end
+    assert [row["id"] for row in rows_of(path)] == ["a", "b"]  # whole but for its line end
 
 
 def test_means_by_task(tmp_path: Path) -> None:

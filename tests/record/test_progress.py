@@ -36,20 +36,20 @@ def written(console: Console) -> str:
 
 def test_without_a_terminal_one_plain_line_per_step() -> None:
     console = plain_console()
-    with TrainingProgress(3, description="midtrain", console=console) as progress:
+    with TrainingProgress(3, console=console) as progress:
         progress.update(0, {"val/ntp_loss": 4.0, "val/ntp_accuracy": 0.25})
         progress.message("[bold]a path: /tmp/[x]")
         progress.update(1, STEP)
         progress.update(3, {"val/ntp_loss": 3.5, "val/ntp_accuracy": 0.27})
     lines = written(console).splitlines()
-    assert lines[0] == "midtrain 0/3 | validation loss 4 | validation accuracy 25.00%"
+    assert lines[0] == "training 0/3 | validation loss 4 | validation accuracy 25.00%"
     assert lines[1] == "[bold]a path: /tmp/[x]"
     assert re.fullmatch(
-        r"midtrain 1/3 \| reward 0\.5000 \| next-token loss 3\.250 \| forward tokens per token 2\.030 "
+        r"training 1/3 \| reward 0\.5000 \| next-token loss 3\.250 \| forward tokens per token 2\.030 "
         r"\| 0:00:00 left",
         lines[2],
     )
-    assert lines[3] == "midtrain 3/3 | validation loss 3.500 (−0.500) | validation accuracy 27.00% (+2.00 pts)"
+    assert lines[3] == "training 3/3 | validation loss 3.500 (−0.500) | validation accuracy 27.00% (+2.00 pts)"
     assert len(lines) == 4
     assert isinstance(console.file, io.StringIO)
     assert "\x1b" not in console.file.getvalue()
@@ -72,14 +72,14 @@ def test_history_counts_changes_from_the_first_validation_of_the_run() -> None:
 
 def test_terminal_shows_bar_table_and_change() -> None:
     console = terminal()
-    with TrainingProgress(10, description="midtrain", console=console) as progress:
+    with TrainingProgress(10, console=console) as progress:
         progress.update(0, {"val/ntp_loss": 4.0, "val/ruler/accuracy": 0.5})
         progress.message("checkpoint saved")
         progress.update(10, {**STEP, "val/ntp_loss": 3.5})
     text = written(console)
     last = text[text.rindex("reward") :]  # the display drawn last
     assert "checkpoint saved" in text
-    for expected in ("0.5000", "next-token loss", "3.250", "−0.500", "ruler/accuracy", "midtrain", "10/10"):
+    for expected in ("0.5000", "next-token loss", "3.250", "−0.500", "ruler/accuracy", "training", "10/10"):
         assert expected in last
     assert "unknown" not in text
 

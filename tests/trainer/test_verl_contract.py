@@ -58,7 +58,7 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
     ),
     "posttrain": (PosttrainTrainer, PPOTrainer, {"step", "_validate"}),
     "prompts": (PromptTrainer, PPOTrainer, {"fit"}),
-    "ttt": (TTTTrainer, PPOTrainer, {"__init__", "step"}),
+    "ttt": (TTTTrainer, PPOTrainer, {"step"}),
     "worker": (NSPRolloutWorker, TrainingWorker, {"__init__", "save_checkpoint"}),
     "platform": (
         CpuPlatform,
