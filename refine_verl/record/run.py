@@ -15,11 +15,6 @@ import yaml
 from refine_verl.config import Refusal
 from refine_verl.record.metrics import METRICS_FILE, merge_steps, read_metrics
 
-<<<<<<< HEAD
-__all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "OVERRIDES_FILE", "ReportError", "Run", "read_run"]
-
-=======
->>>>>>> main
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 OVERRIDES_FILE = "overrides.yaml"
 """Which keys the command gave, with their values: the recipe too, and nothing that the recipe says."""
