@@ -77,7 +77,16 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["refine_verl", "refine_verl.*"]),
     # refine_verl/recipes is a link to recipes/, so that wheels carry the shipped recipes.
-    package_data={"refine_verl": ["conf/*.yaml", "presets/*.yaml", "recipes/*.yaml", "prepare/*.json", "py.typed"]},
+    package_data={
+        "refine_verl": [
+            "conf/*.yaml",
+            "presets/*.yaml",
+            "recipes/*.yaml",
+            "prepare/*.json",
+            "scoring/*.txt",
+            "py.typed",
+        ]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from refine_verl.command.front import FAILED, run_command, say, say_error, show
 from refine_verl.command.jobs import run_jobs
+from refine_verl.compose.naming import given_overrides
 from refine_verl.compose.recipes import RECIPES_PATH_VARIABLE, broken_configs, find_configs
 from refine_verl.compose.validate import ValidConfig
 from refine_verl.config import ConfigError, ModelError, Refusal, RunFailed, list_settings
@@ -100,7 +101,7 @@ def run(valid: ValidConfig, signals: StopSignals | None = None) -> int:
     except OSError as error:
         raise ConfigError("trainer.default_local_dir", f"{directory}: {error}") from error
     try:
-        run_dir = train(launch_config, signals)
+        run_dir = train(launch_config, signals, given_overrides())
     except ModelError as error:  # from a worker, wrapped by Ray with its traceback
         return say_error(str(getattr(error, "cause", error)), FAILED)
     except (ConfigError, RunFailed):

@@ -13,7 +13,7 @@ door                                                   used by
 ``EngineRegistry`` (model type ``refine_lm``)          ``workers.engine.RefineEngine``
 ``TrainingWorker`` (subclass)                          ``workers.worker.NSPRolloutWorker``
 ``PPOTrainer`` of trainer v1 (subclass)                ``trainer.refine_trainer.RefineTrainer``
-``RayResourcePool``, ``RayWorkerGroup`` (called)       ``trainer.resources``, ``trainer.refine_trainer``
+``RayResourcePool``, ``RayWorkerGroup`` (called)       ``trainer.refine_trainer``
 ``data.custom_cls``                                    ``data.verl_dataset``
 advantage and policy-loss registries (called)          ``trainer.advantage``, ``workers.loss``
 =====================================================  =====================================================

@@ -6,5 +6,3 @@ Needs torch, transformers and fla; knows neither verl nor Ray.
 from refine_verl.adaptation.prompts import PromptError, Prompts
 from refine_verl.adaptation.session import Adapted, adapt
 from refine_verl.adaptation.settings import AdaptSettings
-
-__all__ = ["AdaptSettings", "Adapted", "PromptError", "Prompts", "adapt"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -56,10 +55,9 @@ class SavedModel:
         self.widened = False
 
     def save(self, backup: str) -> None:
-        """Copy what will change, and widen low precision. After an error, `restore` undoes what was done.
+        """Copy what will change to ``backup``, ``cpu`` or ``device``, and widen low precision.
 
-        Args:
-            backup: ``cpu`` or ``device``, where the copies lie.
+        After an error, `restore` undoes what was done.
         """
         for parameter in self._model.parameters():
             data, low = parameter.data, parameter.dtype in LOW_PRECISION
@@ -75,7 +73,8 @@ class SavedModel:
         self._save_buffers()
         if self.widened and next(self._model.parameters()).device.type == "cuda":
             # fla's kernels want low-precision activations, which these weights no longer give them by themselves
-            self._model.__dict__["forward"] = _in_autocast(self._model.forward)
+            in_autocast = torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
+            self._model.__dict__["forward"] = in_autocast(self._model.forward)
 
     def _save_buffers(self) -> None:
         working: dict[int, Tensor] = {}
@@ -117,15 +116,6 @@ def _put(model: nn.Module, name: str, value: Any) -> None:
         model.__dict__.pop(name, None)
     else:
         model.__dict__[name] = value
-
-
-def _in_autocast(forward: Any) -> Any:
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
-            return forward(*args, **kwargs)
-
-    return run
 
 
 class TemporaryActor:
@@ -170,8 +160,9 @@ class TemporaryActor:
         training flags are as before.
         """
         training = [(module, module.training) for module in self.model.modules()]
+        ensure_kernels()
         with (
-            _kernels(self.device),
+            cpu_kernels() if self.device.type == "cpu" else nullcontext(),
             _own_random_state(self.device, seed),
             torch.enable_grad(),
             torch.autocast(self.device.type, enabled=False),
@@ -196,11 +187,6 @@ def _own_random_state(device: torch.device, seed: int) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def _kernels(device: torch.device) -> Any:
-    ensure_kernels()
-    return cpu_kernels() if device.type == "cpu" else nullcontext()
 
 
 def set_training(model: nn.Module, training: bool) -> None:

@@ -51,7 +51,14 @@ class Prompts:
         if not rows:
             raise PromptError("input_ids: no prompts (an empty batch). Give at least one row of token ids.")
         for index, row in enumerate(rows):
-            _check_row(row, index, vocabulary)
+            wrong = ((row < 0) | (row >= vocabulary)).nonzero()
+            if len(wrong):
+                place = int(wrong[0])
+                raise PromptError(
+                    f"input_ids: row {index}, position {place}: token id {int(row[place])} is outside 0 ... "
+                    f"{vocabulary - 1}, the vocabulary of the model. Is this the model's own tokenizer, and are the "
+                    "rows without padding and label masks?"
+                )
             if len(row) < shortest:
                 raise PromptError(f"input_ids: row {index} has {len(row)} tokens, fewer than {shortest}: {needs}")
         return cls(rows, _content_ids(rows))
@@ -107,17 +114,6 @@ def _row(row: Any, index: int) -> Tensor:
         raise PromptError(f"input_ids: row {index} holds {values.dtype}, expected integers (token ids).")
     # a copy outside of inference mode's reach: what the caller does to his tensor later does not matter
     return values.detach().to("cpu", torch.int64, copy=True)
-
-
-def _check_row(row: Tensor, index: int, vocabulary: int) -> None:
-    wrong = ((row < 0) | (row >= vocabulary)).nonzero()
-    if len(wrong):
-        place = int(wrong[0])
-        raise PromptError(
-            f"input_ids: row {index}, position {place}: token id {int(row[place])} is outside 0 ... {vocabulary - 1}, "
-            "the vocabulary of the model. Is this the model's own tokenizer, and are the rows without padding and "
-            "label masks?"
-        )
 
 
 def _content_ids(rows: Sequence[Tensor]) -> tuple[int, ...]:

@@ -60,11 +60,6 @@ class AdaptSettings(Settings):
         "cpu", "where the copy of the original weights lies: host memory, or the model's own device", choices=BACKUPS
     )
 
-    def __post_init__(self) -> None:
-        if isinstance(self.betas, list):
-            object.__setattr__(self, "betas", tuple(self.betas))
-        super().__post_init__()
-
     def _check_rules(self) -> None:
         numbers = [beta for beta in self.betas if isinstance(beta, (int, float)) and 0 <= beta < 1]
         if len(self.betas) != 2 or len(numbers) != 2:

@@ -21,14 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loop:
-    """AdamW on the trainable parameters of an actor, driven by rollouts and the next-token loss.
-
-    Attributes:
-        actor: the model.
-        settings: how it is trained.
-        parameters: what is trained, in the order of `gradients`.
-        optimizer: of those.
-    """
+    """AdamW on the trainable ``parameters`` of an actor, driven by rollouts and the next-token loss."""
 
     def __init__(self, actor: FastWeightActor, settings: AdaptSettings) -> None:
         self.actor, self.settings = actor, settings
@@ -57,13 +50,8 @@ class Loop:
     def learn(self, index: int, documents: Documents, ids: Sequence[int]) -> list[dict[str, float]]:
         """One pass: rollouts of all documents, then one optimiser step for each mini-batch.
 
-        Args:
-            index: number of the pass, from 1; a part of the key of all random draws.
-            documents: what is learnt from.
-            ids: a number for each, the other part of that key.
-
-        Returns:
-            The metrics of every optimiser step.
+        The number of the pass, ``index``, from 1, and the number of a document in ``ids`` are the key of all random
+        draws. Returns the metrics of every optimiser step.
         """
         written = self.write(index, documents, ids) if self.settings.reinforces else None
         mini_batches = in_parts(documents, written, self.settings.mini_batch_size)
@@ -99,10 +87,10 @@ class Loop:
         return metrics
 
     def gradients(self, documents: Documents, written: Rollouts | None) -> tuple[list[Tensor | None], dict[str, float]]:
-        """Of one mini-batch's loss, added up over its micro-batches, and its metrics. Changes no weight.
+        """Of one mini-batch's loss by ``parameters``, added up over its micro-batches, and its metrics.
 
-        Asked for by name instead of gathered in ``.grad``: a user's hooks that step an optimiser in the backward
-        pass stay silent. None for a parameter that the loss does not depend on.
+        Changes no weight. Asked for by name instead of gathered in ``.grad``: a user's hooks that step an optimiser in
+        the backward pass stay silent. None for a parameter that the loss does not depend on.
         """
         set_training(self.actor, True)
         total: list[Tensor | None] = [None] * len(self.parameters)

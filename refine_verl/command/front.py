@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m refine_verl NAME ARGUMENTS`; without a name it lists the commands."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given and given[0] in COMMANDS:
-        return _main_of(given[0])(given[1:])
+        name = "main" if given[0] == "main" else f"{given[0]}.__main__"
+        return int(importlib.import_module(f"refine_verl.{name}").main(given[1:]))
     return run_command(given, help=_listing, run=_without_command)
 
 
@@ -100,12 +101,6 @@ def _without_command(words: list[str]) -> None:
         raise unknown_option(words[0], ["--help"])
     else:
         require_choice("", words[0], COMMANDS, kind="command")
-
-
-def _main_of(name: str) -> Callable[[list[str]], int]:
-    module = importlib.import_module(f"refine_verl.{name}" if name == "main" else f"refine_verl.{name}.__main__")
-    found: Callable[[list[str]], int] = module.main
-    return found
 
 
 def _listing(_: list[str]) -> str:

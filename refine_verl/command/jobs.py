@@ -10,7 +10,7 @@ from unittest import mock
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import ValueType
 from omegaconf import DictConfig
 
 from refine_verl.command.commandline import CommandLine, read_command_line, readable_errors
@@ -95,7 +95,7 @@ def exclude_shared(overrides: Sequence[str]) -> str:
     Raises:
         hydra.errors.OverrideParseException: an override that cannot be read.
     """
-    parsed = _parse(overrides)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     varying = {item.key_or_group for item in parsed if item.is_sweep_override()}
     shared = sorted({item.key_or_group for item in parsed if not item.is_hydra_override()} - varying)
     return f"{EXCLUDE_KEYS}=[{','.join(repr(key) for key in shared)}]"
@@ -107,7 +107,7 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]] | None:
     Raises:
         hydra.errors.OverrideParseException: an override that cannot be read.
     """
-    parsed = _parse(overrides)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     if any(item.key_or_group == "hydra/sweeper" for item in parsed):
         return None
     if any(item.value_type == ValueType.GLOB_CHOICE_SWEEP for item in parsed):
@@ -118,10 +118,6 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]] | None:
 
 def refuse_shared_directory(jobs: Sequence[Sequence[str]], directories: Sequence[str]) -> None:
     """Two jobs with one run directory would resume from each other's checkpoints.
-
-    Args:
-        jobs: their overrides.
-        directories: their run directories, in the same order.
 
     Raises:
         ConfigError: names both jobs.
@@ -137,7 +133,3 @@ def refuse_shared_directory(jobs: Sequence[Sequence[str]], directories: Sequence
                 "trainer.experiment_name out, so that each run gets a name of its own, or put what varies into it: "
                 "'trainer.default_local_dir=DIR/${trainer.experiment_name}'.",
             )
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(overrides))

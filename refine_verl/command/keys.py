@@ -41,11 +41,6 @@ class Key:
     help: str
     choices: tuple[str, ...] | None
 
-    @property
-    def collection(self) -> Any:
-        """`list[...]` or `tuple[...]` where the key holds several values, else None."""
-        return next((kind for kind in self.kinds if (typing.get_origin(kind) or kind) in (list, tuple)), None)
-
 
 def keys_of(settings: type[Settings] | Settings, prefix: str = "") -> dict[str, Key]:
     """All keys of a class of settings by name; a section in an instance has the values there as defaults."""
@@ -82,15 +77,7 @@ def _shown(default: Any) -> str:
 
 
 def read_keys(arguments: Sequence[str], settings: type[S], *, words: bool = False) -> tuple[S, list[str]]:
-    """Settings from a command line.
-
-    Args:
-        arguments: as typed.
-        settings: whose keys they are.
-        words: the command also takes words that are no keys, such as names of directories.
-
-    Returns:
-        The settings, and those words.
+    """Settings from a command line, and with `words` what is no key, such as names of directories.
 
     Raises:
         ConfigError: an unknown key or option (with the nearest one), a key given twice, without a value or not at all
@@ -141,7 +128,8 @@ def _value_after(word: str, key: Key, waiting: deque[str], keys: Mapping[str, Ke
     if key.kinds == (bool,):
         return "true"
     values: list[str] = []
-    while waiting and not waiting[0].startswith("--") and (key.collection or not values):
+    several = any((typing.get_origin(kind) or kind) in (list, tuple) for kind in key.kinds)
+    while waiting and not waiting[0].startswith("--") and (several or not values):
         if values and _find(waiting[0].partition("=")[0], keys) and "=" in waiting[0]:
             break
         values.append(waiting.popleft())

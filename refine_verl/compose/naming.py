@@ -1,13 +1,14 @@
-"""Names of runs: the recipe, and in a sweep the overrides that vary within it."""
+"""What Hydra was given for a run, and the run's name: the recipe, and in a sweep the overrides that vary within it."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 EXCLUDE_KEYS = "hydra.job.config.override_dirname.exclude_keys"
@@ -31,6 +32,18 @@ def experiment_name() -> str:
         return run_name(recipes)
     shared = {"recipe", *hydra.job.config.override_dirname.exclude_keys}
     return run_name(recipes, [(key, value) for key, value in pairs if key not in shared])
+
+
+def given_overrides() -> dict[str, Any]:
+    """Key and value of each override of the run that Hydra is composing, recipe and preset included.
+
+    A key that is taken out (`~key`) keeps its tilde. Interpolations are as they are written.
+    """
+    if not HydraConfig.initialized():
+        return {}
+    given = cast("list[str]", OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
+    parsed = OverridesParser.create().parse_overrides(given)
+    return {("~" if item.is_delete() else "") + item.key_or_group: item.value() for item in parsed}
 
 
 def run_name(recipes: Sequence[str], varying: Iterable[tuple[str, str]] = ()) -> str:

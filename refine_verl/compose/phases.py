@@ -17,6 +17,7 @@ def _keys(section: type[FileSettings], other: type[FileSettings]) -> tuple[str, 
 
 
 DOCUMENT_KEYS = _keys(DataSettings, PromptSettings)
+REWARD_FUNCTION = "reward.custom_reward_function"
 PROMPT_KEYS = _keys(PromptSettings, DataSettings)
 
 
@@ -80,6 +81,41 @@ def _check_ttt(config: DictConfig, refine: RefineSettings) -> None:
             "trainer.save_freq",
             f"{trainer.save_freq} would save the weights the run began with: refine.ttt.reset={refine.ttt.reset} "
             "returns to them. Answers are kept as they come and an interrupted run resumes after them; set it to -1.",
+        )
+
+
+def take_reward_function(config: DictConfig, refine: RefineSettings) -> None:
+    """Move `custom_reward_function`, verl's older place, to `reward.custom_reward_function`, and check that it acts.
+
+    Args:
+        config: resolved; changed.
+        refine: its ``refine:`` section.
+
+    Raises:
+        ConfigError: both places say something, or no answer would be scored by it.
+    """
+    older, section = config.custom_reward_function, config.reward.custom_reward_function
+    for name, value in list(older.items()):
+        if value is None:
+            continue
+        if name == "path" and section.path not in (None, value):
+            raise ConfigError(REWARD_FUNCTION, f"{section.path} contradicts custom_reward_function.path={value}.")
+        section[name], older[name] = value, None
+    if section.path is None:
+        for name, default in (("name", "compute_score"), ("reward_kwargs", {})):
+            if (section[name] or default) != default:
+                key = f"{REWARD_FUNCTION}.{name}"
+                raise ConfigError(key, f"{section[name]} has no effect without {REWARD_FUNCTION}.path.")
+    elif not isinstance(section.path, str) or not isinstance(section.name, str):
+        raise ConfigError(
+            REWARD_FUNCTION, f"takes a file and the name of a function, got {section.path}, {section.name}."
+        )
+    elif refine.phase != "posttrain" or refine.outer != "grpo":
+        raise ConfigError(
+            f"{REWARD_FUNCTION}.path",
+            f"{section.path} has no effect with refine.phase={refine.phase} refine.outer={refine.outer}: it scores the "
+            "answers of refine.phase=posttrain with refine.outer=grpo. Leave it out; refine.nsp.reward is that of "
+            "rollouts.",
         )
 
 

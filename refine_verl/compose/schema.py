@@ -18,6 +18,9 @@ Container = dict[str, Any]
 OPEN_SECTIONS = ("ray_kwargs.ray_init", "model.config", "actor_rollout_ref.model.override_config")
 """Mappings that take any key, besides those that are empty or null in the schema (`override_config`, ...)."""
 
+NULL_SECTIONS = ("actor_rollout_ref.actor.fsdp_config.mixed_precision",)
+"""Sections whose null means something to verl; it is looked at elsewhere."""
+
 
 def check_keys(config: DictConfig, schema: DictConfig, files: Iterable[ConfigFile] = ()) -> None:
     """Refuse keys that do not exist and values of the wrong kind, also in verl's sections.
@@ -100,9 +103,9 @@ def _differences(given: Container, known: Container, prefix: str) -> Iterator[tu
         if isinstance(expected, dict) and expected and key not in OPEN_SECTIONS:
             if isinstance(value, dict):
                 yield from _differences(value, expected, f"{key}.")
-            elif value is not None and not _is_interpolation(value):
+            elif not _is_interpolation(value) and not (value is None and key in NULL_SECTIONS):
                 yield key, value, expected
-        elif not _same_kind(value, expected):
+        elif not _same_kind(value, expected) or (value is None and expected and key in OPEN_SECTIONS):
             yield key, value, expected
 
 

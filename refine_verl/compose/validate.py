@@ -18,21 +18,30 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from refine_verl.compose.acting_keys import check_acting
 from refine_verl.compose.composition import base_schema
-from refine_verl.compose.phases import check_phase, data_settings
+from refine_verl.compose.phases import check_phase, data_settings, take_reward_function
 from refine_verl.compose.recipes import ConfigFile
 from refine_verl.compose.schema import check_keys, leaves, missing_values
 from refine_verl.compose.verl_keys import (
     ACTOR,
+    STRATEGIES,
     UNSUPPORTED_LOSSES,
     check_fixed,
     check_optimizer,
     check_verl_keys,
     require_number,
 )
-from refine_verl.config import ConfigError, DataSettings, ModelSettings, PromptSettings, RefineSettings, require_choice
+from refine_verl.config import (
+    ConfigError,
+    DataSettings,
+    ModelSettings,
+    PromptSettings,
+    RefineSettings,
+    require_choice,
+    require_names,
+)
 
-STRATEGIES = ("fsdp2",)
 DEVICES = ("cuda", "cpu")
 _INTEGERS = {
     "trainer.n_gpus_per_node": 1,
@@ -46,11 +55,14 @@ _INTEGERS = {
     "data.train_max_samples": -1,
     "data.val_max_samples": -1,
     "data.val_batch_size": 1,
+    "data.dataloader_num_workers": 0,
     f"{ACTOR}.ppo_epochs": 1,
     f"{ACTOR}.ppo_micro_batch_size_per_gpu": 1,
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 1,
 }
 """Keys of verl that hold an integer, and the smallest it may be."""
+_LARGEST = 2**63 - 1
+"""What fits into the integers of torch and numpy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +99,7 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
     check_keys(config, schema, files)
     refine = RefineSettings.from_mapping(_section(config, "refine"))
     model = ModelSettings.from_mapping(_section(config, "model"))
+    take_reward_function(config, refine)
     check_phase(config, refine, schema)
     if refine.phase == "documents":
         _check_lengths(config, refine)
@@ -94,6 +107,7 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
     workers = _check_trainer(config)
     _check_batches(config, refine, workers)
     check_fixed(config)
+    check_acting(config)
     check_verl_keys(config)
     _make_paths_absolute(config)
     model = dataclasses.replace(model, path=config.model.path, tokenizer=config.model.tokenizer)
@@ -145,7 +159,7 @@ def _failed_line(error: BaseException) -> str:
 
 def _check_groups(config: DictConfig) -> None:
     """Choices that bring whole sections with them; said first, or each of their keys would be unknown."""
-    if "_target_" in config.model:
+    if config.model is not None and "_target_" in config.model:
         raise ConfigError("model", "this is a part of verl, not a model preset. See --help for the presets.")
     if config.model_engine != "dp":
         raise ConfigError(
@@ -222,11 +236,19 @@ def _check_trainer(config: DictConfig) -> int:
         raise ConfigError("trainer.val_only", "true needs something to validate on: set data.val_files.")
     if trainer.logger is None:
         raise ConfigError("trainer.logger", "null is no list of loggers. Write [] for none.")
+    require_names("trainer.logger", trainer.logger)
+    require_names("actor_rollout_ref.model.external_lib", config.actor_rollout_ref.model.external_lib)
     for key, at_least in _INTEGERS.items():
-        require_number(key, OmegaConf.select(config, key), whole=True, at_least=at_least)
+        require_number(key, OmegaConf.select(config, key), whole=True, at_least=at_least, at_most=_LARGEST)
     for name in ("total_training_steps", "max_actor_ckpt_to_keep"):
         if trainer[name] is not None:
-            require_number(f"trainer.{name}", trainer[name], whole=True, at_least=1)
+            require_number(f"trainer.{name}", trainer[name], whole=True, at_least=1, at_most=_LARGEST)
+    if trainer.resume_from_path is not None and trainer.resume_mode != "resume_path":
+        raise ConfigError(
+            "trainer.resume_from_path",
+            f"{trainer.resume_from_path} has no effect with trainer.resume_mode={trainer.resume_mode}. Set "
+            "trainer.resume_mode=resume_path, or leave it out.",
+        )
     require_number(f"{ACTOR}.optim.lr", config.actor_rollout_ref.actor.optim.lr, above=0)
     _check_run_directory(Path(str(trainer.default_local_dir)).expanduser())
     require_choice("trainer.device", trainer.device, DEVICES, kind="device")
@@ -237,12 +259,18 @@ def _check_trainer(config: DictConfig) -> int:
 
 def _check_run_directory(path: Path) -> None:
     """The run directory, or the place where it is to be made, must be a directory that can be written to."""
+    if problem := why_not_writable(path):
+        raise ConfigError("trainer.default_local_dir", f"{path}: {problem}. Name another place.")
+
+
+def why_not_writable(path: Path) -> str | None:
+    """What is wrong with `path`, or the place where it is to be made; None if it can be written to."""
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        problem = "cannot be written to" if place.is_dir() else "is no directory"
-        raise ConfigError("trainer.default_local_dir", f"{path}: {place} {problem}. Name another place.")
+    if place.is_dir() and os.access(place, os.W_OK):
+        return None
+    return f"{place} {'cannot be written to' if place.is_dir() else 'is no directory'}"
 
 
 def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> None:
@@ -299,3 +327,6 @@ def _make_paths_absolute(config: DictConfig) -> None:
         if isinstance(value, str) and Path(value).expanduser().is_dir():
             config.model[key] = str(Path(value).expanduser().absolute())
     config.actor_rollout_ref.model.path = config.model.path
+    function = config.reward.custom_reward_function
+    if function.path is not None and Path(function.path).expanduser().is_file():
+        function.path = str(Path(function.path).expanduser().absolute())

@@ -11,7 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 from refine_verl.compose.composition import automatic_dtype
 from refine_verl.config import ConfigError, did_you_mean, require_choice
 
+STRATEGIES = ("fsdp2",)
 SCHEDULES = ("constant", "cosine")
+LOSS_AGG_MODES = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+)
 CHECKPOINT_CONTENTS = ("model", "optimizer", "extra", "hf_model")
 _FLOAT32 = ("fp32", "float32", "32")
 _BFLOAT16 = ("bf16", "bfloat16")
@@ -34,6 +42,10 @@ FOLLOWERS = {
 
 _ONE_PATH = "rollouts come from the training workers, in one way only"
 _NO_REFERENCE = "REFINE has no reference model"
+ONE_BY_ONE = (
+    "answers are scored one by one, as by verl's naive manager; what another one adds goes into a function of yours, "
+    "reward.custom_reward_function.path=FILE"
+)
 FIXED: dict[str, tuple[Any, str]] = {
     "trainer.use_v1": (True, "REFINE's trainer is a v1 trainer"),
     "trainer.v1.trainer_mode": ("sync", _ONE_PATH),
@@ -74,6 +86,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "actor_rollout_ref.model.use_remove_padding": (False, "REFINE packs documents itself"),
     "actor_rollout_ref.model.lora_rank": (0, "all weights are trained"),
     "actor_rollout_ref.model.lora.rank": (0, "all weights are trained"),
+    "reward.reward_manager.name": ("naive", ONE_BY_ONE),
     "actor_rollout_ref.rollout.top_k": (-1, "rollouts are drawn from the whole distribution"),
     "actor_rollout_ref.rollout.top_p": (1, "rollouts are drawn from the whole distribution"),
 }
@@ -97,6 +110,7 @@ def check_verl_keys(config: DictConfig) -> None:
     _check_schedule(actor.optim)
     require_number(f"{_OPTIM}.clip_grad", actor.optim.clip_grad, above=0)
     require_number(f"{ACTOR}.clip_ratio_c", actor.clip_ratio_c, above=1)
+    require_choice(f"{ACTOR}.loss_agg_mode", actor.loss_agg_mode, LOSS_AGG_MODES)
     for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high"):
         if actor[name] is not None:
             require_number(f"{ACTOR}.{name}", actor[name], at_least=0)
@@ -141,13 +155,18 @@ def _check_schedule(optim: DictConfig) -> None:
     require_number(f"{_OPTIM}.lr_warmup_steps_ratio", optim.lr_warmup_steps_ratio, at_least=0, at_most=1)
     if optim.min_lr_ratio is not None:
         require_number(f"{_OPTIM}.min_lr_ratio", optim.min_lr_ratio, at_least=0, at_most=1)
-    if len(optim.betas) != 2:
-        raise ConfigError(f"{_OPTIM}.betas", f"takes two numbers, such as [0.9,0.999], got {list(optim.betas)}.")
-    require_number(f"{_OPTIM}.lr_warmup_steps", optim.lr_warmup_steps, whole=True)
+    if not OmegaConf.is_list(optim.betas) or len(optim.betas) != 2:
+        raise ConfigError(f"{_OPTIM}.betas", f"takes two numbers, such as [0.9,0.999], got {optim.betas}.")
+    for beta in optim.betas:
+        require_number(f"{_OPTIM}.betas", beta, at_least=0, below=1)
+    require_number(f"{_OPTIM}.weight_decay", optim.weight_decay, at_least=0)
+    require_number(f"{_OPTIM}.lr_warmup_steps", optim.lr_warmup_steps, whole=True, at_least=-1)
 
 
 def _check_contents(key: str, contents: Any) -> None:
     words = [contents] if isinstance(contents, str) else contents
+    if words is not None and not OmegaConf.is_list(words) and not isinstance(words, list):
+        raise ConfigError(key, f"takes a list, got {contents!r}.")
     if not words:
         raise ConfigError(key, f"is empty. Name some of {', '.join(CHECKPOINT_CONTENTS)}.")
     for word in words:
@@ -184,6 +203,7 @@ def require_number(
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
 ) -> None:
     """Refuse what is not a finite (or whole) number within these bounds.
 
@@ -197,8 +217,10 @@ def require_number(
         raise ConfigError(key, f"must be greater than {above:g}, got {value}.")
     if at_least is not None and value < at_least:
         raise ConfigError(key, f"must be at least {at_least:g}, got {value}.")
+    if below is not None and value >= below:
+        raise ConfigError(key, f"must be less than {below:g}, got {value}.")
     if at_most is not None and value > at_most:
-        raise ConfigError(key, f"must be at most {at_most:g}, got {value}.")
+        raise ConfigError(key, f"must be at most {at_most}, got {value}.")
 
 
 def check_optimizer(optim: DictConfig) -> None:

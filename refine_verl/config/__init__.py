@@ -5,7 +5,7 @@ Loads no torch, ray, verl or transformers. `options` is what sections are made o
 """
 
 from refine_verl.config.data import DataSettings, FileSettings, PromptSettings, split_key
-from refine_verl.config.options import Settings, did_you_mean, nearest, option, require_choice
+from refine_verl.config.options import Settings, did_you_mean, nearest, option, require_choice, require_names
 from refine_verl.config.refusals import ConfigError, DataError, ModelError, Refusal, RunFailed
 from refine_verl.config.sections import (
     ACTIVATION_CHECKPOINTING,
@@ -23,34 +23,3 @@ from refine_verl.config.sections import (
     is_made_of_documents,
     list_settings,
 )
-
-__all__ = [
-    "ACTIVATION_CHECKPOINTING",
-    "CONVENTIONS",
-    "INNER",
-    "REWARDS",
-    "SELECTIONS",
-    "AnswerSettings",
-    "ConfigError",
-    "DataError",
-    "DataSettings",
-    "FileSettings",
-    "LossSettings",
-    "ModelError",
-    "ModelSettings",
-    "NSPSettings",
-    "PromptSettings",
-    "Refusal",
-    "RefineSettings",
-    "RunFailed",
-    "SettingInfo",
-    "Settings",
-    "TTTSettings",
-    "did_you_mean",
-    "is_made_of_documents",
-    "list_settings",
-    "nearest",
-    "option",
-    "require_choice",
-    "split_key",
-]

@@ -99,6 +99,9 @@ class PromptSettings(FileSettings):
     task: str | None = option(None, "the task of all rows, for files without that column", empty=False)
     id_key: str | None = option(None, "column that names each row; null: by file and row", empty=False)
     chat_template: bool = option(False, "wrap prompts into the tokenizer's chat template")
+    apply_chat_template_kwargs: dict[str, Any] = option(
+        {}, "more arguments of the chat template, each with a plus: +data.apply_chat_template_kwargs.NAME=VALUE"
+    )
     # A base model reads "Answer:" and goes on with " Paris", so the answer that is trained must begin likewise.
     answer_separator: str = option(" ", "put between prompt and answer, unless there is white space already")
     max_prompt_length: int | None = option(
@@ -124,6 +127,12 @@ class PromptSettings(FileSettings):
     )
 
     def _check_rules(self) -> None:
+        for name, value in self.apply_chat_template_kwargs.items():
+            key = f"data.apply_chat_template_kwargs.{name}"
+            if not self.chat_template:
+                raise ConfigError(key, f"{value} has no effect without data.chat_template=true.")
+            if name in ("conversation", "tokenize", "add_generation_prompt"):
+                raise ConfigError(key, "is set by REFINE itself. Leave it out.")
         if self.answer_separator.strip():
             raise ConfigError(
                 "data.answer_separator",

@@ -52,15 +52,9 @@ def option(
     empty: bool = True,
     configured: Any = dataclasses.MISSING,
 ) -> Any:
-    """A dataclass field with its meaning, its bounds and the paper's value.
+    """A dataclass field with its meaning, its bounds (`empty=False` refuses an empty string) and the paper's value.
 
-    Args:
-        default: of the field.
-        help: its meaning.
-        choices, at_least, above: what it may hold.
-        paper: the paper's value.
-        empty: False refuses an empty string.
-        configured: default of the key in a configuration, where that is not the field's.
+    `configured` is the default of the key in a configuration, where that is not the field's.
     """
     metadata = {"help": help, "choices": choices, "at_least": at_least, "above": above, "paper": paper, "empty": empty}
     metadata["configured"] = default if configured is dataclasses.MISSING else configured
@@ -117,7 +111,7 @@ def _nested(key: str, value: Any, hint: Any) -> Any:
 def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str:
-        return _names(key, value)
+        return require_names(key, value)
     if value is None:
         if types.NoneType in allowed:
             return None
@@ -131,23 +125,9 @@ def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> An
         value = tuple(value)
     if not isinstance(value, origins) or (isinstance(value, bool) and bool not in origins):
         raise ConfigError(key, f"must be {_type_name(allowed)}, got {value!r}.")
-    _check_bounds(key, value, metadata)
-    return value
-
-
-def _names(key: str, value: Any) -> tuple[str, ...]:
-    """One name or several (None: none) as a tuple."""
-    names = () if value is None else (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise ConfigError(key, f"holds {name!r}; it takes a name or path, or a list of these.")
-    return tuple(names)
-
-
-def _check_bounds(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, f"must be a finite number, got {value}.")
-    if value == "" and not metadata.get("empty", True):
+    if isinstance(value, str) and not value.strip() and not metadata.get("empty", True):
         raise ConfigError(key, "is empty. Give a name, or leave it out.")
     if metadata.get("choices"):
         require_choice(key, value, metadata["choices"])
@@ -155,6 +135,20 @@ def _check_bounds(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise ConfigError(key, f"must be at least {metadata['at_least']}, got {value}.")
     if metadata.get("above") is not None and value <= metadata["above"]:
         raise ConfigError(key, f"must be greater than {metadata['above']}, got {value}.")
+    return value
+
+
+def require_names(key: str, value: Any) -> tuple[str, ...]:
+    """One name or several (None: none) as a tuple.
+
+    Raises:
+        ConfigError: something in it is no name.
+    """
+    names = () if value is None else (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(key, f"holds {name!r}; it takes a name or path, or a list of these.")
+    return tuple(names)
 
 
 def _type_name(kinds: tuple[Any, ...]) -> str:

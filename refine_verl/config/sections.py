@@ -92,22 +92,19 @@ class NSPSettings(Settings):
 
     def _check_rules(self) -> None:
         for key, known in (("selection", SELECTIONS), ("reward", REWARDS)):
-            _check_function_name(f"refine.nsp.{key}", getattr(self, key), known)
+            value = getattr(self, key)
+            # what can be no name; whether the function exists is known once users' packages are imported
+            if not re.fullmatch(r"[\w-]+([.:]\w+)*", value):
+                raise ConfigError(
+                    f"refine.nsp.{key}",
+                    f"{value!r} is no name of a function. Allowed: {', '.join(known)}, a name that a package of yours "
+                    f"registers, or an import path (package.module.function).{did_you_mean(value, known)}",
+                )
         if self.selection in SELECTIONS and self.selection != "entropy" and self.entropy_temperature != 1.0:
             raise ConfigError(
                 "refine.nsp.entropy_temperature",
                 f"has no effect with refine.nsp.selection={self.selection}: remove it or set selection=entropy.",
             )
-
-
-def _check_function_name(key: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse what can be no name; whether the function exists is known once users' packages are imported."""
-    if not re.fullmatch(r"[\w-]+([.:]\w+)*", value):
-        raise ConfigError(
-            key,
-            f"{value!r} is no name of a function. Allowed: {', '.join(known)}, a name that a package of yours "
-            f"registers, or an import path (package.module.function).{did_you_mean(value, known)}",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -360,10 +357,5 @@ def list_settings(*sections: type[Settings]) -> Iterator[SettingInfo]:
             if "help" not in field.metadata or key in listed:
                 continue
             listed.add(key)
-            yield SettingInfo(
-                key=key,
-                default=field.metadata["configured"],
-                paper=field.metadata["paper"],
-                help=field.metadata["help"],
-                choices=field.metadata["choices"],
-            )
+            meaning = {name: field.metadata[name] for name in ("paper", "help", "choices")}
+            yield SettingInfo(key=key, default=field.metadata["configured"], **meaning)

@@ -10,5 +10,3 @@ Only the light names are imported here; `prepare`, `tokenizers`, `dataset` and `
 """
 
 from refine_verl.config import DataError, DataSettings
-
-__all__ = ["DataError", "DataSettings"]

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,15 @@ def cached_directory(parent: Path, name: str, build: Callable[[Path], None]) -> 
     final = parent / name
     if final.is_dir():
         return final, True
-    created = _make_parents(parent)
+    created = [path for path in (parent, *parent.parents) if not path.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(parent, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir={parent} cannot be used: {error}. Set data.cache_dir to a directory you may write to."
+        ) from error
     _remove_abandoned(parent)
     building = Path(tempfile.mkdtemp(prefix=f"{_BUILDING}{name}-", dir=parent))
     try:
@@ -62,32 +71,12 @@ def cached_directory(parent: Path, name: str, build: Callable[[Path], None]) -> 
                 raise
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
-        _remove_empty(created)
+        with suppress(OSError):
+            for directory in created:  # innermost first, as long as they are empty
+                directory.rmdir()
         raise
     shutil.rmtree(building, ignore_errors=True)
     return final, False
-
-
-def _make_parents(parent: Path) -> list[Path]:
-    """Create `parent`; returns the directories that were missing, innermost first."""
-    missing = [path for path in (parent, *parent.parents) if not path.exists()]
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(parent, os.W_OK):
-            raise PermissionError("not writable")
-    except OSError as error:
-        raise DataError(
-            f"data.cache_dir={parent} cannot be used: {error}. Set data.cache_dir to a directory you may write to."
-        ) from error
-    return missing
-
-
-def _remove_empty(directories: list[Path]) -> None:
-    for directory in directories:
-        try:
-            directory.rmdir()
-        except OSError:
-            return
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +19,6 @@ from refine_verl.data.tokenize import column
 
 class PreparedDataset(Dataset[dict[str, Any]]):
     """The rows of a prepared directory, memory-mapped, in the order of the files.
-
-    Args:
-        path: the directory.
 
     Attributes:
         kind: the account that such a directory keeps.
@@ -69,45 +66,35 @@ class DocumentDataset(PreparedDataset):
     others = ("document_id", "length")
 
 
-def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def collate_columns(columns: Mapping[str, Any]) -> dict[str, Tensor]:
     """Right-pad sequences to the longest one of the batch.
 
     Args:
-        rows: what `DocumentDataset` or `VerlDocumentDataset` returns (`input_ids` [T], `document_id`).
+        columns: `input_ids` [T] and `document_id` of B rows, which verl's own collate function has turned into
+            object arrays.
 
     Returns:
         `tokens` int64 [B, Tmax] (0 where padded), `lengths` int64 [B], `document_id` int64 [B], and
-        `weight` float32 [B], all 1. `TensorDict(batch, batch_size=len(rows))` takes it as it is.
+        `weight` float32 [B], all 1. `TensorDict(batch, batch_size=B)` takes it as it is.
     """
-    tokens, lengths = pad([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
+    tokens, lengths = pad(columns["input_ids"])
     return {
         "tokens": tokens,
         "lengths": lengths,
-        "document_id": integers(rows, "document_id"),
-        "weight": torch.ones(len(rows), dtype=torch.float32),
+        "document_id": integers(columns["document_id"]),
+        "weight": torch.ones(len(tokens)),
     }
 
 
-def collate_columns(columns: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`collate` for a batch that verl's own collate function has turned into object arrays by column."""
-    return collate(list(rows_of(columns, ("input_ids", "document_id"))))
+def pad(sequences: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """B sequences [T] as int64 [B, Tmax], 0 where padded on the right, and their lengths, int64 [B]."""
+    rows = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True), integers(map(len, rows))
 
 
-def rows_of(columns: Mapping[str, Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a batch given by column, with the columns `names` alone."""
-    for values in zip(*(columns[name] for name in names), strict=True):
-        yield dict(zip(names, values, strict=True))
-
-
-def pad(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """B sequences [T] as one tensor [B, Tmax], 0 where padded on the right, and their lengths, int64 [B]."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
-    return pad_sequence(sequences, batch_first=True, padding_value=0), lengths
-
-
-def integers(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
+def integers(values: Iterable[Any]) -> Tensor:
     """A value of every row, int64 [B]."""
-    return torch.tensor([int(row[name]) for row in rows], dtype=torch.int64)
+    return torch.tensor([int(value) for value in values], dtype=torch.int64)
 
 
 def pad_batch(batch: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
@@ -117,7 +104,7 @@ def pad_batch(batch: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
     cost, and sums weighted with `weight` count each document once.
 
     Args:
-        batch: what `collate` returns, B rows; any further tensors must have B rows as well.
+        batch: what `collate_columns` returns, B rows; any further tensors must have B rows as well.
         multiple: e.g. the number of ranks, or ranks times micro-batch size.
 
     Returns:

@@ -104,18 +104,10 @@ def prepare_directory(
 ) -> Prepared[S]:
     """Build a directory in the cache, or find it there; the log says what is in it.
 
-    Args:
-        settings: where the cache is.
-        key: of the split, for the log.
-        name: of the directory; depends on everything that its content depends on.
-        build: fills the directory and returns the account, which is kept in it.
-        kind: class of the account.
+    `name` depends on everything that the content depends on. `build` fills the directory and returns the account, which
+    is kept in it.
     """
-
-    def build_with_account(directory: Path) -> None:
-        build(directory).save(directory)
-
-    path, reused = cached_directory(cache_of(settings), name, build_with_account)
+    path, reused = cached_directory(cache_of(settings), name, lambda directory: build(directory).save(directory))
     statistics = kind.load(path)
     logger.info("%s: %s%s", key, statistics.summary(), f" (reused from {path})" if reused else "")
     return Prepared(path=path, statistics=statistics, reused=reused)

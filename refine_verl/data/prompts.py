@@ -1,12 +1,4 @@
-"""Prompts with answers for post-training and test-time training: from file names to a directory of tokens.
-
-The usual way::
-
-    settings = PromptSettings.from_mapping(config.data)
-    prepared = prepare_prompts(settings, "train", tokenizer)
-    dataset = PromptDataset(prepared.path)
-    batch = collate([dataset[0], dataset[1]])
-"""
+"""Prompts with answers for post-training and test-time training: from file names to a directory of tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_verl.config import DataError, PromptSettings, split_key
 from refine_verl.data.cache import make_key
 from refine_verl.data.prepare import Prepared, because, prepare_directory, require_enough, require_room, say_reading
-from refine_verl.data.prompts_dataset import PromptDataset, VerlPromptDataset, collate, collate_columns
+from refine_verl.data.prompts_dataset import PromptDataset, collate
 from refine_verl.data.prompts_read import PromptRow, read_prompts
 from refine_verl.data.prompts_tokenize import check_tokenizer, encode_rows, render
 from refine_verl.data.readers import place
@@ -35,15 +27,7 @@ from refine_verl.data.sources import DocumentSource, split_sources
 from refine_verl.data.statistics import PromptStatistics
 from refine_verl.data.tokenize import column, save_dataset, tokenize_rows, tokenizer_fingerprint
 
-__all__ = [
-    "PromptDataset",
-    "PromptSettings",
-    "PromptStatistics",
-    "VerlPromptDataset",
-    "collate",
-    "collate_columns",
-    "prepare_prompts",
-]
+__all__ = ["PromptDataset", "PromptSettings", "collate", "prepare_prompts"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +68,8 @@ def prepare_prompts(
 ) -> Prepared[PromptStatistics]:
     """Find, check and tokenise the prompts and answers of one split, or find them in the cache.
 
-    Args:
-        settings: files, columns, lengths and cache directory.
-        split: `train` or `validation`.
-        tokenizer: turns text into tokens. Prompts get the special tokens it puts in front of a text, answers
-            end with its end-of-sequence token.
-        minimum_prompt_length: fewest tokens of a prompt the caller can use.
-        reason: why, as a clause for the messages ("refine.nsp.chunks=8 and refine.nsp.rollout_length=5 ...").
-        minimum_sequences: fewest rows the caller can use (a batch, say).
-        sequences_reason: why.
+    Prompts get the special tokens that the tokenizer puts in front of a text, answers end with its end-of-sequence
+    token. Arguments are those of `prepare.prepare`.
 
     Raises:
         DataError: no files, files that cannot be read, a row that cannot be used (its file and row are named), a
@@ -103,7 +80,13 @@ def prepare_prompts(
     check_tokenizer(tokenizer, settings)
     require_room("data.max_prompt_length", settings.max_prompt_length, "prompts", minimum_prompt_length, reason)
     sources = split_sources(settings, split)
-    name = f"prompts-{_cache_key(settings, sources, tokenizer)}"
+    left_out = {"train_files", "val_files", "cache_dir", "num_workers", "progress"}
+    if not settings.apply_chat_template_kwargs:  # what was prepared before there was this key keeps its name
+        left_out.add("apply_chat_template_kwargs")
+    values = {field: value for field, value in dataclasses.asdict(settings).items() if field not in left_out}
+    template = getattr(tokenizer, "chat_template", None) if settings.chat_template else None
+    fingerprints = [source.fingerprint() for source in sources]
+    name = f"prompts-{make_key([_FORMAT, values, template, tokenizer_fingerprint(tokenizer), fingerprints])}"
     build = partial(_build, settings, sources, tokenizer, key)
     prepared = prepare_directory(settings, key, name, build, PromptStatistics)
     statistics = prepared.statistics
@@ -125,14 +108,6 @@ def document_id(name: str, occurrence: int = 0) -> int:
     """A number in 0 ... 2**63-1 for stateless sampling that depends on the row's name or text, not on its place."""
     digest = hashlib.sha256(f"{occurrence}\0{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _cache_key(settings: PromptSettings, sources: Sequence[DocumentSource], tokenizer: PreTrainedTokenizerBase) -> str:
-    left_out = {"train_files", "val_files", "cache_dir", "num_workers", "progress"}
-    values = {key: value for key, value in dataclasses.asdict(settings).items() if key not in left_out}
-    template = getattr(tokenizer, "chat_template", None) if settings.chat_template else None
-    fingerprints = [source.fingerprint() for source in sources]
-    return make_key([_FORMAT, values, template, tokenizer_fingerprint(tokenizer), fingerprints])
 
 
 def _build(

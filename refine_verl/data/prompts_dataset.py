@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refine_verl.data.dataset import PreparedDataset, integers, pad, rows_of
+from refine_verl.data.dataset import PreparedDataset, integers, pad
 from refine_verl.data.statistics import PromptStatistics
 from refine_verl.data.verl_dataset import VerlDocumentDataset
 
@@ -44,12 +44,6 @@ class VerlPromptDataset(VerlDocumentDataset):
 
     dataset_class = PromptDataset
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """As `PromptDataset`, with `input_ids` for `prompt_ids` and numpy arrays for tensors."""
-        row = super().__getitem__(index)
-        row["input_ids"] = row.pop("prompt_ids")
-        return row
-
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Right-padded tensors of a batch of B rows; what is padding is told by the lengths, never by a token id.
@@ -63,12 +57,11 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         answer right behind it (the answer begins at `lengths[b]`); `document_id` int64 [B]; `max_new_tokens`
         int64 [B]; `weight` float32 [B], all 1. `dataset.pad_batch` and `TensorDict` take it as it is.
     """
-    prompts = [torch.as_tensor(row["prompt_ids" if "prompt_ids" in row else "input_ids"]).long() for row in rows]
+    prompts = [torch.as_tensor(row["prompt_ids"]).long() for row in rows]
     answers = [torch.as_tensor(row["answer_ids"]).long() for row in rows]
-    joined = [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
     tokens, lengths = pad(prompts)
     answer_tokens, answer_lengths = pad(answers)
-    joined_tokens, joined_lengths = pad(joined)
+    joined_tokens, joined_lengths = pad(map(torch.cat, zip(prompts, answers, strict=True)))
     return {
         "tokens": tokens,
         "lengths": lengths,
@@ -76,12 +69,14 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         "answer_lengths": answer_lengths,
         "joined": joined_tokens,
         "joined_lengths": joined_lengths,
-        "document_id": integers(rows, "document_id"),
-        "max_new_tokens": integers(rows, "max_new_tokens"),
-        "weight": torch.ones(len(rows), dtype=torch.float32),
+        "document_id": integers(row["document_id"] for row in rows),
+        "max_new_tokens": integers(row["max_new_tokens"] for row in rows),
+        "weight": torch.ones(len(rows)),
     }
 
 
 def collate_columns(columns: Mapping[str, Any]) -> dict[str, Tensor]:
     """`collate` for a batch that verl's own collate function has turned into object arrays by column."""
-    return collate(list(rows_of(columns, ("input_ids", "answer_ids", "document_id", "max_new_tokens"))))
+    names = ("prompt_ids", "answer_ids", "document_id", "max_new_tokens")
+    values = zip(*(columns[name] for name in names), strict=True)
+    return collate([dict(zip(names, row, strict=True)) for row in values])

@@ -55,7 +55,17 @@ def read_prompts(sources: Sequence[DocumentSource], settings: PromptSettings) ->
     seen: dict[str, str] = {}
     for source in sources:
         for record in source.records():
-            checked = _check_row(record, f"{names[source.name]}:{record.row}", settings)
+            checked = PromptRow(
+                id=_row_id(record, f"{names[source.name]}:{record.row}", settings.id_key),
+                source=record.source,
+                row=record.row,
+                where=record.where,
+                prompt=_prompt(record, settings),
+                answers=_answers(record, settings),
+                task=_task(record, settings),
+                classes=_classes(record),
+                max_new_tokens=_max_new_tokens(record, settings),
+            )
             if checked.id in seen:
                 raise DataError(
                     f"{record.where} has the id {checked.id!r}, which {seen[checked.id]} has already. Make the ids in "
@@ -71,20 +81,6 @@ def _short_names(sources: Sequence[DocumentSource]) -> dict[str, str]:
     if len(set(short)) < len(short):
         short = [source.name for source in sources]
     return {source.name: name for source, name in zip(sources, short, strict=True)}
-
-
-def _check_row(record: Record, default_id: str, settings: PromptSettings) -> PromptRow:
-    return PromptRow(
-        id=_row_id(record, default_id, settings.id_key),
-        source=record.source,
-        row=record.row,
-        where=record.where,
-        prompt=_prompt(record, settings),
-        answers=_answers(record, settings),
-        task=_task(record, settings),
-        classes=_classes(record),
-        max_new_tokens=_max_new_tokens(record, settings),
-    )
 
 
 def _row_id(record: Record, default: str, key: str | None) -> str:

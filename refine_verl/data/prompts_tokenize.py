@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,10 @@ def render(
         separated = text[-1:].isspace() or answer[:1].isspace()
         return text, answer if separated else settings.answer_separator + answer
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    apply = partial(tokenizer.apply_chat_template, tokenize=False, **settings.apply_chat_template_kwargs)
     try:
-        start = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+        start = apply(messages, add_generation_prompt=True)
+        whole = apply([*messages, {"role": "assistant", "content": answer}])
     except Exception as error:  # templates are programs: they raise what they like
         raise DataError(f"{where}: the tokenizer's chat template refuses this row: {error}") from error
     if not whole.startswith(start):
@@ -104,13 +106,9 @@ def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarra
 
 
 def cut_prompt(ids: np.ndarray, added: int, limit: int, policy: str) -> np.ndarray:
-    """A prompt of at most `limit` tokens; the `added` special tokens in front stay.
+    """A prompt, int [T], of at most `limit` tokens; the `added` special tokens in front, fewer than `limit`, stay.
 
-    Args:
-        ids: int [T].
-        added: tokens in front that the tokenizer added.
-        limit: most tokens, larger than `added`.
-        policy: `left` drops the beginning, `right` the end, `middle` what lies between two equal parts.
+    The policy `left` drops the beginning, `right` the end, `middle` what lies between two equal parts.
     """
     if len(ids) <= limit:
         return ids

@@ -35,11 +35,9 @@ class Record(NamedTuple):
 
 
 def read_file(path: Path, name: str, text_key: str | None = None) -> Iterator[Record]:
-    """The rows of one file; the format is its suffix.
+    """The rows of one file, which messages and `Record.source` call `name`; the format is its suffix.
 
     Args:
-        path: the file.
-        name: what messages and `Record.source` call it.
         text_key: the only column that is wanted, a text; None: all of them.
 
     Raises:
@@ -53,7 +51,13 @@ def read_file(path: Path, name: str, text_key: str | None = None) -> Iterator[Re
             yield from _read_json_lines(path, name, text_key or "prompt")
         else:
             require_plain_text(name, text_key)
-            yield Record(name, 0, f"{name}, row 0", {"text": _read_text(path, name)})
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{name}, row 0 is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8 first."
+                ) from error
+            yield Record(name, 0, f"{name}, row 0", {"text": text})
     except PermissionError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}. Check its permissions.") from error
 
@@ -86,10 +90,7 @@ def batched(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any
 def require_text(value: Any, what: str, cure: str) -> str:
     """Refuse what is no text, is empty or only white space, or is not valid Unicode (a lone surrogate of json).
 
-    Args:
-        value: any.
-        what: names it in messages, with its place.
-        cure: a sentence for messages.
+    `what` names it in messages, with its place, and `cure` ends them.
     """
     if not isinstance(value, str) or not value or value.isspace():
         raise DataError(f"{what} {wrong_text(value)}. {cure}")
@@ -115,14 +116,9 @@ def wrong_text(value: Any) -> str:
 
 
 def require_column(columns: Mapping[str, Any], name: str, where: str, key: str, what: str) -> Any:
-    """The value of a column; refuses a row without it, listing those that it has.
+    """The value of a column of a row or a table; refuses one without it, listing those that it has.
 
-    Args:
-        columns: of a row, or of a whole table.
-        name: of the column.
-        where: the row or table, for messages.
-        key: the setting that names the column.
-        what: it holds.
+    Messages call the row `where`, and name the setting `key` that names the column, and `what` it holds.
     """
     if name not in columns:
         raise DataError(
@@ -157,6 +153,9 @@ def check_column(schema: pa.Schema, text_key: str, name: str) -> None:
 
 def _read_parquet(path: Path, name: str, text_key: str | None) -> Iterator[Record]:
     with reading(name, "parquet file"), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        names = file.schema_arrow.names
+        if twice := [column for column in names if names.count(column) > 1]:
+            raise DataError(f"{name} has {len(twice)} columns of the name {twice[0]!r}. Rename them, or keep one.")
         if text_key is not None:
             check_column(file.schema_arrow, text_key, name)
         columns = None if text_key is None else [text_key]
@@ -215,15 +214,6 @@ def _object_of_line(line: bytes, row: int, where: str, example: str) -> dict[str
             f'as {{"{example}": "..."}}; write the file as json lines.'
         )
     return record
-
-
-def _read_text(path: Path, name: str) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}, row 0 is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8 first."
-        ) from error
 
 
 def place(row: int, unit: str) -> str:

@@ -189,7 +189,10 @@ def _resolve(name: str, key: str, default_split: str) -> list[DocumentSource]:
     if path.exists():
         return [FileSource(path)]
     if glob.has_magic(name) and not _HUB_ID.fullmatch(name):
-        return [FileSource(file) for file in _glob_files(str(path), key)]
+        files = sorted(match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file())
+        if not files:
+            raise DataError(f"{key}: no file matches {path}. Check the pattern and the working directory.")
+        return [FileSource(file) for file in files]
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(SUPPORTED):
         # Said before, not after: without a network the hub client tries for half a minute.
         logger.warning("%s: %s is no local path.%s Asking the Hugging Face hub for it.", key, name, nearest_paths(path))
@@ -217,14 +220,6 @@ def _directory_files(directory: Path, key: str) -> list[Path]:
     if skipped:
         logger.warning("%s: left out files of other kinds in %s: %s", key, directory, skipped)
     return sorted(found)
-
-
-def _glob_files(pattern: str, key: str) -> list[Path]:
-    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-    files = sorted(match for match in matches if match.is_file())
-    if not files:
-        raise DataError(f"{key}: no file matches {pattern}. Check the pattern and the working directory.")
-    return files
 
 
 def nearest_paths(path: Path) -> str:

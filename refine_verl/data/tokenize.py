@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -22,17 +23,11 @@ from refine_verl.data.windows import WindowPlan
 
 TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string()), ("row", pa.int64())])
 """Documents before they are tokens: the text, the file it came from, its 0-based row (line, for json lines)."""
+_NUMBER = datasets.Value("int64")
 TOKEN_FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.Sequence(datasets.Value("int32")),
-        "source": datasets.Value("string"),
-        "row": datasets.Value("int64"),
-        "length": datasets.Value("int64"),
-    }
+    input_ids=datasets.Sequence(datasets.Value("int32")), source=datasets.Value("string"), row=_NUMBER, length=_NUMBER
 )
-SEQUENCE_FEATURES = datasets.Features(
-    {**TOKEN_FEATURES, "window": datasets.Value("int64"), "document_id": datasets.Value("int64")}
-)
+SEQUENCE_FEATURES = datasets.Features(**TOKEN_FEATURES, window=_NUMBER, document_id=_NUMBER)
 _IN_BATCHES: dict[str, Any] = {
     "batched": True,
     "batch_size": BATCH_ROWS,
@@ -68,8 +63,7 @@ def tokenize_rows(
     """Write rows to an Arrow file and make tokens of them, by several processes where there is much text.
 
     Args:
-        rows: with the fields of `schema`.
-        schema: of the rows as they are written.
+        rows, schema: the rows as they are written, and their fields.
         encode: makes the columns of `features` that rows do not have, for a batch; runs in the processes.
         features: of the result; fields of `schema` that are not among them are left out.
         directory: holds intermediate files, until `save_dataset` removes them.
@@ -83,8 +77,11 @@ def tokenize_rows(
     count = write_rows(rows, schema, texts)
     if not count:
         raise DataError(nothing)
-    processes = settings.num_workers or suggest_processes(texts.stat().st_size)
-    with progress_bars(settings.progress), one_thread_each(processes):
+    worth_starting = max(1, min(len(os.sched_getaffinity(0)), texts.stat().st_size // _BYTES_PER_PROCESS))
+    processes = settings.num_workers or worth_starting
+    # several processes are not to start threads of their own for every core
+    alone = {"TOKENIZERS_PARALLELISM": "false"} if processes > 1 else {}
+    with progress_bars(settings.progress), mock.patch.dict(os.environ, alone):
         return datasets.Dataset.from_file(str(texts)).map(
             encode,
             num_proc=min(processes, count) if processes > 1 else None,
@@ -170,11 +167,6 @@ def _cut(batch: dict[str, Any], indices: list[int], plan: WindowPlan) -> dict[st
     }
 
 
-def suggest_processes(size: int) -> int:
-    """How many processes are worth starting for `size` bytes of text."""
-    return max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_PER_PROCESS))
-
-
 @contextmanager
 def progress_bars(progress: bool | None) -> Iterator[None]:
     """Progress bars of `datasets` on or off (None: on a terminal only), as they were before on leaving."""
@@ -185,20 +177,3 @@ def progress_bars(progress: bool | None) -> Iterator[None]:
         yield
     finally:
         (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
-
-
-@contextmanager
-def one_thread_each(processes: int) -> Iterator[None]:
-    """With several processes, stop each from starting threads of its own for every core."""
-    if processes == 1:
-        yield
-        return
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -38,9 +38,10 @@ def load_tokenizer(
         DataError: nothing loadable at `spec`, a SIZE that makes no sense, or no text to train on.
     """
     if spec == "bytes":
-        return _finish(_byte_tokenizer(), out_dir)
+        vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+        return _finish(_byte_level(models.BPE(vocab=vocabulary, merges=[])), out_dir)
     if is_made_of_documents(spec):
-        return _finish(_train_bpe(_bpe_size(spec), corpus_texts), out_dir)
+        return _finish(_train_bpe(spec, corpus_texts), out_dir)
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=False, local_files_only=local_files_only(spec))
     except Exception as error:  # the loader raises many unrelated types; all mean "no tokenizer there"
@@ -59,21 +60,13 @@ def load_tokenizer(
         ) from error
 
 
-def _bpe_size(spec: str) -> int:
+def _train_bpe(spec: str, corpus_texts: Iterable[str] | None) -> backend.Tokenizer:
     if not re.fullmatch(r"bpe:\d+", spec) or int(spec[4:]) < SMALLEST_BPE:
         raise DataError(
             f"tokenizer {spec!r}: write bpe:SIZE with SIZE at least {SMALLEST_BPE} (256 bytes and "
             "end-of-sequence), for example bpe:4096."
         )
-    return int(spec[4:])
-
-
-def _byte_tokenizer() -> backend.Tokenizer:
-    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
-    return _byte_level(models.BPE(vocab=vocabulary, merges=[]))
-
-
-def _train_bpe(size: int, corpus_texts: Iterable[str] | None) -> backend.Tokenizer:
+    size = int(spec[4:])
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=size,

@@ -65,7 +65,7 @@ class VerlDocumentDataset(Dataset[dict[str, Any]]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`input_ids` (int64 array [T]), `document_id` (int) and `length` (int)."""
+        """A row of `dataset_class`, with numpy arrays for tensors."""
         place = int(self.indices[index])  # an IndexError where there are no documents
         assert self.documents is not None
         row = self.documents[place]

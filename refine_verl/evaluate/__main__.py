@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from refine_verl.command.front import run_command, show
 from refine_verl.command.keys import list_keys, read_keys
 from refine_verl.command.show import show_table
-from refine_verl.evaluate.settings import GROUPS, CompareSettings, EvaluateSettings
+from refine_verl.config import Settings
+from refine_verl.evaluate.settings import GROUPS, EvaluateSettings
 
 USAGE = f"""\
 python -m refine_verl.evaluate model=DIR tasks=TASK,... out=DIR [KEY=VALUE ...]
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: list[str]) -> None:
     # torch is imported once the keys are read: a typo is answered at once
     if given and given[0] == "compare":
-        _, runs = read_keys(given[1:], CompareSettings, words=True)
+        _, runs = read_keys(given[1:], Settings, words=True)
         from refine_verl.evaluate.compare import compare
 
         tables, notes = compare(runs)

@@ -12,9 +12,9 @@ import numpy as np
 
 from refine_verl.config import ConfigError
 from refine_verl.evaluate.console import INSTALL
-from refine_verl.evaluate.results import RESULTS_FILE, read_results, read_samples
-from refine_verl.evaluate.rows import Row, aggregate
-from refine_verl.evaluate.tables import LABELS, Table, length_label
+from refine_verl.evaluate.results import RESULTS_FILE, Row, aggregate, read_results, read_samples
+from refine_verl.evaluate.settings import ADAPTS
+from refine_verl.evaluate.tables import Table, task_label
 
 RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
 Key = tuple[str, str, "int | None", str]
@@ -46,12 +46,10 @@ def compare(directories: Sequence[str]) -> tuple[list[Table], list[str]]:
     tables, notes = [], []
     for other in others:
         _check(first, other)
-        common = [key for key in first.rows if key in other.rows]
         for one, two in ((first, other), (other, first)):
-            alone = sorted({f"{task}" for group, task, *_ in one.rows.keys() - two.rows.keys()})
-            if alone:
+            if alone := sorted({task for _, task, *_ in one.rows.keys() - two.rows.keys()}):
                 notes.append(f"Only in {one.directory}: {', '.join(alone)}.")
-        tables.append(_table(first, other, common))
+        tables.append(_table(first, other))
     percent = round(100 * CONFIDENCE)
     notes.append(
         f"Intervals hold {percent} % of {RESAMPLES} bootstrap resamples of the samples, both runs resampled together; "
@@ -64,7 +62,7 @@ def bootstrap_difference(kind: str, before: np.ndarray, after: np.ndarray) -> tu
     """Percentile interval of `aggregate(after) - aggregate(before)`, samples resampled in pairs; None for one sample.
 
     Args:
-        kind: see `rows.aggregate`.
+        kind: see `results.aggregate`.
         before, after: [N], or [N, 2], scores of the same samples in the same order.
     """
 
@@ -144,8 +142,7 @@ def _check(first: Run, other: Run) -> None:
 
 def _values(run: Run, key: Key) -> tuple[list[str], np.ndarray]:
     """Ids and scores of a task's samples, in the order in which they were asked."""
-    name, metric = run.rows[key].name, key[-1]
-    wanted = run.rows[key].samples
+    name, metric, wanted = run.rows[key].name, key[-1], run.rows[key].samples
     records = read_samples(run.directory, name)[:wanted]
     if len(records) < wanted or any(metric not in record for record in records):
         raise ConfigError("compare", f"{run.directory} lacks samples of {name}: {len(records)} of {wanted} are there.")
@@ -163,52 +160,37 @@ def _pairs(first: Run, other: Run, key: Key) -> tuple[np.ndarray, np.ndarray]:
     return before, after[[places[identifier] for identifier in ids]]
 
 
-def _table(first: Run, other: Run, common: Sequence[Key]) -> Table:
+def _table(first: Run, other: Run) -> Table:
     rows, notes = [], []
-    parts: dict[str, list[np.ndarray]] = {}
-    for key in common:
-        group, _, _, metric = key
+    parts: dict[str, dict[Key, np.ndarray]] = {}
+    for key in [key for key in first.rows if key in other.rows]:
+        group, task, length, metric = key
         kind = first.rows[key].aggregate
         before, after = _pairs(first, other, key)
         scale = 100.0 if kind == "mean" and metric != "ntp_loss" else 1.0
-        values = aggregate(kind, before), aggregate(kind, after)
-        rows.append(
-            _line(f"{_where(key)} {metric}", values, bootstrap_difference(kind, before, after), len(before), scale)
-        )
-        if group in ("ruler_niah", "ruler_qa", "longbench"):
-            parts.setdefault(group, []).append(after - before)
+        values = [aggregate(kind, before), aggregate(kind, after)]
+        interval = bootstrap_difference(kind, before, after)
+        rows.append(_line(f"{task_label(task, length)} {metric}", values, interval, len(before), scale))
+        if group in ADAPTS:
+            parts.setdefault(group, {})[key] = after - before
     for group, differences in parts.items():
         if len(differences) > 1:
-            means = [
-                float(np.mean([run.rows[key].value for key in common if key[0] == group])) for run in (first, other)
-            ]
-            interval = bootstrap_average(differences)
-            count = sum(map(len, differences))
+            means = [float(np.mean([run.rows[key].value for key in differences])) for run in (first, other)]
+            interval = bootstrap_average([*differences.values()])
+            count = sum(map(len, differences.values()))
             if interval is None:
-                single = [_where(key) for key in common if key[0] == group and first.rows[key].samples < 2]
+                single = [task_label(key[1], key[2]) for key in differences if first.rows[key].samples < 2]
                 notes.append(
                     f"No interval for the average of {group}: of a single sample ({', '.join(single)}) there is none."
                 )
-            rows.append(_line(f"Avg of {len(differences)}, {group}", (means[0], means[1]), interval, count, 100.0))
-    header = [
-        "",
-        str(first.directory),
-        str(other.directory),
-        "difference",
-        f"{round(100 * CONFIDENCE)} % interval",
-        "n",
-    ]
+            rows.append(_line(f"Avg of {len(differences)}, {group}", means, interval, count, 100.0))
+    percent = f"{round(100 * CONFIDENCE)} % interval"
+    header = ["", str(first.directory), str(other.directory), "difference", percent, "n"]
     return Table(f"{other.directory} against {first.directory}", header, rows, notes)
 
 
-def _where(key: Key) -> str:
-    _, task, length, _ = key
-    name = LABELS.get(task, task)
-    return f"{name} {length_label(length)}" if length else name
-
-
 def _line(
-    name: str, values: tuple[float, float], interval: tuple[float, float] | None, count: int, scale: float
+    name: str, values: Sequence[float], interval: tuple[float, float] | None, count: int, scale: float
 ) -> list[str]:
     digits = 1 if scale == 100 else 3
     shown = "–"

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from refine_verl.config import DataError
 from refine_verl.data.sources import FileSource, resolve_sources
+from refine_verl.evaluate.samples import Unit
 from refine_verl.evaluate.settings import EvaluateSettings
 
-NEEDS_FILES = ("ruler_qa", "longbench", "short_context", "ntp")
-"""Groups whose files nobody but the user can supply; needles are made."""
 _RULER = re.compile(r"(ruler_squadqa|ruler_hotpotqa)(?:_(.+))?_(\d+)_\d+_test\.(?:parquet|jsonl|jsonl\.zst)")
 
 
@@ -26,8 +25,7 @@ def check_data_dir(settings: EvaluateSettings, groups: Iterable[str]) -> None:
         if not folder.is_dir():
             raise DataError(f"data_dir={folder}: no such directory.")
         return
-    needing = [group for group in groups if group in NEEDS_FILES]
-    if needing:
+    if needing := [group for group in groups if group != "ruler_niah"]:  # needles are made
         verb = "needs" if len(needing) == 1 else "need"
         raise DataError(f"data_dir is not set, and {', '.join(needing)} {verb} files. Give data_dir=DIR.")
 
@@ -48,20 +46,23 @@ def refuse_missing(missing: Sequence[str]) -> None:
     raise DataError("\n".join([*listed, cure]))  # lines end with commands: to be copied as they are
 
 
-def find_longbench(settings: EvaluateSettings, tasks: Sequence[str], missing: list[str]) -> dict[str, Path]:
+def find_longbench(settings: EvaluateSettings, tasks: Sequence[str], missing: list[str]) -> dict[Unit, Path]:
     """The file of each LongBench task; what is not there is added to ``missing``.
 
     Raises:
         DataError: there are several for one task.
     """
     folders = _folders(settings, "longbench")
-    found: dict[str, Path] = {}
+    found: dict[Unit, Path] = {}
+    without = []
     for task in tasks:
         stem = re.compile(rf"{re.escape(task)}(_\d+)?\.(parquet|jsonl|jsonl\.zst)")
         files = [path for folder in folders for path in sorted(folder.glob(f"{task}*")) if stem.fullmatch(path.name)]
         if files:
-            found[task] = _only(files, task)
-    if without := [task for task in tasks if task not in found]:
+            found[Unit("longbench", task, None)] = _only(files, task)
+        else:
+            without.append(task)
+    if without:
         missing.append(
             f"longbench: no file for {', '.join(without)}: {_where(folders, f'{without[0]}.parquet')}. Make "
             f"{'it' if len(without) == 1 else 'them'} from LongBench's data with: python -m refine_verl.prepare "
@@ -72,7 +73,7 @@ def find_longbench(settings: EvaluateSettings, tasks: Sequence[str], missing: li
 
 def find_ruler_qa(
     settings: EvaluateSettings, tasks: Sequence[str], model_type: str, missing: list[str]
-) -> dict[tuple[str, int], Path]:
+) -> dict[Unit, Path]:
     """The test file of each RULER question answering task at each length; ``missing`` as in `find_longbench`.
 
     Raises:
@@ -91,13 +92,16 @@ def find_ruler_qa(
                 missing.append(_no_ruler_file(settings, folders, task, length))
                 continue
             named = [path for name, path in choice if name and model_type.startswith(name)]
-            found[task, length] = _only(named or [path for _, path in choice], f"{task} at {length} tokens")
+            chosen = _only(named or [path for _, path in choice], f"{task} at {length} tokens")
+            found[Unit("ruler_qa", task, length)] = chosen
     return found
 
 
 def _no_ruler_file(settings: EvaluateSettings, folders: Sequence[Path], task: str, length: int) -> str:
-    source = {"ruler_squadqa": "squad", "ruler_hotpotqa": "hotpotqa"}[task]
-    original = {"squad": "dev-v2.0.json", "hotpotqa": "hotpotqa/hotpot_qa:distractor:validation"}[source]
+    source, original = {
+        "ruler_squadqa": ("squad", "dev-v2.0.json"),
+        "ruler_hotpotqa": ("hotpotqa", "hotpotqa/hotpot_qa:distractor:validation"),
+    }[task]
     return (
         f"ruler_qa: no test file for {task} at {length} tokens: "
         f"{_where(folders, f'{task}_{length}_200_test.parquet')}. "

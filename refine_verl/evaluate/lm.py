@@ -75,7 +75,7 @@ class RefineLM(TemplateLM):
         require_choice("dtype", dtype, ("auto", *DTYPES))
         self.batch_size = _count("batch_size", batch_size)
         self.window = None if max_length is None else _count("max_length", max_length)
-        self._max_gen_toks = _count("max_gen_toks", max_gen_toks)
+        self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         self.add_bos_token, self.seed = add_bos_token, seed
         settings = ttt_settings(ttt, adapt)
         if isinstance(pretrained, EvaluatedModel):
@@ -86,7 +86,6 @@ class RefineLM(TemplateLM):
             )
         else:
             raise ConfigError("pretrained", "is missing: --model_args pretrained=DIR names the model.")
-        self.pretrained = str(pretrained)
         self.tokenizer = self.evaluated.tokenizer
         self._device = self.evaluated.device
 
@@ -105,11 +104,6 @@ class RefineLM(TemplateLM):
     def max_length(self) -> int:
         """Tokens in a window of a rolling log-likelihood."""
         return int(self.window or getattr(self.evaluated.actor.config, "max_position_embeddings", None) or WINDOW)
-
-    @property
-    def max_gen_toks(self) -> int:
-        """Most tokens to write where the task does not say."""
-        return self._max_gen_toks
 
     @property
     def tokenizer_name(self) -> str:
@@ -133,7 +127,7 @@ class RefineLM(TemplateLM):
             rows = order[start : start + self.batch_size]
             pairs = [self._fit(requests[row][1], requests[row][2]) for row in rows]
             for row, result in zip(rows, self.evaluated.likelihoods(pairs), strict=True):
-                found[row] = (result.log_prob, result.is_greedy)
+                found[row] = (result.log_prob, result.correct == result.tokens)
                 if requests[row][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[row][0], found[row])
         return [found[index] for index in range(len(requests))]
@@ -158,7 +152,8 @@ class RefineLM(TemplateLM):
             raise ConfigError(
                 "ttt", "a task that scores whole texts has no prompt to adapt to: run it with ttt=none (wikitext, ...)."
             )
-        windows, owners = [], []
+        windows: list[Any] = []
+        owners = []
         for number, request in enumerate(requests):
             parts = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
@@ -166,10 +161,9 @@ class RefineLM(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            # without a string the harness's cache is left alone: a window is no request
-            pieces: list[Any] = [(None, *make_disjoint_window(part)) for part in parts]
-            windows += pieces
-            owners += [number] * len(pieces)
+            for part in parts:  # without a string the harness's cache is left alone: a window is no request
+                windows.append((None, *make_disjoint_window(part)))
+                owners.append(number)
         totals = [0.0] * len(requests)
         scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
         for owner, (value, _) in zip(owners, scores, strict=True):
@@ -207,12 +201,9 @@ class RefineLM(TemplateLM):
         return [found[index] for index in range(len(requests))]
 
     def _answers(self, batch: list[tuple[int, list[int], int, tuple[str, ...], float]]) -> list[str]:
-        limits, draws = [job[2] for job in batch], None
-        if batch[0][4] > 0:
-            draws = answer_draws(self.seed, 0, [job[0] for job in batch], 1, max(limits)).squeeze(1)
-        return self.evaluated.write(
-            [job[1] for job in batch], limits, stops=batch[0][3], temperature=batch[0][4], draws=draws
-        )
+        rows, prompts, limits, (stops, *_), (temperature, *_) = zip(*batch, strict=True)
+        draws = answer_draws(self.seed, 0, list(rows), 1, max(limits)).squeeze(1) if temperature > 0 else None
+        return self.evaluated.write(prompts, limits, stops=stops, temperature=temperature, draws=draws)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a prompt."""

@@ -22,6 +22,7 @@ from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.models import Documents, FastWeightActor, ModelError, inspect_model, load_model, make_actor
 from refine_verl.models.answers import end_tokens_of
 
+Rows = Sequence[Sequence[int]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -33,19 +34,11 @@ class Likelihood:
     correct: int
     tokens: int
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether greedy decoding would have written them."""
-        return self.correct == self.tokens
-
 
 class EvaluatedModel:
-    """A model with its tokenizer, read once and asked many times.
+    """A model on its device with its tokenizer, read once and asked many times.
 
-    Args:
-        actor: the model, on its device.
-        tokenizer: its tokenizer.
-        ttt: how to adapt to a prompt before what follows it is scored or written; `method="none"` does not.
+    With ``ttt`` it is adapted to each prompt before what follows it is scored or written; `method="none"` does not.
     """
 
     def __init__(
@@ -75,7 +68,7 @@ class EvaluatedModel:
 
     def write(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Rows,
         limits: Sequence[int],
         *,
         stops: Sequence[str] = (),
@@ -131,12 +124,7 @@ class EvaluatedModel:
         ]
 
     def _write(
-        self,
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-        stops: Sequence[str],
-        temperature: float,
-        draws: Tensor | None,
+        self, prompts: Rows, limits: Sequence[int], stops: Sequence[str], temperature: float, draws: Tensor | None
     ) -> list[list[int]]:
         answers = FastWeightActor.forward(
             self.actor,
@@ -151,7 +139,7 @@ class EvaluatedModel:
         rows = zip(answers.tokens[:, 0].tolist(), answers.lengths[:, 0].tolist(), strict=True)
         return [tokens[:length] for tokens, length in rows]
 
-    def _documents(self, rows: Sequence[Sequence[int]], learn_from: tuple[int, ...] | None = None) -> Documents:
+    def _documents(self, rows: Rows, learn_from: tuple[int, ...] | None = None) -> Documents:
         tokens = pad_sequence([torch.tensor(list(row), dtype=torch.int64) for row in rows], batch_first=True)
         return Documents(tokens.to(self.device), tuple(len(row) for row in rows), learn_from)
 
@@ -173,9 +161,7 @@ class _Ends:
         return torch.tensor(self.ended, device=tokens.device)
 
     def _stops(self, row: int) -> bool:
-        if not self.stops:
-            return False
-        tail = self.model.decode(self.written[row][-self.reach :])
+        tail = self.model.decode(self.written[row][-self.reach :]) if self.stops else ""
         return any(stop in tail for stop in self.stops)
 
 

@@ -64,24 +64,35 @@ def missing_files(settings: EvaluateSettings, tasks: list[str], tokenizer: PreTr
         DataError: a frozen file that changed.
         ConfigError: lm-evaluation-harness is not installed.
     """
-    unmade = []
+    unmade = set()
     for task in tasks:
         for length in settings.lengths:
             path = needle_file(settings, task, length, tokenizer)
             if path.exists():
                 _verify(path)
             else:
-                unmade.append(task)
+                unmade.add(task)
     if not unmade:
         return []
     require_lm_eval()
-    with _generator(settings):  # also where no splitter is needed: it refuses what is not installed
-        splitter = _has_splitter()
-    hidden = sorted({task for task in unmade if KINDS[task]["type_haystack"] == "essay"})
-    if not hidden:
-        return []
-    missing = [] if _essay_file(settings) else [_no_essays(settings, hidden)]
-    return missing if splitter else [*missing, _no_splitter(settings)]
+    hidden = sorted(task for task in unmade if KINDS[task]["type_haystack"] == "essay")
+    missing = []
+    with _generator(settings):  # also where nothing is hidden in essays: it refuses what is not installed
+        import nltk
+
+        if hidden and not _essay_file(settings).exists():
+            missing.append(_no_essays(settings, hidden))
+        try:
+            if hidden:
+                nltk.data.find("tokenizers/punkt_tab")
+        except LookupError:
+            folder = _nltk_folder(settings)
+            missing.append(
+                f"ruler_niah: NLTK's sentence splitter is missing: there is no {folder}/tokenizers/punkt_tab. Where "
+                'the network can be reached, get it with: python -c "import nltk; '
+                f"nltk.download('punkt_tab', download_dir='{folder}')\""
+            )
+    return missing
 
 
 def frozen_needles(settings: EvaluateSettings, task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -108,7 +119,7 @@ def frozen_needles(settings: EvaluateSettings, task: str, length: int, tokenizer
     path.parent.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
-    write_atomically(_hash_file(path), f"{_sha256(file.getvalue())}  {path.name}\n".encode())
+    write_atomically(_hash_file(path), f"{hashlib.sha256(file.getvalue()).hexdigest()}  {path.name}\n")
     write_atomically(path, file.getvalue())
     return path
 
@@ -117,15 +128,19 @@ def _generate(
     settings: EvaluateSettings, task: str, length: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     kind = KINDS[task]["type_haystack"]
-    with _generator(settings) as ruler, _own_random_state(f"{settings.seed} {task} {length}"):
+    before = random.getstate()
+    with _generator(settings) as ruler:
+        from lm_eval.tasks.ruler.niah_utils import TEMPLATE
+
         haystack = _essay_words(settings) if kind == "essay" else ruler.get_haystack(type_haystack=kind)
+        random.seed(f"{settings.seed} {task} {length}")
         try:
             return list(
                 ruler.generate_samples(
                     haystack,
                     TOKENIZER=tokenizer,
                     max_seq_length=length,
-                    template=_template(),
+                    template=TEMPLATE,
                     num_samples=settings.niah_samples,
                     **KINDS[task],
                 )
@@ -134,6 +149,8 @@ def _generate(
             raise DataError(
                 f"{task} cannot be made at {length} tokens: {error} Raise lengths, or leave this one out."
             ) from error
+        finally:
+            random.setstate(before)
 
 
 @contextmanager
@@ -160,33 +177,14 @@ def _nltk_folder(settings: EvaluateSettings) -> Path:
     return needle_folder(settings).parent / "nltk_data"
 
 
-def _template() -> str:
-    from lm_eval.tasks.ruler.niah_utils import TEMPLATE
-
-    return str(TEMPLATE)
-
-
-@contextmanager
-def _own_random_state(seed: str) -> Iterator[None]:
-    before = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before)
-
-
-def _essay_files(settings: EvaluateSettings) -> list[Path]:
-    """Where essays may be."""
-    return [needle_folder(settings) / f"{ESSAYS}{end}" for end in (".parquet", ".jsonl")]
-
-
-def _essay_file(settings: EvaluateSettings) -> Path | None:
-    return next((path for path in _essay_files(settings) if path.exists()), None)
+def _essay_file(settings: EvaluateSettings) -> Path:
+    """Where the essays are; where they are looked for first, if they are nowhere."""
+    places = [needle_folder(settings) / f"{ESSAYS}{end}" for end in (".parquet", ".jsonl")]
+    return next(filter(Path.exists, places), places[0])
 
 
 def _no_essays(settings: EvaluateSettings, tasks: list[str]) -> str:
-    path = _essay_files(settings)[0]
+    path = _essay_file(settings)
     return (
         f"ruler_niah: {', '.join(tasks)} hide their needles in essays, and there is no {path} (or .jsonl) "
         'with a column text. Where the hub can be reached, make it with: python -c "from datasets import '
@@ -197,8 +195,8 @@ def _no_essays(settings: EvaluateSettings, tasks: list[str]) -> str:
 
 def _essay_words(settings: EvaluateSettings) -> list[str]:
     path = _essay_file(settings)
-    if path is None:
-        raise DataError(f"{_essay_files(settings)[0]} is no longer there.")
+    if not path.exists():
+        raise DataError(f"{path} is no longer there.")
     texts = []
     for source in resolve_sources((str(path),), key="data_dir", default_split="train"):
         for record in source.records():
@@ -206,26 +204,6 @@ def _essay_words(settings: EvaluateSettings) -> list[str]:
                 raise DataError(f"{record.where} has no text in a column text.")
             texts.append(record.columns["text"])
     return re.sub(r"\s+", " ", " ".join(texts)).split(" ")
-
-
-def _has_splitter() -> bool:
-    """Whether NLTK finds its sentence splitter, within `_generator`, which tells it where to look."""
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        return False
-    return True
-
-
-def _no_splitter(settings: EvaluateSettings) -> str:
-    folder = _nltk_folder(settings)
-    return (
-        f"ruler_niah: NLTK's sentence splitter is missing: there is no {folder}/tokenizers/punkt_tab. Where "
-        'the network can be reached, get it with: python -c "import nltk; '
-        f"nltk.download('punkt_tab', download_dir='{folder}')\""
-    )
 
 
 def _hash_file(path: Path) -> Path:
@@ -238,9 +216,5 @@ def _verify(path: Path) -> None:
         wanted = _hash_file(path).read_text().split()[0]
     except (OSError, IndexError) as error:
         raise DataError(f"{path} has no hash in {_hash_file(path).name} beside it. {cure}") from error
-    if _sha256(path.read_bytes()) != wanted:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
         raise DataError(f"{path} is not the file that was made: its sha256 differs from the one beside it. {cure}")
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

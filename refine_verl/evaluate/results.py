@@ -1,10 +1,14 @@
-"""A directory of results: what was asked of which model, a file per task with a line per sample, and `results.json`."""
+"""From the scores of samples to the numbers of tables, and the directory they are in.
+
+It holds what was asked of which model, a file per task with a line per sample, and `results.json`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,74 @@ import torch
 
 from refine_verl import __version__
 from refine_verl.config import ConfigError
-from refine_verl.evaluate.rows import Row
 from refine_verl.record.files import write_atomically
 from refine_verl.record.versions import installed_versions
 
 RESULTS_FILE, RUN_FILE, SAMPLES = "results.json", "run.json", "samples"
 _PACKAGES = ("torch", "transformers", "flash-linear-attention", "datasets", "lm-eval")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number of a table, with all that is needed to read it.
+
+    Attributes:
+        group, task, length: of the unit.
+        metric: name of the score.
+        value: as aggregated, in its own unit (shares in 0 ... 1).
+        stderr: standard error over the samples; None for fewer than two.
+        samples: how many there were.
+        left_out: rows that were too long or too short.
+        fingerprint: sha256 of what was asked.
+        aggregate: how sample scores become the value, see `aggregate`.
+        source: file or files.
+        settings: which of all samples there are were asked, see `EvaluateSettings.selection`.
+    """
+
+    group: str
+    task: str
+    length: int | None
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+    left_out: int
+    fingerprint: str
+    aggregate: str
+    source: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Names the file with its samples."""
+        return self.task if self.length is None else f"{self.task}_{self.length}"
+
+
+def aggregate(kind: str, values: np.ndarray) -> float:
+    """One number from the scores of samples.
+
+    Args:
+        kind: `mean`; `perplexity`, exp(-mean) of log-likelihoods; `weighted_perplexity`, exp(-sum / sum) of
+            log-likelihoods and word counts.
+        values: [N], or [N, 2] for the last.
+    """
+    if kind == "mean":
+        return float(values.mean())
+    exponent = -float(values.mean()) if kind == "perplexity" else -float(values[:, 0].sum()) / float(values[:, 1].sum())
+    return math.exp(exponent) if exponent < 700 else math.inf
+
+
+def standard_error(kind: str, values: np.ndarray) -> float | None:
+    """Of `aggregate`: sample standard deviation over the root of N, carried through exp where there is one (delta
+    method; for `weighted_perplexity` that of a ratio of means)."""
+    if len(values) < 2:
+        return None
+    if kind != "weighted_perplexity":
+        error = float(values.std(ddof=1) / math.sqrt(len(values)))
+        return error if kind == "mean" else aggregate(kind, values) * error
+    words = values[:, 1]
+    rest = values[:, 0] - words * (values[:, 0].sum() / words.sum())
+    return aggregate(kind, values) * float(rest.std(ddof=1) / math.sqrt(len(values)) / words.mean())
 
 
 class Results:
@@ -38,9 +104,6 @@ class Results:
         self.directory = Path(directory).expanduser()
         self.identity = json.loads(json.dumps(identity))
         self.recorded: dict[str, Any] | None = None
-        self._check()
-
-    def _check(self) -> None:
         run = self.directory / RUN_FILE
         if not self.directory.exists():
             return
@@ -66,11 +129,7 @@ class Results:
             )
 
     def finished(self, name: str, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Samples of a task that are done already, by id.
-
-        Args:
-            name: of the task.
-            digests: what each sample is, by id.
+        """Samples of a task that are done already, by id, of those whose `digests` are given.
 
         Raises:
             ConfigError: one of them was asked something else then, or samples that are done are not asked for now.
@@ -93,8 +152,8 @@ class Results:
             )
         return known
 
-    def whole(self, name: str, asked: str) -> list[dict[str, Any]]:
-        """The records of a task that is asked as a whole; none where it is not finished.
+    def whole(self, name: str, asked: str) -> dict[str, dict[str, Any]]:
+        """The records of a task that is asked as a whole, by id; none where it is not finished.
 
         Raises:
             ConfigError: it was asked something else then.
@@ -105,7 +164,7 @@ class Results:
                 "out",
                 f"{self.directory} has results of {name} with another limit or other files. Give another directory.",
             )
-        return records
+        return {record["id"]: record for record in records}
 
     def save(self, name: str, records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
         """Append finished samples of a task, or write all of them at once."""
@@ -117,7 +176,7 @@ class Results:
         path = folder / f"{name}.jsonl"
         text = "".join(json.dumps(record) + "\n" for record in records)
         if replace:
-            write_atomically(path, text.encode())
+            write_atomically(path, text)
             return
         if path.exists() and not path.read_bytes().endswith(b"\n"):  # of a process that was killed
             whole = path.read_bytes()
@@ -140,11 +199,6 @@ class Results:
             raise ConfigError("out", f"{path} cannot be read ({error}); delete it.") from error
         again = set(names)
         return [row for row in rows if row.name not in again]
-
-    def order(self, name: str, identifiers: Sequence[str]) -> None:
-        """Put the samples of a task in this order, which is that of the data."""
-        records = {record["id"]: record for record in read_samples(self.directory, name, torn=True)}
-        self.save(name, [records[identifier] for identifier in identifiers], replace=True)
 
     def write(self, rows: Sequence[Row], tables: str) -> None:
         """Write `results.json` and `results.md`."""
@@ -170,10 +224,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
 def read_samples(directory: Path, name: str, *, torn: bool = False) -> list[dict[str, Any]]:
     """The lines of a task's file; none where there is no file.
 
-    Args:
-        directory: of the run.
-        name: of the task.
-        torn: a last line without an end is passed over: its process was killed.
+    With `torn` a last line without an end is passed over: its process was killed.
 
     Raises:
         ConfigError: a line that is no record.
@@ -213,4 +264,4 @@ def _differences(key: str, there: Any, now: Any) -> list[str]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from refine_verl.adaptation import AdaptSettings
@@ -20,8 +19,7 @@ from refine_verl.evaluate import needles, short_context
 from refine_verl.evaluate.console import require_lm_eval
 from refine_verl.evaluate.files import check_data_dir, find_documents, find_longbench, find_ruler_qa, refuse_missing
 from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, ttt_settings
-from refine_verl.evaluate.results import Results, model_fingerprint
-from refine_verl.evaluate.rows import Row, make_row
+from refine_verl.evaluate.results import Results, Row, model_fingerprint
 from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_documents
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.evaluate.tables import Table, build_tables
@@ -41,11 +39,12 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     model = load_evaluated(
         settings.model, tokenizer=settings.tokenizer, dtype=settings.dtype, device=settings.device, ttt=ttt
     )
+    words = json.dumps(tokenizer_fingerprint(model.tokenizer), sort_keys=True)
     identity = {
         "model": settings.model,
         "model_sha256": model_fingerprint(model.actor),
         "tokenizer": settings.tokenizer or settings.model,
-        "tokenizer_sha256": _digest(tokenizer_fingerprint(model.tokenizer)),
+        "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest(),
         "dtype": str(next(model.actor.parameters()).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         "convention": settings.convention if settings.uses("convention") else None,
@@ -54,44 +53,40 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     }
     results = Results(settings.out, identity)
     units = [*plan.needles(), *units]
-    finished = _finished(units, settings, results, ttt)
-    rows = results.earlier(unit.name for unit in units)
+    finished = _finished(units, results, ttt)
+    rows = results.earlier(finished)
+    label = settings.model if settings.ttt == "none" else f"{settings.model} + {settings.ttt} at test time"
     tables: list[Table] = []
     for unit in units:
-        if unit.group == "short_context":
-            rows += short_context.run(unit, settings, model, results)
-        else:
-            rows += _run(unit, settings, model, results, finished[unit.name])
-        tables = build_tables(rows, _label(settings))
+        run = short_context.run if unit.group == "short_context" else _run
+        rows += run(unit, settings, model, results, finished[unit.name])
+        tables = build_tables(rows, label)
         results.write(rows, "\n".join(table.markdown() for table in tables))
     return tables
 
 
-def _finished(
-    units: Sequence[Unit], settings: EvaluateSettings, results: Results, ttt: AdaptSettings
-) -> dict[str, dict[str, dict[str, Any]]]:
+def _finished(units: Sequence[Unit], results: Results, ttt: AdaptSettings) -> dict[str, dict[str, dict[str, Any]]]:
     """The answered samples of each unit by id; what could only be refused later is refused here.
 
     Raises:
         ConfigError: an answer to what is no longer asked.
         DataError: a prompt too short to adapt to.
     """
-    shortest = ttt.shortest_prompt if settings.ttt != "none" else 1
+    found = {}
     for unit in units:
         if unit.group == "short_context":
-            short_context.check_results(unit, settings, results)
+            found[unit.name] = results.whole(unit.name, unit.fingerprint)
         for sample in unit.samples:
-            if len(sample.ids) < shortest:
+            if len(sample.ids) < ttt.shortest_prompt:
                 raise DataError(
-                    f"{unit.name}: the prompt of sample {sample.id} has {len(sample.ids)} tokens, and "
-                    f"ttt={settings.ttt} needs at least {shortest} (adapt.nsp.chunks, adapt.nsp.rollout_length). Lower "
-                    "these, or leave the task out."
+                    f"{unit.name}: the prompt of sample {sample.id} has {len(sample.ids)} tokens, and ttt={ttt.method} "
+                    f"needs at least {ttt.shortest_prompt} (adapt.nsp.chunks, adapt.nsp.rollout_length). Lower these, "
+                    "or leave the task out."
                 )
-    return {
-        unit.name: results.finished(unit.name, {sample.id: sample.digest for sample in unit.samples})
-        for unit in units
-        if unit.group != "short_context"
-    }
+    for unit in units:
+        if unit.group != "short_context":
+            found[unit.name] = results.finished(unit.name, {sample.id: sample.digest for sample in unit.samples})
+    return found
 
 
 class _Plan:
@@ -103,33 +98,27 @@ class _Plan:
 
     def __init__(self, settings: EvaluateSettings) -> None:
         self.settings, self.groups = settings, settings.by_group()
-        niah, short = self.groups.get("ruler_niah", []), self.groups.get("short_context", [])
+        self.short = self.groups.get("short_context", [])
         info = inspect_model(settings.model)
         self.tokenizer = load_finished_tokenizer(settings.tokenizer or settings.model)
         check_data_dir(settings, self.groups)
-        missing = needles.missing_files(settings, niah, self.tokenizer)
-        self.ruler = find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type, missing)
-        self.longbench = find_longbench(settings, self.groups.get("longbench", []), missing)
-        missing += short_context.missing_files(settings, short)
+        missing = needles.missing_files(settings, self.groups.get("ruler_niah", []), self.tokenizer)
+        self.files = {
+            **find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type, missing),
+            **find_longbench(settings, self.groups.get("longbench", []), missing),
+        }
+        missing += short_context.missing_files(settings, self.short)
         self.documents = find_documents(settings, missing) if "ntp" in self.groups else []
         refuse_missing(missing)
-        if short:
+        if self.short:
             require_lm_eval()
 
     def units(self) -> list[Unit]:
         """All samples but the needles, read and checked."""
-        settings = self.settings
-        ruler = [
-            read_answers(path, Unit("ruler_qa", task, length), settings, self.tokenizer)
-            for (task, length), path in self.ruler.items()
-        ]
-        longbench = [
-            read_answers(path, Unit("longbench", task, None), settings, self.tokenizer, most=settings.lengths[-1])
-            for task, path in self.longbench.items()
-        ]
-        short = [Unit("short_context", task, None) for task in self.groups.get("short_context", [])]
-        ntp = list(read_documents(self.documents, settings, self.tokenizer)) if self.documents else []
-        return [*ruler, *longbench, *short, *ntp]
+        answers = [read_answers(path, unit, self.settings, self.tokenizer) for unit, path in self.files.items()]
+        short = short_context.units(self.settings, self.short)
+        ntp = read_documents(self.documents, self.settings, self.tokenizer) if self.documents else ()
+        return [*answers, *short, *ntp]
 
     def needles(self) -> list[Unit]:
         """The needles, made where they are not there yet: when all else is known to be in order."""
@@ -159,10 +148,8 @@ def _run(
             step(len(batch))
     metrics = ("ntp_accuracy", "ntp_loss") if unit.group == "ntp" else (main_metric(unit.task, settings.convention),)
     records = [done[sample.id] for sample in unit.samples]
-    results.order(unit.name, [sample.id for sample in unit.samples])
-    return [
-        make_row(unit, metric, "mean", np.array([record[metric] for record in records]), settings) for metric in metrics
-    ]
+    results.save(unit.name, records, replace=True)  # in the order of the data
+    return [unit.row(metric, "mean", records, settings) for metric in metrics]
 
 
 def _ask(
@@ -189,11 +176,3 @@ def _ask(
             "references": list(sample.references),
             **scores,
         }
-
-
-def _label(settings: EvaluateSettings) -> str:
-    return settings.model if settings.ttt == "none" else f"{settings.model} + {settings.ttt} at test time"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

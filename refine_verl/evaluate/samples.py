@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,9 +16,10 @@ from refine_verl.config import DataError, PromptSettings
 from refine_verl.data.prompts_read import read_prompts
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.data.sources import FileSource, iterate_documents, resolve_sources
+from refine_verl.evaluate.results import Row, aggregate, standard_error
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.prepare.longbench import TASKS as LONGBENCH_TASKS
-from refine_verl.scoring import rule_of
+from refine_verl.scoring import main_metric
 
 QA_TOKENS, NIAH_TOKENS = 32, 128
 
@@ -57,6 +59,7 @@ class Unit:
         samples: what is asked; empty for what lm-evaluation-harness asks itself.
         left_out: rows that are longer (LongBench) or shorter (ntp) than the lengths asked for.
         source: the file or files.
+        asked: sha256 of what lm-evaluation-harness is asked.
     """
 
     group: str
@@ -65,6 +68,7 @@ class Unit:
     samples: tuple[Sample, ...] = ()
     left_out: int = 0
     source: str = ""
+    asked: str = ""
 
     @property
     def name(self) -> str:
@@ -74,44 +78,48 @@ class Unit:
     @property
     def fingerprint(self) -> str:
         """sha256 of everything that is asked, in order."""
-        return hashlib.sha256("".join(sample.digest for sample in self.samples).encode()).hexdigest()
+        return self.asked or hashlib.sha256("".join(sample.digest for sample in self.samples).encode()).hexdigest()
+
+    def row(self, metric: str, kind: str, records: list[dict[str, Any]], settings: EvaluateSettings) -> Row:
+        """The scores in the samples' records as a row of results; ``kind`` as in `results.aggregate`."""
+        values = np.array([record[metric] for record in records])
+        return Row(
+            group=self.group,
+            task=self.task,
+            length=self.length,
+            metric=metric,
+            value=aggregate(kind, values),
+            stderr=standard_error(kind, values),
+            samples=len(values),
+            left_out=self.left_out,
+            fingerprint=self.fingerprint,
+            aggregate=kind,
+            source=self.source,
+            settings=settings.selection(self.group),
+        )
 
 
-def read_answers(
-    path: Path,
-    unit: Unit,
-    settings: EvaluateSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    most: int | None = None,
-) -> Unit:
-    """The rows of a file as samples of a unit.
+def read_answers(path: Path, unit: Unit, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> Unit:
+    """The rows of a file as samples of a unit; prompts get the special tokens that go in front of a text.
 
-    Args:
-        path: a file with prompts and answers.
-        unit: its task and length.
-        settings: limit and convention.
-        tokenizer: prompts get the special tokens it puts in front of a text.
-        most: leave out rows whose prompt and longest reference have more tokens; None keeps all.
+    Rows of LongBench are left out where prompt and longest reference have more tokens than the last of `lengths`.
 
     Raises:
         DataError: a row that cannot be used, or no rows.
     """
-    limits = {
-        "longbench": getattr(LONGBENCH_TASKS.get(unit.task), "max_gen_tokens", QA_TOKENS),
-        "ruler_niah": NIAH_TOKENS,
-    }
-    reading = PromptSettings(task=unit.task, max_new_tokens=limits.get(unit.group, QA_TOKENS))
+    known = LONGBENCH_TASKS[unit.task].max_gen_tokens if unit.group == "longbench" else QA_TOKENS
+    reading = PromptSettings(task=unit.task, max_new_tokens=NIAH_TOKENS if unit.group == "ruler_niah" else known)
+    most = settings.selection(unit.group).get("max_tokens")
     samples: list[Sample] = []
     left_out = 0
     for row in read_prompts(resolve_sources((str(path),), key="data_dir", default_split="test"), reading):
         if row.task != unit.task:
             raise DataError(f"{row.where} is of task {row.task!r}, but this file was taken for {unit.task!r}.")
-        rule_of(row.task, settings.convention)
+        main_metric(row.task, settings.convention)  # refuses a task without one
         if settings.limit is not None and len(samples) == settings.limit:
             break
         ids = _encode(tokenizer, str(row.prompt))
-        longest = max(map(len, encode_continuations(tokenizer, row.answers))) if most is not None else 0
-        if most is not None and len(ids) + longest > most:
+        if most is not None and len(ids) + max(map(len, encode_continuations(tokenizer, row.answers))) > most:
             left_out += 1
             continue
         samples.append(Sample(row.id, ids, tuple(row.answers), tuple(row.classes), row.max_new_tokens))
@@ -134,10 +142,10 @@ def read_documents(
     shorter = dict.fromkeys(settings.lengths, 0)
     most = settings.limit or float("inf")
     longest = 0
-    for name, row, text in _texts(sources):
+    for document in iterate_documents(sources, "text"):
         if all(len(samples) >= most for samples in kept.values()):
             break
-        ids = _encode(tokenizer, text)
+        ids = _encode(tokenizer, document["text"])
         longest = max(longest, len(ids))
         for length, samples in kept.items():
             if len(samples) >= most:
@@ -145,7 +153,7 @@ def read_documents(
             if len(ids) < length:
                 shorter[length] += 1
             else:
-                samples.append(Sample(f"{name}:{row}", ids[:length]))
+                samples.append(Sample(f"{Path(document['source']).name}:{document['row']}", ids[:length]))
     for length, samples in kept.items():
         if not samples:
             raise DataError(
@@ -157,9 +165,3 @@ def read_documents(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     return encode_prompts(tokenizer, [text], special_tokens=True)[0][0]
-
-
-def _texts(sources: Sequence[FileSource]) -> Iterator[tuple[str, int, str]]:
-    for source in sources:
-        for document in iterate_documents([source], "text"):
-            yield source.path.name, document["row"], document["text"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -10,43 +11,54 @@ from refine_verl.config import CONVENTIONS, INNER, ConfigError, Settings, option
 
 _GIVEN = dataclasses.MISSING
 
-NIAH = ("niah_single_1", "niah_multikey_1", "niah_multiquery", "niah_multivalue")
-MORE_NIAH = ("niah_single_2", "niah_single_3", "niah_multikey_2", "niah_multikey_3")
-RULER_QA = ("ruler_squadqa", "ruler_hotpotqa")
-LONGBENCH = (
-    "narrativeqa",
-    "qasper",
-    "multifieldqa_en",
-    "hotpotqa",
-    "2wikimqa",
-    "qmsum",
-    "multi_news",
-    "samsum",
-    "trec",
-    "triviaqa",
-    "lcc",
-    "repobench-p",
+NIAH = {
+    "niah_single_1": "S-NIAH",
+    "niah_multikey_1": "MK-NIAH",
+    "niah_multiquery": "MQ-NIAH",
+    "niah_multivalue": "MV-NIAH",
+}
+RULER_QA = {"ruler_squadqa": "SQuADQA", "ruler_hotpotqa": "HotpotQA"}
+LONGBENCH = {
+    "narrativeqa": "NQ",
+    "qasper": "QR",
+    "multifieldqa_en": "MF",
+    "hotpotqa": "HP",
+    "2wikimqa": "2W",
+    "qmsum": "QM",
+    "multi_news": "MN",
+    "samsum": "SS",
+    "trec": "TC",
+    "triviaqa": "TQ",
+    "lcc": "LC",
+    "repobench-p": "RP",
+}
+LABELS = {**NIAH, **RULER_QA, **LONGBENCH}
+"""What the paper's tables call tasks, in the order of their columns."""
+SHORT_COLUMNS = (
+    ("wikitext", "word_perplexity", "Wiki ppl"),
+    ("lambada_openai", "perplexity", "LMB ppl"),
+    ("fda", "contains", "FDA recall"),
+    ("swde", "contains", "SWDE recall"),
+    ("lambada_openai", "acc", "LMB acc"),
+    ("piqa", "acc", "PIQA acc"),
+    ("hellaswag", "acc_norm", "Hella acc_n"),
+    ("winogrande", "acc", "Wino acc"),
+    ("arc_easy", "acc", "ARC-e acc"),
+    ("arc_challenge", "acc_norm", "ARC-c acc_n"),
 )
-SHORT_CONTEXT = (
-    "wikitext",
-    "lambada_openai",
-    "fda",
-    "swde",
-    "piqa",
-    "hellaswag",
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-)
+"""Task, metric and name of each column of Table E.1."""
 GROUPS: dict[str, tuple[str, ...]] = {
-    "ruler_niah": NIAH,
-    "ruler_qa": RULER_QA,
-    "longbench": LONGBENCH,
-    "short_context": SHORT_CONTEXT,
+    "ruler_niah": tuple(NIAH),
+    "ruler_qa": tuple(RULER_QA),
+    "longbench": tuple(LONGBENCH),
+    "short_context": tuple(dict.fromkeys(task for task, *_ in SHORT_COLUMNS)),
     "ntp": ("ntp",),
 }
 """What `tasks=` takes: groups, or single ones of their tasks."""
-OTHERS: dict[str, tuple[str, ...]] = {"ruler_niah": MORE_NIAH, "longbench": ("musique", "gov_report")}
+OTHERS: dict[str, tuple[str, ...]] = {
+    "ruler_niah": ("niah_single_2", "niah_single_3", "niah_multikey_2", "niah_multikey_3"),
+    "longbench": ("musique", "gov_report"),
+}
 """Tasks that belong to a group but are not in the paper's tables; by name only."""
 ADAPTS = ("ruler_niah", "ruler_qa", "longbench")
 """Groups whose samples have a prompt to adapt to."""
@@ -56,11 +68,6 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "niah_samples": ("ruler_niah",),
 }
 """Keys that mean something to some groups only."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompareSettings(Settings):
-    """`evaluate compare` takes directories and no keys."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,12 +109,9 @@ class EvaluateSettings(Settings):
         if len(set(self.lengths)) < len(self.lengths):
             raise ConfigError(f"{self.SECTION}.lengths", f"has a length twice: {self.lengths}.")
         object.__setattr__(self, "lengths", tuple(sorted(self.lengths)))
-        self._check_tasks()
-
-    def _check_tasks(self) -> None:
-        known = [*GROUPS, *(task for parts in (*GROUPS.values(), *OTHERS.values()) for task in parts)]
+        known = dict.fromkeys(itertools.chain(GROUPS, *GROUPS.values(), *OTHERS.values()))
         for name in self.tasks:
-            require_choice(f"{self.SECTION}.tasks", name, dict.fromkeys(known), kind="task")
+            require_choice(f"{self.SECTION}.tasks", name, known, kind="task")
         without = [group for group in self.by_group() if group not in ADAPTS]
         if self.ttt != "none" and without:
             raise ConfigError(

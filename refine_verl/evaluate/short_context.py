@@ -9,20 +9,16 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import datasets
-import numpy as np
 
 from refine_verl.config import DataError
-from refine_verl.evaluate.rows import Row, make_row
+from refine_verl.evaluate.model import EvaluatedModel
+from refine_verl.evaluate.results import Results, Row
+from refine_verl.evaluate.samples import Unit
 from refine_verl.evaluate.settings import EvaluateSettings
-
-if TYPE_CHECKING:
-    from refine_verl.evaluate.model import EvaluatedModel
-    from refine_verl.evaluate.results import Results
-    from refine_verl.evaluate.samples import Unit
 
 FOLDER = "short_context"
 
@@ -35,7 +31,7 @@ class Task:
         dataset: hub id.
         config: configuration of it; None for the only one.
         split: the split that is scored.
-        metrics: name and how it is aggregated (`rows.aggregate`).
+        metrics: name and how it is aggregated (`results.aggregate`).
     """
 
     dataset: str
@@ -71,24 +67,28 @@ def missing_files(settings: EvaluateSettings, tasks: Sequence[str]) -> list[str]
     return [_no_file(settings, task) for task in tasks if not _files(settings, task)]
 
 
-def check_results(unit: Unit, settings: EvaluateSettings, results: Results) -> None:
-    """Refuse a directory in which the task was asked something else.
+def units(settings: EvaluateSettings, tasks: Sequence[str]) -> list[Unit]:
+    """What the harness is asked to do with which files."""
+    found = []
+    for task in tasks:
+        files = _files(settings, task)
+        digest = hashlib.sha256(json.dumps([task, settings.limit]).encode())
+        for path in files:
+            digest.update(path.read_bytes())
+        found.append(Unit("short_context", task, None, source=str(files[0].parent), asked=digest.hexdigest()))
+    return found
 
-    Raises:
-        ConfigError: it was, with another limit or other files.
-    """
-    results.whole(unit.name, _asked(settings, unit.task))
 
-
-def run(unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: Results) -> list[Row]:
-    """Ask one task; a task whose samples are all there already is not asked again."""
+def run(
+    unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: Results, done: dict[str, dict[str, Any]]
+) -> list[Row]:
+    """Ask one task; a task whose samples are all there already, in ``done``, is not asked again."""
     import lm_eval
 
     from refine_verl.evaluate.lm import RefineLM
 
     task = TASKS[unit.task]
-    asked = _asked(settings, unit.task)
-    records = results.whole(unit.name, asked)
+    records = list(done.values())
     if not records:
         with _local_files(settings, unit.task):
             found = lm_eval.simple_evaluate(
@@ -98,13 +98,17 @@ def run(unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: 
                 limit=settings.limit,
                 bootstrap_iters=0,
             )
-        records = [_record(sample, task, asked) for sample in found["samples"][unit.task]]
+        records = [
+            {
+                "id": str(sample["doc_id"]),
+                "sample": unit.asked,
+                "responses": sample["filtered_resps"],
+                **{metric: sample[metric] for metric in task.metrics},
+            }
+            for sample in found["samples"][unit.task]
+        ]
         results.save(unit.name, records, replace=True)
-    unit = dataclasses.replace(unit, source=str(_files(settings, unit.task)[0].parent))
-    return [
-        make_row(unit, metric, kind, np.array([record[metric] for record in records]), settings, asked)
-        for metric, kind in task.metrics.items()
-    ]
+    return [unit.row(metric, kind, records, settings) for metric, kind in task.metrics.items()]
 
 
 @functools.cache
@@ -113,23 +117,6 @@ def _task_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def _record(sample: dict[str, Any], task: Task, asked: str) -> dict[str, Any]:
-    return {
-        "id": str(sample["doc_id"]),
-        "sample": asked,
-        "responses": sample["filtered_resps"],
-        **{metric: sample[metric] for metric in task.metrics},
-    }
-
-
-def _asked(settings: EvaluateSettings, task: str) -> str:
-    """What the harness is asked to do with which files."""
-    digest = hashlib.sha256(json.dumps([task, settings.limit]).encode())
-    for path in _files(settings, task):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _files(settings: EvaluateSettings, task: str) -> list[Path]:

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
-from refine_verl.evaluate.rows import Row
-from refine_verl.evaluate.settings import GROUPS, OTHERS
+from refine_verl.evaluate.results import Row
+from refine_verl.evaluate.settings import GROUPS, LABELS, LONGBENCH, OTHERS, SHORT_COLUMNS
 
-LABELS = {
-    "niah_single_1": "S-NIAH",
-    "niah_multikey_1": "MK-NIAH",
-    "niah_multiquery": "MQ-NIAH",
-    "niah_multivalue": "MV-NIAH",
-    "ruler_squadqa": "SQuADQA",
-    "ruler_hotpotqa": "HotpotQA",
-    "narrativeqa": "NQ",
-    "qasper": "QR",
-    "multifieldqa_en": "MF",
-    "hotpotqa": "HP",
-    "2wikimqa": "2W",
-    "qmsum": "QM",
-    "multi_news": "MN",
-    "samsum": "SS",
-    "trec": "TC",
-    "triviaqa": "TQ",
-    "lcc": "LC",
-    "repobench-p": "RP",
-}
 TITLES = {
     "ruler_niah": "RULER NIAH (the paper's Table 3)",
     "ruler_qa": "RULER QA (Table 4)",
@@ -35,18 +16,6 @@ TITLES = {
     "short_context": "Short-context tasks (Table E.1)",
     "ntp": "Next-token prediction",
 }
-SHORT_COLUMNS = (
-    ("wikitext", "word_perplexity", "Wiki ppl"),
-    ("lambada_openai", "perplexity", "LMB ppl"),
-    ("fda", "contains", "FDA recall"),
-    ("swde", "contains", "SWDE recall"),
-    ("lambada_openai", "acc", "LMB acc"),
-    ("piqa", "acc", "PIQA acc"),
-    ("hellaswag", "acc_norm", "Hella acc_n"),
-    ("winogrande", "acc", "Wino acc"),
-    ("arc_easy", "acc", "ARC-e acc"),
-    ("arc_challenge", "acc_norm", "ARC-c acc_n"),
-)
 AVERAGED = ("LMB acc", "PIQA acc", "Hella acc_n", "Wino acc", "ARC-e acc", "ARC-c acc_n")
 """Columns of Table E.1 that its Avg is of (checked on the paper's own numbers)."""
 
@@ -68,22 +37,17 @@ class Table:
 
 
 def build_tables(rows: Sequence[Row], label: str) -> list[Table]:
-    """One table per group that has results; a standard error in a row of its own below.
-
-    Args:
-        rows: the results of one run.
-        label: what the row of the model is called.
-    """
+    """One table per group that has results: a row called `label`, and its standard errors in a row below."""
     tables = []
-    for group in GROUPS:
+    for group, title in TITLES.items():
         mine = [row for row in rows if row.group == group]
         if mine:
-            columns = _BUILDERS.get(group, _by_length)(mine)
+            order = [*GROUPS[group], *OTHERS.get(group, ())]
+            in_order = sorted(mine, key=lambda row: (order.index(row.task), row.length or 0, row.metric))
+            columns = _BUILDERS.get(group, _by_length)(in_order)
             values = [label, *(text for _, text, _ in columns)]
             errors = ["standard error", *(error for *_, error in columns)]
-            tables.append(
-                Table(TITLES[group], ["Model", *(name for name, *_ in columns)], [values, errors], _left_out(mine))
-            )
+            tables.append(Table(title, ["Model", *(name for name, *_ in columns)], [values, errors], _left_out(mine)))
     return tables
 
 
@@ -91,13 +55,12 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
     """What the numbers are not about; a length of `ntp` has two rows and is named once."""
     if rows[0].group == "ntp":
         why, what = "shorter than the length", "documents"
-        names = [f"at {length_label(row.length or 0)}" for row in rows]
     else:
         why, what = "longer than the last of lengths", "samples"
-        names = [LABELS.get(row.task, row.task) for row in rows]
     counts = dict.fromkeys(
-        f"{name} {row.left_out} of {row.left_out + row.samples}"
-        for name, row in zip(names, rows, strict=True)
+        f"{f'at {length_label(row.length)}' if row.length else task_label(row.task)} "
+        f"{row.left_out} of {row.left_out + row.samples}"
+        for row in rows
         if row.left_out
     )
     return [f"Left out of the {what} that were read, because they are {why}: {', '.join(counts)}."] if counts else []
@@ -108,49 +71,47 @@ def length_label(length: int) -> str:
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
+def task_label(task: str, length: int | None = None) -> str:
+    """What tables call a task, with its length where it has one."""
+    name = LABELS.get(task, task)
+    return f"{name} {length_label(length)}" if length else name
+
+
 Columns = list[tuple[str, str, str]]
 
 
 def _by_length(rows: Sequence[Row]) -> Columns:
     columns: Columns = []
-    order = [*GROUPS[rows[0].group], *OTHERS.get(rows[0].group, ())]
-    for task in sorted({row.task for row in rows}, key=order.index):
-        mine = sorted((row for row in rows if row.task == task), key=lambda row: row.length or 0)
-        name = LABELS.get(task, task)
-        columns += [_column(f"{name} {length_label(row.length or 0)}", row) for row in mine]
+    for task, found in itertools.groupby(rows, key=lambda row: row.task):
+        mine = list(found)
+        columns += [_column(task_label(task, row.length), row) for row in mine]
         if len(mine) > 1:
-            columns.append((f"{name} Avg", _percent(_mean([row.value for row in mine])), ""))
+            columns.append(_average(f"{task_label(task)} Avg", mine))
     return columns
 
 
 def _longbench(rows: Sequence[Row]) -> Columns:
-    order = [*GROUPS["longbench"], *OTHERS["longbench"]]
-    mine = sorted(rows, key=lambda row: order.index(row.task))
-    columns = [_column(LABELS.get(row.task, row.task), row) for row in mine]
-    counted = [row.value for row in mine if row.task in GROUPS["longbench"]]
+    columns = [_column(task_label(row.task), row) for row in rows]
+    counted = [row for row in rows if row.task in LONGBENCH]
     if len(counted) > 1:
-        whole = len(counted) == len(GROUPS["longbench"])
-        columns.append(("Avg" if whole else f"Avg of {len(counted)}", _percent(_mean(counted)), ""))
+        columns.append(_average("Avg" if len(counted) == len(LONGBENCH) else f"Avg of {len(counted)}", counted))
     return columns
 
 
 def _short(rows: Sequence[Row]) -> Columns:
     by_key = {(row.task, row.metric): row for row in rows}
-    shown = [(name, by_key[task, metric]) for task, metric, name in SHORT_COLUMNS if (task, metric) in by_key]
-    columns = [_column(name, row, scale=1 if name.endswith("ppl") else 100) for name, row in shown]
-    averaged = [row.value for name, row in shown if name in AVERAGED]
-    if len(averaged) == len(AVERAGED):
-        columns.append(("Avg", _percent(_mean(averaged)), ""))
+    shown = {name: by_key[task, metric] for task, metric, name in SHORT_COLUMNS if (task, metric) in by_key}
+    columns = [_column(name, row, scale=1 if name.endswith("ppl") else 100) for name, row in shown.items()]
+    if shown.keys() >= set(AVERAGED):
+        columns.append(_average("Avg", [shown[name] for name in AVERAGED]))
     return columns
 
 
 def _ntp(rows: Sequence[Row]) -> Columns:
     columns: Columns = []
-    for row in sorted(rows, key=lambda row: (row.length or 0, row.metric)):
-        where = length_label(row.length or 0)
-        accuracy = row.metric == "ntp_accuracy"
-        name = f"{where} accuracy" if accuracy else f"{where} loss"
-        columns.append(_column(name, row) if accuracy else _column(name, row, scale=1, digits=3))
+    for row in rows:
+        name = f"{length_label(row.length or 0)} {row.metric.removeprefix('ntp_')}"
+        columns.append(_column(name, row, scale=1, digits=3) if row.metric == "ntp_loss" else _column(name, row))
     return columns
 
 
@@ -166,9 +127,5 @@ def _column(name: str, row: Row, scale: float = 100, digits: int = 1) -> tuple[s
     return name, f"{scale * row.value:.{digits}f}", error
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _average(name: str, rows: Sequence[Row]) -> tuple[str, str, str]:
+    return name, f"{100 * (sum(row.value for row in rows) / len(rows)):.1f}", ""

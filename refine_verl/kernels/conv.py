@@ -6,8 +6,7 @@ of width W looks back W - 1 tokens only, so slot 0 is carried along but never re
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,36 +17,6 @@ from refine_verl.kernels.recording import ConvHistory, Kept, RowGradients, activ
 
 _UNUSED = ("backend", "cu_seqlens_cpu", "chunk_indices")
 """Arguments of fla's signature that choose a kernel or spare it a look at the GPU."""
-
-
-class _PackedIndex(NamedTuple):
-    """A row where every sequence is preceded by its ``width`` state rows.
-
-    Attributes:
-        source: ``[tokens + n * width]``, row of ``cat(tokens, states)`` that each row comes from.
-        tokens: row of each token.
-        last: ``[n * width]``, the last ``width`` rows of each sequence.
-    """
-
-    source: torch.Tensor
-    tokens: torch.Tensor
-    last: torch.Tensor
-
-
-@functools.lru_cache(maxsize=32)
-def _packed_index(lengths: tuple[int, ...], width: int) -> _PackedIndex:
-    with torch.inference_mode(False):
-        sizes = torch.tensor(lengths)
-        total, count = int(sizes.sum()), len(lengths)
-        start = sizes.cumsum(0) - sizes + torch.arange(count) * width
-        state_rows = (start[:, None] + torch.arange(width)).flatten()
-        owner = torch.repeat_interleave(torch.arange(count), sizes)
-        token_rows = torch.arange(total) + (owner + 1) * width
-        source = torch.empty(total + count * width, dtype=torch.long)
-        source[state_rows] = torch.arange(count * width) + total
-        source[token_rows] = torch.arange(total)
-        last = (start + sizes)[:, None] + torch.arange(width)
-        return _PackedIndex(source, token_rows, last.flatten())
 
 
 def _convolve(padded: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -106,8 +75,7 @@ class _CausalConv(torch.autograd.Function):
 
 def _taps(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Filter as contiguous ``[W, D]`` in the compute dtype: at least float32."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return weight.detach().t().to(dtype).contiguous()
+    return weight.detach().t().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _conv_forward(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool) -> torch.Tensor:
@@ -153,20 +121,22 @@ def causal_conv1d(
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"causal_conv1d: activation must be None, 'silu' or 'swish', got {activation!r}")
     width, lengths = weight.shape[1], sequence_lengths(x.shape[0], x.shape[1], cu_seqlens)
-    index = _packed_index(lengths, width) if len(lengths) > len(x) else None  # several sequences in the one row
+    packed = len(lengths) > len(x)  # several sequences in the one row, each preceded by its own W state rows
+    cuts = [size for length in lengths for size in (length, width)]
     state = _rows_before(x, initial_state, len(lengths), width)
-    if index is None:
-        padded = torch.cat([state, x], 1)
+    if packed:
+        pairs = zip(state, x[0].split(lengths), strict=True)
+        padded = torch.cat([rows for pair in pairs for rows in pair]).unsqueeze(0)
     else:
-        padded = torch.cat([x[0], state.flatten(0, 1)]).index_select(0, index.source).unsqueeze(0)
+        padded = torch.cat([state, x], 1)
     y, kept = _differentiable_conv(padded, weight, bias, activation is not None)
-    if index is not None:
-        y = y.index_select(1, index.tokens - width)  # row r of y ends at row r + W of the padded input
+    if packed:
+        y = torch.cat(y.split(cuts[:-1], 1)[::2], 1)  # row r of y ends at row r + W of the padded input
     if residual is not None:
         y = y + residual
     if not output_final_state:
         return y, None
-    final = padded[:, -width:] if index is None else padded[0].index_select(0, index.last).view(state.shape)
+    final = torch.stack(padded[0].split(cuts)[1::2]) if packed else padded[:, -width:]
     final = final.transpose(1, 2).contiguous()
     if (recorder := active_recorder()) is not None:
         sizes = torch.tensor(lengths) + width

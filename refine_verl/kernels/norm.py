@@ -7,18 +7,10 @@ from typing import Any
 import torch
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _rstd(x: torch.Tensor, eps: float) -> torch.Tensor:
     """``1 / sqrt(mean(x^2) + eps)`` over the last axis, kept."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_compute_dtype(x))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def _gate(g: torch.Tensor, activation: str) -> torch.Tensor:
-    return torch.sigmoid(g) if activation == "sigmoid" else torch.nn.functional.silu(g)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -81,33 +73,10 @@ def _normalise(
         y.mul_(weight)
     if bias is not None:
         y.add_(bias)
-    return y if g is None else y.mul_(_gate(g.to(rstd.dtype), activation))
-
-
-def _rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    g: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    eps: float,
-    prenorm: bool,
-    residual_in_fp32: bool,
-    activation: str,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    total = x
-    if residual is not None:
-        total = x.to(_compute_dtype(x)) + residual
-    args = (total, weight, bias, g)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
-        y = _RMSNorm.apply(*args, eps, activation, x.dtype)
-    else:
-        y = _normalise(total, _rstd(total, eps), weight, bias, g, activation).to(x.dtype)
-    if not prenorm:
+    if g is None:
         return y
-    if residual is not None:
-        return y, total.to(residual.dtype)
-    return y, total.float() if residual_in_fp32 else total
+    gate = g.to(rstd.dtype)
+    return y.mul_(torch.sigmoid(gate) if activation == "sigmoid" else torch.nn.functional.silu(gate))
 
 
 def rms_norm(
@@ -118,16 +87,32 @@ def rms_norm(
     eps: float = 1e-5,
     prenorm: bool = False,
     residual_in_fp32: bool = False,
+    *,
+    gate: torch.Tensor | None = None,
+    activation: str = "",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``z = x + residual``, ``y = z / sqrt(mean(z^2) + eps) * weight + bias`` over the last axis.
 
-    Computed in float32 (float64 for float64 inputs) whatever the input's dtype, like fla's kernel.
+    Computed in float32 (float64 for float64 inputs) whatever the input's dtype, like fla's kernel. ``gate`` and
+    ``activation`` are those of `rms_norm_gated`.
 
     Returns:
         ``y`` in x's dtype; with ``prenorm`` also ``z`` in the residual's dtype (without a residual: x's, or
         float32 with ``residual_in_fp32``).
     """
-    return _rms_norm(x, weight, bias, None, residual, eps, prenorm, residual_in_fp32, "")
+    total = x
+    if residual is not None:
+        total = x.to(torch.promote_types(x.dtype, torch.float32)) + residual
+    args = (total, weight, bias, gate)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        y = _RMSNorm.apply(*args, eps, activation, x.dtype)
+    else:
+        y = _normalise(total, _rstd(total, eps), weight, bias, gate, activation).to(x.dtype)
+    if not prenorm:
+        return y
+    if residual is not None:
+        return y, total.to(residual.dtype)
+    return y, total.float() if residual_in_fp32 else total
 
 
 def rms_norm_gated(
@@ -148,11 +133,11 @@ def rms_norm_gated(
     """
     if activation not in ("swish", "silu", "sigmoid"):
         raise ValueError(f"rms_norm_gated: activation must be 'swish', 'silu' or 'sigmoid', got {activation!r}")
-    return _rms_norm(x, weight, bias, g, residual, eps, prenorm, residual_in_fp32, activation)
+    return rms_norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, gate=g, activation=activation)
 
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> torch.Tensor:
     """``x / sqrt(sum(x^2) + eps)`` over the last axis, computed in float32 at least."""
-    wide = x.to(_compute_dtype(x))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
     return y.to(output_dtype or x.dtype)

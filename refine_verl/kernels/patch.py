@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from refine_verl.kernels import conv, delta_rule, gated_delta_rule, loss, mlp, norm
+from refine_verl.kernels import conv, delta_rule, loss, mlp, norm
 
 logger = logging.getLogger(__name__)
 
 TARGETS: dict[str, Callable[..., Any]] = {
     "fla.layers.delta_net:chunk_delta_rule": delta_rule.chunk_delta_rule,
     "fla.layers.delta_net:fused_recurrent_delta_rule": delta_rule.fused_recurrent_delta_rule,
-    "fla.layers.gated_deltanet:chunk_gated_delta_rule": gated_delta_rule.chunk_gated_delta_rule,
-    "fla.layers.gated_deltanet:fused_recurrent_gated_delta_rule": (gated_delta_rule.fused_recurrent_gated_delta_rule),
+    "fla.layers.gated_deltanet:chunk_gated_delta_rule": delta_rule.chunk_gated_delta_rule,
+    "fla.layers.gated_deltanet:fused_recurrent_gated_delta_rule": delta_rule.fused_recurrent_gated_delta_rule,
     # Without a cache the Gated DeltaNet layer calls the convolution itself instead of through
     # ShortConvolution.
     "fla.layers.gated_deltanet:causal_conv1d": conv.causal_conv1d,
@@ -97,8 +97,7 @@ def use_cpu_kernels() -> None:
 
 def _restore() -> None:
     for target, original in _originals.items():
-        holder, name = _resolve(target)
-        setattr(holder, name, original)
+        setattr(*_resolve(target), original)
     _originals.clear()
 
 

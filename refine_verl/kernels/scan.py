@@ -177,10 +177,6 @@ def _solve(keys: torch.Tensor, beta: torch.Tensor, pair_decay: torch.Tensor | No
     return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False, unitriangular=True)
 
 
-def _sizes(plan: ChunkPlan, heads: int) -> list[int]:
-    return [count * heads for count in plan.active]
-
-
 def _forward(
     x: _Chunks, state: torch.Tensor, plan: ChunkPlan, want_final: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -229,7 +225,7 @@ def _all_steps(
     writes = torch.empty_like(x.v)
     states = x.v.new_empty(x.v.shape[0], *state.shape[2:])
     final = state.clone() if want_final else None
-    sizes = _sizes(plan, heads)
+    sizes = [count * heads for count in active]
     views = [t.split(sizes) for t in (states, writes, solve, x.v, read, write)]
     decays = gamma.split(sizes) if gamma is not None else None
     if sizes:
@@ -280,7 +276,7 @@ def _backward_states(
     d_after, d_rhs = torch.empty_like(d_read), torch.empty_like(d_writes)
     d_state = d_writes.new_zeros(shape) if d_final is None else d_final.clone()
     read, write, gamma = x.read_keys().mT, x.write_keys(), x.chunk_decay()
-    sizes = _sizes(plan, heads)
+    sizes = [count * heads for count in active]
     tensors = (d_after, d_rhs, d_writes, d_read, inverse.mT, x.beta, read, write)
     views = [t.split(sizes) for t in tensors]
     decays = gamma.split(sizes) if gamma is not None else None

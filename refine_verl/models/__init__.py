@@ -7,25 +7,3 @@ from refine_verl.models.loading import ModelInfo, inspect_model, load_model
 from refine_verl.models.packing import Documents, Packed, pack
 from refine_verl.models.rollouts import Branches, RolloutBatch, RolloutDraws, documents_together
 from refine_verl.models.state import FastWeightState
-
-__all__ = [
-    "Branches",
-    "Documents",
-    "FastWeightActor",
-    "FastWeightState",
-    "ModelAdapter",
-    "ModelError",
-    "ModelInfo",
-    "Packed",
-    "RolloutBatch",
-    "RolloutDraws",
-    "documents_together",
-    "get_adapter",
-    "inspect_model",
-    "known_model_types",
-    "load_model",
-    "make_actor",
-    "pack",
-    "register_adapter",
-    "snapshot_count",
-]

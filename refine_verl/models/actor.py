@@ -72,9 +72,13 @@ class FastWeightActor(Passes):
         if nsp.rollout == "prefix":
             tokens, log_probs, predicted = reference.rollout(self, documents, found["positions"], nsp, draws.tokens)
         else:
-            last = torch.cat([part for _, part, _ in readings])
-            state = FastWeightState.stack([part for _, _, part in readings if part is not None])
-            tokens, log_probs, predicted = self._continue(last, state, nsp, draws.tokens)
+            shape, copies = draws.tokens.shape, nsp.rollouts_per_position
+            last = torch.cat([part for _, part, _ in readings]).repeat_interleave(copies, dim=0)
+            state = FastWeightState.stack([part for _, _, part in readings if part is not None]).fork(copies)
+            written = self.write(last, state, draws.tokens.flatten(0, 2), nsp.temperature, keep_hidden=True)
+            assert written.hidden is not None
+            tokens, log_probs = written.tokens.view(shape), written.log_probs.view(shape)
+            predicted = written.hidden.view(*shape, -1)
         return RolloutBatch(tokens=tokens, log_probs=log_probs, predicted_hidden=predicted, **found)
 
     def update(self, documents: Documents, branches: Branches | None, nsp: NSPSettings) -> dict[str, Tensor]:
@@ -137,26 +141,6 @@ class FastWeightActor(Passes):
         }
         last = torch.cat([hidden[b][positions[b]] for b in rows])
         return fields, last, None if trace is None else trace.after(positions)
-
-    def _continue(
-        self, last: Tensor, state: FastWeightState, nsp: NSPSettings, draws: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write k tokens from each of N * c states, n times (Eq. 7).
-
-        Args:
-            last: [N * c, d] hidden state at x_t.
-            state: [N * c] rows, after x_t.
-            nsp: n, k and the sampling temperature.
-            draws: [N, c, n, k].
-
-        Returns:
-            tokens and log-probabilities [N, c, n, k], hidden states at the tokens [N, c, n, k, d].
-        """
-        copies, shape = nsp.rollouts_per_position, draws.shape
-        hidden, forked = last.repeat_interleave(copies, dim=0), state.fork(copies)
-        written = self.write(hidden, forked, draws.flatten(0, 2), nsp.temperature, keep_hidden=True)
-        assert written.hidden is not None
-        return written.tokens.view(shape), written.log_probs.view(shape), written.hidden.view(*shape, -1)
 
 
 _MODES: dict[str, Callable[..., Any]] = {

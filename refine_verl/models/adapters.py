@@ -111,7 +111,9 @@ class FlaAdapter:
 
         cache = None
         if state is not None:
-            cache = Cache.from_legacy_cache(_fresh_layers(state.tree, _decodes_in_place(packed)))
+            # fla's single-token decoding overwrites the convolution states it is given
+            in_place = not torch.is_grad_enabled() and max(packed.lengths) == 1
+            cache = Cache.from_legacy_cache(_fresh_layers(state.tree, in_place))
         elif keep_state:
             cache = Cache()
         # A filled cache with use_cache=False would come back ruined (fla keeps half of it), so a state that is
@@ -151,20 +153,13 @@ class _RecordedTrace:
         return self.final.map(lambda tensor: self.recorder.at(tensor, sequences, positions.flatten()))
 
 
-def _decodes_in_place(packed: Packed) -> bool:
-    """Whether fla's single-token decoding applies, which overwrites the convolution states it is given."""
-    return not torch.is_grad_enabled() and max(packed.lengths) == 1
-
-
 def _fresh_layers(layers: tuple[dict[str, Any], ...], clone_conv: bool) -> tuple[dict[str, Any], ...]:
     """New dictionaries around the same tensors; convolution states cloned if they are about to be overwritten."""
-    fresh = []
-    for layer in layers:
-        copy = dict(layer)
-        if clone_conv and copy.get("conv_state") is not None:
-            copy["conv_state"] = pytree.tree_map_only(Tensor, torch.clone, copy["conv_state"])
-        fresh.append(copy)
-    return tuple(fresh)
+    fresh = tuple(dict(layer) for layer in layers)
+    for layer in fresh:
+        if clone_conv and "conv_state" in layer:
+            layer["conv_state"] = pytree.tree_map_only(Tensor, torch.clone, layer["conv_state"])
+    return fresh
 
 
 for _model_type in (*FLA_VERIFIED_ON_CPU, *FLA_THROUGH_THE_SAME_ADAPTER):

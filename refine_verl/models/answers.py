@@ -50,26 +50,6 @@ def end_tokens_of(model: object, *more: int | None) -> tuple[int, ...]:
     return end_tokens(getattr(model, "generation_config", None), *more)
 
 
-def every_row(done: Tensor) -> bool:
-    """Whether all rows of this process are done."""
-    return bool(done.all())
-
-
-class _Progress:
-    """How long each of R answers is by now, and which are done."""
-
-    def __init__(self, limits: Tensor, ends: Callable[[Tensor], Tensor], all_done: Callable[[Tensor], bool]) -> None:
-        self.limits, self.ends, self.all_done = limits, ends, all_done
-        self.lengths = torch.zeros_like(limits)
-        self.done = torch.zeros_like(limits, dtype=torch.bool)
-
-    def add(self, token: Tensor) -> bool:
-        """Count one more token [R] of each that is not done; whether to stop."""
-        self.lengths = self.lengths + ~self.done
-        self.done = self.done | self.ends(token) | (self.lengths >= self.limits)
-        return self.all_done(self.done)
-
-
 def write(
     actor: Passes,
     prompts: Documents,
@@ -81,7 +61,7 @@ def write(
     draws: Tensor | None = None,
     stop_tokens: Sequence[int] = (),
     ends: Callable[[Tensor], Tensor] | None = None,
-    all_done: Callable[[Tensor], bool] = every_row,
+    all_done: Callable[[Tensor], bool] = lambda done: bool(done.all()),
 ) -> Answers:
     """Continue prompts of unequal length, each until a stop token or its own limit.
 
@@ -103,20 +83,25 @@ def write(
     device, shape = hidden.device, (len(prompts), copies, length)
     uniforms = torch.zeros(shape) if draws is None else draws
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    progress = _Progress(
-        torch.tensor(list(limits), device=device).repeat_interleave(copies),
-        ends or (lambda token: torch.isin(token, stops)),
-        all_done,
-    )
+    most = torch.tensor(list(limits), device=device).repeat_interleave(copies)
+    lengths, done = torch.zeros_like(most), torch.zeros_like(most, dtype=torch.bool)
+
+    def stop(token: Tensor) -> bool:
+        """Count one more token [N * n] of each answer that is not done; whether to stop."""
+        nonlocal lengths, done
+        lengths = lengths + ~done
+        done = done | (ends(token) if ends else torch.isin(token, stops)) | (lengths >= most)
+        return all_done(done)
+
     last = hidden[packed.last].repeat_interleave(copies, dim=0)
     written = actor.write(
-        last, state.fork(copies), uniforms.reshape(len(prompts) * copies, length), temperature, stop=progress.add
+        last, state.fork(copies), uniforms.reshape(len(prompts) * copies, length), temperature, stop=stop
     )
-    behind = torch.arange(length, device=device) >= progress.lengths[:, None]
+    behind = torch.arange(length, device=device) >= lengths[:, None]
     missing = (0, length - written.tokens.shape[1])
     return Answers(
         tokens=F.pad(written.tokens, missing).masked_fill(behind, 0).view(shape),
-        lengths=progress.lengths.view(shape[:2]),
+        lengths=lengths.view(shape[:2]),
         log_probs=F.pad(written.log_probs, missing).masked_fill(behind, 0.0).view(shape),
     )
 

@@ -86,22 +86,18 @@ def load_model(
     if info is not None:
         config = config or info.config
         if info.has_weights:
-            return _from_checkpoint(str(path), config, dtype)
+            check_configuration(str(path), config)
+            # weights of another shape come back in the report, as a name with both shapes, not as an exception
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(path), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            if problems := describe_problems(report):
+                raise misfit(str(path), config, problems)
+            return model.to(dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     logger.warning("model: random weights (seed %d), no checkpoint was given", seed)
-    return model.to(dtype)
-
-
-def _from_checkpoint(path: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    check_configuration(path, config)
-    # weights of another shape come back in the report, as a name with both shapes, instead of as an exception
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    if problems := describe_problems(report):
-        raise misfit(path, config, problems)
     return model.to(dtype)
 
 

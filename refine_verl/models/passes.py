@@ -222,7 +222,7 @@ class Passes(nn.Module):
             targets = documents.next_tokens(documents.whole, documents.lengths)
             return Forks(torch.cat(parts), targets, last, trace.after(branches.positions))
         # in c+1 segments cut after the chosen positions, the state carried from one to the next
-        borders = [[0] * len(documents), *branches.cuts, list(documents.lengths)]
+        borders = [[0] * len(documents), *(branches.positions + 1).t().tolist(), list(documents.lengths)]
         segments = list(read_segments(self.segment, documents, borders))
         states = [part.state for part in segments if part.state is not None]
         picks = [(chunk, b) for b in range(len(documents)) for chunk in range(len(states))]

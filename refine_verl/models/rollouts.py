@@ -76,9 +76,9 @@ class RolloutBatch:
         copies = self.tokens.shape[2]
         return RewardInputs(
             predicted_hidden=self.predicted_hidden.flatten(0, 2),
-            target_hidden=_per_rollout(self.target_hidden, copies),
+            target_hidden=self.target_hidden.flatten(0, 1).repeat_interleave(copies, dim=0),
             predicted_tokens=self.tokens.flatten(0, 2),
-            target_tokens=_per_rollout(self.target_tokens, copies),
+            target_tokens=self.target_tokens.flatten(0, 1).repeat_interleave(copies, dim=0),
         )
 
 
@@ -88,13 +88,3 @@ class Branches:
 
     positions: Tensor
     tokens: Tensor
-
-    @property
-    def cuts(self) -> list[list[int]]:
-        """First token after each position: list over chunks of [N] borders."""
-        return (self.positions + 1).t().tolist()
-
-
-def _per_rollout(values: Tensor, copies: int) -> Tensor:
-    """[N, c, ...] -> [N * c * n, ...]."""
-    return values.unsqueeze(2).expand(-1, -1, copies, *values.shape[2:]).flatten(0, 2)

@@ -103,12 +103,8 @@ class FastWeightState:
         )
 
     def _each(self, of_tensor: Callable[[Tensor], Tensor], of_leaf: Callable[[RowLeaf], RowLeaf]) -> FastWeightState:
-        def apply(leaf: Any) -> Any:
-            if isinstance(leaf, RowLeaf):
-                return of_leaf(leaf)
-            return of_tensor(leaf) if isinstance(leaf, Tensor) else leaf
-
-        return FastWeightState(pytree.tree_map(apply, self.tree))
+        of_type = pytree.tree_map_only
+        return FastWeightState(of_type(Tensor, of_tensor, of_type(RowLeaf, of_leaf, self.tree)))
 
     def detach(self) -> FastWeightState:
         """The same values, cut off from the graph.
@@ -128,8 +124,7 @@ class FastWeightState:
         """Stack the rows of several states: [sum of rows, ...]."""
         if len(states) == 1:
             return states[0]
-        leaves, spec = zip(*(pytree.tree_flatten(state.tree) for state in states), strict=True)
-        return FastWeightState(pytree.tree_unflatten([_join(column) for column in zip(*leaves, strict=True)], spec[0]))
+        return FastWeightState(pytree.tree_map(_join, *(state.tree for state in states)))
 
     @staticmethod
     def gather(states: Sequence[FastWeightState], picks: Sequence[tuple[int, int]]) -> FastWeightState:
@@ -137,17 +132,7 @@ class FastWeightState:
 
         Copies only the rows asked for, however many states there are.
         """
-        flat = [pytree.tree_flatten(state.tree) for state in states]
-        spec = flat[0][1]
-        columns: list[Any] = []
-        for position, leaf in enumerate(flat[0][0]):
-            if isinstance(leaf, Tensor):
-                columns.append(torch.cat([flat[index][0][position][row : row + 1] for index, row in picks]))
-            elif isinstance(leaf, RowLeaf):
-                columns.append(_gather([leaves[position] for leaves, _ in flat], picks))
-            else:
-                columns.append(leaf)
-        return FastWeightState(pytree.tree_unflatten(columns, spec))
+        return FastWeightState(pytree.tree_map(lambda *leaves: _gather(leaves, picks), *(s.tree for s in states)))
 
     def flatten(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], FastWeightState]]:
         """The tensors and a function that puts tensors in their places into the same tree."""
@@ -170,16 +155,20 @@ class FastWeightState:
         return [tensor for part in parts for tensor in part], rebuild
 
 
-def _join(column: Sequence[Any]) -> Any:
+def _join(*leaves: Any) -> Any:
     """One leaf of several states, rows stacked."""
-    first = column[0]
+    first = leaves[0]
     if isinstance(first, RowLeaf):
-        return type(first).stack(column)
-    return torch.cat(list(column)) if isinstance(first, Tensor) else first
+        return type(first).stack(leaves)
+    return torch.cat(leaves) if isinstance(first, Tensor) else first
 
 
-def _gather(leaves: Sequence[RowLeaf], picks: Sequence[tuple[int, int]]) -> RowLeaf:
-    """Row ``row`` of leaf ``index`` for each (index, row): selected where they are, stacked, put in order."""
+def _gather(leaves: Sequence[Any], picks: Sequence[tuple[int, int]]) -> Any:
+    """Row ``row`` of leaf ``index`` for each (index, row); a `RowLeaf` selects, stacks and puts them in order."""
+    if isinstance(leaves[0], Tensor):
+        return torch.cat([leaves[index][row : row + 1] for index, row in picks])
+    if not isinstance(leaves[0], RowLeaf):
+        return leaves[0]
     used = sorted({index for index, _ in picks})
     order = sorted(range(len(picks)), key=lambda place: picks[place][0])
     parts = [leaves[index].select([row for other, row in picks if other == index]) for index in used]

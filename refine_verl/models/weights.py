@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 # What `from_pretrained` looks for, in its order; any other file is no checkpoint to it.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHOWN = 4
-_AGAIN = "Download or copy it again"
 
 
 def check_weights(path: str | Path, config: PretrainedConfig) -> None:
@@ -49,7 +48,7 @@ def check_weights(path: str | Path, config: PretrainedConfig) -> None:
         for file in files:
             _check_container(file)
         return
-    _ask_the_configuration(path, config, files)
+    check_configuration(path, config)
     headers: dict[str, Tensor] = {}
     origin: dict[str, Path] = {}
     for file in files:
@@ -64,18 +63,14 @@ def check_weights(path: str | Path, config: PretrainedConfig) -> None:
 def check_configuration(path: str | Path, config: PretrainedConfig) -> None:
     """Refuse a config.json that says something else than the weights do, where they lie on this machine.
 
+    Configurations that know how their fields show in a checkpoint have a ``check_weights``.
+
     Raises:
         ModelError: names every field with both values.
     """
     files = _local_files(Path(path), config) if Path(path).is_dir() else _cached_files(str(path))
-    if files is not None and all(file.suffix == ".safetensors" for file in files):
-        _ask_the_configuration(path, config, files)
-
-
-def _ask_the_configuration(path: str | Path, config: PretrainedConfig, files: list[Path]) -> None:
-    """Configurations that know how their fields show in a checkpoint have a ``check_weights``."""
     check = getattr(config, "check_weights", None)
-    if check is None:
+    if check is None or files is None or not all(file.suffix == ".safetensors" for file in files):
         return
     try:
         check({name: shape for file in files for name, shape in _header(file).items()})
@@ -196,7 +191,9 @@ def _damaged(file: Path, reason: str) -> ModelError:
     if _is_lfs_pointer(file):
         return ModelError(f"model.path: {file} is a Git LFS pointer and not the file itself. Run `git lfs pull` there.")
     size = file.stat().st_size if file.exists() else 0
-    return ModelError(f"model.path: {file} is damaged or incomplete ({reason}; it has {size} bytes). {_AGAIN}.")
+    return ModelError(
+        f"model.path: {file} is damaged or incomplete ({reason}; it has {size} bytes). Download or copy it again."
+    )
 
 
 def _is_lfs_pointer(file: Path) -> bool:

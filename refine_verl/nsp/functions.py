@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from refine_verl.config import ConfigError, NSPSettings
-from refine_verl.nsp.rewards import validate_reward_name
-from refine_verl.nsp.selection import validate_selection_name
+from refine_verl.nsp.rewards import REWARDS
+from refine_verl.nsp.selection import SELECTIONS
 
 
 def check_functions(settings: NSPSettings) -> None:
@@ -13,9 +13,8 @@ def check_functions(settings: NSPSettings) -> None:
     Raises:
         ConfigError: names the key, and the nearest known name.
     """
-    checks = {"reward": validate_reward_name, "selection": validate_selection_name}
-    for key, check in checks.items():
+    for key, registry in (("reward", REWARDS), ("selection", SELECTIONS)):
         try:
-            check(getattr(settings, key))
+            registry.find(getattr(settings, key))
         except ValueError as error:
             raise ConfigError(f"{settings.SECTION}.{key}", str(error)) from error

@@ -75,11 +75,6 @@ def hybrid_reward(inputs: RewardInputs) -> Tensor:
     return cosine_reward(inputs) + binary_reward(inputs)
 
 
-def known_rewards() -> list[str]:
-    """Names of all registered rewards, sorted."""
-    return sorted(REWARDS.functions)
-
-
 def get_reward(name: str) -> RewardFunction:
     """The reward called `name`, or the one found at an import path.
 
@@ -92,18 +87,9 @@ def get_reward(name: str) -> RewardFunction:
         and floating.
 
     Raises:
-        ValueError: as `validate_reward_name`.
-    """
-    return _checked(REWARDS.find(name), name)
-
-
-def validate_reward_name(name: str) -> None:
-    """Check that `get_reward(name)` will work; imports the module of an import path.
-
-    Raises:
         ValueError: no such reward (with the nearest known name), module or function, or it cannot be called.
     """
-    REWARDS.find(name)
+    return _checked(REWARDS.find(name), name)
 
 
 def _checked(function: RewardFunction, name: str) -> RewardFunction:
@@ -117,14 +103,11 @@ def _checked(function: RewardFunction, name: str) -> RewardFunction:
         if reward.shape != (count,):
             raise ValueError(f"{where} returned shape {list(reward.shape)}; expected [{count}], one number per rollout")
         reward = reward.detach() if reward.is_floating_point() else reward.float()
-        if not torch.isfinite(reward).all() and _finite(inputs):
+        # where the model's own numbers are not finite, the reward function is not to blame
+        hidden = (inputs.predicted_hidden, inputs.target_hidden)
+        if not torch.isfinite(reward).all() and all(torch.isfinite(part).all() for part in hidden):
             bad = int((~torch.isfinite(reward)).sum())
             raise ValueError(f"{where} returned NaN or infinity for {bad} of {count} rollouts")
         return reward
 
     return checked
-
-
-def _finite(inputs: RewardInputs) -> bool:
-    """Whether the model's own numbers are fine; if not, the reward function is not to blame."""
-    return all(bool(torch.isfinite(h).all()) for h in (inputs.predicted_hidden, inputs.target_hidden))

@@ -63,23 +63,11 @@ def _softmax_draw(entropy: np.ndarray, temperature: float, uniform: float) -> in
     return int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))
 
 
-def _uniform_draw(entropy: np.ndarray, temperature: float, uniform: float) -> int:
-    return min(int(uniform * len(entropy)), len(entropy) - 1)
-
-
-def _argmax(entropy: np.ndarray, temperature: float, uniform: float) -> int:
-    return int(np.argmax(entropy))
-
-
-def _argmin(entropy: np.ndarray, temperature: float, uniform: float) -> int:
-    return int(np.argmin(entropy))
-
-
 STRATEGIES: dict[str, Strategy] = {
     "entropy": _softmax_draw,
-    "uniform": _uniform_draw,
-    "max_entropy": _argmax,
-    "min_entropy": _argmin,
+    "uniform": lambda entropy, temperature, uniform: min(int(uniform * len(entropy)), len(entropy) - 1),
+    "max_entropy": lambda entropy, temperature, uniform: int(np.argmax(entropy)),
+    "min_entropy": lambda entropy, temperature, uniform: int(np.argmin(entropy)),
 }
 """The paper's selection strategies (Tab. 7). Ties of `max_entropy` and `min_entropy` go to the lowest index."""
 
@@ -107,20 +95,6 @@ prefix.
 """
 
 
-def known_selections() -> list[str]:
-    """Names of all registered strategies, sorted."""
-    return sorted(SELECTIONS.functions)
-
-
-def validate_selection_name(name: str) -> None:
-    """Check that `select_positions` will find the strategy `name`; imports the module of an import path.
-
-    Raises:
-        ValueError: no such strategy (with the nearest known name), module or function, or it cannot be called.
-    """
-    SELECTIONS.find(name)
-
-
 def chunk_bounds(num_valid: int, chunks: int) -> list[tuple[int, int]]:
     """Split the positions `0 ... num_valid-1` into contiguous half-open ranges, equal up to one position.
 
@@ -141,9 +115,8 @@ def chunk_bounds(num_valid: int, chunks: int) -> list[tuple[int, int]]:
     return [(i * num_valid // chunks, (i + 1) * num_valid // chunks) for i in range(chunks)]
 
 
-def _as_uniforms(uniforms: Tensor | np.ndarray | Sequence[float], chunks: int) -> np.ndarray:
-    values = uniforms.detach().cpu().numpy() if isinstance(uniforms, Tensor) else np.asarray(uniforms)
-    values = values.astype(np.float64)
+def _as_uniforms(uniforms: Tensor | np.ndarray | Sequence[float], chunks: int) -> Tensor:
+    values = torch.as_tensor(uniforms, dtype=torch.float64, device="cpu").detach()
     if values.shape != (chunks,):
         raise ValueError(f"uniforms must have shape [{chunks}], one per chunk, got {list(values.shape)}")
     if not ((values >= 0) & (values < 1)).all():
@@ -192,7 +165,7 @@ def select_positions(
         smoothed=smoothed,
         weights=smoothed[offset : offset + num_valid].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),
         chunks=chunk_bounds(num_valid, nsp.chunks),
-        uniforms=torch.from_numpy(_as_uniforms(uniforms, nsp.chunks)),
+        uniforms=_as_uniforms(uniforms, nsp.chunks),
         temperature=nsp.entropy_temperature,
         rollout_length=nsp.rollout_length,
         hidden=hidden,

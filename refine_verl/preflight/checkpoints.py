@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
 from refine_verl.config import ConfigError, require_choice
+from refine_verl.models.stored_types import only_safe_types, unsafe_content
 from refine_verl.record.checkpoint_files import MANIFEST, STEP, TRACKER, candidates, damage
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,22 @@ def checkpoint_to_resume(config: DictConfig, *, warn: bool = True) -> Path | Non
     return Path(given)
 
 
+@contextmanager
+def reading_checkpoint(config: DictConfig) -> Iterator[Path | None]:
+    """What :func:`checkpoint_to_resume` returns. Within, ``config`` names it to verl, and torch reads data only."""
+    folder = checkpoint_to_resume(config)
+    trainer = config.trainer
+    asked = trainer.resume_mode, trainer.resume_from_path
+    trainer.resume_mode, trainer.resume_from_path = (
+        ("disable", None) if folder is None else ("resume_path", str(folder))
+    )
+    try:
+        with only_safe_types():
+            yield folder
+    finally:
+        trainer.resume_mode, trainer.resume_from_path = asked
+
+
 def _last_good(run_dir: Path, warn: bool) -> Path | None:
     found = candidates(run_dir)
     tried: list[str] = []
@@ -118,7 +137,7 @@ def check_checkpoint(config: DictConfig, model: PretrainedConfig) -> Path | None
 
     Raises:
         ConfigError: there is a checkpoint, but of another number of workers or another model, one that lacks what
-            is to be loaded, or no good one.
+            is to be loaded or holds what could run code, or no good one.
     """
     folder = checkpoint_to_resume(config, warn=False)  # said when the run starts
     if folder is None:
@@ -156,6 +175,20 @@ def _check_shards(config: DictConfig, folder: Path) -> None:
                     f"the checkpoint {folder} has no {file.name}, but actor_rollout_ref.actor.checkpoint.load_contents "
                     f"names {content}. Leave it out there, resume an earlier one with {_ANOTHER}, or {_START_OVER}.",
                 )
+            _check_content(folder, file)
+    if (folder / "data.pt").is_file():
+        _check_content(folder, folder / "data.pt")
+
+
+def _check_content(folder: Path, file: Path) -> None:
+    """Reading a pickle may run code: of one that could, nothing is read."""
+    problem = unsafe_content(file)
+    if problem:
+        raise ConfigError(
+            "trainer.resume_mode",
+            f"{file.relative_to(folder)} of the checkpoint {folder} is not read: {problem}. Reading it could run code "
+            f"of whoever wrote it. Resume an earlier one with {_ANOTHER}, or {_START_OVER}.",
+        )
 
 
 def _check_model(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -181,5 +214,8 @@ def _read_json(file: Path, folder: Path) -> dict[str, Any]:
         raise ConfigError(
             "trainer.resume_mode", f"the checkpoint {folder} cannot be read: {file}: {error}. Or {_START_OVER}."
         ) from error
-    assert isinstance(content, dict)
+    if not isinstance(content, dict):
+        raise ConfigError(
+            "trainer.resume_mode", f"the checkpoint {folder} cannot be read: {file} is no object. Or {_START_OVER}."
+        )
     return content

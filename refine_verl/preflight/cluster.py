@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from refine_verl.config import ConfigError
+from refine_verl.preflight.start import check_own_ray
 from refine_verl.preflight.storage import Finding, Node, NodeView, find_unshared, look
 
 RESOURCES = {"cuda": "GPU", "cpu": "CPU"}
@@ -86,6 +87,7 @@ def _check_this_machine(config: DictConfig) -> None:
             f"trainer.nnodes={config.trainer.nnodes}) and torch sees {torch.cuda.device_count()} on this machine. "
             f"Lower them, or set {ADDRESS} to join a Ray cluster.",
         )
+    check_own_ray(config)
 
 
 def _request(config: DictConfig) -> Request:

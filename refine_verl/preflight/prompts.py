@@ -62,7 +62,8 @@ def prepare_prompt_splits(
         prepare_prompts, settings, tokenizer=tokenizer, minimum_prompt_length=minimum, reason=reason
     )
     validation = prepare("validation") if settings.val_files else None
-    if validation is not None:
+    own_function = valid.config.reward.custom_reward_function.path is not None
+    if validation is not None and not own_function:
         _check_scores(validation.path, refine, "data.val_files")
     if refine.phase == "ttt":
         assert validation is not None
@@ -71,7 +72,7 @@ def prepare_prompt_splits(
     _check_earlier_answers(valid.config, None)
     batch = int(valid.config.data.train_batch_size)
     train = prepare("train", minimum_sequences=batch, sequences_reason=f"data.train_batch_size={batch}")
-    if refine.outer == "grpo":
+    if refine.outer == "grpo" and not own_function:
         _check_scores(train.path, refine, "data.train_files")
     return train, validation
 

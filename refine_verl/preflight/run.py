@@ -21,8 +21,10 @@ from omegaconf import DictConfig
 
 from refine_verl.compose.validate import ValidConfig, check_against_verl
 from refine_verl.config import ConfigError, DataSettings, ModelError, PromptSettings
-from refine_verl.preflight.cluster import check_cluster
+from refine_verl.preflight.cluster import check_cluster, joins_cluster
 from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits
+from refine_verl.preflight.reward_function import load_reward_function
+from refine_verl.preflight.start import check_callback, check_loggers, check_ray_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,6 +128,10 @@ def check_run(valid: ValidConfig) -> ModelInfo:
     _check_weights(valid, info)
     check_functions(valid.refine.nsp)
     check_against_verl(valid.config)
+    check_loggers(valid.config.trainer.logger)
+    check_callback(valid.config.trainer.checkpoint_callback_class)
+    check_ray_options(valid.config, local=not joins_cluster(valid.config))
+    load_reward_function(valid.config)
     check_estimator(valid.config.algorithm.adv_estimator)
     check_checkpoint(valid.config, info.config)
     _find_documents(valid.data)

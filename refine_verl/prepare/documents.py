@@ -51,12 +51,7 @@ def run(settings: DocumentSettings) -> None:
 
 
 class Collector:
-    """Reads documents in order and fills shard after shard, going on behind the last one that is finished.
-
-    Args:
-        output: where the shards go.
-        sources, tokenizer, settings: what to read and keep.
-    """
+    """Reads documents in order and fills shard after shard, going on behind the last one that is finished."""
 
     def __init__(
         self,
@@ -69,22 +64,18 @@ class Collector:
         self.totals: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
 
     def run(self) -> Counter[str]:
-        """Write what is missing (nothing, where everything is there).
-
-        Returns:
-            Counts over all shards.
-        """
+        """Write what is missing (nothing, where everything is there); returns counts over all shards."""
         entries = self._resume()
         for entry in entries:
             self.totals.update({key: entry[key] for key in _COUNTS})
         if entries and entries[-1]["last"]:
             return self.totals
         documents = self._documents(skip=self.totals["read"])
+        number = len(entries)
         with progress_bar("documents kept", self.settings.limit, done=self.totals["kept"]) as step:
-            for number in itertools.count(len(entries)):
-                if self._write_shard(number, documents, step):
-                    return self.totals
-        raise AssertionError  # there is no end to the numbers
+            while not self._write_shard(number, documents, step):
+                number += 1
+        return self.totals
 
     def _resume(self) -> list[dict[str, Any]]:
         """What is recorded of the shards up to the first that is missing; forgets those behind it."""
@@ -110,7 +101,6 @@ class Collector:
         """
         before = Counter(self.totals)
         lengths: list[int] = []
-        last = True
         name = _shard_name(number)
         with self.output.writing(name) as path:
             with pq.ParquetWriter(path, SCHEMA, compression=COMPRESSION) as writer:
@@ -173,11 +163,9 @@ def _shard_name(number: int) -> str:
 
 
 def _report(output: Output, totals: Counter[str], settings: DocumentSettings) -> None:
-    rows = []
-    for name, entry in sorted(output.done.items()):
-        rows.append((name, entry["read"], entry["kept"], entry["kept_tokens"], *(entry["spread"] or ("-",) * 3)))
     columns = ["file", "documents read", "kept", "tokens", "least", "mean", "most"]
-    rows.append(("all", totals["read"], totals["kept"], totals["kept_tokens"], "", "", ""))
+    entries = [*sorted(output.done.items()), ("all", {**totals, "spread": ("", "", "")})]
+    rows = [(name, entry["read"], entry["kept"], entry["kept_tokens"], *entry["spread"]) for name, entry in entries]
     notes = [
         f"{totals['sampled']:,} of {totals['read']:,} documents were looked at ({totals['read_tokens']:,} tokens with "
         f"{settings.tokenizer}); {totals['short']:,} had fewer than {settings.min_tokens:,} tokens"

@@ -110,8 +110,9 @@ def make_row(task: str, record: Mapping[str, Any], where: str) -> dict[str, Any]
     """
     for column, kind in (("context", str), ("input", str), ("answers", list)):
         if not isinstance(record.get(column), kind):
+            found = f"a {type(record[column]).__name__}" if column in record else "missing"
             raise DataError(
-                f"{where}: column {column!r} is {_kind(record, column)}, not a {kind.__name__}. LongBench's records "
+                f"{where}: column {column!r} is {found}, not a {kind.__name__}. LongBench's records "
                 f"have context, input, answers, all_classes and _id; found: {', '.join(record)}."
             )
     answers = record["answers"]
@@ -126,10 +127,6 @@ def make_row(task: str, record: Mapping[str, Any], where: str) -> dict[str, Any]
         "task": task,
         "all_classes": list(record.get("all_classes") or []) or None,
     }
-
-
-def _kind(record: Mapping[str, Any], column: str) -> str:
-    return f"a {type(record[column]).__name__}" if column in record else "missing"
 
 
 def _find(name: str, task: str) -> DocumentSource:
@@ -166,8 +163,7 @@ def _write_task(
             batch = rows[start : start + _BATCH_ROWS]
             if tokenizer is not None:
                 _count(tokenizer, batch)
-            limit = settings.length
-            kept += [row for row in batch if limit is None or row["total_length"] <= limit]
+            kept += [row for row in batch if settings.length is None or row["total_length"] <= settings.length]
             step(len(batch))
     entry = {
         "rows": len(rows),

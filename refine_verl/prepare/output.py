@@ -48,9 +48,13 @@ class Output:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 stack.callback(self._remove_if_empty)
-                stack.enter_context(self._locked())
+                stack.enter_context(locked(self.directory / _LOCK))
                 self._open()
                 stack.callback(self._remove_unused_manifest)
+            except AlreadyLockedError as error:
+                raise DataError(
+                    f"--out {self.directory} is being filled by another process. Wait for it, or give another one."
+                ) from error
             except OSError as error:
                 raise DataError(
                     f"--out {self.directory} cannot be written: {error}. Choose another directory."
@@ -63,11 +67,11 @@ class Output:
 
     def _open(self) -> None:
         manifest = self.directory / MANIFEST
-        if manifest.exists():
-            self.done = self._read(manifest, self.command)
         names = sorted(path.name for path in self.directory.iterdir())
         others = [name for name in names if not name.startswith((_PARTIAL, _LOCK))]
-        if others and not manifest.exists():
+        if manifest.exists():
+            self.done = self._read(manifest)
+        elif others:
             raise DataError(
                 f"--out {self.directory} holds other files ({', '.join(others[:3])}{' ...' * (len(others) > 3)}), "
                 f"not the output of `{self.command}`. Give an empty or new directory."
@@ -77,16 +81,6 @@ class Output:
         if not manifest.exists():
             self._save()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        try:
-            with locked(self.directory / _LOCK):
-                yield
-        except AlreadyLockedError as error:
-            raise DataError(
-                f"--out {self.directory} is being filled by another process. Wait for it, or give another one."
-            ) from error
-
     def _remove_unused_manifest(self) -> None:
         if not self.done:
             (self.directory / MANIFEST).unlink(missing_ok=True)
@@ -95,7 +89,7 @@ class Output:
         if not any(self.directory.iterdir()):
             self.directory.rmdir()
 
-    def _read(self, manifest: Path, command: str) -> dict[str, dict[str, Any]]:
+    def _read(self, manifest: Path) -> dict[str, dict[str, Any]]:
         try:
             content = json.loads(manifest.read_text())
             key, done = content["key"], dict(content["done"])
@@ -103,8 +97,8 @@ class Output:
             raise DataError(f"{manifest} cannot be read ({error}); delete {self.directory} and start over.") from error
         if key != self._key:
             raise DataError(
-                f"--out {self.directory} holds the output of `{command}` with other arguments, another tokenizer or "
-                "changed input files. Give another directory, or delete this one."
+                f"--out {self.directory} holds the output of `{self.command}` with other arguments, another tokenizer "
+                "or changed input files. Give another directory, or delete this one."
             )
         return {name: entry for name, entry in done.items() if (self.directory / name).is_file()}
 

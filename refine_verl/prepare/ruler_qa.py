@@ -24,8 +24,7 @@ from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.prepare.longbench import TASKS as PUBLISHED
 from refine_verl.prepare.output import Output, join_parts, write_table
-from refine_verl.prepare.questions import Question, Questions, read_questions
-from refine_verl.prepare.ruler_split import split_questions
+from refine_verl.prepare.questions import Question, Questions, read_questions, split_questions
 from refine_verl.prepare.settings import RulerSettings
 
 TASKS = {"squad": "ruler_squadqa", "hotpotqa": "ruler_hotpotqa"}
@@ -71,13 +70,7 @@ def run(settings: RulerSettings) -> None:
 
 
 class PromptBuilder:
-    """Prompts of one source at one length.
-
-    Args:
-        questions: what `read_questions` returned.
-        tokenizer: lengths are counted with it, as `prepare_prompts` will count them.
-        settings: the command's arguments.
-    """
+    """Prompts of one source at one length, which is counted as `prepare_prompts` will count it."""
 
     def __init__(self, questions: Questions, tokenizer: PreTrainedTokenizerBase, settings: RulerSettings) -> None:
         self.questions, self.tokenizer, self.settings = questions, tokenizer, settings
@@ -238,25 +231,23 @@ def _write_split(
         for left in [done for done in output.done if done.startswith(f".{split}-")]:
             output.remove(left)
         return {"file": name, **entry}
-    parts = []
+    parts = {f".{split}-{start:06d}.parquet": start for start in range(0, len(indices), _PART_ROWS)}
     with progress_bar(f"{split}: writing prompts", len(indices)) as step:
-        for start in range(0, len(indices), _PART_ROWS):
-            part = f".{split}-{start:06d}.parquet"
-            parts.append(part)
-            rows = range(start, min(start + _PART_ROWS, len(indices)))
-            if output.finished(part) is None:
-                made = []
-                for number in rows:
-                    made.append(builder.row(split, number, indices[number]))
-                    step()
-                table = pa.Table.from_pylist([row for row, _ in made], SCHEMA)
-                lengths = {"lengths": [row["total_length"] for row, _ in made], "documents": [n for _, n in made]}
-                write_table(output, part, table, lengths)
-            else:
-                step(len(rows))
+        for part, start in parts.items():
+            chosen = indices[start : start + _PART_ROWS]
+            if output.finished(part) is not None:
+                step(len(chosen))
+                continue
+            made = []
+            for number, index in enumerate(chosen, start):
+                made.append(builder.row(split, number, index))
+                step()
+            table = pa.Table.from_pylist([row for row, _ in made], SCHEMA)
+            lengths = {"lengths": [row["total_length"] for row, _ in made], "documents": [n for _, n in made]}
+            write_table(output, part, table, lengths)
     entries = [output.done[part] for part in parts]
     joined = {key: [value for entry in entries for value in entry[key]] for key in ("lengths", "documents")}
-    join_parts(output, name, parts, joined)
+    join_parts(output, name, list(parts), joined)
     return {"file": name, **joined}
 
 

@@ -8,13 +8,14 @@ torch, ray or verl.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,10 +38,10 @@ class CheckpointError(RunFailed):
 
 
 class FileRecord(NamedTuple):
-    """What the manifest says of a file."""
+    """What the manifest says of a file. ``sha256``: in hexadecimal."""
 
     bytes: int
-    crc32: int
+    sha256: str
 
 
 def flushed(file: Path) -> FileRecord:
@@ -51,14 +52,25 @@ def flushed(file: Path) -> FileRecord:
     """
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-        return _record_of(stream)
+        return FileRecord(os.fstat(stream.fileno()).st_size, _sha256(stream))
 
 
-def _record_of(stream: BinaryIO) -> FileRecord:
-    checksum = size = 0
+def _sha256(stream: BinaryIO) -> str:
+    checksum = hashlib.sha256()
     while chunk := stream.read(_CHUNK):
-        checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
-    return FileRecord(size, checksum)
+        checksum.update(chunk)
+    return checksum.hexdigest()
+
+
+def _crc32(stream: BinaryIO) -> int:
+    checksum = 0
+    while chunk := stream.read(_CHUNK):
+        checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+_CHECKSUMS: dict[str, Callable[[BinaryIO], str | int]] = {"sha256": _sha256, "crc32": _crc32}
+"""By their name in a manifest; those of earlier versions have the second."""
 
 
 # Writing
@@ -234,12 +246,12 @@ def damage(folder: Path, *, checksums: bool = True) -> str | None:
     if not (folder / MANIFEST).is_file():
         return next(_problems_without_manifest(folder), None)
     try:
-        files = {
-            str(name): FileRecord(int(record["bytes"]), int(record["crc32"]))
-            for name, record in json.loads((folder / MANIFEST).read_text())["files"].items()
-        }
+        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        files = {str(name): _listed(record) for name, record in listed.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if not files:
+        return f"{MANIFEST} names no files"
     with ThreadPoolExecutor(max_workers=8) as pool:  # checksums leave the interpreter's lock alone
         for content in (False, True) if checksums else (False,):  # names and sizes of all files take no time
             problems = pool.map(partial(_problem, folder, content), files.items())
@@ -248,14 +260,27 @@ def damage(folder: Path, *, checksums: bool = True) -> str | None:
     return None
 
 
-def _problem(folder: Path, content: bool, entry: tuple[str, FileRecord]) -> str | None:
+class _Listed(NamedTuple):
+    """A file in a manifest: ``kind`` is the name of its checksum."""
+
+    bytes: int
+    kind: str
+    checksum: str | int
+
+
+def _listed(record: Mapping[str, Any]) -> _Listed:
+    kind = "crc32" if "crc32" in record and "sha256" not in record else "sha256"
+    return _Listed(int(record["bytes"]), kind, record[kind])
+
+
+def _problem(folder: Path, content: bool, entry: tuple[str, _Listed]) -> str | None:
     name, record = entry
     file = folder / name
     try:
         state = file.stat()
         if state.st_size != record.bytes:
             return f"{name} has {state.st_size:,} bytes instead of {record.bytes:,}"
-        if content and _checksum(str(file), state.st_size, state.st_mtime_ns) != record.crc32:
+        if content and _checksum(str(file), state.st_size, state.st_mtime_ns, record.kind) != record.checksum:
             return f"{name} has other content than was written (its checksum is wrong)"
     except OSError as error:
         return f"{name}: {error.strerror}"
@@ -263,10 +288,10 @@ def _problem(folder: Path, content: bool, entry: tuple[str, FileRecord]) -> str 
 
 
 @lru_cache(maxsize=4096)
-def _checksum(file: str, size: int, changed: int) -> int:
+def _checksum(file: str, size: int, changed: int, kind: str) -> str | int:
     """Read once per process: a run is checked before Ray starts, and again when it does."""
     with open(file, "rb") as stream:
-        return _record_of(stream).crc32
+        return _CHECKSUMS[kind](stream)
 
 
 def _problems_without_manifest(folder: Path) -> Iterator[str]:

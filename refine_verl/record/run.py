@@ -16,6 +16,8 @@ from refine_verl.config import Refusal
 from refine_verl.record.metrics import METRICS_FILE, merge_steps, read_metrics
 
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
+OVERRIDES_FILE = "overrides.yaml"
+"""Which keys the command gave, with their values: the recipe too, and nothing that the recipe says."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class Run:
     Attributes:
         directory: where it is.
         records: one per step, ordered.
-        config, environment: empty where they are missing or damaged.
+        config, environment, overrides: empty where they are missing or damaged.
         written: when its metrics were last written.
     """
 
@@ -39,6 +41,7 @@ class Run:
     records: list[dict[str, Any]]
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
+    overrides: Mapping[str, Any]
     written: datetime
 
     @property
@@ -74,6 +77,7 @@ def read_run(directory: Path) -> Run:
         records=records,
         config=_load(directory / CONFIG_FILE, yaml.safe_load, "settings"),
         environment=_load(directory / ENVIRONMENT_FILE, json.loads, "environment"),
+        overrides=_load(directory / OVERRIDES_FILE, yaml.safe_load, "overrides"),
         written=datetime.fromtimestamp(metrics_path.stat().st_mtime, tz=timezone.utc),
     )
 

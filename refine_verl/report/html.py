@@ -37,7 +37,8 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
     """Write the report of a run, finished or still running.
 
     Args:
-        run_dir: a run directory with `metrics.jsonl` and, if there, `config.yaml` and `environment.json`.
+        run_dir: a run directory with `metrics.jsonl` and, if there, `config.yaml`, `overrides.yaml` and
+            `environment.json`.
         out: the file to write; `report.html` in the run directory by default.
 
     Returns:
@@ -55,7 +56,7 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
         el("section", *headlines(run.records), class_="tiles", aria_label="Key figures"),
         *(chart_section(section, charts) for section, charts in build_charts(run.records).items()),
         _numbers(run.records),
-        settings_section(run.config),
+        settings_section(run.config, run.overrides),
         _environment(run.environment),
         el("footer", f"Drawn from {METRICS_FILE} by python -m refine_verl.report"),
     )

@@ -1,4 +1,4 @@
-"""The settings of a run: REFINE's first, then the others that its recipes name, then the rest of verl's.
+"""The settings of a run: what its command gave, then REFINE's, then the others that its recipes name, then verl's.
 
 Of several runs, those in which they differ.
 """
@@ -22,14 +22,21 @@ OWN_SECTIONS = ("refine", "model")
 FOLD_FROM = 60  # more rows are unfolded by who wants to read them
 
 
-def settings_section(config: Mapping[str, Any]) -> Markup | None:
-    """Tables of keys. Paper unfolds all but verl's own, hundreds of defaults that would fill a dozen sheets."""
+def settings_section(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Markup | None:
+    """Tables of keys. Paper unfolds all but verl's own, hundreds of defaults that would fill a dozen sheets.
+
+    Args:
+        config: all settings of the run.
+        overrides: those that its command gave.
+    """
     if not config:
         return None
     others = {key: value for key, value in config.items() if key != "refine"}
     named = {key: value for key, value in flatten(others) if _is_named(key)}
     rest = {key: value for key, value in flatten(others) if key not in named}
     parts = [el("h2", "Settings")]
+    if overrides:
+        parts += [el("p", "Given on the command line:", class_="note"), card(key_table(overrides))]
     if own := config.get("refine"):
         parts.append(card(key_table({"refine": own})))
     if named:

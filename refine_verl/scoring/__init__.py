@@ -4,14 +4,7 @@
 `metrics`, what each task is scored by, and in which of the two published conventions, in `conventions`.
 """
 
-from refine_verl.scoring.conventions import (
-    CONVENTIONS,
-    TASKS,
-    MetricError,
-    main_metric,
-    register_task,
-    rule_of,
-    score,
-)
+from refine_verl.config import CONVENTIONS
+from refine_verl.scoring.conventions import TASKS, MetricError, main_metric, register_task, score
 
-__all__ = ["CONVENTIONS", "TASKS", "MetricError", "main_metric", "register_task", "rule_of", "score"]
+__all__ = ["CONVENTIONS", "TASKS", "MetricError", "main_metric", "register_task", "score"]

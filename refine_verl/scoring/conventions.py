@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from refine_verl.config import Refusal, did_you_mean
+from refine_verl.config import CONVENTIONS, Refusal, did_you_mean
 from refine_verl.scoring.metrics import MEASURES, TREC_CLASSES, class_match, is_code, printable
 
-CONVENTIONS = ("paper", "lm_eval")
 CLASS_MATCH = "class_match"
 
 Cut = Callable[[str], str]
@@ -68,59 +67,36 @@ def code_line(text: str) -> str:
     return next((line for line in text.split("\n") if line.strip() and is_code(line)), "")
 
 
-_QUESTIONS = {
-    "paper": Rule("token_f1", "token_f1", first_line),
-    "lm_eval": Rule("qa_f1_score", "token_f1", whole),
-}
-_TRIVIA = {
-    "paper": Rule("token_f1", "token_f1", first_full_line),
-    "lm_eval": Rule("qa_f1_score", "token_f1", first_line),
-}
-_CLASSES = {
-    "paper": Rule("class_match", CLASS_MATCH, first_full_line),
-    "lm_eval": Rule("classification_score", CLASS_MATCH, first_line),
-}
-_DIALOGUES = {
-    "paper": Rule("rouge_l", "rouge_l", first_full_line),
-    "lm_eval": Rule("rouge_score", "rouge_l", first_line),
-}
-_SUMMARIES = {"paper": Rule("rouge_l", "rouge_l", whole), "lm_eval": Rule("rouge_score", "rouge_l", whole)}
-_CODE = {
-    "paper": Rule("code_similarity", "code_similarity", code_line_or_all),
-    "lm_eval": Rule("code_sim_score", "code_similarity", code_line),
-}
-_RULER_QA = {
-    "paper": Rule("substring_match", "substring_match", printable_line),
-    "lm_eval": Rule("string_match_part", "substring_fraction", printable),
-}
+def _rules(paper: Rule, lm_eval: Rule) -> dict[str, Rule]:
+    return {"paper": paper, "lm_eval": lm_eval}
+
+
+_QUESTIONS = _rules(Rule("token_f1", "token_f1", first_line), Rule("qa_f1_score", "token_f1", whole))
+_TRIVIA = _rules(Rule("token_f1", "token_f1", first_full_line), Rule("qa_f1_score", "token_f1", first_line))
+_CLASSES = _rules(
+    Rule("class_match", CLASS_MATCH, first_full_line), Rule("classification_score", CLASS_MATCH, first_line)
+)
+_DIALOGUES = _rules(Rule("rouge_l", "rouge_l", first_full_line), Rule("rouge_score", "rouge_l", first_line))
+_SUMMARIES = _rules(Rule("rouge_l", "rouge_l", whole), Rule("rouge_score", "rouge_l", whole))
+_CODE = _rules(
+    Rule("code_similarity", "code_similarity", code_line_or_all), Rule("code_sim_score", "code_similarity", code_line)
+)
+_RULER_QA = _rules(
+    Rule("substring_match", "substring_match", printable_line),
+    Rule("string_match_part", "substring_fraction", printable),
+)
 _NEEDLES = dict.fromkeys(CONVENTIONS, Rule("string_match_all", "substring_fraction", printable))
 
 TASKS: dict[str, dict[str, Rule]] = {
-    "narrativeqa": _QUESTIONS,
-    "qasper": _QUESTIONS,
-    "multifieldqa_en": _QUESTIONS,
-    "hotpotqa": _QUESTIONS,
-    "2wikimqa": _QUESTIONS,
-    "musique": _QUESTIONS,
+    **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"), _QUESTIONS),
     "triviaqa": _TRIVIA,
     "trec": _CLASSES,
     "samsum": _DIALOGUES,
-    "qmsum": _SUMMARIES,
-    "multi_news": _SUMMARIES,
-    "gov_report": _SUMMARIES,
-    "lcc": _CODE,
-    "repobench-p": _CODE,
-    "ruler_squadqa": _RULER_QA,
-    "ruler_hotpotqa": _RULER_QA,
-    **{
-        f"niah_{kind}": _NEEDLES
-        for kind in (
-            *(f"single_{number}" for number in (1, 2, 3)),
-            *(f"multikey_{number}" for number in (1, 2, 3)),
-            "multivalue",
-            "multiquery",
-        )
-    },
+    **dict.fromkeys(("qmsum", "multi_news", "gov_report"), _SUMMARIES),
+    **dict.fromkeys(("lcc", "repobench-p"), _CODE),
+    **dict.fromkeys(("ruler_squadqa", "ruler_hotpotqa"), _RULER_QA),
+    **dict.fromkeys((f"niah_{kind}_{number}" for kind in ("single", "multikey") for number in (1, 2, 3)), _NEEDLES),
+    **dict.fromkeys(("niah_multivalue", "niah_multiquery"), _NEEDLES),
     # A task named after a measure is scored with it: the way to score data of one's own.
     **{measure: dict.fromkeys(CONVENTIONS, Rule(measure, measure, whole)) for measure in (*MEASURES, CLASS_MATCH)},
 }

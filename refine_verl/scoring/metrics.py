@@ -11,8 +11,8 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rouge import Rouge
 
@@ -22,58 +22,7 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 # The rouge package recurses once per word of a sentence pair; a degenerate answer is one sentence of 512 words.
 _ROUGE_RECURSION = 20_000
 
-TREC_CLASSES = (
-    "Abbreviation",
-    "Animal",
-    "City",
-    "Color",
-    "Country",
-    "Currency name",
-    "Date",
-    "Definition of something",
-    "Description of a person",
-    "Description of something",
-    "Disease and medicine",
-    "Distance, linear measure",
-    "Element and substance",
-    "Equivalent term",
-    "Event",
-    "Expression abbreviated",
-    "Food",
-    "Group or organization of person",
-    "Individual",
-    "Invention, book and other creative piece",
-    "Language",
-    "Lasting time of somethin",
-    "Letter like a-z",
-    "Manner of an action",
-    "Mountain",
-    "Musical instrument",
-    "Number of something",
-    "Order, rank",
-    "Organ of body",
-    "Other entity",
-    "Other location",
-    "Other number",
-    "Percent, fraction",
-    "Plant",
-    "Postcode or other code",
-    "Price",
-    "Product",
-    "Reason",
-    "Religion",
-    "Size, area and volume",
-    "Speed",
-    "Sport",
-    "State",
-    "Symbols and sign",
-    "Techniques and method",
-    "Temperature",
-    "Title of a person",
-    "Vehicle",
-    "Weight",
-    "Word with a special property",
-)
+TREC_CLASSES = tuple(Path(__file__).with_name("trec_classes.txt").read_text(encoding="utf-8").splitlines())
 """The 50 question types of LongBench's trec, spelt as in its data (one is cut off there)."""
 
 
@@ -128,9 +77,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub("\n", text.strip()).strip()
 
 
-Measure = Callable[[str, Sequence[str]], float]
-
-MEASURES: dict[str, Measure] = {
+MEASURES: dict[str, Callable[[str, Sequence[str]], float]] = {
     "substring_match": substring_match,
     "substring_fraction": substring_fraction,
     "token_f1": token_f1,
@@ -157,22 +104,15 @@ def _f1(prediction: list[str], reference: list[str]) -> float:
 
 
 def _rouge(prediction: str, reference: str) -> float:
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(_ROUGE_RECURSION, before))
     try:
-        with _recursion_limit(_ROUGE_RECURSION):
-            scores = Rouge(metrics=["rouge-l"]).get_scores([prediction], [reference])
+        scores = Rouge(metrics=["rouge-l"]).get_scores([prediction], [reference])
     except ValueError:  # its way to say that one of the two holds no word
         return 0.0
-    return float(scores[0]["rouge-l"]["f"])
-
-
-@contextmanager
-def _recursion_limit(limit: int) -> Iterator[None]:
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, before))
-    try:
-        yield
     finally:
         sys.setrecursionlimit(before)
+    return float(scores[0]["rouge-l"]["f"])
 
 
 def _classified(prediction: str, reference: str, classes: Sequence[str]) -> float:

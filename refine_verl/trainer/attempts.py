@@ -26,8 +26,7 @@ from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.device import get_resource_name
 
 from refine_verl.config import RunFailed
-from refine_verl.trainer.refine_trainer import RefineTrainer
-from refine_verl.trainer.resources import ResourceError
+from refine_verl.trainer.refine_trainer import RefineTrainer, ResourceError
 from refine_verl.trainer.signals import Stopped
 from refine_verl.workers.failures import lost_connection
 
@@ -55,10 +54,7 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
     Any other error ends the run: what is wrong with the configuration, the data, a reward or the disk would be wrong
     the next time, too.
 
-    Args:
-        config: resolved.
-        attempt: makes a trainer.
-        after: called when the processes of an attempt are gone, however it ended.
+    ``attempt`` makes a trainer; ``after`` is called when its processes are gone, however it ended.
 
     Raises:
         WorkerLost: once more than allowed.
@@ -94,7 +90,9 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
         finally:
             end_processes(trainer)
             after()
-        config = of_the_next_attempt(config, trainer)
+        if trainer.left_something:  # told to start over, or from elsewhere, it goes on from what this attempt left
+            config = copy.deepcopy(config)
+            config.trainer.resume_mode = "auto"
         wait_for_capacity(config.trainer.n_gpus_per_node * config.trainer.nnodes)
 
 
@@ -131,27 +129,14 @@ class _Debug(io.TextIOBase):
         return len(text)
 
 
-def of_the_next_attempt(config: DictConfig, trainer: RefineTrainer) -> DictConfig:
-    """A run told to start over, or from elsewhere, resumes from what its last attempt left."""
-    config = copy.deepcopy(config)
-    if trainer.left_something:
-        config.trainer.resume_mode = "auto"
-    return config
-
-
 def worker_lost(error: Exception, group: RayWorkerGroup | None) -> WorkerLost | None:
-    """The loss behind an error of an attempt, with what is known of it; None for an error of any other kind.
-
-    Args:
-        error: what came out of a call to the workers.
-        group: the workers, if they were made.
-    """
+    """The loss behind an error of an attempt, with what is known of it; None for an error of any other kind."""
     if isinstance(error, _LOSSES):
         if getattr(error, "actor_init_failed", False):
             return None  # raised by our own code, which would raise it again
     elif not (isinstance(error, RayTaskError) and lost_connection(_cause(error))):
         return None
-    dead = dead_workers(group, NOTICE_SECONDS) if group is not None else {}
+    dead = dead_workers(group) if group is not None else {}
     if dead:
         return WorkerLost("; ".join(f"worker {rank} {_how_it_died(reason)}" for rank, reason in sorted(dead.items())))
     if isinstance(error, RayActorError):
@@ -159,9 +144,9 @@ def worker_lost(error: Exception, group: RayWorkerGroup | None) -> WorkerLost | 
     return WorkerLost(f"a worker was lost: {_first_sentence(str(_cause(error)))}")
 
 
-def dead_workers(group: RayWorkerGroup, seconds: float) -> dict[int, RayActorError]:
+def dead_workers(group: RayWorkerGroup) -> dict[int, RayActorError]:
     """Ranks whose process is gone, as soon as Ray knows of one; workers that are busy or wait do not answer."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + NOTICE_SECONDS
     asked = {worker.__ray_ready__.remote(): rank for rank, worker in enumerate(group.workers)}
     dead: dict[int, RayActorError] = {}
     answered = 0

@@ -10,13 +10,14 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from ray._private import ray_constants
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
@@ -29,7 +30,7 @@ from refine_verl.preflight.cluster import joins_cluster
 from refine_verl.record.checkpoint_files import tidy
 from refine_verl.record.files import AlreadyLockedError, locked, write_atomically
 from refine_verl.record.redaction import redacted
-from refine_verl.record.run import ReportError
+from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, OVERRIDES_FILE, ReportError
 from refine_verl.record.versions import installed_versions
 from refine_verl.report import write_report
 from refine_verl.trainer.attempts import run_attempts, silence_further_losses
@@ -52,17 +53,18 @@ TRAINERS: dict[str, type[RefineTrainer]] = {
 _PACKAGES = ("refine_verl", "verl", "ray", "torch", "transformers", "flash-linear-attention", "triton", "datasets")
 
 
-def train(config: DictConfig, signals: StopSignals | None = None) -> Path:
+def train(config: DictConfig, signals: StopSignals | None = None, overrides: Mapping[str, Any] | None = None) -> Path:
     """Run the training that ``config`` describes, from its last checkpoint if there is one.
 
     Args:
         config: resolved and validated; ``data.train_files`` and ``data.val_files`` name prepared directories and
             ``actor_rollout_ref.model.path`` a model directory.
         signals: what asks the run to stop, installed by the caller; None: nothing does.
+        overrides: the keys that the command gave, with their values, to be noted.
 
     Returns:
-        The run directory, with ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``report.html``, ``model/``
-        (unless ``trainer.val_only``) and the checkpoints.
+        The run directory, with ``config.yaml``, ``overrides.yaml``, ``environment.json``, ``metrics.jsonl``,
+        ``report.html``, ``model/`` (unless ``trainer.val_only``) and the checkpoints.
 
     Raises:
         Stopped: a signal, after the step in progress and a checkpoint; KeyboardInterrupt: at once.
@@ -75,7 +77,7 @@ def train(config: DictConfig, signals: StopSignals | None = None) -> Path:
     checkpoint_to_resume(config, warn=False)
     run_dir.mkdir(parents=True, exist_ok=True)
     with _alone_in(run_dir):
-        _train_in(run_dir, config, signals)
+        _train_in(run_dir, config, signals, overrides or {})
     return run_dir
 
 
@@ -92,11 +94,12 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _train_in(run_dir: Path, config: DictConfig, signals: StopSignals) -> None:
+def _train_in(run_dir: Path, config: DictConfig, signals: StopSignals, overrides: Mapping[str, Any]) -> None:
     tidy(run_dir)
-    _say_what_changed(run_dir / "config.yaml", config)
-    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(shareable(config)).encode())
-    write_atomically(run_dir / "environment.json", (json.dumps(environment(config), indent=2) + "\n").encode())
+    _say_what_changed(run_dir / CONFIG_FILE, config)
+    write_atomically(run_dir / CONFIG_FILE, OmegaConf.to_yaml(shareable(config)))
+    write_atomically(run_dir / OVERRIDES_FILE, yaml.safe_dump(redacted(overrides), sort_keys=False, allow_unicode=True))
+    write_atomically(run_dir / ENVIRONMENT_FILE, json.dumps(environment(config), indent=2) + "\n")
 
     def attempt(settings: DictConfig) -> RefineTrainer:
         trainer = TRAINERS[settings.refine.phase](settings)

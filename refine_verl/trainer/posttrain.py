@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from verl.utils.debug import marked_timer
 
 from refine_verl.data.prompts_dataset import collate_columns
 from refine_verl.nsp import reward_metrics
+from refine_verl.preflight.reward_function import RewardFunction, load_reward_function
 from refine_verl.record.predictions import mean_scores
 from refine_verl.trainer.advantage import answer_advantages
 from refine_verl.trainer.prompts import Columns, PromptTrainer
@@ -79,6 +81,20 @@ class PosttrainTrainer(PromptTrainer):
         tu.assign_non_tensor(batch, temperature=settings.temperature)
         with marked_timer("update_answers", timing_raw):
             return forward_tokens + self._update(batch, Objective.ANSWERS, metrics, "answer")
+
+    @functools.cached_property
+    def reward_function(self) -> RewardFunction | None:
+        """The user's, which stands in for the metrics of the tasks."""
+        return load_reward_function(self.config)
+
+    def scores(self, columns: Columns, row: int, text: str) -> dict[str, float]:
+        """As its parent's, or the score of ``reward.custom_reward_function`` under that function's name."""
+        if self.reward_function is None:
+            return super().scores(columns, row, text)
+        task, references = str(columns["task"][row]), [str(answer) for answer in columns["answers"][row]]
+        about = {"id": str(columns["id"][row]), "answers": references, "classes": list(columns["classes"][row])}
+        score = self.reward_function(task, text, references, about)
+        return {str(self.config.reward.custom_reward_function.name): score}
 
     def _validate(self, *_: Any) -> dict[str, float]:
         """Greedy answers to every validation prompt, each scored once; kept in predictions.jsonl."""

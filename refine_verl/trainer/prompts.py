@@ -59,20 +59,12 @@ class PromptTrainer(RefineTrainer):
     def _worker_settings(self) -> WorkerSettings:
         return dataclasses.replace(super()._worker_settings(), stop_tokens=self.stop_tokens)
 
-    def prompts(self, columns: Columns, multiple: int = 1, step: int | None = None) -> TensorDict:
-        """The prompts of a batch as documents; dummies of weight 0 fill it up to ``multiple`` rows.
-
-        Args:
-            columns: the rows.
-            multiple: see `pad_batch`.
-            step: what random draws depend on; None: the step of the run.
-        """
+    def prompts(self, columns: Columns, step: int | None = None) -> TensorDict:
+        """The prompts of a batch as documents; random draws depend on ``step`` (None: the step of the run)."""
         batch = collate_columns(columns)
-        return self._message({name: batch[name] for name in _PROMPT}, multiple, step)
+        return self._message({name: batch[name] for name in _PROMPT}, step=step)
 
-    def answer(
-        self, columns: Columns, *, samples: int = 1, temperature: float = 0.0, step: int | None = None
-    ) -> tuple[TensorDict, float]:
+    def answer(self, columns: Columns, *, samples: int = 1, temperature: float = 0.0) -> tuple[TensorDict, float]:
         """Generate answers to all rows, each up to its own limit.
 
         Returns:
@@ -80,7 +72,7 @@ class PromptTrainer(RefineTrainer):
         """
         batch = collate_columns(columns)
         tensors = {name: batch[name] for name in (*_PROMPT, "max_new_tokens")}
-        asked = self._message(tensors, self.actor_rollout_wg.world_size, step)
+        asked = self._message(tensors, self.actor_rollout_wg.world_size)
         width = int(batch["max_new_tokens"].max())
         tu.assign_non_tensor(asked, samples=samples, temperature=temperature, answer_width=width)
         answers = self.actor_rollout_wg.answer(asked).get()

@@ -18,10 +18,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
-from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
+from verl.utils.device import get_device_name, get_resource_name
 from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
@@ -33,7 +34,6 @@ from refine_verl.record.metrics import MetricsWriter, read_metrics
 from refine_verl.record.progress import TrainingProgress
 from refine_verl.record.redaction import redacted
 from refine_verl.trainer.advantage import compute_advantages
-from refine_verl.trainer.resources import worker_pool
 from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.workers.loss import RefineLoss
 from refine_verl.workers.objective import Objective
@@ -47,16 +47,16 @@ MAX_SKIPPED_UPDATES = 5
 """So many updates in a row with a NaN or infinite gradient end the run."""
 
 
+class ResourceError(RunFailed):
+    """The cluster is too small for the run, or has become so."""
+
+
 class TrainingDiverged(RunFailed):
     """Gradients stayed NaN or infinite; a checkpoint of the last good weights was written."""
 
 
 class RefineTrainer(CheckpointingTrainer):
-    """Mid-training with REFINE, or with the next-token loss alone (``refine.loss.rl_coef: 0``).
-
-    Args:
-        config: the resolved configuration.
-    """
+    """Mid-training with REFINE, or with the next-token loss alone (``refine.loss.rl_coef: 0``)."""
 
     def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
@@ -163,11 +163,7 @@ class RefineTrainer(CheckpointingTrainer):
 
     @contextmanager
     def _recorder(self, resume_step: int | None) -> Iterator[Record]:
-        """A function that records the metrics of the current step: in metrics.jsonl, loggers and the display.
-
-        Args:
-            resume_step: see :class:`MetricsWriter`.
-        """
+        """A function that records the metrics of the current step: in metrics.jsonl, loggers and the display."""
         trainer = self.config.trainer
         path = self.run_dir / "metrics.jsonl"
         writer = MetricsWriter(path, resume_step=resume_step)
@@ -225,7 +221,7 @@ class RefineTrainer(CheckpointingTrainer):
 
     def step(self, metrics: dict[str, float], timing_raw: dict[str, float]) -> int:
         """The paper's four steps on one batch of documents. Returns the number of document tokens."""
-        batch = self._next_batch()
+        batch = self._to_batch(self._next_columns())
         forward_tokens, _ = self.learn(batch, metrics, timing_raw)
         document_tokens = int(batch["lengths"].sum())
         metrics["perf/forward_tokens_per_token"] = forward_tokens / document_tokens
@@ -267,9 +263,6 @@ class RefineTrainer(CheckpointingTrainer):
 
     def _uses_rollouts(self) -> bool:
         return self.settings.uses_rollouts and self.global_steps > self.settings.warmup_steps
-
-    def _next_batch(self) -> TensorDict:
-        return self._to_batch(self._next_columns())
 
     def _next_columns(self) -> dict[str, Any]:
         """The rows of the next batch, column by column, as verl's collate function leaves them."""
@@ -390,6 +383,22 @@ class RefineTrainer(CheckpointingTrainer):
         self.prev_step_profile = False
         self.curr_step_profile = steps is not None and self.global_steps + 1 in steps
         self.next_step_profile = False
+
+
+def worker_pool(per_node: int, nodes: int) -> RayResourcePool:
+    """A place per GPU, or per CPU where there is no GPU, which a worker has for itself.
+
+    Raises:
+        ResourceError: the cluster has fewer.
+    """
+    resource, needed = get_resource_name(), per_node * nodes
+    available = ray.cluster_resources().get(resource, 0)
+    if available < needed:
+        raise ResourceError(
+            f"the Ray cluster has {available:g} {resource}s, the run asks for {needed} workers on "
+            f"{get_device_name()} (trainer.n_gpus_per_node * trainer.nnodes); lower these or add nodes"
+        )
+    return RayResourcePool([per_node] * nodes, use_gpu=True, max_colocate_count=1, name_prefix="workers")
 
 
 def mini_batch_order(rows: int, size: int, ranks: int) -> list[int]:

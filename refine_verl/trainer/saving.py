@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-from refine_verl.preflight.checkpoints import checkpoint_to_resume
+from refine_verl.preflight.checkpoints import reading_checkpoint
 from refine_verl.record.checkpoint_files import (
     STEP,
     CheckpointError,
@@ -118,17 +118,9 @@ class CheckpointingTrainer(PPOTrainer):
             ) from error
 
     def _load_checkpoint(self) -> None:
-        """verl's, from the last checkpoint that is not damaged."""
-        folder = checkpoint_to_resume(self.config)
-        trainer = self.config.trainer
-        asked = trainer.resume_mode, trainer.resume_from_path
-        trainer.resume_mode, trainer.resume_from_path = (
-            ("disable", None) if folder is None else ("resume_path", str(folder))
-        )
-        try:
+        """verl's, from the last checkpoint that is not damaged; its files are read as data only."""
+        with reading_checkpoint(self.config) as folder:
             super()._load_checkpoint()
-        finally:
-            trainer.resume_mode, trainer.resume_from_path = asked
         self.lost_metrics = None if folder is None else self._metrics_without_a_line(folder)
 
     def _warn_if_past_the_last_step(self) -> None:

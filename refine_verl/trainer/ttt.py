@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
@@ -35,14 +34,10 @@ class TTTTrainer(PromptTrainer):
     rows_of: list[list[int]]
     answers: list[dict[str, Any]]
 
-    def __init__(self, config: DictConfig) -> None:
-        super().__init__(config)
-        self.ttt = self.settings.ttt
-
     @property
     def resets(self) -> bool:
         """Whether every batch starts from the same weights."""
-        return self.ttt.reset != "none"
+        return self.settings.ttt.reset != "none"
 
     def _begin(self) -> None:
         """Every test prompt that has no line in ``predictions.jsonl`` yet is to be answered."""
@@ -85,7 +80,7 @@ class TTTTrainer(PromptTrainer):
         self.ids = [name for _, name in keys]
         if self.resets:
             rows.sort(key=lambda row: keys[row])
-        size = 1 if self.ttt.reset == "sample" else self.config.data.train_batch_size
+        size = 1 if self.settings.ttt.reset == "sample" else self.config.data.train_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _still_holds(self, row: Mapping[str, Any]) -> bool:
@@ -106,7 +101,7 @@ class TTTTrainer(PromptTrainer):
         """
         rows = [self.val_dataset[row] for row in self.rows_of[self.global_steps - 1]]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        before = self._timed_answers("answer_before", columns, timing_raw) if self.ttt.baseline else None
+        before = self._timed_answers("answer_before", columns, timing_raw) if self.settings.ttt.baseline else None
         try:
             curves = self._adapt(columns, metrics, timing_raw)
             after = self._timed_answers("answer", columns, timing_raw)
@@ -120,7 +115,7 @@ class TTTTrainer(PromptTrainer):
             if before is not None:
                 row["prediction_before"], row["scores_before"] = before[index]["prediction"], before[index]["scores"]
             self.answers.append(row)
-        return sum(map(len, columns["input_ids"]))
+        return sum(map(len, columns["prompt_ids"]))
 
     def _timed_answers(self, name: str, columns: Columns, timing: dict[str, float]) -> list[dict[str, Any]]:
         with marked_timer(name, timing):
@@ -130,14 +125,14 @@ class TTTTrainer(PromptTrainer):
         self, columns: Columns, metrics: dict[str, float], timing: dict[str, float]
     ) -> list[list[dict[str, float]]]:
         """``refine.ttt.steps`` times the paper's four steps on the prompts. Returns each prompt's curve."""
-        real = 1 if self.ttt.reset == "sample" else self.settings.ppo_mini_batch_size
+        real = 1 if self.settings.ttt.reset == "sample" else self.settings.ppo_mini_batch_size
         order, weight = filled_mini_batches(columns, real, self.actor_rollout_wg.world_size)
         how = {"size": -(-real // self.actor_rollout_wg.world_size) * self.actor_rollout_wg.world_size}
-        if self.ttt.reset == "sample":
+        if self.settings.ttt.reset == "sample":
             how["micro_batch_size_per_gpu"] = 1
         curves: list[list[dict[str, float]]] = [[] for _ in columns["id"]]
         forward_tokens = 0.0
-        for step in range(self.ttt.steps):
+        for step in range(self.settings.ttt.steps):
             # draws depend on the pass and the prompt, not on how many batches came before
             batch = tu.index_select_tensor_dict(self.prompts(columns, step=step + 1), order)
             batch["weight"] = weight
@@ -149,13 +144,12 @@ class TTTTrainer(PromptTrainer):
                 points = [{**point, "reward": mean} for point, mean in zip(points, means, strict=True)]
             for curve, point in zip(curves, points, strict=True):
                 curve.append({"step": step, **point})
-        if self.ttt.curve:
-            for curve, point in zip(curves, self._losses(batch, timing), strict=True):
-                curve.append({"step": self.ttt.steps, **point})
         metrics["perf/forward_tokens_per_token"] = forward_tokens / (
-            sum(map(len, columns["input_ids"])) * self.ttt.steps
+            sum(map(len, columns["prompt_ids"])) * self.settings.ttt.steps
         )
-        if self.ttt.curve:
+        if self.settings.ttt.curve:
+            for curve, point in zip(curves, self._losses(batch, timing), strict=True):
+                curve.append({"step": self.settings.ttt.steps, **point})
             metrics["ttt/loss_before"] = sum(curve[0]["loss"] for curve in curves) / len(curves)
             metrics["ttt/loss_after"] = sum(curve[-1]["loss"] for curve in curves) / len(curves)
         return curves
@@ -163,7 +157,7 @@ class TTTTrainer(PromptTrainer):
     def _losses(self, batch: TensorDict, timing: dict[str, float]) -> list[dict[str, float]]:
         """Mean next-token loss of each prompt under the weights as they are."""
         real = batch["weight"] > 0
-        if not self.ttt.curve:
+        if not self.settings.ttt.curve:
             return [{} for _ in range(int(real.sum()))]
         with marked_timer("curve", timing):
             scores = self.actor_rollout_wg.score(batch).get()
@@ -176,7 +170,7 @@ def filled_mini_batches(columns: Columns, size: int, workers: int) -> tuple[list
     Returns:
         The row in each place, the shortest one in places that are left over, and weights float32, 0 for these.
     """
-    lengths = [len(tokens) for tokens in columns["input_ids"]]
+    lengths = [len(tokens) for tokens in columns["prompt_ids"]]
     dummy = lengths.index(min(lengths))
     width = -(-size // workers) * workers
     order: list[int] = []

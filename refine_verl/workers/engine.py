@@ -20,6 +20,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
 from refine_verl.config import ModelSettings, NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
+from refine_verl.models.stored_types import only_safe_types
 from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
 from refine_verl.workers.objective import Objective, rollouts_to_learn
@@ -123,6 +124,17 @@ class RefineEngine(FSDPEngine):
                 layer.reshard()
             if isinstance(root, FSDPModule):
                 root.reshard()  # full weights must not outlive the next optimiser step
+
+    def load_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, del_local_after_load: int = True, **kwargs: Any
+    ) -> None:
+        """verl's, but a checkpoint is data: one that needs more is not read.
+
+        Raises:
+            pickle.UnpicklingError: it names the type that a file needs.
+        """
+        with only_safe_types():
+            super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
 
     def export(self, directory: str, processing_class: Any = None) -> None:
         """Write a Hugging Face model directory in the dtype of the parameters (float32). Call on all ranks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,19 +19,19 @@ from refine_verl.nsp import refine_objective
 from refine_verl.workers.objective import Objective
 
 
+@dataclasses.dataclass
 class RefineLoss:
     """lambda_RL * policy loss of verl's registry + lambda_SFT * next-token loss (paper, Sec. 3.2).
 
     Picklable: the driver makes one and sends it to the workers once.
-    """
 
-    def __init__(self, settings: LossSettings, actor: ActorConfig) -> None:
-        """Args:
+    Attributes:
         settings: the two coefficients.
         actor: verl's actor section; its ``policy_loss.loss_mode``, ``loss_agg_mode`` and clip ratios apply.
-        """
-        self.settings = settings
-        self.actor = actor
+    """
+
+    settings: LossSettings
+    actor: ActorConfig
 
     def __call__(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None

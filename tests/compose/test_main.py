@@ -104,9 +104,11 @@ def test_a_good_configuration_reaches_the_trainer(
     from refine_verl.trainer import launch
 
     received: list[DictConfig] = []
+    noted: dict[str, object] = {}
 
-    def train(config: DictConfig, *_: object) -> Path:
+    def train(config: DictConfig, signals: object, overrides: dict[str, object]) -> Path:
         received.append(config)
+        noted.update(overrides)
         return Path(config.trainer.default_local_dir)
 
     monkeypatch.setattr(launch, "train", train)
@@ -122,6 +124,9 @@ def test_a_good_configuration_reaches_the_trainer(
     ]
     micro = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"]
     assert main(["recipe=quickstart", *files, *more, *micro]) == 0
+    assert list(noted) == ["recipe", *(item.partition("=")[0] for item in [*files, *more, *micro])]
+    assert noted["recipe"] == "quickstart" and noted["data.min_length"] is None and noted["trainer.logger"] == []
+    assert noted["refine.ppo_mini_batch_size"] == 2
     config = received[0]
     assert config.data.min_length == config.refine.nsp.chunks + config.refine.nsp.rollout_length
     run_dir = empty_directory / "outputs" / "refine_verl" / "quickstart"

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from refine_verl import main as cli
 from refine_verl.command.jobs import exclude_shared, sweep_jobs
 from refine_verl.compose.composition import compose_config
-from refine_verl.compose.naming import LONGEST_NAME, run_name
+from refine_verl.compose.naming import LONGEST_NAME, given_overrides, run_name
 from refine_verl.compose.validate import ValidConfig
 from refine_verl.main import main
 
@@ -129,3 +129,19 @@ def test_a_sweep_over_recipes_of_config_dir(tmp_path: Path, jobs: list[DictConfi
     assert main(["-m", "--config-dir", str(tmp_path / "configs"), "recipe=mine,quickstart"]) == 0
     assert [job.refine.nsp.chunks for job in jobs] == [3, compose_config(["recipe=quickstart"]).refine.nsp.chunks]
     assert [job.trainer.experiment_name for job in jobs] == ["mine", "quickstart"]
+
+
+def test_what_was_given_is_known() -> None:
+    key = "ray_kwargs.ray_init.runtime_env"
+    given = [f"++{key}={{env_vars: {{A: '1'}}}}", "~refine.nsp.chunks", "trainer.project_name='a b'"]
+    compose_config(
+        ["recipe=[midtrain,pretrain]", "model=tiny_deltanet", *given, "trainer.nnodes=${trainer.max_restarts}"]
+    )
+    assert given_overrides() == {
+        "recipe": ["midtrain", "pretrain"],
+        "model": "tiny_deltanet",
+        key: {"env_vars": {"A": "1"}},
+        "~refine.nsp.chunks": None,
+        "trainer.project_name": "a b",
+        "trainer.nnodes": "${trainer.max_restarts}",
+    }

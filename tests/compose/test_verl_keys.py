@@ -80,8 +80,8 @@ def test_usable_values_pass(quickstart: DictConfig, key: str, value: object) -> 
         ("optimizer", "LBFGS", "optimizer", "'LBFGS' cannot be used: .*weight_decay"),
         ("optimizer_impl", "torch.optmi", "optimizer_impl", "'torch.optmi' cannot be imported .*Install it"),
         ("override_optimizer_config", {"epsilon": 1}, "optimizer", "with .*override_optimizer_config: .*'epsilon'"),
-        ("betas", [0.9, 1.5], "optimizer", "beta"),
-        ("weight_decay", -1, "optimizer", "weight_decay"),
+        ("betas", [0.9, 1.5], "betas", "must be less than 1, got 1.5"),
+        ("weight_decay", -1, "weight_decay", "must be at least 0, got -1"),
     ],
 )
 def test_an_optimiser_that_cannot_be_made(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refine_verl.data import DataError
-from refine_verl.data.dataset import DocumentDataset, collate, collate_columns, pad_batch
+from refine_verl.data.dataset import DocumentDataset, collate_columns, pad_batch
 from refine_verl.data.prepare import prepare
 from refine_verl.data.verl_dataset import VerlDocumentDataset
 
@@ -28,9 +28,12 @@ def test_items(prepared):
     assert dataset.lengths.tolist() == list(range(3, 14))
 
 
+def batch_of(dataset, rows):
+    return collate_columns({name: [dataset[i][name] for i in rows] for name in ("input_ids", "document_id")})
+
+
 def test_collate_pads_on_the_right(prepared):
-    dataset = DocumentDataset(prepared.path)
-    batch = collate([dataset[1], dataset[0]])
+    batch = batch_of(DocumentDataset(prepared.path), [1, 0])
     assert batch["tokens"].tolist() == [[98] * 4, [97] * 3 + [0]]
     assert batch["lengths"].tolist() == [4, 3]
     assert batch["document_id"].tolist() == [1, 0]
@@ -40,8 +43,7 @@ def test_collate_pads_on_the_right(prepared):
 
 @pytest.mark.parametrize(("rows", "multiple", "total"), [(3, 4, 4), (5, 4, 8), (4, 4, 4), (1, 3, 3)])
 def test_pad_batch_adds_weightless_copies_of_the_shortest(prepared, rows, multiple, total):
-    dataset = DocumentDataset(prepared.path)
-    batch = collate([dataset[i] for i in reversed(range(rows))])
+    batch = batch_of(DocumentDataset(prepared.path), list(reversed(range(rows))))
     padded = pad_batch(batch, multiple)
     assert all(len(value) == total for value in padded.values())
     assert padded["weight"].tolist() == [1.0] * rows + [0.0] * (total - rows)

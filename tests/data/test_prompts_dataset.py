@@ -7,14 +7,8 @@ import torch
 
 from refine_verl.data import DataError
 from refine_verl.data.dataset import pad_batch
-from refine_verl.data.prompts import (
-    PromptDataset,
-    PromptSettings,
-    VerlPromptDataset,
-    collate,
-    collate_columns,
-    prepare_prompts,
-)
+from refine_verl.data.prompts import PromptDataset, PromptSettings, collate, prepare_prompts
+from refine_verl.data.prompts_dataset import VerlPromptDataset, collate_columns
 
 EOS = 256
 

@@ -17,9 +17,11 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from refine_verl.compose.acting_keys import ACTING
 from refine_verl.compose.composition import base_schema, compose_config
 from refine_verl.compose.recipes import RECIPES_PATH_VARIABLE, find_configs
 from refine_verl.compose.validate import validate
+from refine_verl.compose.verl_keys import STRATEGIES
 from refine_verl.config import DataSettings, PromptSettings, list_settings
 from refine_verl.models.adapters import FLA_THROUGH_THE_SAME_ADAPTER, FLA_VERIFIED_ON_CPU
 from refine_verl.nsp import reward_metrics, rollout_metrics
@@ -264,6 +266,17 @@ def test_every_data_key_is_documented_as_it_is() -> None:
     assert documented == {f"data.{name}" for name in data if name not in FOR_VERL}
     for key in documented:
         assert row_of(ROOT / "docs/recipes.md", key)[1] == f"`{shown(data[key.removeprefix('data.')])}`", key
+
+
+def test_the_keys_of_verl_that_act_are_documented() -> None:
+    page = ROOT / "docs/recipes.md"
+    named = set(inline(page))
+    assert set(ACTING) <= named, sorted(set(ACTING) - named)
+    table = page.read_text().partition("### verl's keys that act")[2].partition("## Metrics")[0]
+    for key in re.findall(r"`([\w.]+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line)):
+        assert key in ACTING, key
+    _, default, meaning = row_of(page, "actor_rollout_ref.actor.strategy")
+    assert set(re.findall(r"`(\w+)`", default + meaning)) == set(STRATEGIES)
 
 
 def test_every_recipe_and_preset_is_documented() -> None:

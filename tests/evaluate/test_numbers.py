@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from refine_verl.evaluate.compare import bootstrap_average, bootstrap_difference
-from refine_verl.evaluate.rows import Row, aggregate, standard_error
+from refine_verl.evaluate.results import Row, aggregate, standard_error
 from refine_verl.evaluate.settings import LONGBENCH
 from refine_verl.evaluate.tables import build_tables
 

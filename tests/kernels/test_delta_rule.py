@@ -10,7 +10,7 @@ from reference.delta_rule import delta_rule_reference, l2_normalise
 from reference.kernel_coverage import compares
 
 from refine_verl.kernels.chunking import choose_chunk, chunk_plan
-from refine_verl.kernels.gated_delta_rule import log_decay
+from refine_verl.kernels.delta_rule import log_decay
 from refine_verl.kernels.patch import TARGETS
 
 CHUNK = TARGETS["fla.layers.delta_net:chunk_delta_rule"]

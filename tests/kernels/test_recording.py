@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from refine_verl.kernels.conv import causal_conv1d
-from refine_verl.kernels.delta_rule import chunk_delta_rule
-from refine_verl.kernels.gated_delta_rule import chunk_gated_delta_rule
+from refine_verl.kernels.delta_rule import chunk_delta_rule, chunk_gated_delta_rule
 from refine_verl.kernels.recording import record_states
 
 HEADS, KEYS, VALUES, WIDTH = 2, 5, 3, 4

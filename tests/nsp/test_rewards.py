@@ -12,10 +12,8 @@ from refine_verl.nsp import (
     RewardInputs,
     cosine_reward,
     get_reward,
-    known_rewards,
     register_reward,
     rewards,
-    validate_reward_name,
 )
 
 
@@ -79,7 +77,7 @@ def test_shapes_must_fit() -> None:
 
 
 def test_unknown_name_is_refused_with_the_nearest() -> None:
-    for lookup in (get_reward, validate_reward_name):
+    for lookup in (get_reward, rewards.REWARDS.find):
         with pytest.raises(ValueError, match=r"'cosin'. Allowed: binary, cosine, hybrid, .* Did you mean 'cosine'"):
             lookup("cosin")
 
@@ -89,8 +87,8 @@ def test_users_register_a_name(registry: None) -> None:
     def first_token(given: RewardInputs) -> Tensor:
         return given.predicted_tokens[:, 0] == given.target_tokens[:, 0]
 
-    assert known_rewards() == ["binary", "cosine", "first_token", "hybrid"]
-    validate_reward_name("first_token")
+    assert sorted(rewards.REWARDS.functions) == ["binary", "cosine", "first_token", "hybrid"]
+    rewards.REWARDS.find("first_token")
     reward = get_reward("first_token")(inputs())
     assert reward.dtype == torch.float32
     assert reward.tolist() == [1.0, 0.0]
@@ -140,7 +138,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_users_name_a_function_by_its_path(user_module: str) -> None:
     for path in (f"{user_module}.right", f"{user_module}:right"):
-        validate_reward_name(path)
+        rewards.REWARDS.find(path)
         reward = get_reward(path)(inputs())
         assert reward.tolist() == [5.0, 9.0]
         assert not reward.requires_grad
@@ -160,7 +158,7 @@ def test_users_name_a_function_by_its_path(user_module: str) -> None:
 )
 def test_wrong_paths_are_refused(user_module: str, path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        validate_reward_name(path.format(user_module))
+        rewards.REWARDS.find(path.format(user_module))
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,9 @@ from refine_verl.nsp import (
     STRATEGIES,
     SelectionInputs,
     chunk_bounds,
-    known_selections,
     position_uniforms,
     register_selection,
     smooth_token_entropy,
-    validate_selection_name,
 )
 from refine_verl.nsp import select_positions as select
 from refine_verl.nsp.selection import SELECTIONS
@@ -257,7 +255,7 @@ def test_users_register_a_strategy_that_sees_everything(registry: None, entropy:
         hidden=hidden,
         tokens=tokens,
     )
-    assert known_selections() == sorted([*STRATEGIES, "last_of_chunk"])
+    assert sorted(SELECTIONS.functions) == sorted([*STRATEGIES, "last_of_chunk"])
     assert positions.tolist() == [3, 8, 13] and positions.dtype == torch.int64
     (given,) = seen
     smoothed = smooth_token_entropy(entropy, 2)
@@ -276,11 +274,11 @@ def early(inputs: SelectionInputs) -> torch.Tensor:
 
 def test_users_name_a_strategy_by_its_path() -> None:
     for path in (f"{__name__}.early", f"{__name__}:early"):
-        validate_selection_name(path)
+        SELECTIONS.find(path)
         found = select_positions(torch.rand(20), chunks=4, rollout_length=3, strategy=path, uniforms=[0.0] * 4)
         assert found.tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="unknown function in .* 'erly'.*Did you mean 'early'"):
-        validate_selection_name(f"{__name__}.erly")
+        SELECTIONS.find(f"{__name__}.erly")
 
 
 @pytest.mark.parametrize(

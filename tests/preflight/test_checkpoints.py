@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from reference.crafted import craft
 from reference.saving import save
 from reference.toy import tiny_config
 
 from refine_verl.config import ConfigError
 from refine_verl.preflight.checkpoints import check_checkpoint, checkpoint_to_resume
-from refine_verl.record.checkpoint_files import MANIFEST
+from refine_verl.record.checkpoint_files import MANIFEST, flushed
 
 
 def a_run(directory: Path, **trainer: Any) -> DictConfig:
@@ -130,6 +131,37 @@ def test_what_was_not_saved_cannot_be_loaded(saved: Path, name: str) -> None:
     weights_only = a_run(saved)
     weights_only.actor_rollout_ref.actor.checkpoint.load_contents = ["model"]
     assert check_checkpoint(weights_only, tiny_config("delta_net")) is not None
+
+
+FILES = [f"actor/{name}_world_size_2_rank_1.pt" for name in ("model", "optim", "extra_state")] + ["data.pt"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_that_could_run_code_is_refused(saved: Path, name: str) -> None:
+    """Also with a manifest that fits: who can write a shard can write that."""
+    folder = saved / "global_step_4"
+    craft(folder / name, saved / "the_code_was_run")
+    files = {str(path.relative_to(folder)): flushed(path) for path in folder.rglob("*") if path.is_file()}
+    (folder / MANIFEST).write_text(json.dumps({"files": {key: record._asdict() for key, record in files.items()}}))
+    said = refusal(a_run(saved))
+    assert said.startswith(f"trainer.resume_mode: {name} of the checkpoint {folder} is not read: it needs posix.mkdir")
+    assert "resume_from_path" in said and "resume_mode=disable" in said
+    assert not (saved / "the_code_was_run").exists()
+
+
+def test_what_is_not_loaded_is_not_asked_for(saved: Path) -> None:
+    craft(saved / "global_step_4" / FILES[1], saved / "the_code_was_run")
+    config = a_run(saved)
+    config.actor_rollout_ref.actor.checkpoint.load_contents = ["model"]
+    assert check_checkpoint(config, tiny_config("delta_net")) is not None
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", "3"])
+@pytest.mark.parametrize("name", ["fsdp_config.json", "huggingface/config.json"])
+def test_notes_that_are_no_objects(saved: Path, name: str, content: str) -> None:
+    (saved / "global_step_4" / "actor" / name).write_text(content)
+    said = refusal(a_run(saved))
+    assert str(saved / "global_step_4" / "actor" / name) in said and "is no object" in said
 
 
 def cut_a_shard(folder: Path) -> None:

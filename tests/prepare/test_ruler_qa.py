@@ -13,9 +13,8 @@ from refine_verl.data import DataError
 from refine_verl.data.prompts import PromptDataset, PromptSettings, prepare_prompts
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.prepare.__main__ import main
-from refine_verl.prepare.questions import Question, read_questions
+from refine_verl.prepare.questions import Question, read_questions, split_questions
 from refine_verl.prepare.ruler_qa import fit
-from refine_verl.prepare.ruler_split import split_questions
 from refine_verl.scoring import score
 
 LENGTH = 1500

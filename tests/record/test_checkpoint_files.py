@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,19 @@ def test_a_checkpoint_appears_whole_with_its_manifest_and_the_note(tmp_path: Pat
     assert damage(folder) is None and hidden(tmp_path) == []
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["step"] == 4 and set(manifest["files"]) == {SHARD, "data.pt"}
-    assert manifest["files"][SHARD]["bytes"] == 5000
+    content = (folder / SHARD).read_bytes()
+    assert manifest["files"][SHARD] == {"bytes": 5000, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_manifest_of_an_earlier_version_is_still_good(tmp_path: Path) -> None:
+    folder = save(tmp_path, 4)
+    content = {name: (folder / name).read_bytes() for name in (SHARD, "data.pt")}
+    files = {name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in content.items()}
+    (folder / MANIFEST).write_text(json.dumps({"step": 4, "files": files}))
+    assert damage(folder) is None
+    flip_a_bit(folder)
+    found = damage(folder)
+    assert found is not None and SHARD in found and "other content than was written" in found
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -59,7 +73,7 @@ def test_what_a_worker_wrote_elsewhere_is_no_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 2)
     begin_checkpoint(tmp_path, 4)
     with pytest.raises(CheckpointError, match=r"must be shared by all nodes"):
-        commit_checkpoint(tmp_path, 4, {SHARD: FileRecord(5000, 1)})
+        commit_checkpoint(tmp_path, 4, {SHARD: FileRecord(5000, "")})
     assert steps_of(tmp_path) == [2] and (tmp_path / TRACKER).read_text() == "2"
 
 
@@ -79,6 +93,7 @@ DAMAGES = {
     "missing file": (lambda folder: (folder / "data.pt").unlink(), "data.pt: No such file"),
     "torn manifest": (lambda folder: os.truncate(folder / MANIFEST, 20), "manifest.json cannot be read"),
     "other manifest": (lambda folder: (folder / MANIFEST).write_text("[]"), "manifest.json cannot be read"),
+    "manifest of nothing": (lambda folder: (folder / MANIFEST).write_text('{"files": {}}'), "names no files"),
     "no directory": (shutil.rmtree, "no such directory"),
 }
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from refine_verl.compose.composition import base_schema, compose_config
+from refine_verl.compose.naming import given_overrides
 from refine_verl.compose.schema import leaves
 from refine_verl.record.redaction import HIDDEN, is_secret, redacted
 
@@ -111,7 +113,7 @@ def start(run_dir: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
     overrides = ["recipe=quickstart", f"trainer.default_local_dir={run_dir}", *more]
     config = compose_config(overrides)
     with pytest.raises(Reached):
-        launch.train(config)
+        launch.train(config, overrides=given_overrides())
 
 
 def test_what_a_run_writes_and_logs(
@@ -123,6 +125,13 @@ def test_what_a_run_writes_and_logs(
     written = OmegaConf.load(tmp_path / "run" / "config.yaml")
     section = OmegaConf.select(written, key)
     assert section.WANDB_API_KEY == HIDDEN and section.NCCL_SOCKET_IFNAME == "eth0"
+    given = yaml.safe_load((tmp_path / "run" / "overrides.yaml").read_text())
+    assert given == {
+        "recipe": "quickstart",
+        "trainer.default_local_dir": str(tmp_path / "run"),
+        f"{key}.WANDB_API_KEY": HIDDEN,
+        f"{key}.NCCL_SOCKET_IFNAME": "eth0",
+    }
     for file in (tmp_path / "run").rglob("*"):
         assert file.is_dir() or TOKEN not in file.read_text(), file
     # another one the next time: what changed is said, the secret is not

@@ -45,7 +45,7 @@ def tokenised(count: int, seed: int) -> list[dict[str, Any]]:
     """Bytes as tokens, as the tokenizer `bytes` makes them."""
     return [
         {
-            "input_ids": np.frombuffer(row["prompt"].encode(), dtype=np.uint8).astype(np.int64),
+            "prompt_ids": np.frombuffer(row["prompt"].encode(), dtype=np.uint8).astype(np.int64),
             "answer_ids": np.array([*row["answer"][0].encode(), 256]),
             "answers": row["answer"],
             "classes": [],
@@ -227,9 +227,9 @@ def ttt(session: Session) -> dict[str, Any]:
             except RuntimeError as error:
                 results["failure"] = str(error)
         results["restored_after_failure"].append(same(before, session.state()))
-        session.trainer.ttt.__dict__["reset"] = "none"
+        session.trainer.settings.ttt.__dict__["reset"] = "none"
         session.test_time(rows[:2])
-        session.trainer.ttt.__dict__["reset"] = "batch"
+        session.trainer.settings.ttt.__dict__["reset"] = "batch"
         results["has_state"] = bool(session.worker.engine.optimizer.state)
     session.configure(inner="refine", reset="sample", steps=1)
     session.gradients.clear()

@@ -221,6 +221,17 @@ def test_settings_refine_first_rest_folded_secrets_hidden(tmp_path: Path) -> Non
     assert "refine.nsp.chunks 8 refine.nsp.reward cosine" in whole and "refine.nsp" not in folded
 
 
+def test_what_the_command_gave_comes_first(tmp_path: Path) -> None:
+    config = {"refine": {"nsp": {"chunks": 4}}, "model": {"path": "m"}}
+    run_of(tmp_path, [(1, sft_step(1))], config)
+    assert "command line" not in text_of(parse(write_report(tmp_path)))
+    given = {"recipe": ["midtrain", "mine"], "refine.nsp.chunks": 4, "a.api_key": "s3cret"}
+    (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    whole = text_of(parse(write_report(tmp_path)))
+    shown = 'Settings Given on the command line: recipe ["midtrain", "mine"] refine.nsp.chunks 4 a.api_key (hidden)'
+    assert f"{shown} refine.nsp.chunks 4 " in whole and "s3cret" not in whole
+
+
 def test_what_any_recipe_sets_is_not_among_the_rest() -> None:
     """Paper leaves the rest folded."""
     for path in (ROOT / "recipes").glob("*.yaml"):

@@ -20,7 +20,7 @@ from refine_verl.trainer.attempts import (
     wait_for_capacity,
     worker_lost,
 )
-from refine_verl.trainer.resources import ResourceError
+from refine_verl.trainer.refine_trainer import ResourceError
 from refine_verl.trainer.signals import Stopped, StopSignals
 from refine_verl.workers.failures import lost_connection
 

@@ -54,11 +54,11 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
     "engine": (
         RefineEngine,
         FSDPEngine,
-        {"_build_module", "forward_backward_batch", "forward_step", "lr_scheduler_step"},
+        {"_build_module", "forward_backward_batch", "forward_step", "lr_scheduler_step", "load_checkpoint"},
     ),
     "posttrain": (PosttrainTrainer, PPOTrainer, {"step", "_validate"}),
     "prompts": (PromptTrainer, PPOTrainer, {"fit"}),
-    "ttt": (TTTTrainer, PPOTrainer, {"__init__", "step"}),
+    "ttt": (TTTTrainer, PPOTrainer, {"step"}),
     "worker": (NSPRolloutWorker, TrainingWorker, {"__init__", "save_checkpoint"}),
     "platform": (
         CpuPlatform,

@@ -13,12 +13,3 @@ AutoConfig.register(LaCTConfig.model_type, LaCTConfig, exist_ok=True)
 AutoModel.register(LaCTConfig, LaCTModel, exist_ok=True)
 AutoModelForCausalLM.register(LaCTConfig, LaCTForCausalLM, exist_ok=True)
 register_adapter(LaCTConfig.model_type)(LaCTAdapter)
-
-__all__ = [
-    "LaCTAdapter",
-    "LaCTCache",
-    "LaCTConfig",
-    "LaCTForCausalLM",
-    "LaCTModel",
-    "LaCTState",
-]

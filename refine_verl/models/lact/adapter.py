@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from refine_verl.models.lact.modeling import LaCTModel, LayerTrace
 from refine_verl.models.lact.scan import ScanPlan
-from refine_verl.models.lact.state import NOWHERE, LaCTState, LayerState, Rows, referenced
+from refine_verl.models.lact.state import NOWHERE, LaCTState, LayerState, Rows
 from refine_verl.models.lact.take import windows
 from refine_verl.models.packing import Documents, Packed
 from refine_verl.models.state import FastWeightState
@@ -62,30 +62,24 @@ class LaCTTrace:
     def after(self, positions: Tensor) -> FastWeightState:
         """States after x_t for positions [N, c]: [N * c] rows, document by document."""
         starts = [sum(self.lengths[:b]) for b in range(len(self.lengths))]
-        seen, fast, open_, spans = [], [], [], []
+        rows: list[tuple[Any, ...]] = []
+        spans = []
         for b, row in enumerate(positions.tolist()):
             for t in row:
                 step = t // self.chunk
-                seen.append(t + 1)
-                fast.append(self.plan.history[step][b])
-                open_.append(((0, starts[b] + step * self.chunk, t + 1 - step * self.chunk),))
                 known = t + 1 if self.window is None else min(t + 1, self.window - 1)
+                slot = (NOWHERE, 0, 0) if self.window == 1 else (0, len(rows), t + 1 - known)
+                open_ = (0, starts[b] + step * self.chunk, t + 1 - step * self.chunk)
+                rows.append((t + 1, self.plan.history[step][b], slot, t + 1, (open_,)))
                 spans.append((starts[b] + t + 1 - known, starts[b] + t + 1))
-        slots = [(NOWHERE, 0, 0)] * len(seen)
-        if self.window != 1:
-            slots = [
-                (0, r, end - (stop - start)) for r, (end, (start, stop)) in enumerate(zip(seen, spans, strict=True))
-            ]
-        where = Rows(tuple(seen), tuple(fast), tuple(slots), tuple(seen), tuple(open_))
-        lots = referenced(where)[0]
-        where = where.renumber({b: i for i, b in enumerate(lots)}, {0: 0}, {0: 0})
+        where = Rows(*zip(*rows, strict=True))
         layers = tuple(
             LayerState(
-                tuple(layer.lots[b] for b in lots),
+                layer.lots,
                 () if self.window == 1 else ((windows(layer.k, spans), windows(layer.v, spans)),),
                 None,
                 (layer.tokens,),
             )
             for layer in self.layers
         )
-        return FastWeightState(LaCTState(where, layers))
+        return FastWeightState(LaCTState(where, layers).compact())

@@ -121,26 +121,21 @@ def _short_group(group: Group, state: LayerState, q: Tensor, k: Tensor, v: Tenso
 def _long(
     plan: LongPlan, state: LayerState, window: int | None, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, LayerState]:
-    keys, values = (
-        _concatenated([state.window[b][i] for b in plan.buffers], state.tail[i] if state.tail else None, new)
-        for i, new in enumerate((k, v))
-    )
+    def whole(i: int, new: Tensor) -> Tensor:
+        parts = [state.window[b][i].transpose(1, 2).flatten(0, 1) for b in plan.buffers]
+        parts += [state.tail[i].flatten(0, 1)] if state.tail else []
+        return torch.cat([*parts, new]).to(new.dtype) if parts else new
+
+    keys, values = whole(0, k), whole(1, v)
     if plan.packed is not None and q.dtype in (torch.float16, torch.bfloat16):
         out = _flash(plan.packed, window, q, keys, values)
     else:
-        out = plan.back(torch.cat(list(_blocks(plan, plan.queries(q), keys, values))))
+        out = plan.queries.inverse(torch.cat(_blocks(plan, plan.queries(q), keys, values)))
     if plan.window is None:
         return out, state
     take, rows = plan.window, (-1, plan.slots)
     kept = tuple(take(part).unflatten(0, rows).transpose(1, 2).contiguous() for part in (keys, values))
     return out, replace(state, window=((kept[0], kept[1]),), tail=None)
-
-
-def _concatenated(buffers: list[Tensor], tail: Tensor | None, new: Tensor) -> Tensor:
-    if not buffers and tail is None:
-        return new
-    parts = [buffer.transpose(1, 2).flatten(0, 1) for buffer in buffers]
-    return torch.cat([*parts, *([] if tail is None else [tail.flatten(0, 1)]), new]).to(new.dtype)
 
 
 def _blocks(plan: LongPlan, q: Tensor, keys: Tensor, values: Tensor) -> list[Tensor]:

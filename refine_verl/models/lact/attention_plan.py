@@ -67,21 +67,18 @@ class LongPlan:
 
     Attributes:
         buffers: window buffers to read from, with the tail behind them and the new tokens behind that.
-        tail: whether there is a tail to read.
         queries: tokens -> those of starts, blocks and masked blocks.
         starts: (rows, tokens) of sequences that begin here, up to a window; ``start_keys`` leads to their keys.
         blocks: keys -> blocks; ``plain`` and ``masked`` name the three blocks each block of queries attends to.
         size: of a block.
         band: bool [size, 3 * size].
         holes: bool [masked, 1, size, 3 * size]: the band without what lies before a sequence.
-        back: outputs -> tokens.
         window: keys -> R * slots, the window after the pass; None if no state is kept.
         slots: P of it.
         packed: for flash-attn: keys, cumulative lengths of queries and keys, longest of each.
     """
 
     buffers: tuple[int, ...]
-    tail: bool
     queries: Take
     starts: tuple[int, int]
     start_keys: Take
@@ -91,7 +88,6 @@ class LongPlan:
     size: int
     band: Tensor
     holes: Tensor
-    back: Take
     window: Take | None
     slots: int
     packed: tuple[Take, Tensor, Tensor, int, int] | None
@@ -151,9 +147,8 @@ def _plan_short(
     for buffer in sorted({b for b, _, _ in where.window}):
         mine = [r for r in range(rows) if where.window[r][0] == buffer and lengths[r]]
         if mine:
-            width = None if buffer == NOWHERE else state.window[buffer][0].shape[2]
-            total = 1 if buffer == NOWHERE else state.window[buffer][0].shape[0]
-            group, grid = _group(where, mine, buffer, total, width, position, sees_near, reach, device)
+            keys = None if buffer == NOWHERE else state.window[buffer][0]
+            group, grid = _group(where, mine, buffer, keys, position, sees_near, reach, device)
             groups.append(group)
             order.append(grid)
     flat = torch.cat(order)  # row of each place, -1 for none
@@ -173,8 +168,7 @@ def _group(
     where: Rows,
     mine: list[int],
     buffer: int,
-    total: int,
-    width: int | None,
+    keys: Tensor | None,
     position: Tensor,
     sees_near: Tensor,
     reach: int,
@@ -186,12 +180,12 @@ def _group(
     values = sorted(by_value)
     grid = pad_sequence([torch.tensor(by_value[u]) for u in values], batch_first=True, padding_value=-1)
     base = None
-    if width is not None:
+    if keys is not None:
         start = torch.tensor([s for _, _, s in where.window])
-        at = start[:, None, None] + torch.arange(width)
+        at = start[:, None, None] + torch.arange(keys.shape[2])
         sees = (at < torch.tensor(where.border)[:, None, None]) & (at > position[..., None] - reach)
         base = sees[grid].unsqueeze(1).to(device)
-    every = values == list(range(total))
+    every = values == list(range(1 if keys is None else len(keys)))
     return Group(
         buffer,
         None if every else torch.tensor(values, device=device),
@@ -241,12 +235,10 @@ def _plan_long(
     )
     total = sum(lengths)
     relative = torch.where(flat < 0, flat, flat - layout.first)
-    back = torch.full((total,), -1)
-    back[relative[relative >= 0]] = torch.arange(len(flat))[relative >= 0]
     window, slots, where = layout.window(reach, keep, device)
+    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     return LongPlan(
         buffers,
-        state.tail is not None,
         Take.of(relative, total, device),
         (len(starts), longest),
         Take.of(flat[: len(starts) * longest], layout.size, device),
@@ -255,10 +247,9 @@ def _plan_long(
         _triples(masked, device),
         size,
         *_masks(masked, size, reach, device),
-        Take.of(back, len(flat), device),
         window,
         slots,
-        layout.packed(reach, device) if _flash_available(device) else None,
+        layout.packed(reach, device) if flash else None,
     ), where
 
 
@@ -276,11 +267,8 @@ def _masks(masked: _Items, size: int, reach: int, device: torch.device) -> tuple
 
 def _triples(items: _Items, device: torch.device) -> Tensor:
     """Each block and the two before it, in order: [3 * blocks]."""
-    return (
-        (torch.tensor([block for block, _, _ in items], dtype=torch.int64)[:, None] + torch.tensor([-2, -1, 0]))
-        .flatten()
-        .to(device)
-    )
+    blocks = torch.tensor([block for block, _, _ in items], dtype=torch.int64, device=device)
+    return (blocks[:, None] + torch.arange(-2, 1, device=device)).flatten()
 
 
 class _Sources:
@@ -345,7 +333,3 @@ class _Sources:
             for sizes in (list(self.lengths), [len(part) for part in parts])
         ]
         return Take.of(torch.cat(parts), self.size, device), *borders, max(self.lengths), max(map(len, parts))  # type: ignore[return-value]
-
-
-def _flash_available(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None

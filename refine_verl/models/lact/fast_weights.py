@@ -18,8 +18,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from refine_verl.models.lact.configuration import LaCTConfig
+from refine_verl.nsp.entropy import accumulation_dtype
 
 Matrices: TypeAlias = tuple[Tensor, Tensor, Tensor]
 EPSILON = 1e-5
@@ -51,15 +53,7 @@ class FastWeights(NamedTuple):
         if list(rows) == list(range(len(self.used[0]))):
             return self
         index = torch.tensor(list(rows), device=self.used[0].device)
-
-        def taken(matrices: Matrices) -> Matrices:
-            return _each(matrices, lambda w: w.index_select(0, index))
-
-        return FastWeights(
-            taken(self.used),
-            None if self.main is None else taken(self.main),
-            None if self.momentum is None else taken(self.momentum),
-        )
+        return FastWeights(*pytree.tree_map_only(Tensor, lambda w: w.index_select(0, index), tuple(self)))
 
     @staticmethod
     def join(parts: Sequence[FastWeights]) -> FastWeights:
@@ -110,20 +104,11 @@ def read(weights: Matrices, u: Tensor) -> Tensor:
     return _matmul(hidden, w1.mT)
 
 
-def initial_weights(config: LaCTConfig, matrices: Matrices) -> FastWeights:
-    """One set from the parameters [h, ..]: what every sequence starts with."""
-    used = _each(matrices, lambda w: w.to(state_dtype(w)).unsqueeze(0))
-    return FastWeights(used, used if config.ttt_prenorm else None)
-
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 in a float64 model."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def row_norms(weights: Matrices) -> Matrices:
-    """n_i: length of each row, [.., rows, 1]."""
-    return _each(weights, lambda w: w.norm(dim=-1, keepdim=True))
+def initial_weights(config: LaCTConfig, matrices: Matrices) -> tuple[FastWeights, Matrices]:
+    """One set from the parameters [h, ..]: what every sequence starts with, and n_i, row lengths [1, h, rows, 1]."""
+    used = _each(matrices, lambda w: w.to(accumulation_dtype(w)).unsqueeze(0))
+    norms = _each(used, lambda w: w.norm(dim=-1, keepdim=True))
+    return FastWeights(used, used if config.ttt_prenorm else None), norms
 
 
 def update(config: LaCTConfig, weights: FastWeights, norms: Matrices, chunk: ChunkTokens) -> FastWeights:
@@ -223,10 +208,6 @@ def newton_schulz(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @cache
-def _compiled() -> Callable[..., FastWeights]:
-    return torch.compile(update, dynamic=False)
-
-
-def updater(config: LaCTConfig) -> Callable[[LaCTConfig, FastWeights, Matrices, ChunkTokens], FastWeights]:
-    """``update``, compiled if the configuration asks for it."""
-    return _compiled() if config.compile_fast_weights else update
+def updater(compiled: bool) -> Callable[[LaCTConfig, FastWeights, Matrices, ChunkTokens], FastWeights]:
+    """``update``, compiled once if ``compiled``."""
+    return torch.compile(update, dynamic=False) if compiled else update

@@ -21,17 +21,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from refine_verl.models.lact.attention import Pair, attend, rotary_table, rotate
 from refine_verl.models.lact.attention_plan import Plan, plan_attention
 from refine_verl.models.lact.configuration import LaCTConfig
-from refine_verl.models.lact.fast_weights import (
-    ChunkTokens,
-    FastWeights,
-    Matrices,
-    initial_weights,
-    row_norms,
-    state_dtype,
-)
-from refine_verl.models.lact.layout import Layout
+from refine_verl.models.lact.fast_weights import ChunkTokens, FastWeights, Matrices, initial_weights
 from refine_verl.models.lact.scan import Keep, ScanPlan, keep_fast, keep_open, plan_keep, plan_scan, scan
 from refine_verl.models.lact.state import LaCTCache, LaCTState, LayerState
+from refine_verl.models.lact.take import Layout
+from refine_verl.nsp.entropy import accumulation_dtype
 
 BASE_RATE = 1e-3
 _QK_EPSILON = 1e-5
@@ -76,7 +70,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        precise = state_dtype(x)
+        precise = accumulation_dtype(x)
         return F.rms_norm(x.to(precise), self.weight.shape, self.weight.to(precise), self.eps).to(x.dtype)
 
 
@@ -94,7 +88,7 @@ class LowRankMatrix(nn.Module):
         left, right = self.w_left, self.w_right
         if precise:
             with torch.autocast(left.device.type, enabled=False):
-                product = left.to(state_dtype(left)) @ right.to(state_dtype(right))
+                product = left.to(accumulation_dtype(left)) @ right.to(accumulation_dtype(right))
         else:
             product = left @ right
         return product + 0.5 * torch.eye(*product.shape[1:], device=product.device, dtype=product.dtype)
@@ -206,19 +200,18 @@ class LaCTAttention(nn.Module):
         fast_v = F.silu(v) if config.qkv_silu and not config.no_v_silu else v
         raw = self.lr_proj(x)
         shift = BASE_RATE + math.log(-math.expm1(-BASE_RATE))  # softplus(shift) = BASE_RATE
-        rates = F.softplus(raw.to(state_dtype(raw)) + shift).unflatten(-1, (config.num_lact_heads, -1))
+        rates = F.softplus(raw.to(accumulation_dtype(raw)) + shift).unflatten(-1, (config.num_lact_heads, -1))
         momentum = None
         if config.use_momentum:
             momentum = self.momentum_proj(x)
-            momentum = momentum.to(state_dtype(momentum))
+            momentum = momentum.to(accumulation_dtype(momentum))
         return ChunkTokens(self._fast(k, 1, table), fast_v.unflatten(-1, (config.num_lact_heads, -1)), rates, momentum)
 
     def _initial(self) -> tuple[FastWeights, Matrices]:
         """The set every sequence starts with, and n_i."""
         precise = self.config.fp32_states
         w0, w2 = (w(precise) if isinstance(w, LowRankMatrix) else cast(Tensor, w) for w in (self.w0, self.w2))
-        initial = initial_weights(self.config, (w0, self.w1, w2))
-        return initial, row_norms(initial.used)
+        return initial_weights(self.config, (w0, self.w1, w2))
 
 
 class GatedMLP(nn.Module):

@@ -54,7 +54,7 @@ class ScanPlan:
 
     Attributes:
         steps: the updates that come first and the evaluations that follow.
-        reads: layout of the tokens for the evaluations; ``unread`` leads back.
+        reads: layout of the tokens for the evaluations.
         segments: lengths of the pieces into which the steps cut the tokens in their order; None without updates.
         initial: buffer index of the initial weights, None if no row starts here.
         refs: (buffer, set) for each row after the pass, and before it for a row without tokens.
@@ -63,7 +63,6 @@ class ScanPlan:
 
     steps: tuple[tuple[Write | None, tuple[Read, ...]], ...]
     reads: Take
-    unread: Take
     segments: tuple[int, ...] | None
     initial: int | None
     refs: tuple[tuple[int, int], ...]
@@ -110,12 +109,9 @@ def plan_scan(where: Rows, lengths: Sequence[int], lots: int, chunk: int, device
         steps.append((write, reads))
         history.append({r: refs[r] for r in active})
     taken = torch.cat(order) if order else torch.zeros(0, dtype=torch.int64)
-    back = torch.full((place,), -1)
-    back[taken[taken >= 0]] = torch.arange(len(taken))[taken >= 0]
     return ScanPlan(
         tuple(steps),
         Take.of(taken, place, device),
-        Take.of(back, len(taken), device),
         tuple(segments) if writes else None,
         initial,
         tuple(refs),
@@ -135,12 +131,9 @@ def _cut(seen: int, length: int, chunk: int) -> list[int]:
 
 def _content(where: Rows, row: int, j: int, chunk: int, numbers: range, parts: list[int]) -> Pieces:
     """The chunk that is full before step ``j``."""
-    open_ = where.open[row]
-    if j == 0:
-        content = open_
-    else:
-        before = open_ if j == 1 and where.seen[row] % chunk else ()
-        content = (*before, (NEW, numbers[j - 1], parts[j - 1]))
+    content = where.open[row] if j == 0 or (j == 1 and where.seen[row] % chunk) else ()
+    if j:
+        content = (*content, (NEW, numbers[j - 1], parts[j - 1]))
     assert sum(count for _, _, count in content) == chunk
     return content
 
@@ -194,7 +187,7 @@ def scan(
         assert initial is not None
         lots.append(initial)
     pieces = None if plan.segments is None else _split(tokens, plan.segments)
-    change = updater(config)
+    change = updater(config.compile_fast_weights)
     queries = plan.reads(q)
     outputs, at = [], 0
     for write, reads in plan.steps:
@@ -208,7 +201,7 @@ def scan(
             outputs.append(read(lots[job.buffer].select(job.sets).used, u).transpose(1, 2).flatten(0, 1))
             at += count
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return plan.unread(out), lots
+    return plan.reads.inverse(out), lots
 
 
 def _split(tokens: ChunkTokens, sizes: tuple[int, ...]) -> list[ChunkTokens]:
@@ -284,31 +277,23 @@ def plan_keep(
         start += length
     total = tuple(seen + length for seen, length in zip(where.seen, lengths, strict=True))
     where = replace(where, seen=total, fast=plan.refs, open=tuple(pieces))
-    where, fast, merge = _keep_fast(where)
-    return _keep_open(where, sizes, fast, merge, device)
-
-
-def _keep_fast(where: Rows) -> tuple[Rows, tuple[int, ...], tuple[tuple[int, tuple[int, ...]], ...] | None]:
-    used = referenced(where)[0]
-    if len(used) <= _MANY_LOTS:
-        names = {b: i for i, b in enumerate(used)} | {NOWHERE: NOWHERE}
-        return replace(where, fast=tuple((names[b], u) for b, u in where.fast)), tuple(used), None
+    used, merge = referenced(where)[0], None
     refs = sorted({ref for ref in where.fast if ref[0] != NOWHERE})
-    places = {ref: (0, i) for i, ref in enumerate(refs)}
-    merged = replace(where, fast=tuple(places.get(ref, (NOWHERE, 0)) for ref in where.fast))
-    return merged, tuple(used), _grouped(refs)
+    if len(used) > _MANY_LOTS:
+        merge, places = _grouped(refs), {ref: (0, i) for i, ref in enumerate(refs)}
+    else:
+        places = {(b, u): (used.index(b), u) for b, u in refs}
+    where = replace(where, fast=tuple(places.get(ref, (NOWHERE, 0)) for ref in where.fast))
+    opened, kept_open, moved, take = _keep_open(where.open, sizes, device)
+    return Keep(replace(where, open=opened), tuple(used), merge, kept_open, moved, take)
 
 
 def _keep_open(
-    where: Rows,
-    sizes: Sequence[int],
-    fast: tuple[int, ...],
-    merge: tuple[tuple[int, tuple[int, ...]], ...] | None,
-    device: torch.device,
-) -> Keep:
+    rows: tuple[Pieces, ...], sizes: Sequence[int], device: torch.device
+) -> tuple[tuple[Pieces, ...], tuple[int, ...], tuple[int, ...], Take | None]:
     """Put small buffers together when there are many, and copy what is needed out of large ones when it is little."""
-    used = referenced(where)[2]
-    distinct = {piece for pieces in where.open for piece in pieces}
+    distinct = {piece for pieces in rows for piece in pieces}
+    used = sorted({buffer for buffer, _, _ in distinct})
     needed = dict.fromkeys(used, 0)
     for buffer, _, count in distinct:
         needed[buffer] += count
@@ -319,15 +304,12 @@ def _keep_open(
         moved = sorted({*moved, *(small if 2 * len(small) > len(used) else used)})
     kept = [b for b in used if b not in moved]
     names = {b: i for i, b in enumerate(kept)}
-    if not moved:
-        open_ = tuple(tuple((names[b], first, n) for b, first, n in pieces) for pieces in where.open)
-        return Keep(replace(where, open=open_), fast, merge, tuple(kept), (), None)
     offsets = dict(zip(moved, torch.tensor([0] + [sizes[b] for b in moved]).cumsum(0).tolist(), strict=False))
     places: dict[tuple[int, int, int], int] = {}
     index: list[Tensor] = []
     total = 0
     renamed = []
-    for pieces in where.open:
+    for pieces in rows:
         mine: list[tuple[int, int, int]] = []
         for b, first, n in pieces:
             if b in names:
@@ -343,8 +325,8 @@ def _keep_open(
             else:
                 mine.append((len(kept), place, n))
         renamed.append(tuple(mine))
-    take = Take.of(torch.cat(index), sum(sizes[b] for b in moved), device)
-    return Keep(replace(where, open=tuple(renamed)), fast, merge, tuple(kept), tuple(moved), take)
+    take = Take.of(torch.cat(index), sum(sizes[b] for b in moved), device) if moved else None
+    return tuple(renamed), tuple(kept), tuple(moved), take
 
 
 def keep_fast(keep: Keep, lots: list[FastWeights]) -> tuple[FastWeights, ...]:

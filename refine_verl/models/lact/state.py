@@ -94,18 +94,17 @@ class LaCTState(RowLeaf):
     def rows(self) -> int:
         return len(self.where.seen)
 
+    def _parts(self) -> list[tuple[Any, ...]]:
+        return [tuple(vars(layer).values()) for layer in self.layers]
+
     @property
     def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in self._flat()[0] if isinstance(leaf, Tensor)]
-
-    def _flat(self) -> tuple[list[Any], pytree.TreeSpec]:
-        return pytree.tree_flatten([tuple(vars(layer).values()) for layer in self.layers])
+        return [leaf for leaf in pytree.tree_leaves(self._parts()) if isinstance(leaf, Tensor)]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> LaCTState:
-        leaves, spec = self._flat()
         rest = iter(tensors)
-        filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return LaCTState(self.where, tuple(LayerState(*parts) for parts in pytree.tree_unflatten(filled, spec)))
+        filled = pytree.tree_map_only(Tensor, lambda _: next(rest), self._parts())
+        return LaCTState(self.where, tuple(LayerState(*parts) for parts in filled))
 
     def fresh(self) -> LaCTState:
         return LaCTState.empty(self.rows, len(self.layers))
@@ -115,42 +114,39 @@ class LaCTState(RowLeaf):
         indices = list(indices)
         if indices == list(range(self.rows)):
             return self
-        where = self.where.select(indices)
-        fast, window, open_ = referenced(where)
-        tail = self.layers[0].tail
-        index = torch.tensor(indices, device=tail[0].device) if tail is not None else None
+        layers, tail = self.layers, self.layers[0].tail
+        if tail is not None:
+            index = torch.tensor(indices, device=tail[0].device)
+            tails = [pytree.tree_map_only(Tensor, lambda x: x.index_select(0, index), layer.tail) for layer in layers]
+            layers = tuple(replace(layer, tail=taken) for layer, taken in zip(layers, tails, strict=True))
+        return LaCTState(self.where.select(indices), layers).compact()
+
+    def compact(self) -> LaCTState:
+        """The same without the buffers that no row refers to."""
+        fast, window, open_ = used = referenced(self.where)
         layers = tuple(
-            LayerState(
-                tuple(layer.fast[b] for b in fast),
-                tuple(layer.window[b] for b in window),
-                None
-                if layer.tail is None or index is None
-                else (layer.tail[0].index_select(0, index), layer.tail[1].index_select(0, index)),
-                tuple(layer.open[b] for b in open_),
+            replace(
+                layer,
+                fast=tuple(layer.fast[b] for b in fast),
+                window=tuple(layer.window[b] for b in window),
+                open=tuple(layer.open[b] for b in open_),
             )
             for layer in self.layers
         )
-        return LaCTState(where.renumber(*map(_places, (fast, window, open_))), layers)
+        return LaCTState(self.where.renumber(*({b: i for i, b in enumerate(kept)} for kept in used)), layers)
 
     @classmethod
     def stack(cls, leaves: Sequence[LaCTState]) -> LaCTState:
         """The rows of all; a buffer that several of them hold is held once."""
-        used: list[tuple[dict[int, int], dict[int, int], dict[int, int]]] = []
-        picks: tuple[list[tuple[int, int]], ...] = ([], [], [])
-        for index, leaf in enumerate(leaves):
-            maps: tuple[dict[int, int], dict[int, int], dict[int, int]] = ({}, {}, {})
-            for kind, name in enumerate(("fast", "window", "open")):
+        used: list[tuple[dict[int, int], dict[int, int], dict[int, int]]] = [({}, {}, {}) for _ in leaves]
+        picks: list[list[tuple[int, int]]] = []
+        for kind, name in enumerate(("fast", "window", "open")):
+            places: dict[tuple[int, ...], tuple[int, int, int]] = {}
+            for index, leaf in enumerate(leaves):
                 for b, buffer in enumerate(getattr(leaf.layers[0], name)):
-                    same = (
-                        i
-                        for i, (o, c) in enumerate(picks[kind])
-                        if _same(getattr(leaves[o].layers[0], name)[c], buffer)
-                    )
-                    place = next(same, len(picks[kind]))
-                    if place == len(picks[kind]):
-                        picks[kind].append((index, b))
-                    maps[kind][b] = place
-            used.append(maps)
+                    same = tuple(map(id, pytree.tree_leaves(buffer)))
+                    used[index][kind][b] = places.setdefault(same, (len(places), index, b))[0]
+            picks.append([(index, b) for _, index, b in places.values()])
         parts = [leaf.where.renumber(*maps) for leaf, maps in zip(leaves, used, strict=True)]
         where = Rows(*(sum(column, ()) for column in zip(*(vars(part).values() for part in parts), strict=True)))
         layers = tuple(
@@ -172,15 +168,6 @@ def referenced(where: Rows) -> tuple[list[int], list[int], list[int]]:
         sorted({b for b, _, _ in where.window} - {NOWHERE}),
         sorted({b for pieces in where.open for b, _, _ in pieces}),
     )
-
-
-def _places(kept: Sequence[int]) -> dict[int, int]:
-    return {buffer: place for place, buffer in enumerate(kept)}
-
-
-def _same(a: Any, b: Any) -> bool:
-    one, other = pytree.tree_leaves(a), pytree.tree_leaves(b)
-    return len(one) == len(other) and all(x is y for x, y in zip(one, other, strict=True))
 
 
 def _stack_tails(tails: Sequence[tuple[Tensor, Tensor] | None], rows: Sequence[int]) -> tuple[Tensor, Tensor] | None:
@@ -210,8 +197,6 @@ class LaCTCache(Cache):
         seen_tokens: length of the batch so far, padding included.
     """
 
-    is_compileable = False
-
     def __init__(self, state: LaCTState | None = None, seen_tokens: int = 0) -> None:
         super().__init__(layers=[])
         self.state = state
@@ -220,10 +205,6 @@ class LaCTCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Length of the batch so far, padding included."""
         return self.seen_tokens
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """No limit."""
-        return -1
 
     @property
     def num_bytes(self) -> int:

@@ -62,12 +62,16 @@ class Take:
         """x [N, ...] -> [M, ...]."""
         if self.there is None:
             return x
-        if self.back is not None:
-            out = _TakeOnce.apply(x, self.there, self.back)
-            assert isinstance(out, Tensor)
-            return out
-        taken = x.index_select(0, self.there.index)
-        return taken if self.there.holes is None else taken.index_fill(0, self.there.holes, 0)
+        if self.back is None:
+            return self.there(x)
+        out = _TakeOnce.apply(x, self.there, self.back)
+        assert isinstance(out, Tensor)
+        return out
+
+    @property
+    def inverse(self) -> Take:
+        """The way back, where no row is taken twice: [M, ...] -> [N, ...], zeros for rows that were not taken."""
+        return Take(self.back, self.there)
 
     @classmethod
     def of(cls, index: Tensor, size: int, device: torch.device) -> Take:
@@ -111,3 +115,61 @@ def windows(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     out = _Windows.apply(x, spans, index.to(x.device))
     assert isinstance(out, Tensor)
     return out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch [B, L] (rows, packed rows or padded rows) as runs of tokens.
+
+    Attributes:
+        shape: (B, L).
+        lengths: tokens of each run.
+        tokens: flattened batch -> tokens.
+    """
+
+    shape: tuple[int, int]
+    lengths: tuple[int, ...]
+    tokens: Take
+
+    @classmethod
+    def of(
+        cls,
+        batch: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Layout:
+        """Args:
+        batch: [B, L, ..].
+        attention_mask: [B, L] or longer (then its end counts), 0 for padding, on whatever side.
+        cu_seqlens: [runs + 1], borders of the runs in a batch of one row.
+
+        Raises:
+            ValueError: borders that do not cover the row, or a mask of another shape; names what was given.
+        """
+        rows, width = batch.shape[:2]
+        if cu_seqlens is not None:
+            if attention_mask is not None:
+                raise ValueError("give cu_seqlens or attention_mask, not both: a packed row has no padding")
+            borders = cu_seqlens.tolist()
+            if rows != 1 or borders[0] != 0 or borders[-1] != width or borders != sorted(borders):
+                raise ValueError(f"cu_seqlens {borders} does not cut a batch of shape [{rows}, {width}] into runs")
+            lengths = tuple(stop - start for start, stop in zip(borders, borders[1:], strict=False))
+            return cls((rows, width), lengths, Take(None, None))
+        if attention_mask is None:
+            return cls((rows, width), (width,) * rows, Take(None, None))
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < width:
+            raise ValueError(
+                f"attention_mask of shape {list(attention_mask.shape)} for a batch of shape [{rows}, {width}]: one 0 "
+                "or 1 per token is needed"
+            )
+        real = attention_mask[:, -width:].bool()
+        places = real.flatten().nonzero()[:, 0].cpu()
+        return cls((rows, width), tuple(real.sum(dim=1).tolist()), Take.of(places, rows * width, batch.device))
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """[B, L, ..] -> [tokens, ..]."""
+        return self.tokens(x.flatten(0, 1))
+
+    def unflatten(self, x: Tensor) -> Tensor:
+        """[tokens, ..] -> [B, L, ..], zeros at padding."""
+        return self.tokens.inverse(x).unflatten(0, self.shape)
