@@ -100,23 +100,17 @@ class HollowRun(TorchDispatchMode):
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors reachable through containers and attributes of our own objects (states, traces)."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-
-    def visit(item: Any) -> None:
+    seen: dict[int, Any] = {}
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
         if id(item) in seen:
-            return
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            found.append(item)
+            continue
+        seen[id(item)] = item
+        if isinstance(item, (list, tuple)):
+            waiting += item
         elif isinstance(item, dict):
-            for part in item.values():
-                visit(part)
-        elif isinstance(item, (list, tuple)):
-            for part in item:
-                visit(part)
+            waiting += item.values()
         elif dataclasses.is_dataclass(item) or type(item).__module__.startswith("refine_verl."):
-            visit(list(getattr(item, "__dict__", {}).values()))
-
-    visit(value)
-    return found
+            waiting += getattr(item, "__dict__", {}).values()
+    return [item for item in seen.values() if isinstance(item, Tensor)]
