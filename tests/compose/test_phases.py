@@ -108,7 +108,8 @@ def test_every_key_of_prompts_is_a_setting_and_can_be_set() -> None:
     assert {field.name for field in dataclasses.fields(PromptSettings)} <= set(data)
     assert set(DOCUMENT_KEYS) == {"text_key", "min_length", "long_documents", "append_eos"}
     of_rows = {"prompt_key", "answer_key", "task_key", "task", "id_key", "chat_template", "answer_separator"}
-    assert set(PROMPT_KEYS) == of_rows | {"max_answer_length", "overlong_prompts", "max_new_tokens"}
+    lengths = {"max_answer_length", "overlong_prompts", "max_new_tokens"}
+    assert set(PROMPT_KEYS) == of_rows | lengths | {"apply_chat_template_kwargs"}
 
 
 # Data
