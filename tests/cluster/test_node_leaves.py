@@ -45,7 +45,11 @@ def test_a_run_goes_on_with_the_node_that_takes_its_place(tmp_path: Path) -> Non
         "trainer.test_freq=-1",
         "trainer.max_restarts=1",
     )
-    with two_nodes(variables=NOTICED_SOON) as cluster, started(arguments, tmp_path, **cluster.variables) as process:
+    # not forked: Ray reads how it authenticates once, when it is imported
+    with (
+        two_nodes(variables=NOTICED_SOON) as cluster,
+        started(arguments, tmp_path, prefix=(), **cluster.variables) as process,
+    ):
         deadline = time.monotonic() + TIMEOUT
         while last_step(run_dir / "metrics.jsonl") < 3:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=60)[0][-3000:]
