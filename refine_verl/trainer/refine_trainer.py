@@ -37,6 +37,7 @@ from refine_verl.trainer.advantage import compute_advantages
 from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.workers.loss import RefineLoss
 from refine_verl.workers.objective import Objective
+from refine_verl.workers.schedule import warmup_steps
 from refine_verl.workers.worker import NSPRolloutWorker, WorkerSettings, worker_threads
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class RefineTrainer(CheckpointingTrainer):
         trainer = self.config.trainer
         if not trainer.val_only:
             self._warn_if_past_the_last_step()
+            self._warn_if_all_is_warm_up()
         # a fresh run measures step 0 again too; validation alone takes nothing away
         resume_step = None if trainer.val_only else self.global_steps or -1
         with self._recorder(resume_step) as record:
@@ -152,6 +154,19 @@ class RefineTrainer(CheckpointingTrainer):
         if not trainer.val_only:
             with self.signals.deferred():
                 self._export()
+
+    def _warn_if_all_is_warm_up(self) -> None:
+        optim = self.config.actor_rollout_ref.actor.optim
+        rising = warmup_steps(optim)
+        if rising > self.total_training_steps:
+            logger.warning(
+                "the learning rate warms up for %d steps (actor_rollout_ref.actor.optim.lr_warmup_steps) and the run "
+                "has %d: it ends at %.3g and never reaches %.3g",
+                rising,
+                self.total_training_steps,
+                optim.lr * self.total_training_steps / rising,
+                optim.lr,
+            )
 
     def _before_the_first_step(self, record: Record) -> None:
         """Validate a fresh run; of a resumed one record the step whose line an interruption took."""

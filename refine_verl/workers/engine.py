@@ -12,6 +12,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fsdp_utils import get_fsdp_full_state_dict, get_init_weight_context_manager
@@ -24,6 +26,7 @@ from refine_verl.models.stored_types import only_safe_types
 from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
 from refine_verl.workers.objective import Objective, rollouts_to_learn
+from refine_verl.workers.schedule import rising_from_the_first_step, warmup_steps
 
 
 @EngineRegistry.register(model_type=ENGINE_MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "cpu"])
@@ -94,11 +97,16 @@ class RefineEngine(FSDPEngine):
         loss, metrics = loss_function(model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group())
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
 
+    def _build_lr_scheduler(self, optimizer: Optimizer) -> LambdaLR:
+        scheduler = super()._build_lr_scheduler(optimizer)
+        return rising_from_the_first_step(scheduler, optimizer, warmup_steps(self.optimizer_config))
+
     def lr_scheduler_step(self) -> float:
-        """The learning rate after this update; verl calls it once per batch."""
-        if self.hold_learning_rate:
-            return float(self.lr_scheduler.get_last_lr()[0])
-        return float(super().lr_scheduler_step())
+        """The learning rate of the update just made, from which the schedule moves on; verl calls it once per batch."""
+        used = float(self.optimizer.param_groups[0]["lr"])
+        if not self.hold_learning_rate:
+            super().lr_scheduler_step()
+        return used
 
     def all_done(self, done: Tensor) -> bool:
         """Whether ``done`` holds for all rows on all ranks: ranks must stop generating together."""

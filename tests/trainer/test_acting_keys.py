@@ -20,7 +20,6 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.tracking import Tracking
 from verl.workers.config.optimizer import build_optimizer
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
 from refine_verl.compose.acting_keys import ACTING
 from refine_verl.compose.composition import compose_config
@@ -31,6 +30,7 @@ from refine_verl.preflight.checkpoints import checkpoint_to_resume
 from refine_verl.preflight.run import prepare_run
 from refine_verl.trainer.advantage import answer_advantages
 from refine_verl.trainer.posttrain import PosttrainTrainer
+from refine_verl.workers.engine import RefineEngine
 from refine_verl.workers.loss import RefineLoss
 from refine_verl.workers.objective import Objective
 
@@ -105,7 +105,9 @@ def optimiser(config: DictConfig) -> object:
     optim = omega_conf_to_dataclass(config.actor_rollout_ref.actor.optim)
     built = build_optimizer([torch.nn.Parameter(torch.ones(2, 2))], optim)
     schedule = dataclasses.replace(optim, total_training_steps=8)
-    scheduler = FSDPEngine._build_lr_scheduler(SimpleNamespace(optimizer_config=schedule, rank=1), built)
+    engine = RefineEngine.__new__(RefineEngine)
+    engine.optimizer_config, engine.rank = schedule, 1
+    scheduler = engine._build_lr_scheduler(built)
     rates = []
     for _ in range(8):
         rates.append(built.param_groups[0]["lr"])

@@ -353,6 +353,13 @@ def test_fewer_steps_than_the_checkpoint_has(
     assert (said in caplog.text) == (start > 3)
 
 
+@pytest.mark.parametrize("steps", [3, 4, 8])
+def test_a_warm_up_that_outlasts_the_run_is_said(loop: Make, steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    loop(f"actor_rollout_ref.actor.optim.lr_warmup_steps={steps}", "actor_rollout_ref.actor.optim.lr=0.4").fit()
+    said = "warms up for 8 steps (actor_rollout_ref.actor.optim.lr_warmup_steps) and the run has 3: it ends at 0.15 and"
+    assert (said in caplog.text) == (steps == 8) and ("warms up" in caplog.text) == (steps > 3)
+
+
 @pytest.mark.parametrize("start", [0, 2], ids=["fresh", "from a checkpoint"])
 def test_validation_alone_trains_and_exports_nothing(loop: Make, tmp_path: Path, start: int) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')

@@ -54,7 +54,14 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
     "engine": (
         RefineEngine,
         FSDPEngine,
-        {"_build_module", "forward_backward_batch", "forward_step", "lr_scheduler_step", "load_checkpoint"},
+        {
+            "_build_module",
+            "_build_lr_scheduler",
+            "forward_backward_batch",
+            "forward_step",
+            "lr_scheduler_step",
+            "load_checkpoint",
+        },
     ),
     "posttrain": (PosttrainTrainer, PPOTrainer, {"step", "_validate"}),
     "prompts": (PromptTrainer, PPOTrainer, {"fit"}),
