@@ -68,6 +68,12 @@ class AdaptSettings(Settings):
             raise ConfigError(
                 "adapt.loss.sft_coef", "is 0, but method=sft has no other loss. Raise it, or set method=refine."
             )
+        if self.loss.old_log_probs != "rollout":
+            raise ConfigError(
+                "adapt.loss.old_log_probs",
+                f"{self.loss.old_log_probs} is for training runs: here rollouts and updates share one process. Leave "
+                "it out.",
+            )
         if self.method == "refine":  # the rules between nsp and loss are those of a recipe
             RefineSettings(nsp=self.nsp, loss=self.loss, ppo_mini_batch_size=self.mini_batch_size)
 

@@ -275,37 +275,43 @@ def why_not_writable(path: Path) -> str | None:
 
 def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> None:
     """The batch falls into mini-batches, a mini-batch into workers, a worker's share into micro-batches."""
-    batch, mini = config.data.train_batch_size, refine.ppo_mini_batch_size
+    _check_mini_batch(config, refine, workers, "refine.ppo_mini_batch_size", refine.ppo_mini_batch_size)
+    if refine.outer_mini_batch_size is not None:
+        _check_mini_batch(config, refine, workers, "refine.outer_mini_batch_size", refine.outer_mini_batch_size)
+    batch, at_most = config.data.train_batch_size, config.data.train_max_samples
+    if refine.phase != "ttt" and 0 < at_most < batch:
+        raise ConfigError(
+            "data.train_max_samples",
+            f"{at_most} sequences do not fill a batch of data.train_batch_size={batch}. Raise it or lower the batch.",
+        )
+
+
+def _check_mini_batch(config: DictConfig, refine: RefineSettings, workers: int, key: str, mini: int) -> None:
+    batch = config.data.train_batch_size
     if mini > batch:
         raise ConfigError(
-            "refine.ppo_mini_batch_size",
+            key,
             f"{mini} is more than data.train_batch_size={batch}. Lower it to {batch} or raise data.train_batch_size.",
         )
     if batch % mini:
         raise ConfigError(
-            "refine.ppo_mini_batch_size",
+            key,
             f"{mini} does not divide data.train_batch_size={batch}.{_near_divisors(batch, mini)}",
         )
     # test-time training has few prompts to a mini-batch: workers that are left over get one without weight
     if mini % workers and refine.phase != "ttt":
         raise ConfigError(
-            "refine.ppo_mini_batch_size",
+            key,
             f"{mini} cannot be shared equally by {workers} workers (trainer.n_gpus_per_node="
             f"{config.trainer.n_gpus_per_node} x trainer.nnodes={config.trainer.nnodes}). Make it, and "
             f"data.train_batch_size={batch}, a multiple of {workers}, or change the number of workers.",
-        )
-    at_most = config.data.train_max_samples
-    if refine.phase != "ttt" and 0 < at_most < batch:
-        raise ConfigError(
-            "data.train_max_samples",
-            f"{at_most} sequences do not fill a batch of data.train_batch_size={batch}. Raise it or lower the batch.",
         )
     share = -(-mini // workers)
     micro = config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
     if share % micro:
         raise ConfigError(
             f"{ACTOR}.ppo_micro_batch_size_per_gpu",
-            f"{micro} does not divide a worker's share of a mini-batch, {share} (refine.ppo_mini_batch_size={mini} "
+            f"{micro} does not divide a worker's share of a mini-batch, {share} ({key}={mini} "
             f"over {workers} workers).{_near_divisors(share, micro)}",
         )
 

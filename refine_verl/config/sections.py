@@ -21,6 +21,7 @@ ACTIVATION_CHECKPOINTING = ("none", "segment")
 INNER = ("none", "sft", "refine")
 OUTER = ("none", "sft", "grpo")
 CONVENTIONS = ("paper", "lm_eval")
+OLD_LOG_PROBS = ("rollout", "recomputed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,13 @@ class LossSettings(Settings):
         paper="0.2; test time 0.4 (Tab. D.1)",
     )
     sft_coef: float = option(1.0, "lambda_SFT, weight of the next-token loss", at_least=0, paper="1 (Tab. D.1)")
+    old_log_probs: str = option(
+        "rollout",
+        "what the ratio of the policy loss is to: the probabilities with which tokens were written (rollout), or those "
+        "that the trained pass gives them before the first update of a batch, for one more forward pass (recomputed)",
+        choices=OLD_LOG_PROBS,
+        paper="not stated; the authors' code: recomputed",
+    )
 
     def _check_rules(self) -> None:
         if self.rl_coef == 0 and self.sft_coef == 0:
@@ -201,6 +209,12 @@ class RefineSettings(Settings):
         at_least=1,
         paper="32; post-training 16; test time 4",
     )
+    outer_mini_batch_size: int | None = option(
+        None,
+        "rows per optimiser step on the answers of a batch; null: ppo_mini_batch_size",
+        at_least=1,
+        paper="not stated; the authors' code: the whole batch",
+    )
     warmup_steps: int = option(
         0,
         "first steps of a run with the next-token loss only (a base model in the same run)",
@@ -248,6 +262,16 @@ class RefineSettings(Settings):
                     f"{' or '.join(choices)}. Prompts with answers need refine.phase=posttrain, test prompts "
                     "refine.phase=ttt (recipe=posttrain, recipe=ttt).",
                 )
+        if self.outer == "none" and self.outer_mini_batch_size is not None:
+            raise ConfigError(
+                "refine.outer_mini_batch_size",
+                f"{self.outer_mini_batch_size} has no effect with refine.outer=none: leave it out.",
+            )
+        if self.loss.old_log_probs != "rollout" and not self.uses_rollouts and self.outer != "grpo":
+            raise ConfigError(
+                "refine.loss.old_log_probs",
+                f"{self.loss.old_log_probs} has no effect where no policy loss is trained: leave it out.",
+            )
         if self.phase != "documents" and self.warmup_steps:
             raise ConfigError(
                 "refine.warmup_steps",

@@ -56,7 +56,9 @@ class PosttrainTrainer(PromptTrainer):
             "weight": batch["weight"],
         }
         with marked_timer("update_answers", timing_raw):
-            return self._update(self._message(answers), Objective.REFERENCES, metrics, "answer")
+            return self._update(
+                self._message(answers), Objective.REFERENCES, metrics, "answer", self.settings.outer_mini_batch_size
+            )
 
     def _reinforce(self, columns: Columns, metrics: dict[str, float], timing_raw: dict[str, float]) -> float:
         """``outer: grpo``: sample answers, score them, compare the answers to one prompt with each other."""
@@ -80,7 +82,8 @@ class PosttrainTrainer(PromptTrainer):
         )
         tu.assign_non_tensor(batch, temperature=settings.temperature)
         with marked_timer("update_answers", timing_raw):
-            return forward_tokens + self._update(batch, Objective.ANSWERS, metrics, "answer")
+            size = self.settings.outer_mini_batch_size
+            return forward_tokens + self._update(batch, Objective.ANSWERS, metrics, "answer", size)
 
     @functools.cached_property
     def reward_function(self) -> RewardFunction | None:

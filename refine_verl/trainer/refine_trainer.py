@@ -362,6 +362,8 @@ class RefineTrainer(CheckpointingTrainer):
             for key, values in updated.items()
             if key.startswith("actor/")
         }
+        if "actor/log_prob_gap" in updated:  # later mini-batches have weights that have moved
+            means[f"{name}/log_prob_gap"] = _finite_mean(updated["actor/log_prob_gap"][:1])
         return {
             **means,
             f"{name}/grad_norm": _finite_mean(norms),

@@ -77,11 +77,17 @@ class RefineEngine(FSDPEngine):
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Callable[..., Any], forward_only: bool
     ) -> tuple[Tensor, dict[str, Any]]:
-        """One micro-batch through the actor as its :class:`Objective` says, and its share of the loss."""
+        """One micro-batch through the actor, and its share of the loss."""
         micro_batch = micro_batch.to(get_device_id())
+        output = self.trained_pass(micro_batch)
+        loss, metrics = loss_function(model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group())
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+
+    def trained_pass(self, micro_batch: TensorDict) -> dict[str, Tensor]:
+        """A micro-batch on this device through the actor as its :class:`Objective` says."""
         objective, documents = Objective.of(micro_batch), documents_of(micro_batch)
         if objective is Objective.ANSWERS:
-            output = self.module(
+            return self.module(
                 mode="answer_log_probs",
                 prompts=documents,
                 tokens=micro_batch["answer_tokens"],
@@ -89,13 +95,10 @@ class RefineEngine(FSDPEngine):
                 temperature=tu.get(micro_batch, "temperature"),
                 segments=self.nsp.chunks + 1 if self.module.checkpoint_segments else 1,
             )
-        else:
-            branches = None
-            if objective is Objective.ROLLOUTS:
-                branches = Branches(micro_batch["positions"], micro_batch["rollout_tokens"])
-            output = self.module(mode="update", documents=documents, branches=branches, nsp=self.nsp)
-        loss, metrics = loss_function(model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group())
-        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+        branches = None
+        if objective is Objective.ROLLOUTS:
+            branches = Branches(micro_batch["positions"], micro_batch["rollout_tokens"])
+        return self.module(mode="update", documents=documents, branches=branches, nsp=self.nsp)
 
     def _build_lr_scheduler(self, optimizer: Optimizer) -> LambdaLR:
         scheduler = super()._build_lr_scheduler(optimizer)

@@ -48,10 +48,11 @@ class RefineLoss:
         objective = Objective.of(data)
         predicts, weighs = objective.predicts_tokens, objective.weighs_losses
         dp_size = tu.get_non_tensor_data(data, "dp_size", 1)
+        rollouts = self._rollouts(objective, model_output, data)
         loss, metrics = refine_objective(
             model_output["ntp_loss_sum"] if predicts else model_output["log_probs"].new_zeros(()),
             int(data["loss_mask"].sum()) if predicts else 0,
-            **self._rollouts(objective, model_output, data),
+            **rollouts,
             policy_loss=functools.partial(self._policy_loss, data=data),
             rl_coef=self.settings.rl_coef if weighs else 1.0,
             sft_coef=self.settings.sft_coef if weighs else 1.0,
@@ -61,6 +62,9 @@ class RefineLoss:
         )
         if not predicts:
             metrics.pop("actor/ntp_loss")
+        if rollouts:
+            gap = (rollouts["log_probs"].detach() - rollouts["old_log_probs"]).abs()[rollouts["mask"]].sum()
+            metrics["actor/log_prob_gap"] = gap / max(self._tokens(data, rollouts["mask"]), 1)
         # verl averages over ranks and then sums over micro-batches; shares have to be summed over both
         return loss, {name: Metric("sum", float(value) * dp_size) for name, value in metrics.items()}
 
@@ -83,6 +87,14 @@ class RefineLoss:
             "mask": mask,
         }
 
+    @staticmethod
+    def _tokens(data: TensorDict, mask: Tensor) -> int:
+        """Tokens of all rollouts or answers of the mini-batch."""
+        # answers differ in length, and the tokens that verl has counted are theirs; every rollout has k tokens
+        if Objective.of(data) is Objective.ANSWERS:
+            return int(tu.get_non_tensor_data(data, "batch_num_tokens", 0))
+        return int(tu.get_non_tensor_data(data, "global_rollouts", 0)) * mask.shape[1]
+
     def _policy_loss(
         self,
         log_probs: Tensor,
@@ -93,14 +105,9 @@ class RefineLoss:
         global_rollouts: int,
         data: TensorDict,
     ) -> tuple[Tensor, dict[str, Any]]:
-        # every rollout has k tokens, so a mean over tokens and a mean over rollouts of means over tokens agree;
-        # answers differ in length, and the tokens that verl has counted are theirs
-        tokens = global_rollouts * log_probs.shape[1]
-        if Objective.of(data) is Objective.ANSWERS:
-            tokens = int(tu.get_non_tensor_data(data, "batch_num_tokens", 0))
         self.actor.global_batch_info.update(
             dp_size=1,
-            batch_num_tokens=tokens,
+            batch_num_tokens=self._tokens(data, mask),
             global_batch_size=global_rollouts,
             loss_scale_factor=self.actor.loss_scale_factor,
         )

@@ -31,7 +31,7 @@ from refine_verl.record.checkpoint_files import FileRecord, flushed
 from refine_verl.record.disk_space import could_not_write
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.failures import lost_connection
-from refine_verl.workers.objective import tokens_to_learn
+from refine_verl.workers.objective import Objective, tokens_to_learn
 from refine_verl.workers.rendezvous import join_process_group
 from refine_verl.workers.snapshot import Snapshot, shard_bytes
 
@@ -132,11 +132,20 @@ class NSPRolloutWorker(TrainingWorker):
         self.engine.hold_learning_rate = bool(tu.pop(data, "hold_learning_rate", False))
         # verl only sums this to count what a mini-batch learns from: no mask of T flags is needed
         data["loss_mask"] = tokens_to_learn(data)
+        if self.settings.refine.loss.old_log_probs == "recomputed" and Objective.of(data).reinforces:
+            data["old_log_probs"] = self._log_probs_before(data)
         output = self.train_mini_batch(data)
         tokens = torch.tensor(self.engine.module.forward_tokens - counted, device=get_device_id())
         torch.distributed.all_reduce(tokens, group=self.engine.get_data_parallel_group())
         tu.get(output, "metrics")["forward_tokens"] = [tokens.item()]
         return output
+
+    def _log_probs_before(self, data: TensorDict) -> Tensor:
+        """Log-probabilities under the weights as they are, from the micro-batches and the pass that are trained."""
+        size = tu.get(data, "micro_batch_size_per_gpu", self.engine_config.micro_batch_size_per_gpu)
+        with self.engine.train_mode(), torch.no_grad():
+            parts = [self.engine.trained_pass(part.to(get_device_id()))["log_probs"] for part in data.split(size)]
+        return torch.cat(parts).float().cpu().view(data["old_log_probs"].shape)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def score(self, data: TensorDict) -> TensorDict:

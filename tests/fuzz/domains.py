@@ -73,6 +73,8 @@ COMMON: dict[str, Domain] = {
     "refine.outer": _text("none", "sft", "grpo"),
     "refine.ppo_mini_batch_size": _integer(1),
     "refine.warmup_steps": _integer(0),
+    "refine.outer_mini_batch_size": _integer(1, null=True),
+    "refine.loss.old_log_probs": _text("rollout", "recomputed"),
     "refine.nsp.chunks": _integer(1),
     "refine.nsp.rollout_length": _integer(1),
     "refine.nsp.rollouts_per_position": _integer(1),

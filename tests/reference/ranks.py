@@ -193,6 +193,22 @@ class Session:
         self.worker.engine.optimizer.state.clear()
         self.trainer.global_steps = 0
 
+    def shifted(self, old_log_probs: str) -> dict[str, float]:
+        """The metrics of an update on rollouts whose log-probabilities are all 0.5 too high."""
+        from refine_verl.workers.objective import Objective
+
+        self.start_over()
+        set_field(self.trainer.settings.loss, "old_log_probs", old_log_probs)
+        set_field(self.trainer.settings, "ppo_mini_batch_size", 4)
+        batch = self.trainer._to_batch(columns(LENGTHS, 1))
+        rollouts = self.group.rollout_and_reward(batch).get()
+        batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs"))
+        batch["old_log_probs"] = batch["old_log_probs"] + 0.5
+        batch["advantages"] = rollouts["rewards"] - rollouts["rewards"].mean()
+        metrics: dict[str, float] = {}
+        self.trainer._update(batch, Objective.ROLLOUTS, metrics)
+        return metrics
+
     def poisoned(self, value: float, rows: list[int]) -> dict[str, Any]:
         """Updates with a bad advantage in ``rows``, driven through the trainer's own accounting."""
         from verl.utils import tensordict_utils as tu
@@ -266,6 +282,9 @@ def one_rank_only(session: Session, batches: list[dict[str, np.ndarray]]) -> dic
     set_field(session.trainer.settings, "ppo_mini_batch_size", 2)
     half = {name: values[[0, 1, 4, 5]] for name, values in batches[0].items()}
     results["rank_0_alone"] = session.step(half)
+    session.start_over()
+    results["old_log_probs"] = {kind: session.shifted(kind) for kind in ("rollout", "recomputed")}
+    set_field(session.trainer.settings.loss, "old_log_probs", "rollout")
     session.start_over()
     for name, value in (("chunks", 8), ("rollout_length", 5), ("rollouts_per_position", 1)):
         set_field(session.trainer.settings.nsp, name, value)

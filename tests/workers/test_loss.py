@@ -50,6 +50,7 @@ def test_by_hand() -> None:
     assert values["actor/ntp_loss"] == pytest.approx(3.0)
     assert values["actor/pg_loss"] == pytest.approx(pg)
     assert values["actor/pg_clipfrac"] == pytest.approx(0.25)
+    assert values["actor/log_prob_gap"] == pytest.approx((math.log(1.5) - math.log(0.5)) / 4)
     assert values["actor/ppo_kl"] == pytest.approx(-(math.log(1.5) + math.log(0.5)) / 4)
 
 
@@ -195,6 +196,7 @@ def test_answers_of_unequal_length_by_hand(mode: str) -> None:
     by_hand = {"seq-mean-token-mean": -(1.2 + 1.1) / 2, "token-mean": -(1.2 + 1.0 + 1.2) / 3}[mode]
     assert loss.item() == pytest.approx(by_hand)
     assert "actor/ntp_loss" not in metrics
+    assert metrics["actor/log_prob_gap"].aggregate() == pytest.approx(math.log(1.5) / 3)
     loss.backward()
     assert new.grad is not None and not new.grad[0].any()  # clipped, and behind the end
     assert new.grad[1, :2].all() and not new.grad[1, 2]

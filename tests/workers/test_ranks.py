@@ -98,6 +98,20 @@ def test_only_bad_gradients_leave_every_bit_of_the_weights(ranks: Ranks, world: 
     assert "not finite" in ranks[world]["log"]
 
 
+def test_old_log_probs_are_those_of_the_writing_or_of_the_trained_pass(ranks: Ranks) -> None:
+    """Recomputed, what came with the rollouts plays no part, and before the first update every ratio is 1."""
+    written, recomputed = (ranks[1]["old_log_probs"][kind] for kind in ("rollout", "recomputed"))
+    assert written["actor/log_prob_gap"] == pytest.approx(0.5, abs=1e-4)
+    assert recomputed["actor/log_prob_gap"] == 0
+    assert written["actor/ppo_kl"] == pytest.approx(0.5, abs=0.1) and abs(recomputed["actor/ppo_kl"]) < 0.1
+    assert written["actor/pg_loss"] != recomputed["actor/pg_loss"]
+
+
+def test_the_gap_is_that_of_the_kernels_and_no_more(ranks: Ranks) -> None:
+    for step in ranks[1]["steps"]:
+        assert 0 <= step["metrics"]["actor/log_prob_gap"] < 1e-4
+
+
 def test_validation_counts_every_document_once(ranks: Ranks) -> None:
     """Five documents in batches of 3 and 2: neither divides by two ranks, so dummies fill them up."""
     one, two = ranks[1], ranks[2]
