@@ -21,6 +21,7 @@ ACTIVATION_CHECKPOINTING = ("none", "segment")
 INNER = ("none", "sft", "refine")
 OUTER = ("none", "sft", "grpo")
 CONVENTIONS = ("paper", "lm_eval")
+END_TOKENS = ("sampled", "suppressed")
 OLD_LOG_PROBS = ("rollout", "recomputed")
 
 
@@ -57,6 +58,13 @@ class NSPSettings(Settings):
         None, "width of the average pooling over entropies; null: rollout_length", at_least=1, paper="k"
     )
     temperature: float = option(1.0, "sampling temperature of the rollouts", above=0, paper="1.0 (Tab. D.1)")
+    end_tokens: str = option(
+        "sampled",
+        "whether a rollout may write the tokens that end a text: as any other (sampled), or never, neither when it is "
+        "written nor when its probabilities are trained (suppressed)",
+        choices=END_TOKENS,
+        paper="not stated; the authors' code: suppressed",
+    )
     reward: str = option(
         "cosine",
         "cosine (Eq. 9), binary (Eq. 11), hybrid (Eq. 12), or a function of yours by registered name or import path",
@@ -266,6 +274,10 @@ class RefineSettings(Settings):
             raise ConfigError(
                 "refine.outer_mini_batch_size",
                 f"{self.outer_mini_batch_size} has no effect with refine.outer=none: leave it out.",
+            )
+        if self.nsp.end_tokens != "sampled" and not self.uses_rollouts:
+            raise ConfigError(
+                "refine.nsp.end_tokens", f"{self.nsp.end_tokens} has no effect without rollouts: leave it out."
             )
         if self.loss.old_log_probs != "rollout" and not self.uses_rollouts and self.outer != "grpo":
             raise ConfigError(

@@ -75,7 +75,8 @@ class FastWeightActor(Passes):
             shape, copies = draws.tokens.shape, nsp.rollouts_per_position
             last = torch.cat([part for _, part, _ in readings]).repeat_interleave(copies, dim=0)
             state = FastWeightState.stack([part for _, _, part in readings if part is not None]).fork(copies)
-            written = self.write(last, state, draws.tokens.flatten(0, 2), nsp.temperature, keep_hidden=True)
+            uniforms, never = draws.tokens.flatten(0, 2), self.forbidden(nsp)
+            written = self.write(last, state, uniforms, nsp.temperature, keep_hidden=True, forbidden=never)
             assert written.hidden is not None
             tokens, log_probs = written.tokens.view(shape), written.log_probs.view(shape)
             predicted = written.hidden.view(*shape, -1)
@@ -195,4 +196,5 @@ def make_actor(
     actor.autocast_dtype = autocast_dtype
     actor.checkpoint_segments = checkpoint_segments
     actor.forward_tokens = 0
+    actor.end_tokens = answers.end_tokens_of(actor)
     return actor

@@ -5,6 +5,7 @@ Those of tokens that were sampled do, where their log-probabilities are trained:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from refine_verl.models.packing import IGNORED
 from refine_verl.nsp.entropy import accumulation_dtype, chunked_entropy
 from refine_verl.nsp.objective import gather_log_probs
+from refine_verl.nsp.sampling import without
 
 # Logits held at once: 16 MiB in float32. More leave the cache and are mapped anew by every malloc.
 _CHUNK_ELEMENTS = 1 << 22
@@ -34,7 +36,8 @@ class FusedHead(nn.Linear):
         task: ``logits``; ``entropy`` -> [L] entropy of each prediction, no gradient (Eq. 5);
             ``cross_entropy`` (targets [L]) -> scalar sum over targets that are not IGNORED (Eq. 2);
             ``score`` (targets [L]) -> per token negative log-likelihood [L] and whether the argmax is right
-            [L], no gradient; ``log_probs`` (targets [L], temperature) -> [L] log-probabilities.
+            [L], no gradient; ``log_probs`` (targets [L], temperature, forbidden) -> [L]
+            log-probabilities among all tokens but the ``forbidden``.
         """
         if task == "logits":
             return super().forward(input)
@@ -61,9 +64,11 @@ class FusedHead(nn.Linear):
             correct.append(logits.argmax(dim=-1) == wanted)
         return torch.cat(losses), torch.cat(correct)
 
-    def _log_probs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    def _log_probs(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, forbidden: Sequence[int] = ()
+    ) -> Tensor:
         # a copy: FSDP2 hooks the outputs of its modules and must not be handed a view
-        return gather_log_probs(super().forward(hidden), targets, temperature).clone()
+        return gather_log_probs(without(super().forward(hidden), forbidden), targets, temperature).clone()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

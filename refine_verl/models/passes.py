@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from refine_verl.config import NSPSettings
+from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.models.adapters import ModelAdapter, TracingAdapter
 from refine_verl.models.packing import IGNORED, Documents, Packed
 from refine_verl.models.rollouts import Branches
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import Trace, read_segments, read_with_snapshots
-from refine_verl.nsp import align_entropy, sample_from_logits, select_positions
+from refine_verl.nsp import align_entropy, sample_from_logits, select_positions, without
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Passes(nn.Module):
     autocast_dtype: torch.dtype | None
     checkpoint_segments: bool
     forward_tokens: int
+    end_tokens: Sequence[int]
 
     # One pass
 
@@ -98,10 +99,30 @@ class Passes(nn.Module):
         """The LM head; see `refine_verl.models.head.FusedHead.forward` for the tasks."""
         return self.get_output_embeddings()(hidden, task=task, **kwargs)  # type: ignore[operator]
 
-    def log_probs(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        """Log-probabilities [R, k] of ``tokens`` [R, k], each predicted from ``hidden`` [R, k, d]."""
-        flat = self.apply_head(hidden.flatten(0, 1), "log_probs", targets=tokens.flatten(), temperature=temperature)
+    def log_probs(self, hidden: Tensor, tokens: Tensor, nsp: NSPSettings) -> Tensor:
+        """Log-probabilities [R, k] of a rollout's ``tokens`` [R, k], each predicted from ``hidden`` [R, k, d]."""
+        flat: Tensor = self.apply_head(
+            hidden.flatten(0, 1),
+            "log_probs",
+            targets=tokens.flatten(),
+            temperature=nsp.temperature,
+            forbidden=self.forbidden(nsp),
+        )
         return flat.view(tokens.shape)
+
+    def forbidden(self, nsp: NSPSettings) -> Sequence[int]:
+        """Tokens that no rollout may have.
+
+        Raises:
+            ConfigError: end tokens are to be suppressed, and neither model nor tokenizer names one.
+        """
+        if nsp.end_tokens != "suppressed":
+            return ()
+        if not self.end_tokens:
+            raise ConfigError(
+                "refine.nsp.end_tokens", "suppressed needs a model or a tokenizer with an end token (eos_token_id)."
+            )
+        return self.end_tokens
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matmuls over float32 parameters.
@@ -180,6 +201,7 @@ class Passes(nn.Module):
         *,
         stop: Callable[[Tensor], bool] | None = None,
         keep_hidden: bool = False,
+        forbidden: Sequence[int] = (),
     ) -> Written:
         """Continue R sequences token by token.
 
@@ -190,13 +212,14 @@ class Passes(nn.Module):
             temperature: 0 takes the most likely token.
             stop: asked after each token, with int64 [R], whether it was the last.
             keep_hidden: whether hidden states at the tokens are wanted; the last token is then read, too.
+            forbidden: ids that are never written.
         """
         draws = draws.to(last.device)
         tokens: list[Tensor] = []
         log_probs: list[Tensor] = []
         hidden: list[Tensor] = []
         for step in range(draws.shape[1]):
-            token, log_prob = sample_from_logits(self.apply_head(last), draws[:, step], temperature)
+            token, log_prob = sample_from_logits(without(self.apply_head(last), forbidden), draws[:, step], temperature)
             tokens.append(token)
             log_probs.append(log_prob)
             ended = (stop is not None and stop(token)) or step + 1 == draws.shape[1]
@@ -254,4 +277,4 @@ class Passes(nn.Module):
             rest = Packed.of_rows(tokens[:, :-1])
             after, _ = self.segment(rest, state.fork(copies), keep_state=False)
             hidden = torch.cat([hidden, after.view(*rest.tokens.shape, -1)], dim=1)
-        return self.log_probs(hidden, tokens, nsp.temperature)
+        return self.log_probs(hidden, tokens, nsp)

@@ -39,10 +39,12 @@ def rollout(
         packed = pack(prefixes)
         states, after = actor.run(packed, None, keep_state=True)
         uniforms = draws[:, chunk].flatten(0, 1)
-        written = actor.write(states[packed.last], after, uniforms, nsp.temperature).tokens
+        written = actor.write(
+            states[packed.last], after, uniforms, nsp.temperature, forbidden=actor.forbidden(nsp)
+        ).tokens
         states = _plain_hidden(actor, prefixes, written, nsp.rollout_length + 1)
         tokens.append(written)
-        log_probs.append(actor.log_probs(states[:, :-1], written, nsp.temperature))
+        log_probs.append(actor.log_probs(states[:, :-1], written, nsp))
         hidden.append(states[:, 1:])
     shape = (len(documents), nsp.rollouts_per_position, nsp.rollout_length)
     return (
@@ -84,7 +86,7 @@ def _through_prefix(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: 
         hidden = checkpoint(body, inputs, use_reentrant=False, preserve_rng_state=False)
     else:
         hidden = body(inputs)
-    return actor.log_probs(hidden, tokens, nsp.temperature)
+    return actor.log_probs(hidden, tokens, nsp)
 
 
 def _branch_only(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: NSPSettings) -> Tensor:
@@ -98,4 +100,4 @@ def _branch_only(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: NSP
         rest = Packed.of_rows(tokens[:, :-1])
         after, _ = actor.run(rest, state.detach(), keep_state=False)
         last = torch.cat([last, after.view(*rest.tokens.shape, -1)], dim=1)
-    return actor.log_probs(last, tokens, nsp.temperature)
+    return actor.log_probs(last, tokens, nsp)

@@ -41,6 +41,7 @@ from refine_verl.nsp.sampling import (
     rollout_uniforms,
     sample_from_logits,
     uniforms,
+    without,
 )
 from refine_verl.nsp.selection import (
     ANCHORS,

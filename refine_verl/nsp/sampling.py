@@ -8,6 +8,7 @@ continues exactly.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,13 @@ def sample_from_logits(
         tokens[part] = all_log_probs.argmax(dim=-1) if temperature == 0 else _invert_cdf(all_log_probs, draws[part])
         log_probs[part] = all_log_probs.gather(-1, tokens[part, None])[:, 0]
     return tokens, log_probs
+
+
+def without(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """`logits` `[..., V]` with no probability left for `tokens`; the same tensor if there are none."""
+    if not tokens:
+        return logits
+    return logits.index_fill(-1, torch.tensor(list(tokens), device=logits.device), -torch.inf)
 
 
 def end_tokens(generation: Any, *more: int | None) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
 from refine_verl.config import ModelSettings, NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
+from refine_verl.models.answers import end_tokens_of
 from refine_verl.models.stored_types import only_safe_types
 from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
@@ -60,11 +61,13 @@ class RefineEngine(FSDPEngine):
         # float32 parameters everywhere; on GPUs bf16 enters through autocast, so that gradients of the several
         # passes over one document are summed in float32
         autocast = torch.bfloat16 if get_device_name() == "cuda" else None
-        return make_actor(
+        actor = make_actor(
             module,
             autocast_dtype=autocast,
             checkpoint_segments=self.model_settings.activation_checkpointing == "segment",
         )
+        actor.end_tokens = end_tokens_of(actor, self.model_config.tokenizer.eos_token_id)
+        return actor
 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False

@@ -210,3 +210,34 @@ def test_a_learning_rate_that_starts_over_with_every_batch_does_not_move(changes
         with pytest.raises(ConfigError, match="Leave lr_scheduler_type at constant, without warm-up"):
             composed(*TTT, *overrides, *others)
     composed(*TTT, *overrides, "refine.ttt.reset=none")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ((*MIDTRAIN, "refine.outer_mini_batch_size=16"), "refine.outer_mini_batch_size"),
+        ((*TTT, "refine.outer_mini_batch_size=4"), "refine.outer_mini_batch_size"),
+        ((*POSTTRAIN, "refine.outer_mini_batch_size=128"), "refine.outer_mini_batch_size"),
+        ((*POSTTRAIN, "refine.outer_mini_batch_size=24"), "refine.outer_mini_batch_size"),
+        ((*MIDTRAIN, "refine.loss.rl_coef=0", "refine.loss.old_log_probs=recomputed"), "refine.loss.old_log_probs"),
+        ((*POSTTRAIN, "refine.inner=sft", "refine.loss.old_log_probs=recomputed"), "refine.loss.old_log_probs"),
+        ((*MIDTRAIN, "refine.loss.rl_coef=0", "refine.nsp.end_tokens=suppressed"), "refine.nsp.end_tokens"),
+        ((*POSTTRAIN, "refine.inner=none", "refine.nsp.end_tokens=suppressed"), "refine.nsp.end_tokens"),
+        ((*MIDTRAIN, "refine.nsp.end_tokens=masked"), "refine.nsp.end_tokens"),
+    ],
+)
+def test_what_the_authors_do_is_refused_where_it_means_nothing(overrides: tuple[str, ...], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        composed(*overrides)
+    assert caught.value.key == key
+
+
+def test_what_the_authors_do_can_be_set() -> None:
+    refine = composed(
+        *POSTTRAIN,
+        "refine.outer_mini_batch_size=64",
+        "refine.loss.old_log_probs=recomputed",
+        "refine.nsp.end_tokens=suppressed",
+    ).refine
+    assert (refine.outer_mini_batch_size, refine.loss.old_log_probs) == (64, "recomputed")
+    assert refine.nsp.end_tokens == "suppressed"

@@ -73,6 +73,7 @@ COMMON: dict[str, Domain] = {
     "refine.outer": _text("none", "sft", "grpo"),
     "refine.ppo_mini_batch_size": _integer(1),
     "refine.warmup_steps": _integer(0),
+    "refine.nsp.end_tokens": _text("sampled", "suppressed"),
     "refine.outer_mini_batch_size": _integer(1, null=True),
     "refine.loss.old_log_probs": _text("rollout", "recomputed"),
     "refine.nsp.chunks": _integer(1),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refine_verl.config import NSPSettings
+from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.models import (
     Branches,
     Documents,
@@ -94,6 +94,44 @@ def assert_same_step(a: tuple[dict, dict], b: tuple[dict, dict]) -> None:
         assert got.keys() == wanted.keys()
         worst = {name: relative(got[name], wanted[name]) for name in wanted}
         assert max(worst.values()) < RELATIVE, {k: v for k, v in worst.items() if v >= RELATIVE}
+
+
+ENDS = tuple(range(30))
+"""Half of the vocabulary: without suppression they would be written."""
+
+
+@pytest.mark.parametrize("how", ["fork", "prefix"])
+def test_suppressed_end_tokens_are_never_written_nor_counted(make: Callable[..., FastWeightActor], how: str) -> None:
+    """Written and trained log-probabilities are those among the other tokens; they differ from the sampled ones'."""
+    actor, documents = make(), documents_of((40, 33))
+    actor.end_tokens = ENDS
+    draws, found = draws_for(documents, NSP), {}
+    for kind in ("sampled", "suppressed"):
+        nsp = replace(NSP, rollout=how, end_tokens=kind)
+        written = actor(mode="rollout", documents=documents, nsp=nsp, draws=draws, snapshots=24)
+        branches = Branches(written.positions, written.tokens)
+        trained = actor(mode="update", documents=documents, branches=branches, nsp=nsp)["log_probs"]
+        assert relative(trained.detach().view(written.log_probs.shape), written.log_probs) < RELATIVE
+        assert trained.isfinite().all()
+        found[kind] = written
+        plain = actor(mode="update", documents=documents, branches=branches, nsp=replace(nsp, end_tokens="sampled"))
+        more = trained.detach() > plain["log_probs"].detach()  # what the end tokens had goes to the others
+        assert more.all() if kind == "suppressed" else not more.any()
+    assert (found["sampled"].tokens < len(ENDS)).any() and not (found["suppressed"].tokens < len(ENDS)).any()
+    assert torch.equal(found["sampled"].positions, found["suppressed"].positions)
+
+
+def test_suppression_needs_an_end_token(make: Callable[..., FastWeightActor]) -> None:
+    actor, documents = make(), documents_of((40,))
+    actor.end_tokens = ()
+    with pytest.raises(ConfigError, match=r"refine\.nsp\.end_tokens: suppressed needs a model or a tokenizer"):
+        actor(
+            mode="rollout",
+            documents=documents,
+            nsp=replace(NSP, end_tokens="suppressed"),
+            draws=draws_for(documents, NSP),
+            snapshots=24,
+        )
 
 
 @pytest.mark.parametrize("lengths", [(40,), (40, 33, 51), (7, 7)], ids=["one", "unequal", "shortest"])
