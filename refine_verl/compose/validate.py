@@ -25,6 +25,7 @@ from refine_verl.compose.recipes import ConfigFile
 from refine_verl.compose.schema import check_keys, leaves, missing_values
 from refine_verl.compose.verl_keys import (
     ACTOR,
+    RANKING_LOSSES,
     STRATEGIES,
     UNSUPPORTED_LOSSES,
     check_fixed,
@@ -313,6 +314,13 @@ def _check_mini_batch(config: DictConfig, refine: RefineSettings, workers: int, 
             f"{ACTOR}.ppo_micro_batch_size_per_gpu",
             f"{micro} does not divide a worker's share of a mini-batch, {share} ({key}={mini} "
             f"over {workers} workers).{_near_divisors(share, micro)}",
+        )
+    mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
+    if mode in RANKING_LOSSES and micro < mini and (refine.uses_rollouts or refine.outer == "grpo"):
+        raise ConfigError(
+            f"{ACTOR}.policy_loss.loss_mode",
+            f"{mode} ranks the tokens of a mini-batch ({key}={mini}) and would see those of a micro-batch only. Set "
+            f"{ACTOR}.ppo_micro_batch_size_per_gpu={mini} with one worker, or take another loss.",
         )
 
 

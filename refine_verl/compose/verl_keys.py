@@ -96,6 +96,9 @@ UNSUPPORTED_LOSSES = ("bypass_mode", "geo_mean")
 """Policy losses of verl that cannot be used: ``geo_mean`` is a mean over the micro-batch, so it would weigh the more
 the smaller micro-batches are; ``bypass_mode`` needs what a rollout server sends."""
 
+RANKING_LOSSES = ("clip_cov", "kl_cov")
+"""Policy losses of verl that choose tokens by their rank among those they are given: those of a micro-batch."""
+
 
 def check_verl_keys(config: DictConfig) -> None:
     """Hold verl's keys to what its FSDP engine takes, before a worker does; loads neither torch nor verl.

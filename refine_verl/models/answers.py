@@ -133,7 +133,7 @@ def log_probs(
         for i, (piece, count) in enumerate(zip(hidden.split(packed.lengths), counts, strict=True))
     ]
     mask = torch.arange(width, device=rows.device) < lengths.flatten()[:, None]
-    values = actor.apply_head(torch.cat(pieces), "log_probs", targets=rows[mask], temperature=temperature)
+    values = actor.apply_head(torch.cat(pieces), "log_probs", targets=rows[mask], temperature=temperature, chunked=True)
     return {"log_probs": values.new_zeros(rows.shape).masked_scatter(mask, values)}
 
 

@@ -1,6 +1,6 @@
 """The LM head, evaluated in chunks: logits of all tokens of a document never exist at the same time.
 
-Those of tokens that were sampled do, where their log-probabilities are trained: k for each rollout, all of an answer.
+Those of a rollout's k tokens do, where their log-probabilities are trained; there are few.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from refine_verl.models.packing import IGNORED
 from refine_verl.nsp.entropy import accumulation_dtype, chunked_entropy
@@ -36,8 +37,9 @@ class FusedHead(nn.Linear):
         task: ``logits``; ``entropy`` -> [L] entropy of each prediction, no gradient (Eq. 5);
             ``cross_entropy`` (targets [L]) -> scalar sum over targets that are not IGNORED (Eq. 2);
             ``score`` (targets [L]) -> per token negative log-likelihood [L] and whether the argmax is right
-            [L], no gradient; ``log_probs`` (targets [L], temperature, forbidden) -> [L]
-            log-probabilities among all tokens but the ``forbidden``.
+            [L], no gradient; ``log_probs`` (targets [L], temperature, forbidden, chunked) -> [L]
+            log-probabilities among all tokens but the ``forbidden``; ``chunked`` computes logits again in the
+            backward pass instead of keeping them.
         """
         if task == "logits":
             return super().forward(input)
@@ -65,8 +67,18 @@ class FusedHead(nn.Linear):
         return torch.cat(losses), torch.cat(correct)
 
     def _log_probs(
-        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, forbidden: Sequence[int] = ()
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        forbidden: Sequence[int] = (),
+        chunked: bool = False,
     ) -> Tensor:
+        if chunked and len(hidden) > self._rows():
+            chunks = zip(hidden.split(self._rows()), targets.split(self._rows()), strict=True)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            parts = [checkpoint(self._log_probs, *chunk, temperature, forbidden, **options) for chunk in chunks]
+            return torch.cat(parts)
         # a copy: FSDP2 hooks the outputs of its modules and must not be handed a view
         return gather_log_probs(without(super().forward(hidden), forbidden), targets, temperature).clone()
 

@@ -22,6 +22,7 @@ from refine_verl.preflight.prompts import prepare_prompt_splits
 
 POSTTRAIN = ("recipe=posttrain", "model.path=DIR", "data.train_files=FILE")
 TTT = ("recipe=ttt", "model.path=DIR", "data.val_files=FILE")
+LOSS, MICRO = "actor_rollout_ref.actor.policy_loss.loss_mode", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
 MIDTRAIN = ("recipe=midtrain", "model.path=DIR", "data.train_files=FILE")
 
 
@@ -224,12 +225,20 @@ def test_a_learning_rate_that_starts_over_with_every_batch_does_not_move(changes
         ((*MIDTRAIN, "refine.loss.rl_coef=0", "refine.nsp.end_tokens=suppressed"), "refine.nsp.end_tokens"),
         ((*POSTTRAIN, "refine.inner=none", "refine.nsp.end_tokens=suppressed"), "refine.nsp.end_tokens"),
         ((*MIDTRAIN, "refine.nsp.end_tokens=masked"), "refine.nsp.end_tokens"),
+        ((*MIDTRAIN, f"{LOSS}=clip_cov"), LOSS),
+        ((*MIDTRAIN, f"{LOSS}=kl_cov", f"{MICRO}=16"), LOSS),
+        ((*POSTTRAIN, f"{LOSS}=kl_cov", "refine.outer=grpo", "refine.inner=none", f"{MICRO}=8"), LOSS),
     ],
 )
-def test_what_the_authors_do_is_refused_where_it_means_nothing(overrides: tuple[str, ...], key: str) -> None:
+def test_what_means_nothing_or_something_else_is_refused(overrides: tuple[str, ...], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         composed(*overrides)
     assert caught.value.key == key
+
+
+def test_a_loss_that_ranks_tokens_has_all_of_them() -> None:
+    one_worker = (f"{MICRO}=32", "trainer.n_gpus_per_node=1")
+    assert composed(*MIDTRAIN, f"{LOSS}=kl_cov", *one_worker).workers == 1
 
 
 def test_what_the_authors_do_can_be_set() -> None:

@@ -104,6 +104,29 @@ def test_log_probs(temperature: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+def test_chunked_log_probs_keep_no_logits_and_change_nothing(set_chunk: Callable[[int], None]) -> None:
+    """Values and gradients to the last digits; kept for the backward pass is no tensor with a row of V per token."""
+    (hidden, targets), head = a_batch(), a_head(bias=True)
+    targets = targets.clamp(min=0)
+    leaves, kept = [hidden.requires_grad_(), *head.parameters()], []
+    weights = torch.linspace(-1, 1, ROWS, dtype=torch.float64)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    found = []
+    for chunked in (False, True):
+        set_chunk(4)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            values = head(hidden, "log_probs", targets=targets, temperature=0.5, forbidden=(3,), chunked=chunked)
+        assert any(shape[-1:] == (VOCABULARY,) and shape[0] > 1 for shape in kept) != chunked
+        found.append((values, *torch.autograd.grad(values[targets != 3] @ weights[targets != 3], leaves)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
 def test_it_is_still_a_linear_layer() -> None:
     hidden, _ = a_batch()
     head = a_head(bias=True)

@@ -36,6 +36,7 @@ from refine_verl.workers.objective import Objective
 
 ACTOR = "actor_rollout_ref.actor"
 OPTIM, FSDP, POLICY = f"{ACTOR}.optim", f"{ACTOR}.fsdp_config", f"{ACTOR}.policy_loss"
+ALL_TOGETHER = f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"
 COSINE = (f"{OPTIM}.lr_scheduler_type=cosine",)
 
 TESTED_IN: dict[str, str] = {
@@ -239,15 +240,34 @@ CASES: list[tuple[Reader, str, tuple[str, ...]]] = [
     (policy_loss, f"{ACTOR}.tau_pos=2.0", (f"{POLICY}.loss_mode=sapo",)),
     (policy_loss, f"{ACTOR}.tau_neg=2.0", (f"{POLICY}.loss_mode=sapo",)),
     (policy_loss, f"{POLICY}.loss_mode=gpg", ()),
-    (policy_loss, f"{POLICY}.clip_cov_ratio=0.5", (f"{POLICY}.loss_mode=clip_cov", f"{POLICY}.clip_cov_lb=0.0")),
-    (policy_loss, f"{POLICY}.clip_cov_lb=0.0", (f"{POLICY}.loss_mode=clip_cov", f"{POLICY}.clip_cov_ratio=0.5")),
+    (
+        policy_loss,
+        f"{POLICY}.clip_cov_ratio=0.5",
+        (f"{POLICY}.loss_mode=clip_cov", ALL_TOGETHER, f"{POLICY}.clip_cov_lb=0.0"),
+    ),
+    (
+        policy_loss,
+        f"{POLICY}.clip_cov_lb=0.0",
+        (f"{POLICY}.loss_mode=clip_cov", ALL_TOGETHER, f"{POLICY}.clip_cov_ratio=0.5"),
+    ),
     (
         policy_loss,
         f"{POLICY}.clip_cov_ub=0.1",
-        (f"{POLICY}.loss_mode=clip_cov", f"{POLICY}.clip_cov_ratio=0.5", f"{POLICY}.clip_cov_lb=0.0"),
+        (f"{POLICY}.loss_mode=clip_cov", ALL_TOGETHER, f"{POLICY}.clip_cov_ratio=0.5", f"{POLICY}.clip_cov_lb=0.0"),
     ),
-    (policy_loss, f"{POLICY}.kl_cov_ratio=0.5", (f"{POLICY}.loss_mode=kl_cov",)),
-    (policy_loss, f"{POLICY}.ppo_kl_coef=5.0", (f"{POLICY}.loss_mode=kl_cov", f"{POLICY}.kl_cov_ratio=0.5")),
+    (
+        policy_loss,
+        f"{POLICY}.kl_cov_ratio=0.5",
+        (
+            f"{POLICY}.loss_mode=kl_cov",
+            ALL_TOGETHER,
+        ),
+    ),
+    (
+        policy_loss,
+        f"{POLICY}.ppo_kl_coef=5.0",
+        (f"{POLICY}.loss_mode=kl_cov", ALL_TOGETHER, f"{POLICY}.kl_cov_ratio=0.5"),
+    ),
     (policy_loss, f"{POLICY}.dro_beta=0.5", (f"{POLICY}.loss_mode=dro", f"{POLICY}.dro_beta=1.5")),
     (policy_loss, f"{ACTOR}.loss_agg_mode=token-mean", ()),
     (policy_loss, f"{ACTOR}.loss_scale_factor=3", (f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm",)),
