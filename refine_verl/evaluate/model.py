@@ -118,6 +118,7 @@ class EvaluatedModel:
         rows = [[*context, *following] for context, following in pairs]
         documents = self._documents(rows, tuple(len(context) for context, _ in pairs))
         loss, correct = FastWeightActor.forward(self.actor, mode="score", documents=documents)
+        _require_numbers(loss)
         return [
             Likelihood(-total, right, len(following))
             for total, right, (_, following) in zip(loss.tolist(), correct.tolist(), pairs, strict=True)
@@ -136,6 +137,7 @@ class EvaluatedModel:
             draws=None if draws is None else draws[:, None, : max(limits)],
             ends=_Ends(self, len(prompts), stops),
         )
+        _require_numbers(answers.log_probs)
         rows = zip(answers.tokens[:, 0].tolist(), answers.lengths[:, 0].tolist(), strict=True)
         return [tokens[:length] for tokens, length in rows]
 
@@ -225,6 +227,19 @@ def ttt_settings(method: str, settings: Any = None) -> AdaptSettings:
     read = read_settings({**(settings or {}), "method": method})
     check_settings(read)
     return read
+
+
+def _require_numbers(values: Tensor) -> None:
+    """Refuse a model whose predictions are no numbers: they would be scored as wrong ones.
+
+    Raises:
+        ModelError: they are not.
+    """
+    if not bool(values.isfinite().all()):
+        raise ModelError(
+            "model: its predictions are NaN or infinite, so there is nothing to score. Its weights are ruined, or too "
+            "large for this dtype (dtype=float32); evaluate an earlier checkpoint."
+        )
 
 
 def _device(name: str) -> torch.device:

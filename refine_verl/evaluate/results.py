@@ -174,7 +174,7 @@ class Results:
             _write_json(self.directory / RUN_FILE, self.identity)
             self.recorded = self.identity
         path = folder / f"{name}.jsonl"
-        text = "".join(json.dumps(record) + "\n" for record in records)
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         if replace:
             write_atomically(path, text)
             return
@@ -264,4 +264,4 @@ def _differences(key: str, there: Any, now: Any) -> list[str]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -11,7 +11,7 @@ from reference.toy import tiny_config
 
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.evaluate.model import EvaluatedModel
-from refine_verl.models import FastWeightActor, load_model, make_actor
+from refine_verl.models import FastWeightActor, ModelError, load_model, make_actor
 
 LACT = {"num_attn_heads": 2, "num_lact_heads": 2, "lact_chunk_size": 8, "window_size": 8}
 PROMPTS = [b"The grass is green.", b"Ann", b"Bob has nine apples and Ann has seven."]
@@ -58,3 +58,14 @@ def test_answers(evaluated: EvaluatedModel) -> None:
     if stop.isascii() and stop:
         stopped = evaluated.write([list(prompt) for prompt in PROMPTS], limits, stops=[stop])
         assert stopped == [text.split(stop)[0] for text in wanted]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predictions_that_are_no_numbers_are_refused(evaluated: EvaluatedModel, value: float) -> None:
+    """Weights that became so after they were read, or products too large for their dtype."""
+    with torch.no_grad():
+        evaluated.actor.get_output_embeddings().weight[5].fill_(value)
+    with pytest.raises(ModelError, match="its predictions are NaN or infinite, so there is nothing to score"):
+        evaluated.likelihoods([(list(PROMPTS[0]), list(PROMPTS[1]))])
+    with pytest.raises(ModelError, match="its predictions are NaN or infinite"):
+        evaluated.write([list(PROMPTS[0])], [4])
