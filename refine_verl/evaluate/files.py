@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def find_longbench(settings: EvaluateSettings, tasks: Sequence[str], missing: li
         missing.append(
             f"longbench: no file for {', '.join(without)}: {_where(folders, f'{without[0]}.parquet')}. Make "
             f"{'it' if len(without) == 1 else 'them'} from LongBench's data with: python -m refine_verl.prepare "
-            f"longbench --input Xnhyacinth/LongBench --tasks {' '.join(without)} --out {folders[-1]}"
+            f"longbench --input Xnhyacinth/LongBench --tasks {' '.join(without)} --out {shlex.quote(str(folders[-1]))}"
         )
     return found
 
@@ -106,8 +107,8 @@ def _no_ruler_file(settings: EvaluateSettings, folders: Sequence[Path], task: st
         f"ruler_qa: no test file for {task} at {length} tokens: "
         f"{_where(folders, f'{task}_{length}_200_test.parquet')}. "
         f"Make it with: python -m refine_verl.prepare ruler_qa --source {source} --input {original} "
-        f"--tokenizer {settings.tokenizer or settings.model} --length {length} --train 0 --test 200 "
-        f"--out {folders[-1]}/{source}_{length}"
+        f"--tokenizer {shlex.quote(settings.tokenizer or settings.model)} --length {length} --train 0 --test 200 "
+        f"--out {shlex.quote(f'{folders[-1]}/{source}_{length}')}"
     )
 
 

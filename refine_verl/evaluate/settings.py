@@ -64,6 +64,7 @@ ADAPTS = ("ruler_niah", "ruler_qa", "longbench")
 """Groups whose samples have a prompt to adapt to."""
 USED_BY: dict[str, tuple[str, ...]] = {
     "convention": ("ruler_qa", "longbench"),
+    "lengths": ("ruler_qa", "ruler_niah", "longbench", "ntp"),
     "seed": ("ruler_niah",),
     "niah_samples": ("ruler_niah",),
 }

@@ -170,7 +170,7 @@ class RefineTrainer(CheckpointingTrainer):
         tracking = Tracking(
             project_name=trainer.project_name,
             experiment_name=trainer.experiment_name,
-            default_backend=trainer.logger,
+            default_backend=_trackers(trainer.logger),
             config=redacted(OmegaConf.to_container(self.config, resolve=True)),
         )
         self._start_profile_schedule()
@@ -414,6 +414,11 @@ def mini_batch_order(rows: int, size: int, ranks: int) -> list[int]:
         for start in range(0, rows, size)
         for offset in range(share)
     ]
+
+
+def _trackers(logger: str | list[str]) -> list[str]:
+    """What `trainer.logger` names besides the console, where `TrainingProgress` shows every step in one line."""
+    return [name for name in ([logger] if isinstance(logger, str) else logger) if name != "console"]
 
 
 def _seconds(timing: dict[str, float]) -> dict[str, float]:
