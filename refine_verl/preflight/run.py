@@ -95,11 +95,14 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
         ConfigError, DataError, ModelError: a reward, a file, a
             tokenizer or a model that cannot be used.
     """
+    from refine_verl.data.sources import say_if_shared
+
     info = check_run(valid)
     if starts_here:
         check_cluster(valid.config)
     _say_where_weights_come_from(valid, info)
     _say_if_all_is_warm_up(valid)
+    say_if_shared(valid.data)
     tokenizer = load_run_tokenizer(valid, info)
     train: Prepared[Any]
     validation: Prepared[Any] | None

@@ -3,17 +3,7 @@
 from __future__ import annotations
 
 BY_KIND: dict[str, tuple[str, ...]] = {
-    "refusals that do not name what is wrong, or say more than one thing": (
-        "posttrain: data.task_key=word",
-        "prepare: --input is empty.jsonl",
-        "prepare: --input is empty.jsonl.zst",
-        "prepare: --input is blank_lines.jsonl",
-        "prepare: --input is no_rows.parquet",
-    ),
-    "files that end in a traceback, or are not read": (
-        "main: reads documents.jsonl.gz",
-        "main: reads a folder of a linked folder",
-    ),
+    "refusals that do not name what is wrong, or say more than one thing": ("posttrain: data.task_key=word",),
 }
 
 KNOWN = {case: kind for kind, cases in BY_KIND.items() for case in cases}
