@@ -20,6 +20,7 @@ from refine_verl.compose.composition import compose_config
 from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.validate import validate
 from refine_verl.config import ConfigError, NSPSettings
+from refine_verl.config.data import UNCUT, longest_possible
 from refine_verl.data import DataError
 from refine_verl.models import Branches, load_model, make_actor, snapshot_count
 from refine_verl.plan import estimate, reading
@@ -85,6 +86,17 @@ def test_reading_and_work(no_memory: None, capsys: pytest.CaptureFixture[str]) -
     assert plan["seconds_per_step"] == pytest.approx(4 * tokens / 10 / 1000)
     assert any("left out in every epoch" in text and "2 of them" in text for text in plan["warnings"])
     assert not Path("outputs").exists()
+
+
+def test_states_are_counted_by_the_limit(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """The worker's function, whatever the documents at hand have (`longest_possible`)."""
+    write_documents([20] * 8)
+    for limit, longest in ((64, 64), ("null", UNCUT)):
+        shape = plan_of(capsys, f"data.max_length={limit}")["shape"]
+        assert (shape["length"], shape["longest"]) == (20, longest)
+    data = {"max_length": 5, "max_prompt_length": 7}
+    assert longest_possible(data, "documents") == 5
+    assert longest_possible(data, "prompts") == longest_possible(data, "ttt") == 7
 
 
 def test_tables(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
