@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from refine_verl.config import DataError
+from refine_verl.data.readers import TABLES
 from refine_verl.data.sources import FileSource, resolve_sources
 from refine_verl.evaluate.samples import Unit
 from refine_verl.evaluate.settings import EvaluateSettings
 
-_RULER = re.compile(r"(ruler_squadqa|ruler_hotpotqa)(?:_(.+))?_(\d+)_\d+_test\.(?:parquet|jsonl|jsonl\.zst)")
+_SUFFIX = f"(?:{'|'.join(map(re.escape, TABLES))})"
+_RULER = re.compile(r"(ruler_squadqa|ruler_hotpotqa)(?:_(.+))?_(\d+)_\d+_test" + _SUFFIX)
 
 
 def check_data_dir(settings: EvaluateSettings, groups: Iterable[str]) -> None:
@@ -57,7 +59,7 @@ def find_longbench(settings: EvaluateSettings, tasks: Sequence[str], missing: li
     found: dict[Unit, Path] = {}
     without = []
     for task in tasks:
-        stem = re.compile(rf"{re.escape(task)}(_\d+)?\.(parquet|jsonl|jsonl\.zst)")
+        stem = re.compile(rf"{re.escape(task)}(_\d+)?{_SUFFIX}")
         files = [path for folder in folders for path in sorted(folder.glob(f"{task}*")) if stem.fullmatch(path.name)]
         if files:
             found[Unit("longbench", task, None)] = _only(files, task)
