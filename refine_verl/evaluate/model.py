@@ -19,7 +19,7 @@ from refine_verl.adaptation.checks import check_settings
 from refine_verl.adaptation.settings import METHODS, read_settings
 from refine_verl.config import ConfigError, require_choice
 from refine_verl.data.tokenizers import open_model_tokenizer
-from refine_verl.models import Documents, FastWeightActor, ModelInfo, load_model, make_actor, open_model
+from refine_verl.models import Documents, FastWeightActor, ModelError, ModelInfo, load_model, make_actor, open_model
 from refine_verl.models.answers import end_tokens_of
 
 Rows = Sequence[Sequence[int]]

@@ -108,10 +108,30 @@ def check_numbers(model: nn.Module) -> None:
         Unusable: names the first parameter that holds one.
     """
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.numel():
-            continue
-        if not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):
-            raise Unusable(f"{name} holds NaN or infinity. Take a checkpoint from before these weights were ruined.")
+        _require_numbers(name, parameter.detach())
+
+
+def check_stored_numbers(path: str | Path, config: PretrainedConfig, *, key: str = "model.path") -> None:
+    """`check_numbers` of the files of a model, tensor by tensor: for a run that starts, whose workers read them next.
+
+    Pickles, and what is still to be downloaded, are left to the workers.
+
+    Raises:
+        ModelError: names the first tensor that holds one.
+    """
+    with naming(f"{key}={path}"):
+        for file in read_headers(path, config) or ():
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    _require_numbers(name, stored.get_tensor(name))
+
+
+def _require_numbers(name: str, values: Tensor) -> None:
+    if values.is_meta or not values.numel() or not values.is_floating_point():
+        return
+    wide = values if values.dtype.itemsize > 1 else values.float()  # torch has no bounds of 8-bit numbers
+    if not all(bound.isfinite() for bound in torch.aminmax(wide)):
+        raise Unusable(f"{name} holds NaN or infinity. Take a checkpoint from before these weights were ruined.")
 
 
 def misfit(config: PretrainedConfig, problems: str) -> Unusable:

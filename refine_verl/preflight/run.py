@@ -96,10 +96,13 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
             tokenizer or a model that cannot be used.
     """
     from refine_verl.data.sources import say_if_shared
+    from refine_verl.models.weights import check_stored_numbers
 
     info = check_run(valid)
     if starts_here:
         check_cluster(valid.config)
+        if valid.model.path is not None:
+            check_stored_numbers(valid.model.path, info.config)
     _say_where_weights_come_from(valid, info)
     _say_if_all_is_warm_up(valid)
     say_if_shared(valid.data)

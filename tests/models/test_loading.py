@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from refine_verl.models import ModelError, inspect_model, load_model
+from refine_verl.models.weights import check_stored_numbers
 
 
 @pytest.fixture
@@ -80,6 +81,19 @@ def test_weights_that_are_no_numbers_are_refused(checkpoint: Path, value: float)
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(ModelError, match=f"model.path={checkpoint}: {KEY} holds NaN or infinity"):
             load_model(checkpoint, dtype=dtype)
+    with pytest.raises(ModelError, match=f"model.path={checkpoint}: {KEY} holds NaN or infinity"):
+        check_stored_numbers(checkpoint, inspect_model(checkpoint).config)
+
+
+def test_stored_numbers_are_looked_at_whatever_their_type(checkpoint: Path) -> None:
+    file, config = checkpoint / "model.safetensors", inspect_model(checkpoint).config
+    sound = {name: value.to(torch.float8_e4m3fn) for name, value in load_file(file).items()}
+    save_file(sound, file, metadata={"format": "pt"})
+    check_stored_numbers(checkpoint, config)
+    sound[KEY][3, 1] = float("nan")
+    save_file(sound, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="holds NaN"):
+        check_stored_numbers(checkpoint, config)
 
 
 def test_pickles_that_are_none_are_refused(checkpoint: Path) -> None:
