@@ -37,6 +37,8 @@ from trajectories.scenarios import OLD_RUN, OLD_RUN_RESUMED, SCENARIOS, Scenario
 LEFT_OUT = {
     "timing_s/": "seconds",
     "perf/tokens_per_second": "a speed",
+    "actor/log_prob_gap": "rounding, and nothing else, in float32",
+    "answer/log_prob_gap": "the same",
     "perf/max_memory_gb": "memory of the process, which depends on the allocator and on what was imported",
 }
 """Metrics that are not recorded, by the beginning of their name, and why: they differ from run to run."""
