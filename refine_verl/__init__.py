@@ -7,6 +7,10 @@ Python.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +18,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["AdaptSettings", "__version__", "adapt"]
+
+
+def end_while_importing(*_: object) -> None:
+    """SIGINT before a command has begun: one line and exit code 130, where Python would print what it was importing."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+def _is_our_command() -> bool:
+    """Whether this process is `python -m refine_verl...`."""
+    words = sys.orig_argv
+    return any(
+        word == "-m" and name.split(".")[0] == "refine_verl" for word, name in zip(words, words[1:], strict=False)
+    )
+
+
+if _is_our_command() and threading.current_thread() is threading.main_thread():
+    # `command.front.run_command` takes it back
+    signal.signal(signal.SIGINT, end_while_importing)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.models import FastWeightActor, ModelError
 from refine_verl.models.loading import check_family
+from refine_verl.models.weights import check_numbers, naming
 from refine_verl.nsp import check_functions
 
 _ADAPT = "refine_verl.adapt"
@@ -32,8 +33,8 @@ def check_model(model: object, trains: bool) -> None:
         trains: whether weights will be changed (not with method=none).
 
     Raises:
-        ModelError: not a Hugging Face model, no adapter, no linear head, weights spread over devices or processes,
-            made in inference mode, all frozen, or sharing memory.
+        ModelError: not a Hugging Face model, no adapter, quantised, no linear head, weights spread over devices or
+            processes, no numbers, made in inference mode, all frozen, or sharing memory.
     """
     if torch.is_inference_mode_enabled():
         raise ModelError(
@@ -43,9 +44,12 @@ def check_model(model: object, trains: bool) -> None:
     if not isinstance(model, PreTrainedModel):
         raise _not_a_model(model)
     if not isinstance(model, FastWeightActor):
-        check_family(model.config, _ADAPT, on_gpu=next(model.parameters()).device.type == "cuda")
+        with naming(_ADAPT):
+            check_family(model.config, on_gpu=next(model.parameters()).device.type == "cuda")
     _check_head(model)
     _check_placement(model)
+    with naming(_ADAPT):
+        check_numbers(model)
     if getattr(model, "is_gradient_checkpointing", False):
         raise ModelError(
             f"{_ADAPT}: the model's own gradient checkpointing drops the fast-weight state. Call "

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from refine_verl.command.keys import unknown_option
 from refine_verl.command.quiet import quieten_third_parties
@@ -36,6 +38,7 @@ def run_command(
     help: Callable[[list[str]], str],
     run: Callable[[list[str]], int | None],
     keeps_work: bool = False,
+    typed_as: Mapping[str, str] | None = None,
 ) -> int:
     """Run a command; returns the exit code.
 
@@ -45,7 +48,10 @@ def run_command(
         run: does the work. Returns the exit code, None for 0; a `Refusal` or an error of the operating system ends
             with 2, a `RunFailed` with 1, both with one line and without a traceback.
         keeps_work: the same command resumes after Ctrl-C.
+        typed_as: keys of a training configuration that refusals name -> what this command calls them.
     """
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == "refine_verl":  # `end_while_importing`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     given = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -63,9 +69,15 @@ def run_command(
     except RunFailed as error:
         return say_error(str(error), FAILED)
     except (Refusal, OSError) as error:
-        return say_error(str(error), BAD_INPUT)
+        return say_error(_as_typed(str(error), typed_as or {}), BAD_INPUT)
     except KeyboardInterrupt:
         return say("interrupted" + "; give the same command again to resume" * keeps_work, INTERRUPTED)
+
+
+def _as_typed(message: str, typed_as: Mapping[str, str]) -> str:
+    for key, name in typed_as.items():
+        message = re.sub(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", name, message)
+    return message
 
 
 def show(text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import sys
 import warnings
 
 _SAYS_NOTHING_HERE = (
@@ -12,11 +14,26 @@ _SAYS_NOTHING_HERE = (
     "'set_vital' is deprecated",  # torchdata
 )
 
+_LOGGED_FOR_NOTHING = {
+    # a run on one machine listens to that machine only, and Ray has just made its token
+    "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
+    # a tokenizer is loaded by the model's configuration, whose classes transformers does not all have
+    "transformers.configuration_utils": "You are using a model of type",
+}
+
 
 def quieten_third_parties() -> None:
     """For this process; call it before importing torch, fla or verl."""
     os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
     for message in _SAYS_NOTHING_HERE:
         warnings.filterwarnings("ignore", message=message)
+    for name, beginning in _LOGGED_FOR_NOTHING.items():
+        logging.getLogger(name).addFilter(functools.partial(_begins_otherwise, beginning))
+    if not sys.stderr.isatty():  # bars are drawn for a person; in a file they are thousands of lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it, too
     # texts are as long as they are: the tokenizer's warning about its model's context means nothing here
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+
+
+def _begins_otherwise(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)

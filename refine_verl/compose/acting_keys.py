@@ -192,13 +192,22 @@ def _defaults() -> dict[str, Any]:
 
 def _follows(config: DictConfig, key: str, value: Any) -> bool:
     """Whether the key, or a section it is in, is an interpolation in the defaults that gives this value here."""
-    written = dict(leaves(base_schema()))
+    written = _written()
     place = next((place for place in _upwards(key) if "${" in str(written.get(place))), None)
     if place is None:
         return False
-    copied = OmegaConf.create(OmegaConf.to_container(config))
-    OmegaConf.update(copied, place, written[place], merge=False)
-    return _same(value, OmegaConf.select(DictConfig(copied), key))
+    path, _, name = place.rpartition(".")
+    section = OmegaConf.select(config, path) if path else config
+    fields = OmegaConf.to_container(section, resolve=False)
+    parent = section._get_parent()
+    assert isinstance(fields, dict) and (parent is None or isinstance(parent, DictConfig))
+    beside = OmegaConf.create({**fields, name: written[place]}, parent=parent)
+    return _same(value, OmegaConf.select(beside, f"{name}{key.removeprefix(place)}"))
+
+
+@functools.cache
+def _written() -> dict[str, Any]:
+    return dict(leaves(base_schema()))
 
 
 def _same(value: Any, other: Any) -> bool:

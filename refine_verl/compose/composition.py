@@ -34,6 +34,7 @@ from refine_verl.config import (
 
 CONFIG_DIR = PACKAGE / "conf"
 CONFIG_NAME = "refine"
+_registered: list[ConfigFile] = []
 
 
 def register_configs(environment: Mapping[str, str] | None = None) -> list[ConfigFile]:
@@ -46,9 +47,12 @@ def register_configs(environment: Mapping[str, str] | None = None) -> list[Confi
     """
     _register_sections()
     store = ConfigStore.instance()
+    files = find_configs(environment)
+    if files == _registered:
+        return files
     for group in GROUPS:
         store.repo.pop(group, None)
-    files = find_configs(environment)
+    _registered[:] = files
     for file in files:
         store.store(
             group=file.group,

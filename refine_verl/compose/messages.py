@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 
 from hydra.errors import MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from refine_verl.compose.recipes import GROUPS, broken_configs, find_configs, yaml_problem
-from refine_verl.compose.schema import nearest_key
+from refine_verl.compose.schema import nearest_key, takes_any_key
 from refine_verl.config import did_you_mean
 
 FOREIGN_PRESETS = ("hf_model",)
@@ -66,9 +66,16 @@ def _unknown_file(error: MissingConfigException) -> str:
 
 
 def _unknown_key(key: str, schema: DictConfig, own_words: Sequence[str]) -> str:
+    section = OmegaConf.select(schema, key)
+    if isinstance(section, DictConfig):  # the key is known; a key in its value is not
+        if takes_any_key(f"{key}.NAME", schema):
+            return f"{key}: takes keys of your own one by one, each with a plus: +{key}.NAME=VALUE."
+        return f"{key}: unknown key in its value. Allowed: {', '.join(map(str, section))}."
     hint = did_you_mean(key, own_words, cutoff=0.7) or nearest_key(key, schema)
-    end = hint or f" Where a section takes keys of your own, add them with a plus: +{key}=..."
-    return f"{key}: unknown key.{end}"
+    if not hint:
+        open_to_all = takes_any_key(key, schema)
+        hint = f" Add a key of your own with a plus: +{key}=..." if open_to_all else " See --help for the keys."
+    return f"{key}: unknown key.{hint}"
 
 
 def _names(group: str) -> list[str]:

@@ -46,7 +46,7 @@ def nearest_key(key: str, schema: DictConfig) -> str:
 
     A sibling with a similar name comes first, then the same name elsewhere, then the most similar dotted key.
     """
-    known = list(_dotted(_plain(schema)))
+    known = [item for item in _dotted(_plain(schema)) if item != key]
     parent, _, name = key.rpartition(".")
     siblings = {item.rpartition(".")[2]: item for item in known if item.rpartition(".")[0] == parent}
     near = difflib.get_close_matches(name, siblings, n=1)
@@ -55,6 +55,14 @@ def nearest_key(key: str, schema: DictConfig) -> str:
     others = [item for item in known if not key.startswith(f"{item}.")]
     meant += difflib.get_close_matches(key, others, n=1, cutoff=0.8)
     return f" Did you mean {meant[0]!r}?" if meant else ""
+
+
+def takes_any_key(key: str, schema: DictConfig) -> bool:
+    """Whether a section that `key` is in takes keys that the schema does not list."""
+    section = key.rpartition(".")[0]
+    while section and section not in OPEN_SECTIONS and OmegaConf.select(schema, section) != {}:
+        section = section.rpartition(".")[0]
+    return bool(section)
 
 
 def _usual_place(key: str) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from refine_verl.config.refusals import ConfigError, DataError
 
 ANSWER_KEYS = ("answer", "answers", "outputs")
 """Columns tried, in this order, where `data.answer_key` is not set."""
+UNCUT = 2**31
+"""Tokens; stands for null where documents are not cut."""
 MAX_NEW_TOKENS_KEY = "max_gen_tokens"
 CLASSES_KEY = "all_classes"
 
@@ -152,6 +154,18 @@ class PromptSettings(FileSettings):
                 f"{self.overlong_prompts} would cut the chat template's own tokens off the prompt; with "
                 "data.chat_template=true use middle or error.",
             )
+
+
+def longest_possible(data: Any, phase: str) -> int:
+    """Tokens that no document or prompt of a run exceeds, whatever those at hand have: all processes make the same
+    number of passes by it, and the plan counts them by it.
+
+    Args:
+        data: the `data:` section.
+        phase: `refine.phase`.
+    """
+    limit = data["max_length"] if phase == "documents" else data["max_prompt_length"]
+    return int(limit or UNCUT)
 
 
 def split_key(split: str) -> str:

@@ -1,14 +1,18 @@
-"""Whether the Hugging Face hub can be reached, asked once: the library itself retries for half a minute."""
+"""What can be had of the Hugging Face hub: whether it answers (asked once: the library itself retries for half a
+minute), and whether a file from there is the file itself."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
+LFS_POINTER = "is a Git LFS pointer and not the file itself. Run `git lfs pull` there."
+"""What is said of such a file."""
 _SECONDS = 5.0
 
 
@@ -47,3 +51,11 @@ def why_not(name: str) -> str:
     if constants.is_offline_mode():
         return f"{OFFLINE_VARIABLE} is set and the local cache does not hold it"
     return f"{constants.ENDPOINT} cannot be reached and the local cache does not hold it"
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a repository was cloned without this file's content."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(40).startswith(b"version https://git-lfs")

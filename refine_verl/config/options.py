@@ -25,7 +25,7 @@ def nearest(value: object, known: Iterable[str], *, most: int = 1, cutoff: float
 
 def did_you_mean(value: object, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """` Did you mean 'x'?` for the nearest of `known`, or an empty string if none is near."""
-    near = nearest(value, known, cutoff=cutoff)
+    near = nearest(value, [item for item in known if item != value], cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -285,6 +285,7 @@ class ModelSettings(Settings):
     tokenizer: str | None = option(
         None,
         "directory or hub id, bytes, or bpe:SIZE (trained on the training text); null: the model's own",
+        empty=False,
     )
     config: dict[str, Any] = option({}, "configuration of a model with random weights; presets fill it in")
     config_tokenizer: str | None = option(None, "the tokenizer that belongs to model.config; presets fill it in")

@@ -13,10 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from refine_verl.config import DataError
+from refine_verl.config.hub import LFS_POINTER, is_lfs_pointer
 
 BATCH_ROWS = 128
 BATCH_CHARACTERS = 16 << 20
-SUPPORTED = (".parquet", ".jsonl", ".jsonl.zst", ".txt")
+COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
+"""What a suffix behind that of json lines means."""
+TABLES = (".parquet", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz")
+"""Files with columns; `.json.gz` holds json lines, as such files do."""
+SUPPORTED = (*TABLES, ".txt")
 
 
 class Record(NamedTuple):
@@ -44,10 +49,12 @@ def read_file(path: Path, name: str, text_key: str | None = None) -> Iterator[Re
         DataError: unknown suffix, unreadable or damaged file, missing column, plain text without `text_key`.
     """
     suffix = file_format(path)
+    if is_lfs_pointer(path):
+        raise DataError(f"{name} {LFS_POINTER}")
     try:
         if suffix == ".parquet":
             yield from _read_parquet(path, name, text_key)
-        elif suffix in (".jsonl", ".jsonl.zst"):
+        elif suffix in TABLES:
             yield from _read_json_lines(path, name, text_key or "prompt")
         else:
             require_plain_text(name, text_key)
@@ -132,7 +139,7 @@ def require_plain_text(name: str, text_key: str | None) -> None:
     """Refuse to look for columns in plain text: it has `text` only."""
     if text_key is None:
         raise DataError(
-            f"{name} has no columns: prompts and answers are read from {', '.join(SUPPORTED[:-1])} files, "
+            f"{name} has no columns: prompts and answers are read from {', '.join(TABLES)} files, "
             "directories of these, or a hub dataset id."
         )
     require_column({"text": None}, text_key, name, "data.text_key", "the text")
@@ -186,12 +193,12 @@ def reading(name: str, kind: str) -> Iterator[None]:
 
 
 def _read_json_lines(path: Path, name: str, example: str) -> Iterator[Record]:
-    """The objects of a json lines file, zstd-compressed or not; blank lines are skipped. `example` names a column."""
-    compressed = path.name.lower().endswith(".zst")
+    """The objects of a json lines file, compressed or not; blank lines are skipped. `example` names a column."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
     # Arrow's decompressor, unlike a plain zstd reader, reports a stream that stops in the middle of a frame.
     with (
-        reading(name, "zstd-compressed file" if compressed else "file"),
-        pa.input_stream(str(path), compression="zstd" if compressed else None) as stream,
+        reading(name, f"{compression}-compressed file" if compression else "file"),
+        pa.input_stream(str(path), compression=compression) as stream,
         io.BufferedReader(stream, 1 << 20) as lines,
     ):
         for row, line in enumerate(lines):

@@ -52,6 +52,23 @@ class DocumentSource(Protocol):
         """
 
 
+Identity = tuple[int, int]
+"""Device and inode."""
+
+
+def identity_of(path: Path) -> Identity:
+    """What all names of a file or directory have in common.
+
+    Raises:
+        DataError: a symbolic link to nothing.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Is it a symbolic link to nothing?") from error
+    return stat.st_dev, stat.st_ino
+
+
 class FileSource:
     """One local file."""
 
@@ -59,6 +76,11 @@ class FileSource:
         self.path = path
         self.name = str(path)
         file_format(path)
+
+    @property
+    def identity(self) -> Identity:
+        """The same for all names of the file."""
+        return identity_of(self.path)
 
     def fingerprint(self) -> list[Any]:
         """Absolute path, size and time of the last change."""
@@ -156,10 +178,32 @@ def resolve_sources(names: Iterable[str], *, key: str, default_split: str) -> li
         sources.extend(_resolve(name, key, default_split))
     if not sources:
         raise DataError(f"{key} is empty: give files, a directory, a hub dataset id, or {STDLIB_NAME}.")
-    repeated = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
-    if repeated:
-        raise DataError(f"{key} names {repeated[0]} more than once; its documents would count several times.")
+    seen: dict[object, DocumentSource] = {}
+    for source in sources:
+        first = seen.setdefault(source.identity if isinstance(source, FileSource) else source.name, source)
+        if first is not source:
+            also = "" if first.name == source.name else f" (as {source.name} as well)"
+            raise DataError(f"{key} names {first.name} more than once{also}; its documents would count several times.")
     return sources
+
+
+def say_if_shared(settings: FileSettings) -> None:
+    """Warn where validation reads what training reads."""
+    if not settings.train_files or not settings.val_files:
+        return
+    train, validation = (
+        {source.identity if isinstance(source, FileSource) else source.name: source.name for source in found}
+        for found in (split_sources(settings, "train"), split_sources(settings, "validation"))
+    )
+    shared = [name for identity, name in validation.items() if identity in train]
+    if shared:
+        logger.warning(
+            "data.val_files: %d of %d files are in data.train_files as well (%s): the validation loss is one of "
+            "documents that are trained on",
+            len(shared),
+            len(validation),
+            shared[0],
+        )
 
 
 def iterate_documents(sources: Iterable[DocumentSource], text_key: str) -> Iterator[dict[str, Any]]:
@@ -185,14 +229,14 @@ def _resolve(name: str, key: str, default_split: str) -> list[DocumentSource]:
         return [StandardLibrarySource(name.partition(":")[2] or default_split)]
     path = Path(name).expanduser()
     if path.is_dir():
-        return [FileSource(file) for file in _directory_files(path, key)]
+        return [FileSource(file) for file in _each_once(_directory_files(path, key), key)]
     if path.exists():
         return [FileSource(path)]
     if glob.has_magic(name) and not _HUB_ID.fullmatch(name):
         files = sorted(match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file())
         if not files:
             raise DataError(f"{key}: no file matches {path}. Check the pattern and the working directory.")
-        return [FileSource(file) for file in files]
+        return [FileSource(file) for file in _each_once(files, key)]
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(SUPPORTED):
         # Said before, not after: without a network the hub client tries for half a minute.
         logger.warning("%s: %s is no local path.%s Asking the Hugging Face hub for it.", key, name, nearest_paths(path))
@@ -202,8 +246,10 @@ def _resolve(name: str, key: str, default_split: str) -> list[DocumentSource]:
 
 def _directory_files(directory: Path, key: str) -> list[Path]:
     found, others = [], Counter[str]()
-    for parent, folders, files in os.walk(directory):
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+    walked = {identity_of(directory)}
+    for parent, folders, files in os.walk(directory, followlinks=True):
+        names = sorted((os.path.islink(os.path.join(parent, name)), name) for name in folders if name[0] != ".")
+        folders[:] = [name for _, name in names if _first_time(Path(parent) / name, walked, key)]
         for file in files:
             if file.startswith("."):
                 continue
@@ -220,6 +266,28 @@ def _directory_files(directory: Path, key: str) -> list[Path]:
     if skipped:
         logger.warning("%s: left out files of other kinds in %s: %s", key, directory, skipped)
     return sorted(found)
+
+
+def _first_time(folder: Path, walked: set[Identity], key: str) -> bool:
+    """Whether a folder was not walked by another name; a link to a folder that it lies in would never end."""
+    identity = identity_of(folder)
+    if identity in walked:
+        logger.warning("%s: left out %s, a symbolic link to %s, which is read already", key, folder, folder.resolve())
+        return False
+    walked.add(identity)
+    return True
+
+
+def _each_once(files: list[Path], key: str) -> list[Path]:
+    """Without the files that are there by another name before."""
+    seen: dict[Identity, Path] = {}
+    again = [file for file in files if seen.setdefault(identity_of(file), file) is not file]
+    if again:
+        first = seen[identity_of(again[0])]
+        logger.warning(
+            "%s: left out %d files that are others by another name: %s is %s", key, len(again), again[0], first
+        )
+    return list(seen.values())
 
 
 def nearest_paths(path: Path) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from refine_verl.config import DataError, is_made_of_documents
-from refine_verl.config.hub import local_files_only, why_not
+from refine_verl.config.hub import LFS_POINTER, is_lfs_pointer, local_files_only, why_not
 from refine_verl.data.sources import nearest_paths
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,11 @@ SMALLEST_BPE = 257  # 256 bytes and the end-of-sequence token
 
 
 def load_tokenizer(
-    spec: str, corpus_texts: Iterable[str] | None = None, out_dir: str | Path | None = None
+    spec: str,
+    corpus_texts: Iterable[str] | None = None,
+    out_dir: str | Path | None = None,
+    *,
+    key: str = "tokenizer",
 ) -> PreTrainedTokenizerBase:
     """Load or make a tokenizer.
 
@@ -33,6 +37,7 @@ def load_tokenizer(
             byte-level BPE of SIZE entries (bytes and end-of-sequence among them) trained on `corpus_texts`.
         corpus_texts: documents for `bpe:SIZE` (see `prepare.iterate_split_texts`); not read otherwise.
         out_dir: where a tokenizer made here is saved, so that `AutoTokenizer` loads it; None saves nothing.
+        key: what named it, for messages.
 
     Raises:
         DataError: nothing loadable at `spec`, a SIZE that makes no sense, or no text to train on.
@@ -41,29 +46,75 @@ def load_tokenizer(
         vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
         return _finish(_byte_level(models.BPE(vocab=vocabulary, merges=[])), out_dir)
     if is_made_of_documents(spec):
-        return _finish(_train_bpe(spec, corpus_texts), out_dir)
+        return _finish(_train_bpe(spec, corpus_texts, key), out_dir)
     try:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=False, local_files_only=local_files_only(spec))
     except Exception as error:  # the loader raises many unrelated types; all mean "no tokenizer there"
         path = Path(spec).expanduser()
         if path.is_dir():
-            files = ", ".join(sorted(item.name for item in path.iterdir())[:12]) or "nothing"
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"no tokenizer can be loaded from {path}: {reason} The directory holds: {files}. It needs "
-                "tokenizer.json and tokenizer_config.json (save_pretrained writes them)."
-            ) from error
+            raise DataError(f"{key}={spec}: {_why_no_tokenizer(path, error)}") from error
         reason = why_not(spec) if isinstance(error, OSError) else str(error)
         raise DataError(
-            f"tokenizer {spec!r} is neither a directory nor a hub id that can be loaded: {reason}."
+            f"{key}={spec}: this tokenizer is neither a directory nor a hub id that can be loaded: {reason}."
             f"{nearest_paths(path)} Without network access give a local directory, or use bytes or bpe:SIZE."
         ) from error
 
 
-def _train_bpe(spec: str, corpus_texts: Iterable[str] | None) -> backend.Tokenizer:
+def _why_no_tokenizer(directory: Path, error: Exception) -> str:
+    for file in sorted(directory.glob("*token*.json")):
+        if is_lfs_pointer(file):
+            return f"{file.name} {LFS_POINTER}"
+    files = ", ".join(sorted(item.name for item in directory.iterdir())[:12]) or "nothing"
+    return (
+        f"no tokenizer can be loaded from this directory: {' '.join(str(error).split())} The directory holds: {files}. "
+        "It needs tokenizer.json and tokenizer_config.json (save_pretrained writes them)."
+    )
+
+
+def open_model_tokenizer(
+    given: str | None,
+    own: str,
+    vocabulary: int,
+    *,
+    keys: tuple[str, str],
+    corpus_texts: Iterable[str] | None = None,
+    cure: str = "",
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which every command gets through here.
+
+    Args:
+        given: the one that was asked for; None takes the model's.
+        own: where the model is.
+        vocabulary: tokens that the model predicts.
+        keys: what names a tokenizer, and what names the model, for messages.
+        corpus_texts: see `load_tokenizer`; None: there are no documents to train one on.
+        cure: what helps against one of too many tokens, if not the model's own.
+
+    Raises:
+        DataError: nothing that can be loaded, or a tokenizer of more tokens than the model predicts.
+    """
+    source, key = (own, keys[1]) if given is None else (given, keys[0])
+    try:
+        if corpus_texts is None:
+            tokenizer = load_finished_tokenizer(source, key=key)
+        else:
+            tokenizer = load_tokenizer(source, corpus_texts, key=key)
+    except DataError as error:
+        other = f" Or name another tokenizer with {keys[0]}=DIR_OR_HUB_ID or {keys[0]}=bytes." if given is None else ""
+        raise DataError(f"{error}{other}") from error
+    if len(tokenizer) > vocabulary:
+        other = f"name it with {keys[0]}=DIR" if given is None else f"leave {keys[0]} out"
+        raise DataError(
+            f"{key}: {source} has {len(tokenizer)} tokens, but the model predicts only {vocabulary}. "
+            + (cure or f"Take the tokenizer that the model was trained with: {other}.")
+        )
+    return tokenizer
+
+
+def _train_bpe(spec: str, corpus_texts: Iterable[str] | None, key: str) -> backend.Tokenizer:
     if not re.fullmatch(r"bpe:\d+", spec) or int(spec[4:]) < SMALLEST_BPE:
         raise DataError(
-            f"tokenizer {spec!r}: write bpe:SIZE with SIZE at least {SMALLEST_BPE} (256 bytes and "
+            f"{key}={spec}: write bpe:SIZE with SIZE at least {SMALLEST_BPE} (256 bytes and "
             "end-of-sequence), for example bpe:4096."
         )
     size = int(spec[4:])
@@ -77,7 +128,7 @@ def _train_bpe(spec: str, corpus_texts: Iterable[str] | None) -> backend.Tokeniz
     texts = iter(corpus_texts or ())
     first = next(texts, None)
     if first is None:
-        raise DataError(f"tokenizer bpe:{size} is trained on documents, but there are none: set data.train_files.")
+        raise DataError(f"{key}={spec}: it is trained on documents, but there are none: set data.train_files.")
     tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
     if tokenizer.get_vocab_size() < size:
         logger.warning(
@@ -110,7 +161,7 @@ def _finish(tokenizer: backend.Tokenizer, out_dir: str | Path | None) -> PreTrai
     return AutoTokenizer.from_pretrained(str(out_dir), trust_remote_code=False)
 
 
-def load_finished_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_finished_tokenizer(name: str, *, key: str = "tokenizer") -> PreTrainedTokenizerBase:
     """`load_tokenizer` where there are no documents to train one on.
 
     Raises:
@@ -118,7 +169,7 @@ def load_finished_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if is_made_of_documents(name):
         raise DataError(
-            f"tokenizer={name} would be trained on a run's own documents. Give the tokenizer's directory (a run saves "
-            "it with its model), a hub id, or bytes."
+            f"{key}={name} would be trained on a run's own documents. Give the tokenizer's directory (a run saves it "
+            "with its model), a hub id, or bytes."
         )
-    return load_tokenizer(name)
+    return load_tokenizer(name, key=key)

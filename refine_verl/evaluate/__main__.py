@@ -23,7 +23,13 @@ Interrupted? Give the same command again: finished samples are not asked again.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command(arguments, help=lambda _: USAGE + list_keys(EvaluateSettings), run=_run, keeps_work=True)
+    return run_command(
+        arguments,
+        help=lambda _: USAGE + list_keys(EvaluateSettings),
+        run=_run,
+        keeps_work=True,
+        typed_as={"model.path": "model", "model.tokenizer": "tokenizer"},
+    )
 
 
 def _run(given: list[str]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from refine_verl.config import DataError
+from refine_verl.data.readers import TABLES
 from refine_verl.data.sources import FileSource, resolve_sources
 from refine_verl.evaluate.samples import Unit
 from refine_verl.evaluate.settings import EvaluateSettings
 
-_RULER = re.compile(r"(ruler_squadqa|ruler_hotpotqa)(?:_(.+))?_(\d+)_\d+_test\.(?:parquet|jsonl|jsonl\.zst)")
+_SUFFIX = f"(?:{'|'.join(map(re.escape, TABLES))})"
+_RULER = re.compile(r"(ruler_squadqa|ruler_hotpotqa)(?:_(.+))?_(\d+)_\d+_test" + _SUFFIX)
 
 
 def check_data_dir(settings: EvaluateSettings, groups: Iterable[str]) -> None:
@@ -56,7 +59,7 @@ def find_longbench(settings: EvaluateSettings, tasks: Sequence[str], missing: li
     found: dict[Unit, Path] = {}
     without = []
     for task in tasks:
-        stem = re.compile(rf"{re.escape(task)}(_\d+)?\.(parquet|jsonl|jsonl\.zst)")
+        stem = re.compile(rf"{re.escape(task)}(_\d+)?{_SUFFIX}")
         files = [path for folder in folders for path in sorted(folder.glob(f"{task}*")) if stem.fullmatch(path.name)]
         if files:
             found[Unit("longbench", task, None)] = _only(files, task)
@@ -66,7 +69,7 @@ def find_longbench(settings: EvaluateSettings, tasks: Sequence[str], missing: li
         missing.append(
             f"longbench: no file for {', '.join(without)}: {_where(folders, f'{without[0]}.parquet')}. Make "
             f"{'it' if len(without) == 1 else 'them'} from LongBench's data with: python -m refine_verl.prepare "
-            f"longbench --input Xnhyacinth/LongBench --tasks {' '.join(without)} --out {folders[-1]}"
+            f"longbench --input Xnhyacinth/LongBench --tasks {' '.join(without)} --out {shlex.quote(str(folders[-1]))}"
         )
     return found
 
@@ -106,8 +109,8 @@ def _no_ruler_file(settings: EvaluateSettings, folders: Sequence[Path], task: st
         f"ruler_qa: no test file for {task} at {length} tokens: "
         f"{_where(folders, f'{task}_{length}_200_test.parquet')}. "
         f"Make it with: python -m refine_verl.prepare ruler_qa --source {source} --input {original} "
-        f"--tokenizer {settings.tokenizer or settings.model} --length {length} --train 0 --test 200 "
-        f"--out {folders[-1]}/{source}_{length}"
+        f"--tokenizer {shlex.quote(settings.tokenizer or settings.model)} --length {length} --train 0 --test 200 "
+        f"--out {shlex.quote(f'{folders[-1]}/{source}_{length}')}"
     )
 
 

@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from refine_verl.config import ConfigError, did_you_mean, require_choice
-from refine_verl.evaluate.model import DTYPES, EvaluatedModel, load_evaluated, ttt_settings
+from refine_verl.evaluate.model import DTYPES, EvaluatedModel, find_model, load_evaluated, ttt_settings
 from refine_verl.models.answers import answer_draws
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class RefineLM(TemplateLM):
 
     Args:
         pretrained: directory or hub id, or an `EvaluatedModel`.
-        tokenizer, dtype, device: see `model.load_evaluated`.
+        tokenizer, dtype, device: see `model.find_model` and `model.load_evaluated`.
         batch_size: requests read together.
         max_length: cut contexts to so many tokens from the left. None reads them whole, whatever the model was
             trained on: it has no window. Rolling log-likelihoods then take windows of `max_position_embeddings`
@@ -81,9 +81,8 @@ class RefineLM(TemplateLM):
         if isinstance(pretrained, EvaluatedModel):
             self.evaluated = pretrained
         elif pretrained:
-            self.evaluated = load_evaluated(
-                str(pretrained), tokenizer=tokenizer, dtype=dtype, device=_available(device), ttt=settings
-            )
+            found = find_model(str(pretrained), tokenizer, key="pretrained")
+            self.evaluated = load_evaluated(found, dtype=dtype, device=_available(device), ttt=settings)
         else:
             raise ConfigError("pretrained", "is missing: --model_args pretrained=DIR names the model.")
         self.tokenizer = self.evaluated.tokenizer

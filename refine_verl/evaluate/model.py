@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from refine_verl.adaptation import AdaptSettings, PromptError, adapt
 from refine_verl.adaptation.checks import check_settings
 from refine_verl.adaptation.settings import METHODS, read_settings
-from refine_verl.config import ConfigError, DataError, require_choice
-from refine_verl.data.tokenizers import load_finished_tokenizer
-from refine_verl.models import Documents, FastWeightActor, ModelError, inspect_model, load_model, make_actor
+from refine_verl.config import ConfigError, require_choice
+from refine_verl.data.tokenizers import open_model_tokenizer
+from refine_verl.models import Documents, FastWeightActor, ModelInfo, load_model, make_actor, open_model
 from refine_verl.models.answers import end_tokens_of
 
 Rows = Sequence[Sequence[int]]
@@ -165,41 +165,58 @@ class _Ends:
         return any(stop in tail for stop in self.stops)
 
 
-def load_evaluated(
-    path: str,
-    *,
-    tokenizer: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    ttt: AdaptSettings | None = None,
-) -> EvaluatedModel:
-    """Read a model and its tokenizer.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoundModel:
+    """A model that can be read, and its tokenizer.
+
+    Attributes:
+        key, path: what named it, and how.
+        info: what is known before its weights are read.
+        tokenizer: fits its vocabulary.
+    """
+
+    key: str
+    path: str
+    info: ModelInfo
+    tokenizer: PreTrainedTokenizerBase
+
+
+def find_model(path: str, tokenizer: str | None = None, *, key: str = "model") -> FoundModel:
+    """Check a model and its tokenizer before anything else is done.
 
     Args:
         path: directory or hub id of a fast-weight model with weights.
         tokenizer: directory or hub id, or `bytes`; None takes the model's.
+        key: what names the model, for messages.
+
+    Raises:
+        ModelError, DataError: what cannot be used.
+    """
+    info = open_model(path, key=key)
+    words = open_model_tokenizer(tokenizer, path, info.vocab_size, keys=("tokenizer", key))
+    return FoundModel(key=key, path=path, info=info, tokenizer=words)
+
+
+def load_evaluated(
+    found: FoundModel, *, dtype: str = "auto", device: str = "auto", ttt: AdaptSettings | None = None
+) -> EvaluatedModel:
+    """Read a model.
+
+    Args:
+        found: what is to be read.
         dtype: `auto` (bfloat16 on a GPU, else float32), `float32` or `bfloat16`. Matrix products on a GPU run in bf16.
         device: `auto`, `cpu` or `cuda[:N]`.
         ttt: see `EvaluatedModel`.
 
     Raises:
-        ModelError, DataError, ConfigError: what cannot be used, before weights are read where possible.
+        ModelError, ConfigError: what cannot be used.
     """
     place = _device(device)
-    info = inspect_model(path)
-    if not info.has_weights:
-        raise ModelError(f"model={path}: no weights in this directory, only a configuration: nothing to evaluate.")
-    words = load_finished_tokenizer(tokenizer or path)
-    if len(words) > info.vocab_size:
-        raise DataError(
-            f"the tokenizer {tokenizer or path} has {len(words)} entries, but the model {path} only "
-            f"{info.vocab_size}. Give the model's own tokenizer with tokenizer=DIR."
-        )
     kind = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if place.type == "cuda" else torch.float32
-    model = load_model(path, dtype=kind).to(place).eval()
+    model = load_model(found.path, dtype=kind, key=found.key).to(place).eval()
     # fla's chunked kernels take no float32 on a GPU, which is what adapted weights are.
     actor = make_actor(model, autocast_dtype=torch.bfloat16 if place.type == "cuda" else None)
-    return EvaluatedModel(actor, words, ttt)
+    return EvaluatedModel(actor, found.tokenizer, ttt)
 
 
 def ttt_settings(method: str, settings: Any = None) -> AdaptSettings:

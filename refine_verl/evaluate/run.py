@@ -14,16 +14,14 @@ from refine_verl.adaptation import AdaptSettings
 from refine_verl.command.show import progress_bar
 from refine_verl.config import DataError
 from refine_verl.data.tokenize import tokenizer_fingerprint
-from refine_verl.data.tokenizers import load_finished_tokenizer
 from refine_verl.evaluate import needles, short_context
 from refine_verl.evaluate.console import require_lm_eval
 from refine_verl.evaluate.files import check_data_dir, find_documents, find_longbench, find_ruler_qa, refuse_missing
-from refine_verl.evaluate.model import EvaluatedModel, load_evaluated, ttt_settings
+from refine_verl.evaluate.model import EvaluatedModel, find_model, load_evaluated, ttt_settings
 from refine_verl.evaluate.results import Results, Row, model_fingerprint
 from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_documents
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.evaluate.tables import Table, build_tables
-from refine_verl.models import inspect_model
 from refine_verl.scoring import main_metric, score
 
 
@@ -36,9 +34,7 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     ttt = ttt_settings(settings.ttt, settings.adapt)
     plan = _Plan(settings)
     units = plan.units()
-    model = load_evaluated(
-        settings.model, tokenizer=settings.tokenizer, dtype=settings.dtype, device=settings.device, ttt=ttt
-    )
+    model = load_evaluated(plan.model, dtype=settings.dtype, device=settings.device, ttt=ttt)
     words = json.dumps(tokenizer_fingerprint(model.tokenizer), sort_keys=True)
     identity = {
         "model": settings.model,
@@ -99,12 +95,12 @@ class _Plan:
     def __init__(self, settings: EvaluateSettings) -> None:
         self.settings, self.groups = settings, settings.by_group()
         self.short = self.groups.get("short_context", [])
-        info = inspect_model(settings.model)
-        self.tokenizer = load_finished_tokenizer(settings.tokenizer or settings.model)
+        self.model = find_model(settings.model, settings.tokenizer)
+        self.tokenizer = self.model.tokenizer
         check_data_dir(settings, self.groups)
         missing = needles.missing_files(settings, self.groups.get("ruler_niah", []), self.tokenizer)
         self.files = {
-            **find_ruler_qa(settings, self.groups.get("ruler_qa", []), info.model_type, missing),
+            **find_ruler_qa(settings, self.groups.get("ruler_qa", []), self.model.info.model_type, missing),
             **find_longbench(settings, self.groups.get("longbench", []), missing),
         }
         missing += short_context.missing_files(settings, self.short)

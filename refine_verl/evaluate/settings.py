@@ -64,6 +64,7 @@ ADAPTS = ("ruler_niah", "ruler_qa", "longbench")
 """Groups whose samples have a prompt to adapt to."""
 USED_BY: dict[str, tuple[str, ...]] = {
     "convention": ("ruler_qa", "longbench"),
+    "lengths": ("ruler_qa", "ruler_niah", "longbench", "ntp"),
     "seed": ("ruler_niah",),
     "niah_samples": ("ruler_niah",),
 }
@@ -80,7 +81,7 @@ class EvaluateSettings(Settings):
 
     SECTION: ClassVar[str] = "evaluate"
 
-    model: str = option(_GIVEN, "directory or hub id of the model")
+    model: str = option(_GIVEN, "directory or hub id of the model", empty=False)
     tasks: tuple[str, ...] = option(_GIVEN, "groups of tasks, or single tasks of them")
     out: str = option(_GIVEN, "directory for results; the same command resumes where it was")
     data_dir: str = option("", "directory with the data (docs/evaluation.md says which files)")
@@ -94,7 +95,7 @@ class EvaluateSettings(Settings):
     batch_size: int = option(
         8, "samples read and continued together; with test-time training one at a time", at_least=1
     )
-    tokenizer: str | None = option(None, "directory or hub id, or bytes; null: the model's")
+    tokenizer: str | None = option(None, "directory or hub id, or bytes; null: the model's", empty=False)
     seed: int = option(0, "of the needles that are made", at_least=0)
     niah_samples: int = option(500, "needles that are made per task and length", at_least=1)
     dtype: str = option("auto", "of the weights", choices=("auto", "float32", "bfloat16"))

@@ -25,7 +25,9 @@ Keys:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command(arguments, help=_help, run=_run)
+    return run_command(
+        arguments, help=_help, run=_run, typed_as={"model.path": "model", "model.tokenizer": "tokenizer"}
+    )
 
 
 def _help(_: list[str]) -> str:

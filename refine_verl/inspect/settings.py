@@ -25,10 +25,12 @@ class InspectSettings(Settings):
 
     SECTION: ClassVar[str] = "inspect"
 
-    model: str = option(dataclasses.MISSING, "directory or hub id of a Hugging Face checkpoint with weights")
+    model: str = option(
+        dataclasses.MISSING, "directory or hub id of a Hugging Face checkpoint with weights", empty=False
+    )
     text: str = option(dataclasses.MISSING, "a UTF-8 text file, or - for standard input")
     out: str | None = option(None, "the HTML page to write; without it only the terminal shows the result")
-    tokenizer: str | None = option(None, "directory or hub id, or bytes; null: the model's own")
+    tokenizer: str | None = option(None, "directory or hub id, or bytes; null: the model's own", empty=False)
     external_lib: str | None = option(None, "package to import first: one that registers a model and its adapter")
     max_length: int = option(16384, "tokens that are read; what follows is left out", at_least=2)
     seed: int = option(0, "of positions and rollouts", at_least=0)

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.config import ConfigError, DataError, NSPSettings
-from refine_verl.data.tokenizers import load_tokenizer
+from refine_verl.config import ConfigError, NSPSettings
+from refine_verl.data.tokenizers import open_model_tokenizer
 from refine_verl.inspect.settings import STDIN, InspectSettings
-from refine_verl.models import FastWeightActor, ModelError, ModelInfo, inspect_model, load_model, make_actor
-from refine_verl.models.weights import check_weights
+from refine_verl.models import FastWeightActor, ModelInfo, load_model, make_actor, open_model
 from refine_verl.nsp import check_functions
 
 
@@ -110,8 +109,8 @@ def read_inputs(settings: InspectSettings) -> tuple[ModelInfo, Text]:
         _import(settings.external_lib)
     check_functions(settings.nsp)
     content = read_text(settings.text)
-    info = _inspect(settings.model)
-    tokenizer = _tokenizer(settings, info)
+    info = open_model(settings.model, key="model")
+    tokenizer = open_model_tokenizer(settings.tokenizer, settings.model, info.vocab_size, keys=("tokenizer", "model"))
     name = "standard input" if settings.text == STDIN else Path(settings.text).name
     return info, tokenize(name, content, tokenizer, settings.max_length, settings.nsp)
 
@@ -127,38 +126,8 @@ def _import(package: str) -> None:
         ) from error
 
 
-def _inspect(model: str) -> ModelInfo:
-    try:
-        info = inspect_model(model)
-        if not info.has_weights:
-            raise ModelError(
-                f"model={model}: the directory has a config.json but no weights (*.safetensors or pytorch_model*.bin); "
-                "is the download complete?"
-            )
-        check_weights(model, info.config)
-    except ModelError as error:
-        raise ModelError(str(error).replace("model.path=", "model=")) from error
-    return info
-
-
-def _tokenizer(settings: InspectSettings, info: ModelInfo) -> PreTrainedTokenizerBase:
-    source = settings.tokenizer or settings.model
-    try:
-        tokenizer = load_tokenizer(source)
-    except DataError as error:
-        cure = "" if settings.tokenizer else " Or name another one with tokenizer=DIR_OR_HUB_ID or tokenizer=bytes."
-        raise ConfigError("tokenizer", f"{error}{cure}") from error
-    if len(tokenizer) > info.vocab_size:
-        raise ConfigError(
-            "tokenizer",
-            f"{source} has {len(tokenizer)} tokens, but the model predicts only {info.vocab_size}. Take the tokenizer "
-            "that the model was trained with.",
-        )
-    return tokenizer
-
-
 def load_actor(model: str, info: ModelInfo) -> FastWeightActor:
     """The model as training sees it: float32 weights, and on a GPU bf16 matrix products."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = load_model(model, config=info.config).to(device).eval()
+    module = load_model(model, config=info.config, key="model").to(device).eval()
     return make_actor(module, autocast_dtype=torch.bfloat16 if device.type == "cuda" else None)

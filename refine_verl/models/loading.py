@@ -1,23 +1,36 @@
-"""From a directory or hub id to a model REFINE can train, refusing early what it cannot."""
+"""From a directory or hub id to a model REFINE can train, refusing early what it cannot.
+
+`open_model` is the door that every command puts a model through before it does anything else.
+"""
 
 from __future__ import annotations
 
 import logging
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fla.models  # noqa: F401  registers fla's model types with transformers
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-import refine_verl.models.lact  # noqa: F401  registers LaCT
 from refine_verl.config import ModelError, did_you_mean
-from refine_verl.config.hub import local_files_only, why_not
+from refine_verl.config.hub import LFS_POINTER, is_lfs_pointer, local_files_only, why_not
 from refine_verl.kernels import ensure_kernels
 from refine_verl.models.adapters import FLA_VERIFIED_ON_CPU, FlaAdapter, get_adapter, known_model_types
-from refine_verl.models.weights import check_configuration, describe_problems, misfit
+from refine_verl.models.lact import LaCTConfig
+from refine_verl.models.weights import (
+    Unusable,
+    check_numbers,
+    check_weights,
+    describe_problems,
+    misfit,
+    naming,
+    read_headers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +54,44 @@ class ModelInfo:
     config: PretrainedConfig
 
 
-def inspect_model(path: str | Path | None, config: dict[str, Any] | None = None) -> ModelInfo:
+def open_model(path: str | Path | None, config: dict[str, Any] | None = None, *, key: str = "model.path") -> ModelInfo:
+    """Everything that can be told of a model before its weights are read; takes no memory.
+
+    Args:
+        path: a local directory or a hub id; None for random weights of ``config``.
+        config: see `inspect_model`.
+        key: what named the model, for messages.
+
+    Raises:
+        ModelError: see `inspect_model`; a configuration of which no model can be made; weights that are not there, are
+            damaged, or do not fit.
+    """
+    info = inspect_model(path, config, key=key)
+    with naming("model.config" if path is None else f"{key}={path}"):
+        _check_architecture(info)
+    if path is not None:
+        check_weights(path, info.config, key=key)
+    return info
+
+
+def inspect_model(
+    path: str | Path | None, config: dict[str, Any] | None = None, *, key: str = "model.path"
+) -> ModelInfo:
     """Check that a model can be trained here, from its configuration alone.
 
     Args:
         path: a local directory or a hub id; None if only ``config`` is given.
         config: a model configuration with a ``model_type``, or values that override those at ``path``.
+        key: what named the model, for messages.
 
     Raises:
         ModelError: no such directory, no readable config.json, not a fast-weight model, or one whose kernels only
             run on a GPU while there is none.
     """
     overrides = dict(config or {})
-    loaded = _config_from_values(overrides) if path is None else _config_from_path(str(path), overrides)
-    check_family(loaded, "model.config" if path is None else str(path), on_gpu=torch.cuda.is_available())
+    with naming("model.config" if path is None else f"{key}={path}"):
+        loaded = _config_from_values(overrides) if path is None else _config_from_path(str(path), overrides)
+        check_family(loaded, on_gpu=torch.cuda.is_available())
     if not loaded.architectures:  # a configuration made from values; verl and transformers export by this name
         loaded.architectures = [AutoModelForCausalLM._model_mapping[type(loaded)].__name__]
     has_weights = path is not None and (
@@ -69,6 +106,7 @@ def load_model(
     config: PretrainedConfig | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    key: str = "model.path",
 ) -> nn.Module:
     """Read a causal language model, or make one with random weights where there are none.
 
@@ -77,23 +115,19 @@ def load_model(
         config: used instead of the one at ``path``.
         dtype: of all parameters.
         seed: of the random weights.
+        key: what named the model, for messages.
 
     Raises:
-        ModelError: the checkpoint lacks keys of the model or has keys the model lacks.
+        ModelError: damaged weights, a checkpoint that lacks keys of the model or has keys the model lacks, weights
+            that are no numbers.
     """
     ensure_kernels()
-    info = None if path is None and config is not None else inspect_model(path)
+    info = None if path is None and config is not None else inspect_model(path, key=key)
     if info is not None:
         config = config or info.config
         if info.has_weights:
-            check_configuration(str(path), config)
-            # weights of another shape come back in the report, as a name with both shapes, not as an exception
-            model, report = AutoModelForCausalLM.from_pretrained(
-                str(path), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-            if problems := describe_problems(report):
-                raise misfit(str(path), config, problems)
-            return model.to(dtype)
+            with naming(f"{key}={path}"):
+                return _read(str(path), config, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -101,12 +135,28 @@ def load_model(
     return model.to(dtype)
 
 
+def _read(path: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    read_headers(path, config)
+    try:
+        # weights of another shape come back in the report, as a name with both shapes, not as an exception
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise Unusable(f"its weights cannot be read ({error}). Download or copy them again.") from error
+    if problems := describe_problems(report):
+        raise misfit(config, problems)
+    model = model.to(dtype)
+    check_numbers(model)
+    return model
+
+
 def _config_from_values(values: dict[str, Any]) -> PretrainedConfig:
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise ModelError("model: give model.path=DIR_OR_HUB_ID, or a preset such as model=tiny_deltanet")
     if model_type not in known_model_types():
-        raise _not_fast_weight(str(model_type), "model.config")
+        raise _not_fast_weight(str(model_type))
     config = AutoConfig.for_model(model_type)
     for key in values:
         if not hasattr(config, key):
@@ -115,58 +165,89 @@ def _config_from_values(values: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **values)
     except ValueError as error:
-        raise ModelError(f"model.config: {error}") from error
+        raise Unusable(str(error)) from error
 
 
 def _config_from_path(name: str, overrides: dict[str, Any]) -> PretrainedConfig:
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
     if looks_local and not path.is_dir():
-        raise ModelError(f"model.path={name}: no such directory")
+        raise Unusable("no such directory")
     if looks_local and not (path / "config.json").is_file():
-        raise ModelError(f"model.path={name}: no config.json in this directory; is it a Hugging Face model directory?")
+        raise Unusable("no config.json in this directory; is it a Hugging Face model directory?")
+    if is_lfs_pointer(path / "config.json"):
+        raise Unusable(f"config.json {LFS_POINTER}")
+    only_here = local_files_only(name)
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=local_files_only(name), **overrides)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        values, _ = PretrainedConfig.get_config_dict(name, local_files_only=only_here)
+        model_type = values.get("model_type")
+        if isinstance(model_type, str) and model_type not in known_model_types():
+            raise _not_fast_weight(model_type)  # its own class might only complain of its values
+        return AutoConfig.from_pretrained(name, local_files_only=only_here, **overrides)
+    except Unusable:
+        raise
+    except Exception as error:  # configurations check their values with exceptions of many types
         if not looks_local and isinstance(error, OSError):
-            raise ModelError(
-                f"model.path={name}: there is no such directory, and as a hub id it cannot be read: {why_not(name)}. "
-                "Without access to the hub, download the model elsewhere and give its directory."
+            raise Unusable(
+                f"there is no such directory, and as a hub id it cannot be read: {why_not(name)}. Without access to "
+                "the hub, download the model elsewhere and give its directory."
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.path={name}: its configuration cannot be read ({reason}).") from error
+        raise Unusable(f"its configuration cannot be read ({reason}).") from error
 
 
-def check_family(config: PretrainedConfig, where: str, on_gpu: bool) -> None:
-    """Check that a model is one whose state can be forked.
+def _check_architecture(info: ModelInfo) -> None:
+    """Build the model without memory: sizes that do not fit together come out here and not in a worker."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(info.config)
+    except Exception as error:  # model classes check their configuration with assert and raise as they like
+        raise Unusable(f"no {info.model_type} can be made of this configuration: {error or repr(error)}") from error
+
+
+def check_family(config: PretrainedConfig, on_gpu: bool) -> None:
+    """Check that a model is one whose state can be forked and whose weights can be trained.
 
     Args:
         config: of the model.
-        where: what the message begins with.
         on_gpu: whether it will run on a GPU.
 
     Raises:
-        ModelError: no fast-weight model, one with softmax attention, or one whose kernels need a GPU.
+        Unusable: no fast-weight model, one with quantised weights or a state that grows, or one whose kernels need a
+            GPU.
     """
-    if config.model_type not in known_model_types():
-        raise _not_fast_weight(config.model_type, where)
+    kind = config.model_type
+    if kind not in known_model_types():
+        raise _not_fast_weight(kind)
+    if quantised := getattr(config, "quantization_config", None):
+        method = (
+            quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
+        )
+        raise Unusable(
+            f"its weights are quantised (quantization_config of config.json: {getattr(method, 'value', method)}), and "
+            "they are trained, and their states forked, in floating point. Give the model it was made of."
+        )
     if getattr(config, "attn", None):
-        raise ModelError(
-            f"{where}: this {config.model_type} mixes in softmax attention layers (config.attn). Their cache grows "
-            "with the text, so it is no fast-weight state to fork; only purely recurrent models are supported."
+        raise Unusable(
+            f"this {kind} mixes in softmax attention layers (config.attn). Their cache grows with the text, so it is "
+            "no fast-weight state to fork; only purely recurrent models are supported."
         )
-    on_gpu_only = (
-        isinstance(get_adapter(config.model_type), FlaAdapter) and config.model_type not in FLA_VERIFIED_ON_CPU
-    )
+    if isinstance(config, LaCTConfig) and config.window_size is None:
+        raise Unusable(
+            f"the attention of this {kind} sees all tokens before (window_size=null). Its keys and values grow with "
+            "the text, so they are no fast-weight state to fork. Give it a window: window_size=2048 is the published "
+            "one."
+        )
+    on_gpu_only = isinstance(get_adapter(kind), FlaAdapter) and kind not in FLA_VERIFIED_ON_CPU
     if on_gpu_only and not on_gpu:
-        raise ModelError(
-            f"{where}: the kernels of {config.model_type} need a GPU, and it would run on the CPU here. "
-            f"These run without a GPU: {', '.join(FLA_VERIFIED_ON_CPU)}."
+        raise Unusable(
+            f"the kernels of {kind} need a GPU, and it would run on the CPU here. These run without a GPU: "
+            f"{', '.join(FLA_VERIFIED_ON_CPU)}."
         )
 
 
-def _not_fast_weight(model_type: str, where: str) -> ModelError:
-    return ModelError(
-        f"{where}: '{model_type}' is not a fast-weight model REFINE knows. Supported model types: "
+def _not_fast_weight(model_type: str) -> Unusable:
+    return Unusable(
+        f"'{model_type}' is not a fast-weight model REFINE knows. Supported model types: "
         f"{', '.join(known_model_types())}. For your own model, register an adapter (docs/extending.md)."
     )

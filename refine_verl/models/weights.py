@@ -13,20 +13,41 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from refine_verl.config import ModelError
+from refine_verl.config.hub import LFS_POINTER, is_lfs_pointer
 
 logger = logging.getLogger(__name__)
+
+Headers = dict[Path, dict[str, list[int]]]
+"""Shape of every tensor of every file."""
 
 # What `from_pretrained` looks for, in its order; any other file is no checkpoint to it.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHOWN = 4
 
 
-def check_weights(path: str | Path, config: PretrainedConfig) -> None:
+class Unusable(ValueError):
+    """What is wrong with a model; `naming` says which one it is."""
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """What is found wrong inside is said of ``where``: the key that named the model, with its value.
+
+    Raises:
+        ModelError: something is.
+    """
+    try:
+        yield
+    except Unusable as problem:
+        raise ModelError(f"{where}: {problem}") from problem.__cause__
+
+
+def check_weights(path: str | Path, config: PretrainedConfig, *, key: str = "model.path") -> None:
     """Refuse weights that are damaged or do not fit, without reading or downloading them.
 
     The rules are those of ``from_pretrained``, asked on the meta device: renamed keys, tied embeddings, buffers and a
@@ -36,57 +57,68 @@ def check_weights(path: str | Path, config: PretrainedConfig) -> None:
     Args:
         path: a model directory, or a hub id.
         config: of the model that is to be loaded from there.
+        key: what named it, for messages.
 
     Raises:
         ModelError: no file that would be loaded, a shard that is not there, a damaged file, or keys or shapes other
             than the model's; names the file, the first keys and both shapes.
     """
+    with naming(f"{key}={path}"):
+        found = read_headers(path, config)
+        if found is None:
+            return
+        headers = {name: torch.empty(shape, device="meta") for file in found.values() for name, shape in file.items()}
+        report = _ask_the_loader(path, config, headers)
+        origin = {name: file for file, names in found.items() for name in names}
+        if report is not None and (problems := describe_problems(report, origin)):
+            raise misfit(config, problems)
+
+
+def read_headers(path: str | Path, config: PretrainedConfig) -> Headers | None:
+    """The shapes in the files that would be loaded; None where they cannot be known before (pickles, the hub).
+
+    Raises:
+        Unusable: files that are missing or damaged, or a config.json that says something else than they do:
+            configurations that know how their fields show in a checkpoint have a ``check_weights``.
+    """
     files = _local_files(Path(path), config) if Path(path).is_dir() else _cached_files(str(path))
     if files is None:
-        return
+        return None
     if not all(file.suffix == ".safetensors" for file in files):
         for file in files:
             _check_container(file)
-        return
-    check_configuration(path, config)
-    headers: dict[str, Tensor] = {}
-    origin: dict[str, Path] = {}
-    for file in files:
-        for name, shape in _header(file).items():
-            headers[name] = torch.empty(shape, device="meta")
-            origin[name] = file
-    report = _ask_the_loader(path, config, headers)
-    if report is not None and (problems := describe_problems(report, origin)):
-        raise misfit(path, config, problems)
+        return None
+    headers = {file: _header(file) for file in files}
+    check = getattr(config, "check_weights", None)
+    try:
+        if check is not None:
+            check({name: shape for shapes in headers.values() for name, shape in shapes.items()})
+    except ValueError as error:
+        raise Unusable(
+            f"configuration and weights contradict each other: {error}. Check that config.json belongs to these "
+            "weights."
+        ) from error
+    return headers
 
 
-def check_configuration(path: str | Path, config: PretrainedConfig) -> None:
-    """Refuse a config.json that says something else than the weights do, where they lie on this machine.
-
-    Configurations that know how their fields show in a checkpoint have a ``check_weights``.
+def check_numbers(model: nn.Module) -> None:
+    """Refuse weights that are no numbers: all that is computed from them would be none either.
 
     Raises:
-        ModelError: names every field with both values.
+        Unusable: names the first parameter that holds one.
     """
-    files = _local_files(Path(path), config) if Path(path).is_dir() else _cached_files(str(path))
-    check = getattr(config, "check_weights", None)
-    if check is None or files is None or not all(file.suffix == ".safetensors" for file in files):
-        return
-    try:
-        check({name: shape for file in files for name, shape in _header(file).items()})
-    except ValueError as error:
-        raise ModelError(
-            f"model.path={path}: configuration and weights contradict each other: {error}. Check that config.json "
-            "belongs to these weights."
-        ) from error
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel():
+            continue
+        if not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):
+            raise Unusable(f"{name} holds NaN or infinity. Take a checkpoint from before these weights were ruined.")
 
 
-def misfit(path: str | Path, config: PretrainedConfig, problems: str) -> ModelError:
+def misfit(config: PretrainedConfig, problems: str) -> Unusable:
     """The refusal of weights that do not fit; ``problems`` from `describe_problems`."""
-    return ModelError(
-        f"model.path={path}: the weights do not fit a {config.model_type} of this configuration ({problems}). "
-        "Loading them would leave parameters at random values; check that config.json belongs to these weights and "
-        "that all of them are there."
+    return Unusable(
+        f"the weights do not fit a {config.model_type} of this configuration ({problems}). Loading them would leave "
+        "parameters at random values; check that config.json belongs to these weights and that all of them are there."
     )
 
 
@@ -137,13 +169,14 @@ def _local_files(directory: Path, config: PretrainedConfig) -> list[Path]:
             shards = [directory / shard for shard in _shards(file)]
             missing = [shard.name for shard in shards if not shard.is_file()]
             if missing:
-                raise ModelError(
-                    f"model.path={directory}: {name} lists {len(shards)} files, but {len(missing)} of them are not "
-                    f"there: {_few(missing)}. Is the download complete?"
+                raise Unusable(
+                    f"{name} lists {len(shards)} files, but {len(missing)} of them are not there: {_few(missing)}. Is "
+                    "the download complete?"
                 )
             return shards
-    raise ModelError(
-        f"model.path={directory}: no weights by a name that transformers loads ({named or ', '.join(_NAMES)})."
+    raise Unusable(
+        f"no weights by a name that transformers loads ({named or ', '.join(_NAMES)}). Is the download complete? "
+        "Random weights are made by a run from a preset, such as model=tiny_deltanet."
     )
 
 
@@ -183,22 +216,17 @@ def _check_container(file: Path) -> None:
     """A pickle is not read before the run that trusts it; a file that was cut off lacks the end of its archive."""
     with file.open("rb") as stream:
         start = stream.read(2)
-    if not start or _is_lfs_pointer(file) or (start == b"PK" and not zipfile.is_zipfile(file)):
+    if start[:1] not in (b"P", b"\x80"):  # a zip archive, or the pickle of an old version
+        raise _damaged(file, "it begins like no file of weights")
+    if start == b"PK" and not zipfile.is_zipfile(file):
         raise _damaged(file, "the end of the archive is missing")
 
 
-def _damaged(file: Path, reason: str) -> ModelError:
-    if _is_lfs_pointer(file):
-        return ModelError(f"model.path: {file} is a Git LFS pointer and not the file itself. Run `git lfs pull` there.")
+def _damaged(file: Path, reason: str) -> Unusable:
+    if is_lfs_pointer(file):
+        return Unusable(f"{file} {LFS_POINTER}")
     size = file.stat().st_size if file.exists() else 0
-    return ModelError(
-        f"model.path: {file} is damaged or incomplete ({reason}; it has {size} bytes). Download or copy it again."
-    )
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(40).startswith(b"version https://git-lfs")
+    return Unusable(f"{file} is damaged or incomplete ({reason}; it has {size} bytes). Download or copy it again.")
 
 
 # The loader

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from refine_verl.compose.validate import ValidConfig
-from refine_verl.config import DataSettings
+from refine_verl.config.data import longest_possible
 from refine_verl.kernels.patch import accelerator_available
 from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK, snapshot_count
 from refine_verl.models.rollouts import documents_together
@@ -98,6 +97,7 @@ def shape_of(valid: ValidConfig, longest: int) -> Shape:
     rollout_rows = min(int(rollout.log_prob_micro_batch_size_per_gpu), batch_share)
     return Shape(
         length=longest,
+        longest=longest_possible(valid.config.data, valid.refine.phase),
         update_rows=min(int(actor.ppo_micro_batch_size_per_gpu), share),
         rollout_rows=rollout_rows,
         rollouts_of=min(documents_together(valid.refine.nsp, rollout_rows), batch_share),
@@ -135,7 +135,7 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
     passes = {"update": updates * micro * (cuts + shape.with_rollouts)}
     if shape.with_rollouts:
         rows = batch // valid.workers or 1
-        snapshots = 1 if traced else snapshot_count(nsp.chunks, _longest(valid)) + 1  # and the replay
+        snapshots = 1 if traced else snapshot_count(nsp.chunks, shape.longest or shape.length) + 1  # and the replay
         written = rounds * -(-rows // shape.rollouts_of) * nsp.rollout_length
         passes = {"read": rounds * -(-rows // shape.rollout_rows) * snapshots, "write": written, **passes}
     return Work(
@@ -146,13 +146,6 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
         forward_tokens_per_token=forward_tokens(shape, train.mean_length, traced) if rounds else 0.0,
         passes=passes,
     )
-
-
-def _longest(valid: ValidConfig) -> int:
-    """Tokens that a document or prompt may have, whatever those at hand have: it decides the passes of all workers."""
-    data = valid.data
-    longest = data.max_length if isinstance(data, DataSettings) else data.max_prompt_length
-    return longest or sys.maxsize  # null: documents are not cut
 
 
 def forward_tokens(shape: Shape, length: float, traced: bool) -> float | None:

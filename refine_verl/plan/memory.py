@@ -38,7 +38,8 @@ class Shape:
     """What decides the memory of a worker, besides the model.
 
     Attributes:
-        length: tokens of the longest document.
+        length: tokens of the longest document that is read.
+        longest: tokens of the longest that may be, by which states are counted (`longest_possible`); None: `length`.
         update_rows, rollout_rows: documents per pass over S.
         rollouts_of: of how many documents rollouts are written together.
         workers: processes the parameters are sharded over.
@@ -50,6 +51,7 @@ class Shape:
     """
 
     length: int
+    longest: int | None = None
     update_rows: int = 1
     rollout_rows: int = 1
     rollouts_of: int = 1
@@ -260,7 +262,7 @@ def _roll_out(actor: FastWeightActor, shape: Shape) -> None:
         documents=_documents(rows, shape),
         nsp=nsp,
         draws=draws,
-        snapshots=snapshot_count(nsp.chunks, shape.length),
+        snapshots=snapshot_count(nsp.chunks, shape.longest or shape.length),
         read_together=shape.rollout_rows,
     )
 

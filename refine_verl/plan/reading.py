@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from refine_verl.config import ConfigError, DataSettings
-from refine_verl.data.readers import file_format, reading
+from refine_verl.data.readers import COMPRESSIONS, file_format, reading
 from refine_verl.data.sources import (
     DocumentSource,
     FileSource,
@@ -139,20 +139,20 @@ def _times_more(source: DocumentSource, sampled: int, count: int) -> float:
         return float(pq.ParquetFile(source.path).metadata.num_rows / sampled)
     if suffix == ".txt":
         return 1.0  # one document
-    return _lines_more(source.path, sampled, zstd=suffix.endswith(".zst"))
+    return _lines_more(source.path, sampled, COMPRESSIONS.get(source.path.suffix.lower()))
 
 
-def _lines_more(path: Path, sampled: int, *, zstd: bool) -> float:
+def _lines_more(path: Path, sampled: int, compression: str | None) -> float:
     """A json lines file in bytes by the bytes of its first ``sampled`` lines: with all columns and escapes."""
     size = path.stat().st_size
     with ExitStack() as stack:
-        stack.enter_context(reading(str(path), "zstd-compressed file" if zstd else "file"))
+        stack.enter_context(reading(str(path), f"{compression}-compressed file" if compression else "file"))
         file = stack.enter_context(pa.OSFile(str(path)))
-        stream = stack.enter_context(pa.CompressedInputStream(file, "zstd")) if zstd else file
+        stream = stack.enter_context(pa.CompressedInputStream(file, compression)) if compression else file
         lines = stack.enter_context(io.BufferedReader(stream, _CHUNK))
         documents = (line for line in lines if line.strip())
         sampled_bytes = sum(map(len, itertools.islice(documents, sampled)))
-        return (_text_bytes(lines, sampled_bytes, file, size) if zstd else size) / sampled_bytes
+        return (_text_bytes(lines, sampled_bytes, file, size) if compression else size) / sampled_bytes
 
 
 def _text_bytes(lines: io.BufferedReader, seen: int, file: pa.OSFile, size: int) -> float:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from refine_verl.compose.validate import ValidConfig, check_against_verl
-from refine_verl.config import ConfigError, DataSettings, ModelError, PromptSettings
+from refine_verl.config import ConfigError, DataSettings, PromptSettings
 from refine_verl.preflight.cluster import check_cluster, joins_cluster
 from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits
 from refine_verl.preflight.reward_function import load_reward_function
@@ -95,11 +95,14 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
         ConfigError, DataError, ModelError: a reward, a file, a
             tokenizer or a model that cannot be used.
     """
+    from refine_verl.data.sources import say_if_shared
+
     info = check_run(valid)
     if starts_here:
         check_cluster(valid.config)
     _say_where_weights_come_from(valid, info)
     _say_if_all_is_warm_up(valid)
+    say_if_shared(valid.data)
     tokenizer = load_run_tokenizer(valid, info)
     train: Prepared[Any]
     validation: Prepared[Any] | None
@@ -117,15 +120,13 @@ def check_run(valid: ValidConfig) -> ModelInfo:
     Raises:
         ConfigError, DataError, ModelError: see `prepare_run`.
     """
-    from refine_verl.models.loading import inspect_model
+    from refine_verl.models.loading import open_model
     from refine_verl.nsp import check_functions
     from refine_verl.preflight.checkpoints import check_checkpoint
 
     _check_device(valid.config.trainer.device)
     _import_external_lib(valid.config.actor_rollout_ref.model.external_lib)
-    info = inspect_model(valid.model.path, valid.model.init_config)
-    _check_architecture(info)
-    _check_weights(valid, info)
+    info = open_model(valid.model.path, valid.model.init_config)
     check_functions(valid.refine.nsp)
     check_against_verl(valid.config)
     check_loggers(valid.config.trainer.logger)
@@ -169,32 +170,6 @@ def _check_device(device: str) -> None:
         os.environ.setdefault("VERL_PLATFORM", "nvidia")
 
 
-def _check_weights(valid: ValidConfig, info: ModelInfo) -> None:
-    from refine_verl.models.weights import check_weights
-
-    if valid.model.path is None:
-        return
-    if not info.has_weights:
-        raise ModelError(
-            f"model.path={valid.model.path}: the directory has a config.json but no weights (*.safetensors or "
-            "pytorch_model*.bin); is the download complete? For random weights use a preset, such as "
-            "model=tiny_deltanet."
-        )
-    check_weights(valid.model.path, info.config)
-
-
-def _check_architecture(info: ModelInfo) -> None:
-    """Build the model without memory: sizes that do not fit together come out here and not in a worker."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(info.config)
-    except Exception as error:  # model classes check their configuration with assert and raise as they like
-        raise ModelError(f"no {info.model_type} can be made of this configuration: {error or repr(error)}") from error
-
-
 def check_estimator(name: str) -> None:
     """Check that verl's advantage estimator ``name`` can work with what a rollout offers.
 
@@ -235,26 +210,23 @@ def load_run_tokenizer(valid: ValidConfig, info: ModelInfo) -> PreTrainedTokeniz
     """The tokenizer of the run; one of `bpe:SIZE` is trained on its texts first.
 
     Raises:
-        ConfigError: it has more tokens than the model predicts.
+        DataError: none that can be loaded or trained, or one of more tokens than the model predicts.
     """
     from refine_verl.data.prepare import iterate_split_texts
-    from refine_verl.data.tokenizers import load_tokenizer
+    from refine_verl.data.tokenizers import open_model_tokenizer
 
     source = valid.model.tokenizer_source
     assert source is not None  # ModelSettings has refused it
+    own = valid.model.tokenizer is None and not valid.model.random_weights
     split = "train" if valid.data.train_files else "validation"  # test-time training reads test prompts only
-    tokenizer = load_tokenizer(source, iterate_split_texts(valid.data, split, BPE_TRAINING_CHARACTERS))
-    if len(tokenizer) > info.vocab_size:
-        raise ConfigError(
-            "model.tokenizer",
-            f"{source} has {len(tokenizer)} tokens, but the model predicts only {info.vocab_size}. "
-            + (
-                "Set model.config.vocab_size to match, or take the model's own tokenizer."
-                if valid.model.random_weights
-                else "Take the model's own tokenizer: leave model.tokenizer out."
-            ),
-        )
-    return tokenizer
+    return open_model_tokenizer(
+        None if own else source,
+        source,
+        info.vocab_size,
+        keys=("model.tokenizer", "model.path"),
+        corpus_texts=iterate_split_texts(valid.data, split, BPE_TRAINING_CHARACTERS),
+        cure="Set model.config.vocab_size to match." if valid.model.random_weights else "",
+    )
 
 
 def _find_documents(data: DataSettings | PromptSettings) -> None:

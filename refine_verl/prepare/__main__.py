@@ -17,6 +17,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "longbench": LongBenchSettings,
     "documents": DocumentSettings,
 }
+TYPED_AS = {"data.text_key": "text_key", "model.tokenizer": "tokenizer", "data.train_files": "input"}
 USAGE = """\
 python -m refine_verl.prepare COMMAND KEY=VALUE ...      (or --KEY VALUE)
 
@@ -56,7 +57,7 @@ resumes after the last finished file.""",
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command(arguments, help=_help, run=_run, keeps_work=True)
+    return run_command(arguments, help=_help, run=_run, keeps_work=True, typed_as=TYPED_AS)
 
 
 def _help(arguments: list[str]) -> str:

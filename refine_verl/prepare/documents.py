@@ -42,6 +42,8 @@ def run(settings: DocumentSettings) -> None:
     }
     with Output(Path(settings.out).expanduser(), "prepare documents", arguments) as output:
         totals = Collector(output, sources, tokenizer, settings).run()
+        if not totals["read"]:
+            raise DataError(f"--input {' '.join(settings.input)}: {sources[0].name} holds no documents at all.")
         if not totals["kept"]:
             raise DataError(
                 f"none of {totals['read']} documents has {settings.min_tokens} tokens or more. Lower --min-tokens, or "

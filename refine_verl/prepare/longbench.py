@@ -135,13 +135,14 @@ def _find(name: str, task: str) -> DocumentSource:
         return resolve_sources([f"{name}:{task}:test"], key="--input", default_split="test")[0]
     if path.is_file():
         raise DataError(f"--input {path} is a file; give the directory that holds {task}.jsonl and the others.")
-    for suffix in (".jsonl", ".jsonl.zst", ".parquet"):
+    for suffix in (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet"):
         found = path / f"{task}{suffix}"
         if found.is_file():
             return FileSource(found)
     there = sorted(item.name for item in path.iterdir())
     raise DataError(
-        f"--input {path} holds no {task}.jsonl (or .jsonl.zst, .parquet); it holds: {', '.join(there[:8]) or 'nothing'}"
+        f"--input {path} holds no {task}.jsonl (or .jsonl.zst, .jsonl.gz, .parquet); it holds: "
+        f"{', '.join(there[:8]) or 'nothing'}"
         f"{' ...' * (len(there) > 8)}. Name the tasks you have with --tasks."
     )
 

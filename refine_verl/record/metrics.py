@@ -53,7 +53,8 @@ class MetricsWriter:
                 self.path, _has_step, _refusal, lambda line: resume_step is None or line["step"] <= resume_step
             )
             if dropped:
-                logger.info("%s: dropped %d lines after step %s", path, dropped, resume_step)
+                which = f"after step {resume_step}" if (resume_step or -1) >= 0 else "of what starts again"
+                logger.info("%s: dropped %d line%s %s", path, dropped, "s" * (dropped != 1), which)
         self._file = self.path.open("ab")
 
     def log(self, data: Mapping[str, Any], step: int) -> None:

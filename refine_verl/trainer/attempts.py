@@ -26,6 +26,7 @@ from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.device import get_resource_name
 
 from refine_verl.config import RunFailed
+from refine_verl.preflight.checkpoints import checkpoint_to_resume
 from refine_verl.trainer.refine_trainer import RefineTrainer, ResourceError
 from refine_verl.trainer.signals import Stopped
 from refine_verl.workers.failures import lost_connection
@@ -83,10 +84,12 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
                 tried = f" after {restarts} restart(s)" if restarts else ""
                 raise WorkerLost(
                     f"{lost}. The run ends{tried} (trainer.max_restarts={allowed}); the same command resumes from the "
-                    "last checkpoint."
+                    "last checkpoint, if there is one."
                 ) from error
             restarts += 1
-            logger.warning("%s. Restart %d of %d, from the last checkpoint", lost, restarts, allowed)
+            resumes = trainer.left_something or checkpoint_to_resume(config, warn=False) is not None
+            place = "from the last checkpoint" if resumes else "from the start: there is no checkpoint yet"
+            logger.warning("%s. Restart %d of %d, %s", lost, restarts, allowed, place)
         finally:
             end_processes(trainer)
             after()

@@ -27,6 +27,7 @@ from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
 from refine_verl.config import ModelSettings, RefineSettings, RunFailed
+from refine_verl.config.data import longest_possible
 from refine_verl.data.dataset import collate_columns, pad_batch
 from refine_verl.nsp import rollout_metrics
 from refine_verl.plugin import ENGINE_MODEL_TYPE
@@ -108,15 +109,10 @@ class RefineTrainer(CheckpointingTrainer):
             refine=self.settings,
             model=ModelSettings.from_mapping(self.config.model),
             seed=self.config.data.seed,
-            max_length=self._longest() or 2**31,  # null: documents are not cut
+            max_length=longest_possible(self.config.data, self.settings.phase),
             rollout_micro_batch_size=self.config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu,
             threads=worker_threads(self.config.trainer.n_gpus_per_node),
         )
-
-    def _longest(self) -> int | None:
-        """Tokens of the longest document or prompt."""
-        data = self.config.data
-        return data.max_length if self.settings.phase == "documents" else data.max_prompt_length
 
     def on_step_end(self) -> None:
         return None
@@ -170,7 +166,7 @@ class RefineTrainer(CheckpointingTrainer):
         tracking = Tracking(
             project_name=trainer.project_name,
             experiment_name=trainer.experiment_name,
-            default_backend=trainer.logger,
+            default_backend=_trackers(trainer.logger),
             config=redacted(OmegaConf.to_container(self.config, resolve=True)),
         )
         self._start_profile_schedule()
@@ -414,6 +410,11 @@ def mini_batch_order(rows: int, size: int, ranks: int) -> list[int]:
         for start in range(0, rows, size)
         for offset in range(share)
     ]
+
+
+def _trackers(logger: str | list[str]) -> list[str]:
+    """What `trainer.logger` names besides the console, where `TrainingProgress` shows every step in one line."""
+    return [name for name in ([logger] if isinstance(logger, str) else logger) if name != "console"]
 
 
 def _seconds(timing: dict[str, float]) -> dict[str, float]:

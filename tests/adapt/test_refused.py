@@ -147,6 +147,24 @@ def in_parallel() -> nn.Module:
     return nn.DataParallel(build())
 
 
+def quantised() -> Any:
+    model = build()
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    return model
+
+
+def not_a_number() -> Any:
+    model = build()
+    model.lm_head.weight.data[0, 0] = float("nan")
+    return model
+
+
+def without_window() -> Any:
+    model = build("lact_swiglu")
+    model.config.window_size = None
+    return model
+
+
 class Wrapped(nn.Module):
     peft_config: dict[str, Any] = {}
 
@@ -162,6 +180,9 @@ class Wrapped(nn.Module):
         (in_inference_mode, r"made under torch.inference_mode\(\).*outside of that block"),
         (sharing_memory, "lm_head.weight.* share memory without being one parameter"),
         (hybrid, "softmax attention layers"),
+        (quantised, r"its weights are quantised .*: bitsandbytes\)"),
+        (not_a_number, "lm_head.weight holds NaN or infinity"),
+        (without_window, r"sees all tokens before \(window_size=null\)"),
         (gpu_only, r"kernels of gla need a GPU, and it would run on the CPU"),
         (odd_head, "LM head is a Sequential"),
         (compiled, "the model that went into torch.compile"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from refine_verl.command.keys import list_keys, read_keys
 from refine_verl.config import ConfigError, NSPSettings, Refusal, RunFailed, Settings, option
 
 PREFIX = {"prepare": ["documents"], "evaluate": [], "main": [], "plan": [], "inspect": [], "report": [], "doctor": []}
+ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "verl", "ray", "fla", "datasets"}
 
 
@@ -92,6 +94,52 @@ def test_other_errors_are_ours_and_keep_their_traceback() -> None:
 
     with pytest.raises(ValueError, match="a bug"):
         front.run_command([], help=lambda _: "", run=run)
+
+
+STOP_AT = """
+import os, signal, sys
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["STOP_AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Stop())
+"""
+
+
+@pytest.mark.parametrize("imported", ["refine_verl.command", "refine_verl.config", "refine_verl.data"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan recipe=quickstart",
+        "prepare documents input=x tokenizer=bytes min_tokens=1 out=x",
+        "main recipe=quickstart",
+    ],
+)
+def test_ctrl_c_while_it_imports(command: str, imported: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STOP_AT)
+    (tmp_path / "x").write_text("")
+    name, *arguments = command.split()
+    done = subprocess.run(
+        [sys.executable, "-m", f"refine_verl.{name}", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "STOP_AT": imported},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 130, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_refusals_call_keys_what_the_command_calls_them(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: list[str]) -> None:
+        raise Refusal("model.path: no such thing. Set model.path, not model.path_of or actor.model.path.")
+
+    assert front.run_command([], help=lambda _: "", run=run, typed_as={"model.path": "model"}) == 2
+    said = "error: model: no such thing. Set model, not model.path_of or actor.model.path.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

@@ -1,5 +1,7 @@
 """Only what is known to mean nothing here is left out."""
 
+import io
+import logging
 import os
 import warnings
 
@@ -24,3 +26,32 @@ def test_the_users_level_of_verls_log_stays(monkeypatch: pytest.MonkeyPatch) -> 
     with warnings.catch_warnings():
         quieten_third_parties()
     assert os.environ["VERL_LOGGING_LEVEL"] == "DEBUG"
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("ray._private.authentication.authentication_token_setup", "Token authentication is enabled for this"),
+        ("transformers.configuration_utils", "You are using a model of type `delta_net` to instantiate"),
+    ],
+)
+def test_known_lines_of_logs_are_left_out(name: str, left_out: str, caplog: pytest.LogCaptureFixture) -> None:
+    quieten_third_parties()
+    logger = logging.getLogger(name)
+    with caplog.at_level(logging.WARNING, logger=name):
+        logger.addHandler(caplog.handler)
+        try:
+            logger.warning("%s ...", left_out)
+            logger.warning("another")
+        finally:
+            logger.removeHandler(caplog.handler)
+    assert set(caplog.messages) == {"another"}
+
+
+def test_bars_are_drawn_for_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+        monkeypatch.setattr("sys.stderr", io.StringIO())
+        monkeypatch.setattr("sys.stderr.isatty", lambda answer=terminal: answer, raising=False)
+        quieten_third_parties()
+        assert ("HF_HUB_DISABLE_PROGRESS_BARS" in os.environ) is not terminal

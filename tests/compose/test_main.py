@@ -38,6 +38,16 @@ RecipeFile = Callable[..., Path]
         ),
         (["recipe=quickstart", "lr=3"], "lr: unknown key. Did you mean 'actor_rollout_ref.actor.optim.lr'?"),
         (["recipe=quickstart", "+refine.nsp.chunk=3"], "refine.nsp.chunk: unknown key."),
+        (["recipe=quickstart", "foo=1"], "foo: unknown key. See --help for the keys."),
+        (
+            ["recipe=quickstart", "ray_kwargs.ray_init.zzz=1"],
+            "ray_kwargs.ray_init.zzz: unknown key. Add a key of your own with a plus: +ray_kwargs.ray_init.zzz=...",
+        ),
+        (
+            ["recipe=posttrain", "data.apply_chat_template_kwargs={a:1}"],
+            "takes keys of your own one by one, each with a plus: +data.apply_chat_template_kwargs.NAME=VALUE.",
+        ),
+        (["recipe=quickstart", "refine.nsp={mine:1}"], "refine.nsp: unknown key in its value. Allowed: chunks, "),
         (["recipe=quickstart", "refine.nsp.chunks"], "not of the form key=value"),
         (["recipe=quickstart", "data.train_files=a=b"], "Quote special characters"),
         (["recipe=quickstart", "refine.nsp.chunks=0"], "refine.nsp.chunks: must be at least 1, got 0."),

@@ -1,5 +1,6 @@
 """Formats and their errors: what is read, and what the message says when it cannot be."""
 
+import gzip
 import json
 
 import pyarrow as pa
@@ -67,6 +68,25 @@ def test_json_lines_zst_of_several_frames(tmp_path):
     assert read(write(tmp_path / "a.jsonl.zst", data)) == (DOCUMENTS, [0, 1, 2])
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "A.JSONL.GZ"])
+def test_json_lines_gz_of_several_members(tmp_path, name):
+    data = gzip.compress(json_lines(DOCUMENTS[:2])) + gzip.compress(json_lines(DOCUMENTS[2:]))
+    assert read(write(tmp_path / name, data)) == (DOCUMENTS, [0, 1, 2])
+
+
+def test_damaged_gz(tmp_path):
+    data = gzip.compress(json_lines([f"document number {i} of many" for i in range(5000)]))
+    for damaged in (data[: len(data) // 2], data[:-9], b"plain text"):
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz is not a readable gzip-compressed file"):
+            read(write(tmp_path / "a.jsonl.gz", damaged))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_file_git_lfs_did_not_fetch(tmp_path, name):
+    with pytest.raises(DataError, match="is a Git LFS pointer and not the file itself"):
+        read(write(tmp_path / name, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"))
+
+
 def test_text_file_is_one_document_with_its_line_ends(tmp_path):
     assert read(write(tmp_path / "a.txt", "ä\r\nb\n".encode())) == (["ä\r\nb\n"], [0])
 
@@ -76,9 +96,11 @@ def test_other_column(tmp_path):
     assert read(path, "content")[0] == DOCUMENTS
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.jsonl.gz", "a.txt.zst"])
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.json", "a.txt.zst"])
 def test_unsupported_suffix(tmp_path, name):
-    with pytest.raises(DataError, match=r"unsupported suffix .*\.parquet, \.jsonl, \.jsonl\.zst, \.txt"):
+    with pytest.raises(
+        DataError, match=r"unsupported suffix .*\.parquet, \.jsonl, \.jsonl\.zst, \.jsonl\.gz, \.json\.gz, \.txt"
+    ):
         read(write(tmp_path / name, b"x"))
 
 

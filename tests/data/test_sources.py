@@ -4,6 +4,7 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
+from refine_verl.config import DataSettings
 from refine_verl.data import DataError, sources
 from refine_verl.data.sources import (
     HubSource,
@@ -11,6 +12,7 @@ from refine_verl.data.sources import (
     iterate_documents,
     iterate_texts,
     resolve_sources,
+    say_if_shared,
 )
 from refine_verl.data.tokenize import TEXT_SCHEMA, write_rows
 
@@ -189,3 +191,59 @@ class TestStandardLibrary:
         monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
         with pytest.raises(DataError, match="no Python sources under"):
             resolve("python_stdlib")
+
+
+class TestLinks:
+    @pytest.fixture
+    def linked(self, tmp_path):
+        """Two files in a directory, one in another that is linked into it."""
+        for name in ("all/a.txt", "all/deep/b.txt", "elsewhere/c.txt"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(name)
+        (tmp_path / "all/linked").symlink_to(tmp_path / "elsewhere")
+        return tmp_path
+
+    def test_linked_directories_are_followed(self, linked, caplog):
+        assert names(resolve(str(linked / "all")), linked) == ["all/a.txt", "all/deep/b.txt", "all/linked/c.txt"]
+        assert not caplog.text
+
+    def test_a_link_to_what_it_lies_in_ends(self, linked, caplog):
+        (linked / "elsewhere/back").symlink_to(linked / "all")
+        assert len(resolve(str(linked / "all"))) == 3
+        assert (
+            f"left out {linked}/all/linked/back, a symbolic link to {linked}/all, which is read already" in caplog.text
+        )
+
+    def test_a_directory_by_two_names_is_read_once(self, linked, caplog):
+        (linked / "all/a link to deep").symlink_to(linked / "all/deep")
+        assert names(resolve(str(linked / "all")), linked) == ["all/a.txt", "all/deep/b.txt", "all/linked/c.txt"]
+        assert "left out" in caplog.text and "a link to deep, a symbolic link to" in caplog.text
+
+    @pytest.mark.parametrize("make", ["symlink_to", "hardlink_to"])
+    def test_a_file_by_two_names_is_read_once(self, linked, make, caplog):
+        getattr(linked / "all/z.txt", make)(linked / "all/a.txt")
+        assert len(resolve(str(linked / "all"))) == 3
+        assert "left out 1 files that are others by another name" in caplog.text
+        caplog.clear()
+        assert names(resolve(str(linked / "all/*.txt")), linked) == ["all/a.txt"]
+        assert "left out 1 files" in caplog.text
+
+    def test_names_of_one_directory_are_refused(self, linked):
+        (linked / "again").symlink_to(linked / "all")
+        for second in ("again", "all/deep", "again/a.txt"):
+            with pytest.raises(DataError, match="names .* more than once"):
+                resolve(str(linked / "all"), str(linked / second))
+
+    def test_a_link_to_nothing_is_named(self, linked):
+        (linked / "all/gone.txt").symlink_to(linked / "nowhere.txt")
+        with pytest.raises(DataError, match=r"gone\.txt cannot be read: .* link to nothing"):
+            resolve(str(linked / "all"))
+
+    def test_validation_on_what_is_trained_on_is_said(self, linked, caplog):
+        everything, part = (str(linked / "all"),), (str(linked / "elsewhere"),)
+        say_if_shared(DataSettings(train_files=everything, val_files=part))
+        assert "data.val_files: 1 of 1 files are in data.train_files as well" in caplog.text
+        caplog.clear()
+        say_if_shared(DataSettings(train_files=("python_stdlib",), val_files=part))
+        say_if_shared(DataSettings(train_files=everything))
+        assert not caplog.text

@@ -243,7 +243,11 @@ def test_test_time_training(model_dir: Path, data: Path, tmp_path: Path, finishe
         (["tasks=niah_multikey_1"], r"niah_multikey_1 hide their needles in essays.*paul_graham_essays.parquet"),
         (["tasks=piqa"], r"no file for piqa.*load_dataset\('baber/piqa', split='validation'\)"),
         (["tasks=trec", "data_dir=/nowhere"], "data_dir=/nowhere: no such directory"),
-        (["tasks=trec", "model=/nowhere"], "no such directory"),
+        (["tasks=trec", "model=/nowhere"], "error: model[=:] ?/nowhere: no such directory"),
+        (
+            ["tasks=piqa", "lengths=128"],
+            "lengths: has no effect on these tasks: it is about ruler_qa and ruler_niah and",
+        ),
         (["tasks=trec", "ttt=sft", "adapt.lrr=1"], "adapt.lrr: unknown key.*'lr'"),
         (["tasks=trec", "ttt=none", "adapt.lr=1"], "adapt: has no effect with ttt=none"),
     ],
@@ -252,7 +256,9 @@ def test_refused(
     keys: list[str], message: str, model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    usual = {"model": model_dir, "data_dir": data, "out": out, "lengths": LENGTH}
+    usual = {"model": model_dir, "data_dir": data, "out": out}
+    if "tasks=piqa" not in keys:  # which takes no lengths
+        usual["lengths"] = LENGTH
     given = {key: value for key, value in usual.items() if not any(item.startswith(f"{key}=") for item in keys)}
     assert main([*(f"{key}={value}" for key, value in given.items()), *keys]) == 2
     error = capsys.readouterr().err

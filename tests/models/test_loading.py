@@ -71,6 +71,25 @@ def test_weights_of_another_shape_are_refused(checkpoint: Path) -> None:
         load_model(checkpoint)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(checkpoint: Path, value: float) -> None:
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    weights[KEY][3, 1] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ModelError, match=f"model.path={checkpoint}: {KEY} holds NaN or infinity"):
+            load_model(checkpoint, dtype=dtype)
+
+
+def test_pickles_that_are_none_are_refused(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    for content in (b"<!DOCTYPE html>", b"\x80\x02nonsense", b"PK\x03\x04"):
+        (checkpoint / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ModelError, match=f"model.path={checkpoint}: .*(damaged|cannot be read)"):
+            load_model(checkpoint)
+
+
 def test_random_weights_are_a_function_of_the_seed(family: str) -> None:
     state = torch.get_rng_state()
     first, again, other = (load_model(None, config=tiny_config(family), seed=seed).state_dict() for seed in (1, 1, 2))
@@ -104,6 +123,11 @@ def test_a_hybrid_with_softmax_attention_is_refused(family: str, tmp_path: Path)
     attention = {"layers": [1], "num_heads": 2}
     tiny_config(family, attn=attention).save_pretrained(tmp_path)
     assert "softmax attention layers (config.attn)" in refusal(tmp_path)
+
+
+def test_attention_over_everything_before_is_refused() -> None:
+    said = refusal(None, {"model_type": "lact_swiglu", "window_size": None})
+    assert said.startswith("model.config: the attention of this lact_swiglu sees all tokens before (window_size=null)")
 
 
 def test_directories_without_a_model_are_refused(tmp_path: Path) -> None:

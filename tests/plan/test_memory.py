@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig
 
 from refine_verl.config import NSPSettings
 from refine_verl.models import Branches, Documents, RolloutDraws, load_model, make_actor, snapshot_count
+from refine_verl.plan.hollow import STATES
 from refine_verl.plan.memory import Shape, estimate_memory, pass_peaks
 
 NSP = NSPSettings(chunks=2, rollout_length=3, rollouts_per_position=2)
@@ -136,3 +138,14 @@ def test_the_counter_of_this_test_counts() -> None:
     assert live.peak == 6000 and live.now == 4000
     del kept
     assert live.now == 0
+
+
+def test_states_are_counted_by_the_longest_document_there_may_be() -> None:
+    """As workers count them: what is read may be shorter than data.max_length."""
+    nsp = NSPSettings(chunks=2, rollout_length=2, rollouts_per_position=1)
+    shape = Shape(length=12, nsp=nsp, cuda=True)
+    states = [
+        pass_peaks(config_of("delta_net", 1), dataclasses.replace(shape, longest=longest))["rollout"][STATES]
+        for longest in (None, 12, 16, 4096)
+    ]
+    assert states[0] == states[1] < states[2] == states[3]  # 12 segments, and 8 in each of 2 chunks

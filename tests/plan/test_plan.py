@@ -20,7 +20,9 @@ from refine_verl.compose.composition import compose_config
 from refine_verl.compose.recipes import find_configs
 from refine_verl.compose.validate import validate
 from refine_verl.config import ConfigError, NSPSettings
+from refine_verl.config.data import UNCUT, longest_possible
 from refine_verl.data import DataError
+from refine_verl.data.readers import COMPRESSIONS
 from refine_verl.models import Branches, load_model, make_actor, snapshot_count
 from refine_verl.plan import estimate, reading
 from refine_verl.plan.__main__ import main
@@ -87,6 +89,17 @@ def test_reading_and_work(no_memory: None, capsys: pytest.CaptureFixture[str]) -
     assert not Path("outputs").exists()
 
 
+def test_states_are_counted_by_the_limit(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """The worker's function, whatever the documents at hand have (`longest_possible`)."""
+    write_documents([20] * 8)
+    for limit, longest in ((64, 64), ("null", UNCUT)):
+        shape = plan_of(capsys, f"data.max_length={limit}")["shape"]
+        assert (shape["length"], shape["longest"]) == (20, longest)
+    data = {"max_length": 5, "max_prompt_length": 7}
+    assert longest_possible(data, "documents") == 5
+    assert longest_possible(data, "prompts") == longest_possible(data, "ttt") == 7
+
+
 def test_tables(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
     write_documents([64] * 8)
     assert main(list(RUN)) == 0
@@ -96,7 +109,7 @@ def test_tables(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
-    with pa.output_stream(str(path), compression="zstd" if path.suffix == ".zst" else None) as file:
+    with pa.output_stream(str(path), compression=COMPRESSIONS.get(path.suffix)) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())
 
 
@@ -109,7 +122,7 @@ def write_rows(path: Path, text: str, rows: int) -> None:
         write_lines(path, [json.dumps(row) for row in table])
 
 
-@pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.zst", "docs.parquet"])
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.zst", "docs.jsonl.gz", "docs.parquet"])
 def test_a_sample_is_reckoned_up(name: str, no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
     text = "\u5b66\u4e60" * 10
     write_rows(Path(name), text, 200)
@@ -137,10 +150,10 @@ def test_a_large_compressed_file_is_not_read_to_its_end(tmp_path: Path, monkeypa
     write_lines(path, [json.dumps({"text": draws.randbytes(1000).hex()}) for _ in range(1000)])
     path.write_bytes(path.read_bytes() * 4 + b"no zstd")
     monkeypatch.setattr(reading, "_RATIO_FROM", 1 << 20)
-    assert reading._lines_more(path, 10, zstd=True) == pytest.approx(400, rel=READ_AHEAD)
+    assert reading._lines_more(path, 10, "zstd") == pytest.approx(400, rel=READ_AHEAD)
     monkeypatch.setattr(reading, "_RATIO_FROM", 1 << 30)
     with pytest.raises(DataError, match="docs.jsonl.zst is not a readable zstd-compressed file"):
-        reading._lines_more(path, 10, zstd=True)
+        reading._lines_more(path, 10, "zstd")
 
 
 def test_warnings_of_resources(

@@ -126,6 +126,7 @@ def test_refusals(corpus, tmp_path, capsys):
         ((corpus, out, "--shard-sise", "0"), "unknown option --shard-sise. Did you mean '--shard-size'?"),
         ((tmp_path / "none.jsonl", out), "none.jsonl does not exist"),
         ((corpus, out, "--text-key", "text"), "has no column 'text'; its columns are: body"),
+        ((corpus, out, "--text-key", "text"), "Name the column that holds the text with text_key."),
     ]
     for arguments, message in cases:
         assert collect(*arguments) == 2

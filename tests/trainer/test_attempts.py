@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,14 @@ def test_a_lost_worker_starts_the_next_attempt(play: Play, caplog: pytest.LogCap
         seen, tidied = play([LOST, LOST, None])
     assert len(seen) == 3 and tidied == [1, 2, 3]
     assert "process 4711 on 10.0.0.7" in caplog.text and "Restart 2 of 2" in caplog.text
+
+
+def test_without_a_checkpoint_it_starts_at_the_start(
+    play: Play, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="refine_verl"):
+        play([LOST, None], False, default_local_dir=str(tmp_path))
+    assert "Restart 1 of 2, from the start: there is no checkpoint yet" in caplog.text
 
 
 def test_once_too_often_is_the_end(play: Play) -> None:

@@ -96,6 +96,8 @@ def test_the_run_directory_holds_what_is_promised(long: Finished) -> None:
     for name in ("report.html", "model", "metrics.jsonl", "config.yaml"):
         assert name in long.output
     assert "Traceback" not in long.output
+    for said_by_others in ("step:1 - ", "Token authentication", "Loading weights"):
+        assert said_by_others not in long.output
 
 
 STABLE_NAMES = {
