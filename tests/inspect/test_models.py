@@ -70,7 +70,7 @@ def test_a_model_whose_numbers_are_broken_is_shown_as_it_is(model_dir: Path, tmp
     (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
     load_tokenizer("bytes", out_dir=tmp_path)
     view = inspect_text(read_keys([f"model={tmp_path}", f"text={text_file}", *KEYS], InspectSettings)[0])
-    assert not any(map(math.isfinite, view.entropy))
+    assert not any(map(math.isfinite, view.inspection.entropy))
     page = render(view)
     assert not re.search(r'(d|x|cx|cy|width)="[^"]*nan', page)
     assert "Next-token loss" in page
