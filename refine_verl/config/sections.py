@@ -20,7 +20,7 @@ REWARDS = ("cosine", "binary", "hybrid")
 ACTIVATION_CHECKPOINTING = ("none", "segment")
 INNER = ("none", "sft", "refine")
 OUTER = ("none", "sft", "grpo")
-CONVENTIONS = ("paper", "lm_eval")
+CONVENTIONS = ("paper", "lm_eval", "official")
 END_TOKENS = ("sampled", "suppressed")
 OLD_LOG_PROBS = ("rollout", "recomputed")
 
@@ -157,7 +157,8 @@ class AnswerSettings(Settings):
     temperature: float = option(1.0, "sampling temperature of these answers; validation is greedy", above=0)
     convention: str = option(
         "paper",
-        "how answers are scored: as the paper's authors do (first line, any reference), or as lm-eval does",
+        "how answers are scored: as the paper's authors do (first line, any reference), as lm-eval does, or as the "
+        "benchmarks' own scripts do",
         choices=CONVENTIONS,
         paper="paper",
     )

@@ -1,7 +1,8 @@
-"""Which score a task has, in two published conventions that give different numbers for the same answers.
+"""Which score a task has, in three published conventions that give different numbers for the same answers.
 
 `paper` is what the authors of REFINE compute: the first line of an answer counts for questions, any reference may
-match. `lm_eval` is what lm-evaluation-harness computes for its tasks `longbench_*` and `ruler_*`. Their metrics have
+match. `lm_eval` is what lm-evaluation-harness computes for its tasks `longbench_*` and `ruler_*`. `official` is what
+the benchmarks' own scripts compute, LongBench's `eval.py` and RULER's `scripts/eval`. Metrics that differ have
 different names, so that a number always says where it belongs.
 """
 
@@ -62,28 +63,54 @@ def code_line_or_all(text: str) -> str:
     return next((line for line in text.lstrip("\n").split("\n") if is_code(line)), text)
 
 
+def code_line_or_nothing(text: str) -> str:
+    """As `code_line_or_all`, and nothing where there is none."""
+    return next((line for line in text.lstrip("\n").split("\n") if is_code(line)), "")
+
+
 def code_line(text: str) -> str:
     """The first line of code that is not blank; nothing where there is none."""
     return next((line for line in text.split("\n") if line.strip() and is_code(line)), "")
 
 
-def _rules(paper: Rule, lm_eval: Rule) -> dict[str, Rule]:
-    return {"paper": paper, "lm_eval": lm_eval}
+def _rules(paper: Rule, lm_eval: Rule, official: Rule) -> dict[str, Rule]:
+    return {"paper": paper, "lm_eval": lm_eval, "official": official}
 
 
-_QUESTIONS = _rules(Rule("token_f1", "token_f1", first_line), Rule("qa_f1_score", "token_f1", whole))
-_TRIVIA = _rules(Rule("token_f1", "token_f1", first_full_line), Rule("qa_f1_score", "token_f1", first_line))
-_CLASSES = _rules(
-    Rule("class_match", CLASS_MATCH, first_full_line), Rule("classification_score", CLASS_MATCH, first_line)
+_QUESTIONS = _rules(
+    Rule("token_f1", "token_f1", first_line),
+    Rule("qa_f1_score", "token_f1", whole),
+    Rule("longbench_f1", "token_f1", whole),
 )
-_DIALOGUES = _rules(Rule("rouge_l", "rouge_l", first_full_line), Rule("rouge_score", "rouge_l", first_line))
-_SUMMARIES = _rules(Rule("rouge_l", "rouge_l", whole), Rule("rouge_score", "rouge_l", whole))
+_TRIVIA = _rules(
+    Rule("token_f1", "token_f1", first_full_line),
+    Rule("qa_f1_score", "token_f1", first_line),
+    Rule("longbench_f1", "token_f1", first_full_line),
+)
+_CLASSES = _rules(
+    Rule("class_match", CLASS_MATCH, first_full_line),
+    Rule("classification_score", CLASS_MATCH, first_line),
+    Rule("longbench_class_match", CLASS_MATCH, first_full_line),
+)
+_DIALOGUES = _rules(
+    Rule("rouge_l", "rouge_l", first_full_line),
+    Rule("rouge_score", "rouge_l", first_line),
+    Rule("longbench_rouge_l", "rouge_l", first_full_line),
+)
+_SUMMARIES = _rules(
+    Rule("rouge_l", "rouge_l", whole),
+    Rule("rouge_score", "rouge_l", whole),
+    Rule("longbench_rouge_l", "rouge_l", whole),
+)
 _CODE = _rules(
-    Rule("code_similarity", "code_similarity", code_line_or_all), Rule("code_sim_score", "code_similarity", code_line)
+    Rule("code_similarity", "code_similarity", code_line_or_all),
+    Rule("code_sim_score", "code_similarity", code_line),
+    Rule("longbench_code_similarity", "code_similarity", code_line_or_nothing),
 )
 _RULER_QA = _rules(
     Rule("substring_match", "substring_match", printable_line),
     Rule("string_match_part", "substring_fraction", printable),
+    Rule("ruler_any_match", "substring_match", printable),
 )
 _NEEDLES = dict.fromkeys(CONVENTIONS, Rule("string_match_all", "substring_fraction", printable))
 
@@ -104,7 +131,7 @@ TASKS: dict[str, dict[str, Rule]] = {
 
 
 def register_task(name: str, measure: str, cut: Cut = whole) -> None:
-    """Make a task of one's own known; both conventions then score it alike.
+    """Make a task of one's own known; all conventions then score it alike.
 
     Args:
         name: what the data's `task` column says.
@@ -166,7 +193,7 @@ def score(
         task: what the data's `task` column says; a key of `TASKS`.
         prediction: the generated text, as decoded: neither cut nor stripped.
         references: right answers, at least one.
-        convention: `paper` or `lm_eval`.
+        convention: `paper`, `lm_eval` or `official`.
         classes: for class match, all classes there are (the data's `all_classes`); trec's own by default.
 
     Returns:

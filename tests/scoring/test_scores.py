@@ -1,4 +1,4 @@
-"""Every measure against values worked out by hand, both conventions, and lm-eval's own functions where it is."""
+"""Every measure against values worked out by hand, all conventions, and lm-eval's own functions where it is."""
 
 import importlib.util
 import sys
@@ -87,6 +87,31 @@ def test_line_similarity_by_hand():
     assert line_similarity("", ["x"]) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("task", "answer", "references", "name", "expected"),
+    [
+        # everything counts: 1 of 3 words is right, all of the reference is found
+        ("hotpotqa", " Paris\nand more", ["Paris"], "longbench_f1", 2 * (1 / 3) / (4 / 3)),
+        ("musique", "", ["Paris"], "longbench_f1", 0.0),
+        # of the few-shot tasks the first line that is not empty
+        ("triviaqa", "\n\nParis\nand more", ["Paris"], "longbench_f1", 1.0),
+        ("trec", "\nCity or State\nother", ["City"], "longbench_class_match", 0.5),
+        ("samsum", "\nThey meet\nat noon", ["They meet"], "longbench_rouge_l", 1.0),
+        ("gov_report", "one two\nthree four", ["one two three four"], "longbench_rouge_l", 1.0),
+        # a blank line is code once the answer has begun; where none is code, nothing is left
+        ("lcc", "\n# note\nabcd", ["bcde"], "longbench_code_similarity", 0.75),
+        ("lcc", "  \nx = 1", ["  "], "longbench_code_similarity", 1.0),
+        ("repobench-p", "# x = 1", ["x = 1"], "longbench_code_similarity", 0.0),
+        # any reference, anywhere in the answer, the best one counts
+        ("ruler_squadqa", "no\nin 1082.", ["February 1082", "1082"], "ruler_any_match", 1.0),
+        ("ruler_hotpotqa", "no\nin\t1083", ["February 1082", "1082"], "ruler_any_match", 0.0),
+        ("niah_multivalue", "12, 34", ["12", "34", "56", "78"], "string_match_all", 0.5),
+    ],
+)
+def test_the_benchmarks_own_scores(task, answer, references, name, expected):
+    assert score(task, answer, references, "official") == {name: pytest.approx(expected, abs=1e-6)}
+
+
 @pytest.mark.parametrize("task", ["narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa"])
 def test_questions_first_line_on_paper_everything_in_lm_eval(task):
     answer = " Paris\nQuestion: and now some more"
@@ -96,9 +121,9 @@ def test_questions_first_line_on_paper_everything_in_lm_eval(task):
     assert only(score(task, "\nParis", ["Paris"])) == 0.0
 
 
-def test_few_shot_tasks_skip_leading_line_ends_on_paper_only():
+def test_few_shot_tasks_skip_leading_line_ends_but_in_lm_eval():
     for task, answer in (("triviaqa", "Paris"), ("trec", "City"), ("samsum", "They meet")):
-        for convention, expected in (("paper", 1.0), ("lm_eval", 0.0)):
+        for convention, expected in (("paper", 1.0), ("lm_eval", 0.0), ("official", 1.0)):
             assert only(score(task, f"\n{answer}\nQuestion", [answer], convention)) == pytest.approx(expected, abs=1e-6)
             assert only(score(task, f" {answer}\nother", [answer], convention)) == pytest.approx(1.0, abs=1e-6)
 
@@ -169,14 +194,14 @@ def test_refusals_list_what_is_known():
         score("hotpotq", "x", ["x"])
     with pytest.raises(MetricError, match="names no task.*data.task"):
         main_metric("")
-    with pytest.raises(MetricError, match="unknown convention 'lmeval'.*paper, lm_eval.*lm_eval"):
+    with pytest.raises(MetricError, match="unknown convention 'lmeval'.*paper, lm_eval, official.*lm_eval"):
         main_metric("trec", "lmeval")
     for references in ([], "Paris", [None]):
         with pytest.raises(MetricError, match="at least one text"):
             score("trec", "x", references)
 
 
-def test_every_task_has_a_name_and_a_score_in_both_conventions():
+def test_every_task_has_a_name_and_a_score_in_every_convention():
     for task in TASKS:
         for convention in CONVENTIONS:
             (name,) = score(task, "x", ["x"], convention, classes=["x"])
