@@ -1,11 +1,13 @@
 # make quickstart   install, then train a small DeltaNet with REFINE on this machine
 # make test         the tests that need no GPU (ARGS="tests/nsp -k entropy" narrows them)
+# make test-pythons a fast part of them on each other Python 3.10, 3.11 and 3.12 that is found
 # make check        style, types, layers and known vulnerabilities of dependencies
 # make venv         only the virtual environment with the package in it
 # make clean        remove what make built; outputs/ is left alone
 #
 # PYTHON=/path/to/python picks the interpreter, TORCH="..." what pip gets to install torch
-# (for example a local wheel), VENV=dir another environment.
+# (for example a local wheel; without it the build that suits this machine is looked for, on
+# one without a GPU that for CPUs), VENV=dir another environment.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,8 +15,9 @@ SHELL := bash
 
 VENV ?= .venv
 PYTHON ?=
+TORCH ?=
 # The bound keeps pip from replacing torch when the package is installed after it.
-TORCH ?= torch>=2.7,<2.14
+SOME_TORCH := torch>=2.7,<2.14
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -27,7 +30,7 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Files in parallel, one thread each; what needs several processes or Ray takes its share.
 TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
 
-.PHONY: help quickstart test check venv clean
+.PHONY: help quickstart test test-pythons check venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -40,6 +43,9 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m "not gpu" \
 	  -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
+test-pythons:
+	@VENV=$(VENV) MAKE="$(MAKE)" .ci/pythons
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,7 +57,7 @@ venv: $(VENV)/.package
 	@echo "Ready: $(BIN)/python (activate it with: source $(BIN)/activate)"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-3.* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An interpreter counts only if it runs: version managers leave shims behind that do nothing but fail.
@@ -77,10 +83,18 @@ $(BIN)/python:
 	echo "Creating $(VENV) with $$found"; \
 	"$$found" -m venv $(VENV)
 
-# torch goes first and by pip, so that nothing installed later picks another build of it.
+# torch goes first, so that nothing installed later picks another build of it. uv knows which one suits this machine
+# and where it is; it is asked within bounds, since it may be missing or find no way there. Then pip has its choice:
+# on Linux the build with CUDA, unless pip is set up to find another.
 $(VENV)/.package: setup.py | $(BIN)/python
 	@echo "Installing refine_verl into $(VENV) (a few minutes the first time)"
-	@$(PIP) "$(TORCH)"
+	@by_uv() { \
+	  local uv="$(UV)"; \
+	  if [ -z "$$uv" ]; then timeout 120 $(PIP) uv >/dev/null 2>&1 && uv=$(BIN)/uv || return 1; fi; \
+	  local ask=("$$uv" pip install --quiet --python $(BIN)/python --torch-backend=auto "$(SOME_TORCH)"); \
+	  UV_HTTP_RETRIES=0 UV_HTTP_TIMEOUT=10 timeout 60 "$${ask[@]}" --dry-run >/dev/null 2>&1 && "$${ask[@]}"; \
+	}; \
+	if [ -n "$(TORCH)" ]; then $(PIP) "$(TORCH)"; else by_uv || $(PIP) "$(SOME_TORCH)"; fi
 	@$(call INSTALL,--editable .)
 	@touch $@
 

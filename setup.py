@@ -56,7 +56,8 @@ EXTRAS = {
     "eval": EVAL,
     # Exact pins: a formatter or type checker that changes under a contributor is a broken build.
     "dev": [
-        "import-linter==2.17",
+        "import-linter==2.17; python_version >= '3.11'",
+        "import-linter==2.15; python_version < '3.11'",
         "mypy==2.4.1",
         "pip-audit==2.10.1",
         "pytest==9.2.0",

@@ -3,8 +3,9 @@
 A *plan* is a pure function of the sequence lengths, so it is cached and shared by all layers and all
 operators of a forward pass. Sequences are padded to a multiple of the chunk size only, never to the longest
 one, and a chunk never holds tokens of two sequences: every matrix product is a batch entry that belongs to
-exactly one sequence, which is what makes the result of one document independent of its neighbours, bit for
-bit.
+exactly one sequence. A document's result here is then that of the document alone, bit for bit as far as the library
+computes an entry of a batch the same whatever their number. (The projections around it are products of all rows,
+whose last bits may depend on how many rows there are.)
 """
 
 from __future__ import annotations

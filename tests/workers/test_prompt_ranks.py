@@ -24,6 +24,9 @@ COMMON = (
 # a batch of 4 and one of 1, and mini-batches of 2: two ranks need dummies
 TTT = ("data.train_batch_size=4", "refine.ppo_mini_batch_size=2", "refine.nsp.reward=cosine")
 SUMMED_IN_ANOTHER_ORDER = 1e-5
+# Rollouts of several prompts are written in one pass, and a library chooses the kernel of a matrix product by its
+# rows: the last bit of a float32 loss may depend on which prompts are adapted to together. Seen: 7e-8.
+WRITTEN_WITH_OTHERS = 1e-6
 
 
 @pytest.fixture(scope="session")
@@ -153,10 +156,14 @@ def test_one_rank_and_two_adapt_the_same(results: Results, inner: str, reset: st
 
 
 def test_adapting_together_and_alone_are_different_things(results: Results) -> None:
+    """The last batch has one prompt; the other four are the control, whose losses differ by more than 1e-3."""
     together, alone = (by_id(results["ttt", 1][f"refine_{reset}"]) for reset in ("batch", "sample"))
-    assert all(together[row]["adaptation"][0]["loss"] == alone[row]["adaptation"][0]["loss"] for row in together)
-    for name, row in together.items():  # the last batch has one prompt
-        assert (row["adaptation"][2]["loss"] == alone[name]["adaptation"][2]["loss"]) == (row["batch"] == 2)
+    for name, row in together.items():
+        before, after = (
+            abs(row["adaptation"][step]["loss"] / alone[name]["adaptation"][step]["loss"] - 1) for step in (0, 2)
+        )
+        assert before < WRITTEN_WITH_OTHERS
+        assert after < WRITTEN_WITH_OTHERS if row["batch"] == 2 else after > 100 * WRITTEN_WITH_OTHERS
 
 
 def test_a_worker_that_is_left_over_adds_nothing(results: Results) -> None:
