@@ -151,6 +151,10 @@ def _answer_key(record: Record) -> str:
 
 
 def _task(record: Record, settings: PromptSettings) -> str:
+    if (
+        settings.task_key != PromptSettings.task_key and not settings.task
+    ):  # the usual column may be missing, one named not
+        require_column(record.columns, settings.task_key, record.where, "data.task_key", "the task")
     value = record.columns.get(settings.task_key)
     if value is None:
         return settings.task or ""

@@ -251,6 +251,16 @@ def test_ids(make, bytes_tokenizer):
         prepare_prompts(make(ROWS, id_key="key"), "train", bytes_tokenizer)
 
 
+def test_a_column_that_was_named_for_the_task_is_there(make, bytes_tokenizer):
+    with pytest.raises(DataError, match="no column 'kind'.*data.task_key"):
+        prepare_prompts(make(ROWS, task_key="kind"), "train", bytes_tokenizer)
+    stands_in = prepare_prompts(make(ROWS, task_key="kind", task="trec"), "train", bytes_tokenizer)
+    assert {row["task"] for row in rows_of(stands_in)} == {"trec"}
+    named = [{**row, "kind": "qasper"} for row in ROWS]
+    prepared = prepare_prompts(make(named, "named.jsonl", task_key="kind"), "train", bytes_tokenizer)
+    assert {row["task"] for row in rows_of(prepared)} == {"qasper"}
+
+
 def test_a_tokenizer_is_trained_on_the_prompts(make):
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
     settings = make([{"prompt": "one", "answer": "x"}, {"prompt": messages, "answer": "y"}], chat_template=True)

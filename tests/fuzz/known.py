@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-BY_KIND: dict[str, tuple[str, ...]] = {
-    "refusals that do not name what is wrong, or say more than one thing": ("posttrain: data.task_key=word",),
-}
+BY_KIND: dict[str, tuple[str, ...]] = {}
 
 KNOWN = {case: kind for kind, cases in BY_KIND.items() for case in cases}
 """Case to kind."""
