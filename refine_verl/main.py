@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -130,10 +129,12 @@ def _written_files(run_dir: Path) -> str:
     width = max(map(len, names), default=0) + 1
     lines = [f"\nThe run is in {run_dir}", *(f"  {name:<{width}} {contents[name]}" for name in names)]
     if (run_dir / "model").is_dir():
-        quoted = shlex.quote(f"model.path={run_dir / 'model'}")
+        from refine_verl.command.show import typed
+
+        model = typed("model.path", run_dir / "model")
         lines += [
             "Next: train this model on documents of your own (parquet, jsonl, txt or a directory of them)",
-            f"  python -m refine_verl.main recipe=midtrain {quoted} data.train_files=FILES",
+            f"  python -m refine_verl.main recipe=midtrain {model} data.train_files=FILES",
         ]
     return "\n".join(lines)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,11 @@ from rich.table import Table
 
 TEXT_WIDTH, TABLE_WIDTH = 160, 200
 """Of what goes to a file or a pipe, which have no width of their own; no cell is to be cut."""
+
+
+_NO_TEXT = ("true", "false", "null", "nan", "inf")
+_PLAIN = re.compile(r"([A-Za-z_~/]|\.\.?/)([\w./~:+@% -]*[\w./~:+@%-])?", re.ASCII)
+"""What Hydra takes for a text without quotes."""
 
 
 def console(width: int = TEXT_WIDTH) -> Console:
@@ -41,6 +48,18 @@ def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator
     with Progress(*columns, console=stderr, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(description, total=total, completed=done)
         yield lambda steps=1: progress.advance(task, steps)
+
+
+def typed(key: str, value: object) -> str:
+    """A key of a run with a path, as one types it: quoted for the shell, and for Hydra where it is more than a word.
+
+    >>> print(typed("data.val_files", "a b"))
+    'data.val_files=a b'
+    """
+    text = str(value)
+    if text.lower() in _NO_TEXT or not _PLAIN.fullmatch(text):
+        text = '"' + text.replace('"', '\\"') + '"'
+    return shlex.quote(f"{key}={text}")
 
 
 def spread(lengths: Sequence[int]) -> tuple[int | str, int | str, int | str]:

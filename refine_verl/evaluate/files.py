@@ -125,7 +125,8 @@ def find_documents(settings: EvaluateSettings, missing: list[str]) -> list[FileS
         missing.append(
             f"ntp: no directory {folder}. Put documents there (parquet or jsonl with a column text, or txt), for "
             "example with: python -m refine_verl.prepare documents --input FILES --tokenizer "
-            f"{settings.tokenizer or settings.model} --min-tokens {max(settings.lengths)} --out {folder}"
+            f"{shlex.quote(settings.tokenizer or settings.model)} --min-tokens {max(settings.lengths)} "
+            f"--out {shlex.quote(str(folder))}"
         )
         return []
     sources = resolve_sources((str(folder),), key="data_dir", default_split="validation")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,12 +133,15 @@ def _files(settings: EvaluateSettings, task: str) -> list[Path]:
 
 def _no_file(settings: EvaluateSettings, task: str) -> str:
     known = TASKS[task]
-    name = f"'{known.dataset}'" + (f", '{known.config}'" if known.config else "")
     path = _folder(settings, task) / f"{known.split}.parquet"
+    dataset = ", ".join(json.dumps(name) for name in (known.dataset, known.config) if name)
+    script = (
+        f"from datasets import load_dataset; load_dataset({dataset}, split={json.dumps(known.split)})"
+        f".to_parquet({json.dumps(str(path))})"
+    )
     return (
         f"short_context: no file for {task}: there is no {path} (or {known.split}*.jsonl). Where the hub can be "
-        'reached, make it with: python -c "from datasets import load_dataset; '
-        f"load_dataset({name}, split='{known.split}').to_parquet('{path}')\""
+        f"reached, make it with: python -c {shlex.quote(script)}"
     )
 
 

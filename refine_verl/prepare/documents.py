@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.command.show import progress_bar, show_table, spread
+from refine_verl.command.show import progress_bar, show_table, spread, typed
 from refine_verl.config import DataError
 from refine_verl.data.readers import batched
 from refine_verl.data.sources import DocumentSource, iterate_documents, resolve_sources
@@ -172,6 +172,6 @@ def _report(output: Output, totals: Counter[str], settings: DocumentSettings) ->
         f"{totals['sampled']:,} of {totals['read']:,} documents were looked at ({totals['read_tokens']:,} tokens with "
         f"{settings.tokenizer}); {totals['short']:,} had fewer than {settings.min_tokens:,} tokens"
         + (f", {totals['long']:,} more than {settings.max_tokens:,}." if settings.max_tokens is not None else "."),
-        f"Use: data.train_files={settings.out}",
+        f"Use: {typed('data.train_files', settings.out)}",
     ]
     show_table(f"Documents of at least {settings.min_tokens:,} tokens", columns, rows, notes)

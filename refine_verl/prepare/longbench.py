@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.command.show import progress_bar, show_table, spread
+from refine_verl.command.show import progress_bar, show_table, spread, typed
 from refine_verl.config import DataError, require_choice
 from refine_verl.data.cache import make_key
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
@@ -97,7 +97,7 @@ def run(settings: LongBenchSettings) -> None:
         "Tokens are those of prompt and longest reference, with " + settings.tokenizer + "."
         if settings.tokenizer
         else "No tokenizer given: lengths are not counted, nothing is left out.",
-        f"Use: data.val_files={settings.out} data.id_key=id",
+        f"Use: {typed('data.val_files', settings.out)} data.id_key=id",
     ]
     show_table("LongBench", ["task", "samples", "kept", "tokens: least", "mean", "most"], rows, notes)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from refine_verl.command.show import progress_bar, show_table, spread
+from refine_verl.command.show import progress_bar, show_table, spread, typed
 from refine_verl.config import DataError
 from refine_verl.data.cache import make_key
 from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
@@ -265,6 +265,6 @@ def _report(
         f"--length {settings.length}.",
         f"Tokens are those of prompt and longest reference, with {settings.tokenizer}; prompts leave at least "
         f"{settings.answer_tokens} tokens for the answer.",
-        "Use: " + " ".join(f"{_KEYS[split]}={settings.out}/{entry['file']}" for split, entry in entries.items()),
+        "Use: " + " ".join(typed(_KEYS[split], f"{settings.out}/{entry['file']}") for split, entry in entries.items()),
     ]
     show_table(f"RULER {settings.source} at {settings.length} tokens", columns, rows, notes)

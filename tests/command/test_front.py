@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from refine_verl.command import front
 from refine_verl.command.keys import list_keys, read_keys
+from refine_verl.command.show import typed
 from refine_verl.config import ConfigError, NSPSettings, Refusal, RunFailed, Settings, option
 
 PREFIX = {"prepare": ["documents"], "evaluate": [], "main": [], "plan": [], "inspect": [], "report": [], "doctor": []}
@@ -228,3 +231,13 @@ def test_words_beside_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_listing() -> None:
     said = list_keys(Example, without=["count"])
     assert said.startswith("  name=... ") and "  refine.nsp.chunks=4 " in said and "count=" not in said
+
+
+@pytest.mark.parametrize(
+    "path", ["runs/a", "my runs/a=b, c", "it's", 'say "a"', "1e-5", "null", "[a]", "(x)", "a#b", "ü"]
+)
+def test_a_path_is_shown_as_it_is_typed(path: str) -> None:
+    """The shell and Hydra read back the same path."""
+    (word,) = shlex.split(typed("model.path", path))
+    (override,) = OverridesParser.create().parse_overrides([word])
+    assert override.get_key_element() == "model.path" and str(override.value()) == path

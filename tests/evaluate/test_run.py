@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def test_test_time_training(model_dir: Path, data: Path, tmp_path: Path, finishe
         (["tasks=qasper"], "no file for qasper.*prepare longbench"),
         (["tasks=ntp", "lengths=[9999]"], "no document of .* has 9999 tokens; the longest has"),
         (["tasks=niah_multikey_1"], r"niah_multikey_1 hide their needles in essays.*paul_graham_essays.parquet"),
-        (["tasks=piqa"], r"no file for piqa.*load_dataset\('baber/piqa', split='validation'\)"),
+        (["tasks=piqa"], r"no file for piqa.*load_dataset\(\"baber/piqa\", split=\"validation\"\)"),
         (["tasks=trec", "data_dir=/nowhere"], "data_dir=/nowhere: no such directory"),
         (["tasks=trec", "model=/nowhere"], "error: model[=:] ?/nowhere: no such directory"),
         (
@@ -265,6 +266,22 @@ def test_refused(
     assert error.startswith("error: "), error
     assert re.search(message, error), error
     assert not out.exists()
+
+
+def test_commands_to_copy_hold_paths_with_spaces(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    arguments = [f"model={model_dir}", "tasks=ruler_squadqa,qasper,piqa,ntp", f"data_dir={folder}", f"out={tmp_path}/o"]
+    assert main(arguments) == 2
+    items = capsys.readouterr().err.splitlines()[1:-1]
+    commands = [shlex.split(item[item.index("python -m" if "-m" in item else "python -c") :]) for item in items]
+    places = [command[command.index("--out") + 1] for command in commands if "--out" in command]
+    assert len(commands) == 6 and {Path(place).parent.name for place in places} == {"my data", "ruler"}
+    (script,) = [command[2] for command in commands if command[1] == "-c"]
+    compile(script, "script", "exec")
+    assert str(folder) in script
 
 
 def test_all_missing_files_at_once(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,6 +101,17 @@ def test_tied_embeddings_need_no_head(family: str, tmp_path: Path) -> None:
     assert "missing keys: lm_head.weight" in refusal(tmp_path, untied)
 
 
+def test_a_head_of_its_own_beside_tied_embeddings(
+    checkpoint: Path, config: PretrainedConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is what the model has, whatever its configuration says; the check is made, and nothing is said of it."""
+    tied = tiny_config("delta_net", tie_word_embeddings=True)
+    check_weights(checkpoint, tied)
+    assert not caplog.records and tied.tie_word_embeddings
+    rewrite(checkpoint, model__layers__1__attn__o_proj__weight=None)
+    assert KEY in refusal(checkpoint, tied)
+
+
 def test_what_the_loader_renames_is_not_refused(checkpoint: Path, config: PretrainedConfig) -> None:
     """Weights of the base model alone lack its prefix; with tied embeddings they are all there is."""
     tied = tiny_config("delta_net", tie_word_embeddings=True)
