@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from refine_verl.kernels import cpu_kernels, ensure_kernels
 from refine_verl.models import FastWeightActor, make_actor
+from refine_verl.models.passes import Passes
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-_ACTOR_ATTRIBUTES = ("adapter", "autocast_dtype", "checkpoint_segments", "forward_tokens")
+_ACTOR_ATTRIBUTES = tuple(Passes.__annotations__)
 _MISSING = object()
 
 

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import fla.models  # noqa: F401  registers fla's model types with transformers
@@ -142,7 +142,7 @@ def _read(path: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except (SafetensorError, UnpicklingError, EOFError, OSError) as error:
         raise Unusable(f"its weights cannot be read ({error}). Download or copy them again.") from error
     if problems := describe_problems(report):
         raise misfit(config, problems)
