@@ -34,7 +34,11 @@ def _is_our_command() -> bool:
     )
 
 
-if _is_our_command() and threading.current_thread() is threading.main_thread():
+if (
+    _is_our_command()
+    and threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # ignored in what a script puts in the background
+):
     # `command.front.run_command` takes it back
     signal.signal(signal.SIGINT, end_while_importing)
 

@@ -60,7 +60,8 @@ def _main(arguments: list[str], signals: StopSignals) -> int:
     try:
         for broken in broken_configs().values():
             logger.warning("%s It is left out.", broken)
-        return run_jobs(arguments, lambda valid: run(valid, signals), check=_check_job)
+        with signals.interruptible():
+            return run_jobs(arguments, lambda valid: run(valid, signals), check=_check_job)
     except Stopped as stop:
         return say(str(stop), signals.exit_code)
     except KeyboardInterrupt:
@@ -101,7 +102,9 @@ def run(valid: ValidConfig, signals: StopSignals | None = None) -> int:
     except OSError as error:
         raise ConfigError("trainer.default_local_dir", f"{directory}: {error}") from error
     try:
-        run_dir = train(launch_config, signals, given_overrides())
+        signals = signals or StopSignals()
+        with signals.interruptible():
+            run_dir = train(launch_config, signals, given_overrides())
     except ModelError as error:  # from a worker, wrapped by Ray with its traceback
         return say_error(str(getattr(error, "cause", error)), FAILED)
     except (ConfigError, RunFailed):

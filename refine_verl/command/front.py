@@ -51,7 +51,8 @@ def run_command(
         typed_as: keys of a training configuration that refusals name -> what this command calls them.
     """
     if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == "refine_verl":  # `end_while_importing`
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
+    _interrupts.clear()
     given = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -60,7 +61,7 @@ def run_command(
             code = 0
         else:
             quieten_third_parties()
-            code = run(given) or 0
+            code = _run(run, given)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever reads our output has seen enough
@@ -72,6 +73,24 @@ def run_command(
         return say_error(_as_typed(str(error), typed_as or {}), BAD_INPUT)
     except KeyboardInterrupt:
         return say("interrupted" + "; give the same command again to resume" * keeps_work, INTERRUPTED)
+
+
+_interrupts: list[int] = []
+"""Of the command that runs: the signals that were raised in it."""
+
+
+def _interrupt(number: int, _: object) -> None:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def _run(run: Callable[[list[str]], int | None], given: list[str]) -> int:
+    try:
+        return run(given) or 0
+    except Exception as error:
+        if _interrupts:  # some packages make an error of their own of an import of theirs that is interrupted
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _as_typed(message: str, typed_as: Mapping[str, str]) -> str:

@@ -31,10 +31,12 @@ class StopSignals:
 
     Attributes:
         received: the first signal, None before it.
+        raised: one has raised.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.raised = False
         self._since = 0.0
         self._deferred = False
         self._before: dict[signal.Signals, Any] = {}
@@ -65,6 +67,19 @@ class StopSignals:
         finally:
             self._deferred = False
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within, an error that a signal has led to is the KeyboardInterrupt it was.
+
+        Some packages make an error of their own of an import of theirs that is interrupted.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.raised:
+                raise KeyboardInterrupt from error
+            raise
+
     @property
     def exit_code(self) -> int:
         """128 and the number of the signal, as shells and schedulers expect: 130 or 143."""
@@ -81,6 +96,7 @@ class StopSignals:
                 return
         elif now - self._since < SAME_SIGNAL:
             return
+        self.raised = True
         raise KeyboardInterrupt
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import ClassVar
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import refine_verl
 from refine_verl.command import front
 from refine_verl.command.keys import list_keys, read_keys
 from refine_verl.command.show import typed
@@ -134,6 +136,24 @@ def test_ctrl_c_while_it_imports(command: str, imported: str, tmp_path: Path) ->
     )
     assert done.returncode == 130, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("turned_into", [ModuleNotFoundError("no AutoModel"), RecursionError(), Refusal("unreadable")])
+def test_ctrl_c_that_an_import_turns_into_something_else(
+    turned_into: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise turned_into from error
+
+    before = signal.signal(signal.SIGINT, refine_verl.end_while_importing)
+    try:
+        assert front.run_command([], help=lambda _: "", run=run) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_refusals_call_keys_what_the_command_calls_them(capsys: pytest.CaptureFixture[str]) -> None:

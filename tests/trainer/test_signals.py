@@ -32,6 +32,21 @@ def test_before_training_a_signal_stops_at_once(stop: StopSignals, number: signa
     assert stop.received is number and stop.exit_code == code
 
 
+def test_what_an_import_makes_of_a_signal_is_the_signal(stop: StopSignals) -> None:
+    with pytest.raises(ValueError, match="a bug"), stop.interruptible():
+        raise ValueError("a bug")
+    with pytest.raises(KeyboardInterrupt), stop.interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("no AutoModel") from error
+    with stop.deferred():  # remembered only: what goes wrong then is something else
+        stop.raised, stop.received = False, None
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(ValueError, match="a bug"), stop.interruptible():
+            raise ValueError("a bug")
+
+
 def test_while_it_trains_the_first_one_is_remembered_and_said(
     stop: StopSignals, capfd: pytest.CaptureFixture[str]
 ) -> None:
