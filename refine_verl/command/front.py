@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 
 from refine_verl.command.keys import unknown_option
@@ -73,6 +74,17 @@ def run_command(
         return say_error(_as_typed(str(error), typed_as or {}), BAD_INPUT)
     except KeyboardInterrupt:
         return say("interrupted" + "; give the same command again to resume" * keeps_work, INTERRUPTED)
+    finally:
+        _end_with_a_code()
+
+
+def _end_with_a_code() -> None:
+    """See to it that the process ends with the exit code.
+
+    After Ctrl-C in code that Python compiles from a text, such as the methods of a dataclass, caught or not, it ends
+    itself with the signal instead, unless other such code has run since.
+    """
+    namedtuple("Any", ())
 
 
 _interrupts: list[int] = []

@@ -156,6 +156,18 @@ def test_ctrl_c_that_an_import_turns_into_something_else(
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_the_exit_code_is_a_code_wherever_ctrl_c_falls(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(
+        "import sys; from refine_verl.command.front import run_command\n"
+        "stop = 'import os, signal; os.kill(os.getpid(), signal.SIGINT)'\n"
+        "sys.exit(run_command([], help=lambda _: '', run=lambda _: exec(stop)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "stopped"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_refusals_call_keys_what_the_command_calls_them(capsys: pytest.CaptureFixture[str]) -> None:
     def run(_: list[str]) -> None:
         raise Refusal("model.path: no such thing. Set model.path, not model.path_of or actor.model.path.")
