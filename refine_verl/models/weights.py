@@ -255,6 +255,16 @@ def _damaged(file: Path, reason: str) -> Unusable:
 def _ask_the_loader(path: str | Path, config: PretrainedConfig, headers: dict[str, Tensor]) -> dict[str, Any] | None:
     """What ``from_pretrained`` says of these keys and shapes; None if it cannot load from the meta device."""
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    own = [name for name in getattr(model_class, "_tied_weights_keys", None) or () if name in headers]
+    if own and getattr(config, "tie_word_embeddings", False):
+        # the loader would compare values, and there are none on the meta device
+        headers = {name: values for name, values in headers.items() if name not in own}
+        logger.warning(
+            "model.path=%s: config.json ties %s to the embeddings, and the weights hold it as well: where the two "
+            "differ, that of the weights is used",
+            path,
+            ", ".join(own),
+        )
     try:
         with _quiet_transformers():
             _, report = model_class.from_pretrained(
