@@ -3,7 +3,7 @@
     python -m examples.recall              # five seeds: docs/results.md and its figures, under an hour on two cores
     python -m examples.recall --fast       # two seeds, fewer steps, DeltaNet only: below outputs/recall/fast
 
-A run that was cut goes on where it was; ``--report`` writes a page from what there is, beside the jobs unless all are.
+A run that was cut resumes where it was; ``--report`` writes a page from what there is, beside the jobs unless all are.
 """
 
 from __future__ import annotations

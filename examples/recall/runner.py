@@ -1,4 +1,4 @@
-"""Runs the jobs in several processes; every finished one is a file, so that a run that was cut goes on where it was."""
+"""Runs the jobs in several processes; every finished one is a file, so that a run that was cut resumes where it was."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python -m examples.text --fast
 
-Everything that is finished is kept in the output directory; the same command goes on where it was cut.
+Everything that is finished is kept in the output directory; the same command resumes where it was cut.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is run, in the order of its importance; every finished piece is a file, so that a cut run goes on."""
+"""What is run, in the order of its importance; every finished piece is a file, so that a cut run resumes."""
 
 from __future__ import annotations
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from refine_verl.command.keys import unknown_option
 from refine_verl.compose.composition import base_schema, compose_config
 from refine_verl.compose.messages import readable
-from refine_verl.compose.recipes import ConfigFile, find_configs, read_config_dir
+from refine_verl.compose.recipes import GROUPS, ConfigFile, find_configs, read_config_dir
 from refine_verl.compose.validate import ValidConfig, validate
-from refine_verl.config import ConfigError, Refusal
+from refine_verl.config import ConfigError, Refusal, nearest
 
 _COMPLETION = ("install=", "uninstall=", "query=")
 
@@ -67,15 +67,17 @@ def read_command_line(arguments: Sequence[str], *, known: Sequence[str] | None =
         ConfigError: an unknown option, or options that do not go together.
     """
     parser = get_args_parser()
-    parser.exit_on_error = False
+    parser.exit_on_error = parser.allow_abbrev = False
     try:
         given, rest = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise ConfigError("", f"{error}. See --help.") from error
     options = [item for item in rest if item.startswith("-")]
     if options:
+        _refuse_key_as_option(options[0])
         raise unknown_option(options[0], parser._option_string_actions if known is None else known)
     overrides = [*given.overrides, *rest]  # argparse gives up on overrides that follow an option
+    _refuse_misspelt_recipe(overrides)
     _check_options(given, overrides)
     flags = list(arguments)
     for item in overrides:
@@ -88,6 +90,21 @@ def read_command_line(arguments: Sequence[str], *, known: Sequence[str] | None =
         shows=bool(shows),
         config_dir=given.config_dir,
     )
+
+
+def _refuse_key_as_option(option: str) -> None:
+    """`--refine.nsp.chunks 4` is a key in the grammar of the other commands; Hydra has one way to write it."""
+    name = option.lstrip("-").partition("=")[0]
+    if name in GROUPS or (name and OmegaConf.select(base_schema(), name) is not None):
+        raise ConfigError("", f"unknown option --{name}: keys of a run are written {name}=VALUE. See --help.")
+
+
+def _refuse_misspelt_recipe(overrides: Sequence[str]) -> None:
+    """Hydra would say that a recipe is missing."""
+    names = [item.lstrip("+~").partition("=")[0] for item in overrides]
+    for name in names:
+        if "recipe" not in names and nearest(name, ["recipe"], cutoff=0.75):
+            raise ConfigError(name, "unknown key. Did you mean 'recipe'?")
 
 
 def _check_options(given: argparse.Namespace, overrides: list[str]) -> None:

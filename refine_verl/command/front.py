@@ -149,4 +149,6 @@ def _without_command(words: list[str]) -> None:
 def _listing(_: list[str]) -> str:
     lines = ["python -m refine_verl COMMAND ...", ""]
     lines += [f"  {name:<10}{meaning}" for name, meaning in COMMANDS.items()]
-    return "\n".join([*lines, "", "COMMAND --help says more. Options are KEY=VALUE; --KEY VALUE is the same."])
+    return "\n".join(
+        [*lines, "", "COMMAND --help says more. Options are KEY=VALUE; but for main, --KEY VALUE is the same."]
+    )

@@ -149,6 +149,8 @@ def _unknown(word: str, settings: type[Settings]) -> ConfigError:
     keys = keys_of(settings)
     if word.startswith("-") and word != "-":
         return unknown_option(word, ["--help", *(f"--{name.replace('_', '-')}" for name in keys)])
+    if not keys:
+        return ConfigError("", f"{word!r} is not wanted here: this takes no keys. See --help.")
     name, equals, _ = word.partition("=")
     short = {full.rpartition(".")[2]: full for full in reversed(keys)}
     hint = f" Did you mean {short[name]!r}?" if name in short else did_you_mean(name, keys)
@@ -161,6 +163,7 @@ def _unknown(word: str, settings: type[Settings]) -> ConfigError:
 def unknown_option(word: str, known: Iterable[str]) -> ConfigError:
     """What all commands say of an option they do not have."""
     option = word.partition("=")[0]
+    known = [name for name in known if name.startswith("--") == option.startswith("--")]
     return ConfigError("", f"unknown option {option}.{did_you_mean(option, known)} See --help.")
 
 

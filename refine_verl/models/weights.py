@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import zipfile
@@ -256,11 +255,16 @@ def _damaged(file: Path, reason: str) -> Unusable:
 def _ask_the_loader(path: str | Path, config: PretrainedConfig, headers: dict[str, Tensor]) -> dict[str, Any] | None:
     """What ``from_pretrained`` says of these keys and shapes; None if it cannot load from the meta device."""
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    tied = model_class._tied_weights_keys or {}
-    if config.tie_word_embeddings and all(head in headers and source in headers for head, source in tied.items()):
-        # a head of its own is not tied; the loader would compare the two, which takes more than shapes
-        config = copy.deepcopy(config)
-        config.tie_word_embeddings = False
+    own = [name for name in getattr(model_class, "_tied_weights_keys", None) or () if name in headers]
+    if own and getattr(config, "tie_word_embeddings", False):
+        # the loader would compare values, and there are none on the meta device
+        headers = {name: values for name, values in headers.items() if name not in own}
+        logger.warning(
+            "model.path=%s: config.json ties %s to the embeddings, and the weights hold it as well: where the two "
+            "differ, that of the weights is used",
+            path,
+            ", ".join(own),
+        )
     try:
         with _quiet_transformers():
             _, report = model_class.from_pretrained(

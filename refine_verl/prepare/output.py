@@ -1,4 +1,4 @@
-"""Output directories: files appear whole or not at all, and an interrupted command goes on where it was."""
+"""Output directories: files appear whole or not at all, and an interrupted command resumes where it was."""
 
 from __future__ import annotations
 

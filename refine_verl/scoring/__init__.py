@@ -1,7 +1,7 @@
 """Scores of generated answers.
 
 `score` is all that most callers need: `score(task, prediction, references)`. The measures themselves are in
-`metrics`, what each task is scored by, and in which of the two published conventions, in `conventions`.
+`metrics`, what each task is scored by, and in which of the three published conventions, in `conventions`.
 """
 
 from refine_verl.config import CONVENTIONS

@@ -43,6 +43,16 @@ def whole(text: str) -> str:
     return text.strip()
 
 
+def everything(text: str) -> str:
+    """All of the answer, white space at its ends included: ROUGE counts what follows a last full stop as a sentence."""
+    return text
+
+
+def first_full_line_as_it_is(text: str) -> str:
+    """The first line that is not empty, white space at its ends included."""
+    return text.lstrip("\n").split("\n", 1)[0]
+
+
 def first_line(text: str) -> str:
     """Up to the first line end; nothing where the answer begins with one."""
     return text.split("\n", 1)[0].strip()
@@ -95,12 +105,12 @@ _CLASSES = _rules(
 _DIALOGUES = _rules(
     Rule("rouge_l", "rouge_l", first_full_line),
     Rule("rouge_score", "rouge_l", first_line),
-    Rule("longbench_rouge_l", "rouge_l", first_full_line),
+    Rule("longbench_rouge_l", "rouge_l", first_full_line_as_it_is),
 )
 _SUMMARIES = _rules(
     Rule("rouge_l", "rouge_l", whole),
     Rule("rouge_score", "rouge_l", whole),
-    Rule("longbench_rouge_l", "rouge_l", whole),
+    Rule("longbench_rouge_l", "rouge_l", everything),
 )
 _CODE = _rules(
     Rule("code_similarity", "code_similarity", code_line_or_all),

@@ -46,7 +46,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
     An answer (or reference) without a single word scores 0.
     """
-    return max(_rouge(prediction.strip(), reference) for reference in references)
+    return max(_rouge(prediction, reference) for reference in references)
 
 
 def class_match(prediction: str, references: Sequence[str], classes: Sequence[str]) -> float:

@@ -93,7 +93,7 @@ def run_attempts(config: DictConfig, attempt: Callable[[DictConfig], RefineTrain
         finally:
             end_processes(trainer)
             after()
-        if trainer.left_something:  # told to start over, or from elsewhere, it goes on from what this attempt left
+        if trainer.left_something:  # told to start over, or from elsewhere, it resumes from what this attempt left
             config = copy.deepcopy(config)
             config.trainer.resume_mode = "auto"
         wait_for_capacity(config.trainer.n_gpus_per_node * config.trainer.nnodes)

@@ -65,6 +65,7 @@ class RefineTrainer(CheckpointingTrainer):
         self.trainer_mode = "sync"  # every TransferQueue branch of the base class is for the other modes
         self.settings = RefineSettings.from_mapping(config.refine)
         self.skipped_in_a_row = 0
+        self.updates_made = self.updates_skipped = 0
         self.train_dataloader_it: Iterator[Any] | None = None
 
     # Set-up: what PPOTrainer creates for rollout engines does not exist here
@@ -127,7 +128,7 @@ class RefineTrainer(CheckpointingTrainer):
         """Train to ``total_training_steps``, from the checkpoint if there is one; then export the model.
 
         Raises:
-            TrainingDiverged: see :data:`MAX_SKIPPED_UPDATES`.
+            TrainingDiverged: see :data:`MAX_SKIPPED_UPDATES`; or not one update was made.
         """
         trainer = self.config.trainer
         if not trainer.val_only:
@@ -145,6 +146,7 @@ class RefineTrainer(CheckpointingTrainer):
                     saved = self._is_due(trainer.save_freq)
                     self._stop_if_diverged(saved)
                     self._stop_if_asked(saved)
+            self._refuse_to_have_learnt_nothing()
             self.on_train_end()
         self._shutdown_dump_executor()
         if not trainer.val_only:
@@ -346,6 +348,8 @@ class RefineTrainer(CheckpointingTrainer):
             if self.skipped_in_a_row < MAX_SKIPPED_UPDATES:  # a good update after that many comes too late
                 self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         skipped = sum(not math.isfinite(norm) for norm in norms)
+        self.updates_skipped += skipped
+        self.updates_made += len(norms) - skipped
         if skipped:
             logger.warning(
                 "step %d: %d of %d updates skipped, their gradient was NaN or infinite",
@@ -378,6 +382,14 @@ class RefineTrainer(CheckpointingTrainer):
             f"were skipped. The weights before them are in {self.run_dir}/global_step_{self.global_steps}. "
             "Try a lower learning rate (actor_rollout_ref.actor.optim.lr) or look at the data of this step."
         )
+
+    def _refuse_to_have_learnt_nothing(self) -> None:
+        if self.updates_skipped and not self.updates_made:
+            raise TrainingDiverged(
+                f"all {self.updates_skipped} updates had a NaN or infinite gradient and were skipped: the weights are "
+                "those it began with. Look at the model (`python -m refine_verl.evaluate ... tasks=ntp`), then at the "
+                "learning rate (actor_rollout_ref.actor.optim.lr)."
+            )
 
     def _validate(self, *_: Any) -> dict[str, float]:
         """Next-token loss and accuracy over every token of every validation document, each counted once."""

@@ -23,7 +23,7 @@ assert adapted.history
 
 def loaded_after(code: str) -> set[str]:
     code += "\nimport sys; print('loaded', *{name.split('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split("loaded", 1)[1].split())
 

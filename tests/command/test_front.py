@@ -27,7 +27,7 @@ HEAVY = {"torch", "transformers", "verl", "ray", "fla", "datasets"}
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "refine_verl", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "refine_verl", *arguments], capture_output=True, text=True, timeout=300
     )
 
 
@@ -70,7 +70,7 @@ def test_help_is_given_anywhere_and_loads_nothing_heavy(name: str) -> None:
         f"found = sorted({HEAVY!r} & set(sys.modules))\n"
         "sys.exit(str(found) if found or codes != [0, 0] else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"python -m refine_verl.{name}" in done.stdout
     assert done.stdout[: len(done.stdout) // 2] == done.stdout[len(done.stdout) // 2 :]
@@ -132,10 +132,11 @@ def test_ctrl_c_while_it_imports(command: str, imported: str, tmp_path: Path) ->
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 130, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if "fla.utils" not in line]  # which warns of Python 3.10
+    assert len(said) == 1 and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("turned_into", [ModuleNotFoundError("no AutoModel"), RecursionError(), Refusal("unreadable")])
@@ -179,7 +180,7 @@ def test_refusals_call_keys_what_the_command_calls_them(capsys: pytest.CaptureFi
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     script = f"{sys.executable} -m refine_verl main --help | head -n 1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
     assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "1")
 
 

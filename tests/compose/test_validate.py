@@ -1,4 +1,4 @@
-"""C7: unknown keys anywhere, values that do not fit together, and what verl refuses."""
+"""Unknown keys anywhere, values that do not fit together, and what verl refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract C4: forking the state and recomputing every prefix agree, values and all gradients, in float64."""
+"""Forking the state and recomputing every prefix agree, values and all gradients, in float64."""
 
 from __future__ import annotations
 

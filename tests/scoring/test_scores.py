@@ -98,6 +98,8 @@ def test_line_similarity_by_hand():
         ("trec", "\nCity or State\nother", ["City"], "longbench_class_match", 0.5),
         ("samsum", "\nThey meet\nat noon", ["They meet"], "longbench_rouge_l", 1.0),
         ("gov_report", "one two\nthree four", ["one two three four"], "longbench_rouge_l", 1.0),
+        # white space at the end is a sentence of its own to the rouge package
+        ("multi_news", "Ann sees blue.\n", ["Ann sees blue"], "longbench_rouge_l", 6 / 7),
         # a blank line is code once the answer has begun; where none is code, nothing is left
         ("lcc", "\n# note\nabcd", ["bcde"], "longbench_code_similarity", 0.75),
         ("lcc", "  \nx = 1", ["  "], "longbench_code_similarity", 1.0),

@@ -200,6 +200,19 @@ def test_five_bad_updates_in_a_row_save_and_stop(
     assert written == ([] if saved else [3])
 
 
+@pytest.mark.parametrize(("norms", "ends"), [((math.nan, math.inf), True), ((math.nan, 1.0), False), ((), False)])
+def test_a_run_without_one_update_is_no_success(make: Make, norms: tuple[float, ...], ends: bool) -> None:
+    trainer = make()
+    for norm in norms:
+        trainer.actor_rollout_wg.grad_norms = [norm]
+        trainer.step({}, {})
+    if not ends:
+        trainer._refuse_to_have_learnt_nothing()
+        return
+    with pytest.raises(TrainingDiverged, match="all 2 updates had a NaN or infinite gradient"):
+        trainer._refuse_to_have_learnt_nothing()
+
+
 def test_due_steps(make: Make) -> None:
     trainer = make()
     due = {}

@@ -124,7 +124,7 @@ def test_validation_counts_every_document_once(ranks: Ranks) -> None:
 
 
 def test_little_crosses_ray(ranks: Ranks) -> None:
-    """Contract C2: 128 documents, c=8, n=1, k=5; less than 1 MB a step besides token ids."""
+    """128 documents, c=8, n=1, k=5; less than 1 MB a step besides token ids."""
     sizes = ranks[1]["message_bytes"]
     assert set(sizes["sent"]) == set(sizes["received"]) == {"rollout_and_reward", "update", "score"}
     total = sum(sizes["sent"].values()) + sum(sizes["received"].values())

@@ -1,4 +1,4 @@
-"""Contract C4 for LaCT: forking and recomputing every prefix agree, across chunk and window boundaries."""
+"""LaCT: forking and recomputing every prefix agree, across chunk and window boundaries."""
 
 from __future__ import annotations
 
