@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,8 +153,14 @@ def readable_errors(*, own_words: Sequence[str] = (), one_run: str | None = None
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         text = readable(error, base_schema(), own_words=own_words, one_run=one_run)
         raise ConfigError("", text) from error
-    except ValueError as error:
-        if not str(error).startswith("Config group override"):
+    except (ValueError, TypeError) as error:
+        if not (str(error).startswith("Config group override") or _is_of_groups(error)):
             raise
         cure = "recipe=, model= and verl's groups take names: recipe=midtrain, model=tiny_deltanet."
         raise ConfigError("", cure) from error
+
+
+def _is_of_groups(error: BaseException) -> bool:
+    """Whether Hydra failed over the choices of its groups: `data=[1]`, where it wants names."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.endswith(os.path.join("hydra", "_internal", "defaults_list.py"))

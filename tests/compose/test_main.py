@@ -27,6 +27,8 @@ RecipeFile = Callable[..., Path]
         (["recipe=midtrain,sft"], "recipe=[midtrain,sft] for a list, or add -m"),
         (["recipe=null"], "take names: recipe=midtrain"),
         (["recipe=quickstart", "model=null"], "take names: recipe=midtrain"),
+        (["recipe=quickstart", "data=[1]"], "take names: recipe=midtrain"),
+        (["recipe=[1]"], "take names: recipe=midtrain"),
         (["recipe=quickstart", "trainer.experiment_name=null"], "trainer.experiment_name: must be a name, got None"),
         (["recipe=quickstart", "trainer.default_local_dir=null"], "trainer.default_local_dir: must be a name"),
         (["recipe=quickstart", "trainer.default_local_dir=/dev/null/x"], "/dev/null is no directory"),
