@@ -104,9 +104,8 @@ def _refuse_key_as_option(option: str) -> None:
 def _refuse_misspelt_recipe(overrides: Sequence[str]) -> None:
     """Hydra would say that a recipe is missing."""
     names = [item.lstrip("+~").partition("=")[0] for item in overrides]
-    for name in names:
-        if "recipe" not in names and nearest(name, ["recipe"], cutoff=0.75):
-            raise ConfigError(name, "unknown key. Did you mean 'recipe'?")
+    if "recipe" not in names and (near := nearest("recipe", names, cutoff=0.75)):
+        raise ConfigError(near[0], "unknown key. Did you mean 'recipe'?")
 
 
 def _check_options(given: argparse.Namespace, overrides: list[str]) -> None:

@@ -17,8 +17,8 @@ def _keys(section: type[FileSettings], other: type[FileSettings]) -> tuple[str, 
 
 
 DOCUMENT_KEYS = _keys(DataSettings, PromptSettings)
-REWARD_FUNCTION = "reward.custom_reward_function"
 PROMPT_KEYS = _keys(PromptSettings, DataSettings)
+REWARD_FUNCTION = "reward.custom_reward_function"
 
 
 def check_phase(config: DictConfig, refine: RefineSettings, schema: DictConfig) -> None:

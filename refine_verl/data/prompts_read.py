@@ -151,9 +151,8 @@ def _answer_key(record: Record) -> str:
 
 
 def _task(record: Record, settings: PromptSettings) -> str:
-    if (
-        settings.task_key != PromptSettings.task_key and not settings.task
-    ):  # the usual column may be missing, one named not
+    # the usual column may be missing; one that was named may not, unless data.task stands in
+    if settings.task_key != PromptSettings.task_key and not settings.task:
         require_column(record.columns, settings.task_key, record.where, "data.task_key", "the task")
     value = record.columns.get(settings.task_key)
     if value is None:

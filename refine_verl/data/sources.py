@@ -77,11 +77,6 @@ class FileSource:
         self.name = str(path)
         file_format(path)
 
-    @property
-    def identity(self) -> Identity:
-        """The same for all names of the file."""
-        return identity_of(self.path)
-
     def fingerprint(self) -> list[Any]:
         """Absolute path, size and time of the last change."""
         stat = self.path.stat()
@@ -180,11 +175,16 @@ def resolve_sources(names: Iterable[str], *, key: str, default_split: str) -> li
         raise DataError(f"{key} is empty: give files, a directory, a hub dataset id, or {STDLIB_NAME}.")
     seen: dict[object, DocumentSource] = {}
     for source in sources:
-        first = seen.setdefault(source.identity if isinstance(source, FileSource) else source.name, source)
+        first = seen.setdefault(_identity(source), source)
         if first is not source:
             also = "" if first.name == source.name else f" (as {source.name} as well)"
             raise DataError(f"{key} names {first.name} more than once{also}; its documents would count several times.")
     return sources
+
+
+def _identity(source: DocumentSource) -> object:
+    """The same for all names of one source."""
+    return identity_of(source.path) if isinstance(source, FileSource) else source.name
 
 
 def say_if_shared(settings: FileSettings) -> None:
@@ -192,7 +192,7 @@ def say_if_shared(settings: FileSettings) -> None:
     if not settings.train_files or not settings.val_files:
         return
     train, validation = (
-        {source.identity if isinstance(source, FileSource) else source.name: source.name for source in found}
+        {_identity(source): source.name for source in found}
         for found in (split_sources(settings, "train"), split_sources(settings, "validation"))
     )
     shared = [name for identity, name in validation.items() if identity in train]

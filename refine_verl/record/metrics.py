@@ -53,7 +53,8 @@ class MetricsWriter:
                 self.path, _has_step, _refusal, lambda line: resume_step is None or line["step"] <= resume_step
             )
             if dropped:
-                which = f"after step {resume_step}" if (resume_step or -1) >= 0 else "of what starts again"
+                starts_again = resume_step is not None and resume_step < 0
+                which = "of a run that starts again" if starts_again else f"after step {resume_step}"
                 logger.info("%s: dropped %d line%s %s", path, dropped, "s" * (dropped != 1), which)
         self._file = self.path.open("ab")
 

@@ -133,7 +133,7 @@ class RefineTrainer(CheckpointingTrainer):
         trainer = self.config.trainer
         if not trainer.val_only:
             self._warn_if_past_the_last_step()
-            self._warn_if_all_is_warm_up()
+            self._warn_if_the_rate_only_rises()
         # a fresh run measures step 0 again too; validation alone takes nothing away
         resume_step = None if trainer.val_only else self.global_steps or -1
         with self._recorder(resume_step) as record:
@@ -153,7 +153,7 @@ class RefineTrainer(CheckpointingTrainer):
             with self.signals.deferred():
                 self._export()
 
-    def _warn_if_all_is_warm_up(self) -> None:
+    def _warn_if_the_rate_only_rises(self) -> None:
         optim = self.config.actor_rollout_ref.actor.optim
         rising = warmup_steps(optim)
         if rising > self.total_training_steps:
