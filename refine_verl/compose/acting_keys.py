@@ -113,6 +113,35 @@ ACTING: dict[str, str] = {
 }
 """verl's keys and sections that act, and what they do; `docs/recipes.md` says more."""
 
+_COSINE = ((f"{_OPTIM}.lr_scheduler_type", "cosine"), (f"{_OPTIM}.warmup_style", "cosine"))
+ONLY_WITH: dict[str, tuple[tuple[str, object], ...]] = {
+    **dict.fromkeys(
+        (f"{_OPTIM}.{name}" for name in ("min_lr_ratio", "num_cycles", "zero_indexed_step")),
+        _COSINE,
+    ),
+    **dict.fromkeys(
+        (f"actor_rollout_ref.actor.{name}" for name in ("tau_pos", "tau_neg")), ((f"{_POLICY}.loss_mode", "sapo"),)
+    ),
+    **dict.fromkeys(
+        (f"{_POLICY}.{name}" for name in ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub")),
+        ((f"{_POLICY}.loss_mode", "clip_cov"),),
+    ),
+    **dict.fromkeys(
+        (f"{_POLICY}.{name}" for name in ("kl_cov_ratio", "ppo_kl_coef")), ((f"{_POLICY}.loss_mode", "kl_cov"),)
+    ),
+    f"{_POLICY}.dro_beta": ((f"{_POLICY}.loss_mode", "dro"),),
+    "actor_rollout_ref.actor.loss_scale_factor": (
+        ("actor_rollout_ref.actor.loss_agg_mode", "seq-mean-token-sum-norm"),
+    ),
+    f"{_FSDP}.seed": ((f"{_FSDP}.full_determinism", True),),
+}
+"""Keys that act with one of these choices of another key only."""
+VERLS_LOSSES = (
+    *("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"),
+    "bypass_mode",
+)
+"""What these read is known; a policy loss of a user's may read any key."""
+
 _ANSWERS = "answers that are sampled have refine.answers.samples, refine.answers.temperature and data.max_new_tokens"
 _NO_REFERENCE = "REFINE has no reference model"
 _NO_CRITIC = "advantages are relative to the group, without a critic"
@@ -178,6 +207,9 @@ def check_acting(config: DictConfig) -> None:
         if (key in defaults and _same(value, defaults[key])) or _follows(config, key, value):
             continue
         reason = INSTEAD.get(next(filter(INSTEAD.__contains__, _upwards(key)), ""), "REFINE does not read this key")
+        if key in ONLY_WITH:
+            other, choice = ONLY_WITH[key][0]
+            reason = f"it is read with {other}={str(choice).lower() if choice is True else choice} only"
         shown = str(value).lower() if isinstance(value, bool) else value
         raise ConfigError(key, f"{shown} would have no effect: {reason}. Leave it out.")
 
@@ -220,7 +252,15 @@ def acts(key: str, config: DictConfig) -> bool:
         refine = config.refine
         reinforced = refine.phase == "posttrain" and refine.outer == "grpo"
         return bool(reinforced and config.algorithm.adv_estimator == "reinforce_plus_plus")
+    if key in ONLY_WITH and not any(_may_be(config, *choice) for choice in ONLY_WITH[key]):
+        return False
     return any(place in ACTING for place in _upwards(key))
+
+
+def _may_be(config: DictConfig, key: str, choice: object) -> bool:
+    """Whether a key has this value, or one of a user's that nothing is known of."""
+    value = OmegaConf.select(config, key)
+    return bool(value == choice or (key == f"{_POLICY}.loss_mode" and value not in VERLS_LOSSES))
 
 
 def _inert(config: DictConfig) -> Iterator[tuple[str, Any]]:

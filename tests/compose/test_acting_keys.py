@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from refine_verl.compose.acting_keys import ACTING, INSTEAD, acts, check_acting
+from refine_verl.compose.acting_keys import ACTING, INSTEAD, ONLY_WITH, VERLS_LOSSES, acts, check_acting
 from refine_verl.compose.composition import base_schema, compose_config
 from refine_verl.compose.schema import leaves
 from refine_verl.compose.validate import validate
@@ -69,6 +69,28 @@ def test_every_listed_key_is_one_of_verls() -> None:
 
 def test_the_defaults_of_every_recipe_pass(resolved: DictConfig) -> None:
     check_acting(resolved)
+
+
+@pytest.mark.parametrize("key", ONLY_WITH)
+def test_keys_that_act_with_another_choice_only(written: DictConfig, key: str) -> None:
+    other, choice = ONLY_WITH[key][0]
+    config = copy.deepcopy(written)
+    OmegaConf.update(config, key, another(OmegaConf.select(config, key)), merge=False)
+    OmegaConf.resolve(config)
+    with pytest.raises(ConfigError, match=f"no effect: it is read with {other}=") as caught:
+        check_acting(config)
+    assert caught.value.key == key
+    OmegaConf.update(config, other, choice, merge=False)
+    check_acting(config)
+    if other.endswith(".loss_mode"):
+        OmegaConf.update(config, other, "mine", merge=False)  # a loss of a user's may read it
+        check_acting(config)
+
+
+def test_the_losses_whose_keys_are_known_are_verls() -> None:
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    assert set(VERLS_LOSSES) <= set(map(str, POLICY_LOSS_REGISTRY))
 
 
 @pytest.mark.parametrize("part", range(8))

@@ -287,10 +287,10 @@ CASES: list[tuple[Reader, str, tuple[str, ...]]] = [
             "forward_prefetch": "true",
             "use_no_sync_for_gradient_accumulation": "true",
             "full_determinism": "true",
-            "seed": "7",
             "mixed_precision.reduce_dtype": "bf16",
         }.items()
     ),
+    (worker, f"{FSDP}.seed=7", (f"{FSDP}.full_determinism=true",)),
     (worker, f"{ACTOR}.checkpoint.save_contents=[model]", ()),
     (worker, f"{ACTOR}.checkpoint.load_contents=[model]", ()),
     (worker, f"{ACTOR}.profiler.enable=true", ()),
