@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Ctrl-C reaches what tests start, also where they run in the background of a script, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,10 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def root_logger_as_it_was() -> Iterator[None]:
+def logging_as_it_was() -> Iterator[None]:
     """Commands run in this process set up logging for it (Hydra's do), with handlers that hold a captured stream."""
     handlers, level = list(logging.root.handlers), logging.root.level
+    ours, disabled = logging.getLogger("refine_verl").level, logging.root.manager.disable
     yield
+    logging.getLogger("refine_verl").setLevel(ours)
+    logging.disable(disabled)
     for handler in set(logging.root.handlers) - set(handlers):
         logging.root.removeHandler(handler)
     logging.root.setLevel(level)
