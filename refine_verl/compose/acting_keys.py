@@ -206,6 +206,8 @@ def check_acting(config: DictConfig) -> None:
     for key, value in _inert(config):
         if (key in defaults and _same(value, defaults[key])) or _follows(config, key, value):
             continue
+        if key in ONLY_WITH and value is None:  # verl's own default
+            continue
         reason = INSTEAD.get(next(filter(INSTEAD.__contains__, _upwards(key)), ""), "REFINE does not read this key")
         if key in ONLY_WITH:
             other, choice = ONLY_WITH[key][0]

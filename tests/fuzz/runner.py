@@ -152,12 +152,14 @@ def _logging_to(stream: io.StringIO) -> Iterator[None]:
     handler = logging.StreamHandler(stream)
     handler.setLevel(logging.INFO)
     root = logging.getLogger()
-    before = root.handlers
+    before, level = root.handlers, logging.getLogger("refine_verl").level
     root.handlers = [handler]
+    logging.getLogger("refine_verl").setLevel(logging.INFO)
     try:
         yield
     finally:
         root.handlers = before
+        logging.getLogger("refine_verl").setLevel(level)
 
 
 # The judgement
