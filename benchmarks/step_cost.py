@@ -3,11 +3,12 @@
     python -m benchmarks.step_cost --preset cpu --json step_cost.json
     python -m benchmarks.step_cost --preset cpu_lact
 
-Runs three kinds of step interleaved in one process: next-token loss only (``sft``), REFINE by forking states
-(``fork``) and REFINE by recomputing every prefix (``prefix``). Each is one optimiser step over the same documents,
-forward and backward one document at a time; rollouts keep no activations and read several at once. Forking is first
-checked against recomputing; if they differ nothing is timed. Needs torch, transformers and fla only, so it runs on
-a bare GPU machine.
+Runs five kinds of step interleaved in one process: next-token loss only (``sft``), REFINE by forking states in two
+phases (``fork``), the same with 32 positions and 8 rollouts from each (``many``), REFINE in the pass that is trained
+(``fused``), and REFINE by recomputing every prefix (``prefix``). Each is one optimiser step over the same documents,
+forward and backward one document at a time; the rollouts of two phases keep no activations and read several documents
+at once. Forking is first checked against recomputing; if they differ nothing is timed. Needs torch, transformers and
+fla only, so it runs on a bare GPU machine.
 """
 
 from __future__ import annotations
@@ -36,22 +37,31 @@ from refine_verl.models.reward_manager import HiddenStateRewardManager
 from refine_verl.models.step import Rollouts, Step, in_parts
 from refine_verl.nsp import group_standardise, ppo_clip_loss
 
-KINDS = ("sft", "fork", "prefix")
+KINDS = ("sft", "fork", "many", "fused", "prefix")
+MEASURED_MEMORY = ("sft", "fork", "fused")
+MANY = {"chunks": 32, "rollouts_per_position": 8}
+"""What ``many`` is: 256 rollouts of a document, in pieces of `refine.nsp.rollouts_together`."""
+LIMITS = {False: 1e-3, True: 5e-2}
+"""Largest relative difference of forking and recomputing: float32 sums in another order; bf16 rounds every product."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and a batch. ``model`` goes into the Hugging Face configuration of a ``model_type``."""
+    """A model and a batch. ``model`` goes into the Hugging Face configuration of a ``model_type``.
+
+    Activations are kept or recomputed layer by layer: a plain step that is cut into segments is nothing to divide by.
+    """
 
     model: dict[str, Any]
     length: int
     documents: int
     rollout_micro_batch: int
     device: str
-    checkpoint_segments: bool
+    activation_checkpointing: str
     rounds: int
     prefix_rounds: int
     model_type: str = "delta_net"
+    bf16: bool = False
 
 
 # The published 760M configuration without its size.
@@ -71,7 +81,7 @@ PRESETS = {
         documents=8,
         rollout_micro_batch=1,
         device="cpu",
-        checkpoint_segments=False,
+        activation_checkpointing="none",
         rounds=5,
         prefix_rounds=1,
     ),
@@ -81,7 +91,8 @@ PRESETS = {
         documents=4,
         rollout_micro_batch=4,
         device="cuda",
-        checkpoint_segments=True,
+        bf16=True,
+        activation_checkpointing="layer",
         rounds=7,
         prefix_rounds=1,
     ),
@@ -101,7 +112,7 @@ PRESETS = {
         documents=4,
         rollout_micro_batch=2,
         device="cpu",
-        checkpoint_segments=False,
+        activation_checkpointing="none",
         rounds=5,
         prefix_rounds=1,
         model_type="lact_swiglu",
@@ -121,7 +132,8 @@ PRESETS = {
         documents=4,
         rollout_micro_batch=4,
         device="cuda",
-        checkpoint_segments=True,
+        bf16=True,
+        activation_checkpointing="layer",
         rounds=7,
         prefix_rounds=1,
         model_type="lact_swiglu",
@@ -133,7 +145,7 @@ PRESETS = {
         documents=2,
         rollout_micro_batch=1,
         device="cpu",
-        checkpoint_segments=False,
+        activation_checkpointing="none",
         rounds=2,
         prefix_rounds=1,
     ),
@@ -153,7 +165,7 @@ PRESETS = {
         documents=2,
         rollout_micro_batch=1,
         device="cpu",
-        checkpoint_segments=False,
+        activation_checkpointing="none",
         rounds=2,
         prefix_rounds=1,
         model_type="lact_swiglu",
@@ -162,52 +174,61 @@ PRESETS = {
 
 
 class Bench:
-    """One model, its optimiser and one batch, and the three kinds of step over them."""
+    """One model, its optimiser and one batch, and the kinds of step over them."""
 
     def __init__(self, preset: Preset, nsp: NSPSettings, seed: int = 0) -> None:
         self.preset, self.nsp = preset, nsp
         config = AutoConfig.for_model(preset.model_type, fuse_cross_entropy=False, **preset.model)
-        model = load_model(None, config=config, seed=seed).to(preset.device)
+        with torch.device(preset.device):
+            model = load_model(None, config=config, seed=seed).to(preset.device)
         self.actor: FastWeightActor = make_actor(
             model,
-            autocast_dtype=torch.bfloat16 if preset.device == "cuda" else None,
-            checkpoint_segments=preset.checkpoint_segments,
+            autocast_dtype=torch.bfloat16 if preset.bf16 else None,
+            activation_checkpointing=preset.activation_checkpointing,
         )
+        self.reward = HiddenStateRewardManager(nsp.reward)
         self.optimizer = torch.optim.AdamW(self.actor.parameters(), lr=1e-6)
+        self.use_documents(preset.documents, preset.length, seed)
+
+    def use_documents(self, documents: int, length: int, seed: int = 0) -> None:
+        """From now on the batch is this number of documents of so many tokens."""
         generator = torch.Generator().manual_seed(seed)
-        vocabulary = preset.model["vocab_size"]
-        tokens = torch.randint(0, vocabulary, (preset.documents, preset.length), generator=generator)
-        self.documents = Documents.from_tensors(tokens.to(preset.device), [preset.length] * preset.documents)
-        self.rollouts = preset.documents * nsp.chunks * nsp.rollouts_per_position
+        vocabulary = self.preset.model["vocab_size"]
+        tokens = torch.randint(0, vocabulary, (documents, length), generator=generator)
+        self.documents = Documents.from_tensors(tokens.to(self.preset.device), [length] * documents)
 
     def step(self, kind: str) -> None:
         """One optimiser step."""
         self.optimizer.zero_grad()
-        self.backward(kind, None if kind == "sft" else self.write(kind))
+        self.backward(kind, self.write(kind) if kind in ("fork", "many", "prefix") else None)
         self.optimizer.step()
 
     def write(self, kind: str) -> dict[str, Tensor]:
         """Rollouts of the whole batch, rewarded and compared."""
-        reward = HiddenStateRewardManager(self.nsp.reward)
-        rollouts = self.model_step(kind).write_and_reward(1, self.documents, range(len(self.documents)), reward)
+        rollouts = self.model_step(kind).write_and_reward(1, self.documents, range(len(self.documents)), self.reward)
         return {**rollouts, "advantages": group_standardise(rollouts["rewards"])}
 
     def model_step(self, kind: str) -> Step:
         """How the model makes a step of this kind."""
-        nsp = self.nsp if kind == "sft" else replace(self.nsp, rollout=kind)
+        nsp = replace(self.nsp, rollout="prefix" if kind == "prefix" else "fork", **(MANY if kind == "many" else {}))
         return Step(self.actor, nsp, seed=0, read_together=self.preset.rollout_micro_batch)
 
     def backward(self, kind: str, written: Rollouts | None) -> float:
         """Gradients of the batch, document by document. Returns the loss."""
-        total = 0.0
-        for document, rollouts in in_parts(self.documents, written, 1):
-            loss, _ = self.model_step(kind).loss(
+        total, nsp = 0.0, self.model_step(kind).nsp
+        for index, (document, rollouts) in enumerate(in_parts(self.documents, written, 1)):
+            step, output = self.model_step(kind), None
+            if kind == "fused":
+                numbers, output = step.on_policy(1, document, [index], self.reward)
+                rollouts = {**numbers, "advantages": group_standardise(numbers["rewards"])}
+            loss, _ = step.loss(
                 document,
                 rollouts,
                 LossSettings(rl_coef=0.2, sft_coef=1.0),
                 policy_loss=ppo_clip_loss,
                 global_tokens=self.documents.predicted,
-                global_rollouts=self.rollouts,
+                global_rollouts=len(self.documents) * nsp.chunks * nsp.rollouts_per_position,
+                output=output,
             )
             loss.backward()
             total += loss.item()
@@ -221,12 +242,13 @@ def compare(bench: Bench) -> dict[str, float]:
     precision does not hide the comparison. LaCT's Newton-Schulz steps are taken in float32 for it: in bf16 they
     amplify the last bit of every sum, forward and backward, by several per cent of the gradient.
     """
-    with _precise_updates(bench.actor.config):
+    with precise_updates(bench.actor.config):
         return _compare(bench)
 
 
 @contextmanager
-def _precise_updates(config: Any) -> Iterator[None]:
+def precise_updates(config: Any) -> Iterator[None]:
+    """LaCT's Newton-Schulz steps in float32."""
     published = getattr(config, "muon_dtype", None)
     if published is not None:
         config.muon_dtype = "float32"
@@ -270,7 +292,7 @@ def measure_time(
     """
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     processor: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    bench.step("sft"), bench.step("fork")  # warm up
+    bench.step("sft"), bench.step("fork"), bench.step("many"), bench.step("fused")  # warm up
     for index in range(rounds):
         for kind in KINDS:
             if kind == "prefix" and index >= prefix_rounds:
@@ -330,21 +352,30 @@ def run(name: str, rounds: int | None) -> dict[str, Any]:
     preset, nsp = PRESETS[name], NSPSettings()
     bench = Bench(preset, nsp)
     differences = compare(bench)
-    # float32 sums in another order; bf16 matmuls round every product
-    limit = 5e-2 if preset.device == "cuda" else 1e-3
+    limit = LIMITS[preset.bf16]
     if max(differences.values()) > limit:
         raise SystemExit(f"fork and prefix differ by more than {limit}: {differences}; nothing was timed")
     seconds, processor = measure_time(bench, rounds or preset.rounds, preset.prefix_rounds)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     on_cpu = {kind: statistics.median(values) for kind, values in processor.items()}
-    memory = {kind: _memory_in_a_process(name, kind) for kind in ("sft", "fork")}
+    memory = {kind: _memory_in_a_process(name, kind) for kind in (*MEASURED_MEMORY, "many")}
     return {
         "fork_over_sft": medians["fork"] / medians["sft"],
+        "fused_over_sft": medians["fused"] / medians["sft"],
+        "many_more_over_sft": (medians["many"] - medians["fork"]) / medians["sft"],
         "prefix_over_fork": medians["prefix"] / medians["fork"],
-        **({"fork_over_sft_processor_time": on_cpu["fork"] / on_cpu["sft"]} if preset.device == "cpu" else {}),
+        **(
+            {f"{kind}_over_sft_processor_time": on_cpu[kind] / on_cpu["sft"] for kind in ("fork", "many", "fused")}
+            if preset.device == "cpu"
+            else {}
+        ),
         "memory_ratio": memory["fork"]["peak"] / memory["sft"]["peak"],
         "memory_ratio_above_model": _above(memory["fork"]) / _above(memory["sft"]),
+        "memory_ratio_many": memory["many"]["peak"] / memory["sft"]["peak"],
+        "memory_ratio_fused": memory["fused"]["peak"] / memory["sft"]["peak"],
         "forward_tokens_per_token": count_tokens(bench, "fork"),
+        "forward_tokens_per_token_many": count_tokens(bench, "many"),
+        "forward_tokens_per_token_fused": count_tokens(bench, "fused"),
         "forward_tokens_per_token_prefix": count_tokens(bench, "prefix"),
         "difference_fork_prefix": differences,
         "seconds": seconds,
@@ -384,7 +415,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: the preset's)")
-    parser.add_argument("--memory-of", choices=("sft", "fork"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if PRESETS[arguments.preset].device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--preset {arguments.preset} needs a CUDA device and none is available")

@@ -1,8 +1,8 @@
 """REFINE for verl: reinforcement learning on next-sequence prediction for fast-weight language models.
 
 Importing the package loads nothing heavy; see ``refine_verl.config`` for the settings,
-``python -m refine_verl.main --help`` for the command line and :func:`refine_verl.adapt` for test-time training in
-Python.
+``python -m refine_verl.main --help`` for the command line, :func:`refine_verl.adapt` for test-time training in Python
+and :func:`refine_verl.remember` for documents as states.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refine_verl.adaptation import AdaptSettings, adapt
 
+    remember: Any
+
 __version__ = "0.1.0"
-__all__ = ["AdaptSettings", "__version__", "adapt"]
+__all__ = ["AdaptSettings", "__version__", "adapt", "remember"]
 
 
 def end_while_importing(*_: object) -> None:
@@ -44,9 +46,13 @@ if (
 
 
 def __getattr__(name: str) -> Any:
-    """Load torch, transformers and fla only for those who adapt."""
+    """Load torch, transformers and fla only for those who adapt or remember."""
     if name in ("adapt", "AdaptSettings"):
         from refine_verl import adaptation
 
         return getattr(adaptation, name)
+    if name == "remember":
+        from importlib import import_module
+
+        return import_module("refine_verl.remember")  # a module that can be called
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

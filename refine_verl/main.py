@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from refine_verl.command.front import FAILED, run_command, say, say_error, show
+from refine_verl.command.front import FAILED, interruptible, run_command, say, say_error, show
 from refine_verl.command.jobs import run_jobs
 from refine_verl.compose.naming import given_overrides
 from refine_verl.compose.recipes import RECIPES_PATH_VARIABLE, broken_configs, find_configs
@@ -60,7 +60,7 @@ def _main(arguments: list[str], signals: StopSignals) -> int:
     try:
         for broken in broken_configs().values():
             logger.warning("%s It is left out.", broken)
-        with signals.interruptible():
+        with interruptible(lambda: signals.raised):
             return run_jobs(arguments, lambda valid: run(valid, signals), check=_check_job)
     except Stopped as stop:
         return say(str(stop), signals.exit_code)
@@ -103,7 +103,7 @@ def run(valid: ValidConfig, signals: StopSignals | None = None) -> int:
         raise ConfigError("trainer.default_local_dir", f"{directory}: {error}") from error
     try:
         signals = signals or StopSignals()
-        with signals.interruptible():
+        with interruptible(lambda: signals.raised):
             run_dir = train(launch_config, signals, given_overrides())
     except ModelError as error:  # from a worker, wrapped by Ray with its traceback
         return say_error(str(getattr(error, "cause", error)), FAILED)

@@ -15,7 +15,7 @@ door                                                   used by
 ``PPOTrainer`` of trainer v1 (subclass)                ``trainer.refine_trainer.RefineTrainer``
 ``RayResourcePool``, ``RayWorkerGroup`` (called)       ``trainer.refine_trainer``
 ``data.custom_cls``                                    ``data.verl_dataset``
-advantage and policy-loss registries (called)          ``trainer.advantage``, ``workers.loss``
+advantage and policy-loss registries (called)          ``workers.advantage``, ``workers.loss``
 =====================================================  =====================================================
 """
 

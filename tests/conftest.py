@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -20,6 +21,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with whole runs first: what is left to share at the end are files of seconds."""
     slow = {item.path for item in items if item.get_closest_marker("dist")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """All imports are made: what they left is not looked at again whenever Python looks for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configurations_parsed_once() -> Iterator[None]:
+    """Two thousand configurations are composed here, of the same files."""
+    from reference.configurations import shared_parsing
+
+    with shared_parsing():
+        yield
 
 
 @pytest.fixture(autouse=True)

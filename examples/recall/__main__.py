@@ -2,6 +2,7 @@
 
     python -m examples.recall              # five seeds: docs/results.md and its figures, under an hour on two cores
     python -m examples.recall --fast       # two seeds, fewer steps, DeltaNet only: below outputs/recall/fast
+    python -m examples.recall --kinds noise,signal,bound   # these only, with the bases they need; the rest stays
 
 A run that was cut resumes where it was; ``--report`` writes a page from what there is, beside the jobs unless all are.
 """
@@ -14,7 +15,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,49 @@ import torch
 
 from examples.miniature.results import ROOT, assemble, project_sources
 from examples.recall.arms import BATCH, LEARNING_RATES
-from examples.recall.bases import MODELS
+from examples.recall.bases import MODELS, RECALL
 from examples.recall.jobs import Amount, Job, all_jobs
 from examples.recall.runner import read_record, rounded, run_all
 
 FULL = Amount()
-FAST = Amount(seeds=2, steps=30, ablation_steps=15, held_out=128, draws=4, prompts=16, passes=2)
+FAST = Amount(
+    seeds=2, steps=30, ablation_steps=15, held_out=128, draws=2, noise_batch=2, bound_rollouts=16, prompts=16, passes=2
+)
 
 
-def collect(records: Sequence[dict[str, Any]], amount: Amount) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """What a command runs.
+
+    Attributes:
+        name: of its folder and of its part of the page.
+        models: in `MODELS`; with ``--fast`` the first of them.
+        jobs: what there is to do with them.
+        full, fast: how much.
+        about: for ``--help``.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    jobs: Callable[[Sequence[str], Amount], list[Job]]
+    full: Amount
+    fast: Amount
+    about: str | None
+
+
+def recall() -> Example:
+    """This one."""
+    return Example("recall", RECALL, all_jobs, FULL, FAST, __doc__)
+
+
+def collect(records: Sequence[dict[str, Any]], amount: Amount, models: Sequence[str] = RECALL) -> dict[str, Any]:
     """The content of ``results.json``."""
     return rounded(
         {
             "amount": dataclasses.asdict(amount),
             "batch": BATCH,
             "learning_rates": LEARNING_RATES,
-            "models": {name: dataclasses.asdict(spec) for name, spec in MODELS.items()},
+            "models": {name: dataclasses.asdict(MODELS[name]) for name in models},
             "date": time.strftime("%Y-%m-%d"),
             "environment": {
                 "torch": torch.__version__,
@@ -57,34 +85,41 @@ def collect(records: Sequence[dict[str, Any]], amount: Amount) -> dict[str, Any]
     )
 
 
-def write(results: dict[str, Any], file: Path, docs: Path) -> Path:
+def write(results: dict[str, Any], file: Path, docs: Path, name: str = "recall") -> Path:
     """``results.json`` and the page; other examples' sections come along where the page is the project's."""
     file.write_text(json.dumps(results, separators=(",", ":")).replace('{"kind"', '\n{"kind"') + "\n")
     sources = project_sources() if docs == ROOT / "docs" else {}
-    return assemble({**sources, "recall": file}, docs)
+    return assemble({**sources, name: file}, docs)
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def arguments(example: Example, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.recall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m examples.{example.name}",
+        description=example.about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--fast", action="store_true", help="in about five minutes: fewer seeds and steps, one model")
+    parser.add_argument("--fast", action="store_true", help="fewer seeds and steps, one model")
     parser.add_argument(
         "--report",
         action="store_true",
         help="write the page from finished jobs, into --out unless all are; run nothing",
     )
+    parser.add_argument("--kinds", help="jobs of these kinds only, by commas: signal,bound,noise")
+    parser.add_argument("--seeds", type=int, help="instead of the default")
     parser.add_argument("--processes", type=int, default=2, help="jobs at a time, one thread each (default: 2)")
-    parser.add_argument("--out", type=Path, help="where finished jobs are kept (default: outputs/recall/full or fast)")
+    parser.add_argument("--out", type=Path, help="where finished jobs are kept (default: outputs/EXAMPLE/full or fast)")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = arguments(argv)
-    amount = FAST if options.fast else FULL
-    out = options.out or Path("outputs/recall") / ("fast" if options.fast else "full")
-    jobs: list[Job] = all_jobs(["deltanet"] if options.fast else list(MODELS), amount)
+def main(argv: Sequence[str] | None = None, example: Example | None = None) -> None:
+    example = example or recall()
+    options = arguments(example, argv)
+    amount = example.fast if options.fast else example.full
+    out = options.out or Path("outputs") / example.name / ("fast" if options.fast else "full")
+    amount = dataclasses.replace(amount, seeds=options.seeds or amount.seeds)
+    kinds = options.kinds.split(",") if options.kinds else None
+    jobs = chosen(example.jobs(example.models[: 1 if options.fast else None], amount), kinds)
     started = time.monotonic()
     if options.report:
         records = [record for job in jobs if (record := read_record(job, amount, out)) is not None]
@@ -93,13 +128,52 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"error: no finished jobs below {out}. Leave out --report to run them, or name --out DIR.")
     else:
         records = run_all(jobs, amount, out, options.processes)
-    file, docs = destination(out, whole=not options.fast and len(records) == len(jobs))
-    print(f"{write(collect(records, amount), file, docs)} after {(time.monotonic() - started) / 60:.1f} minutes")
+    file, docs = destination(out, not options.fast and len(records) == len(jobs), example.name)
+    results = collect(records, amount, example.models)
+    if kinds and file.is_file() and docs == ROOT / "docs":
+        results = added_to(json.loads(file.read_text()), results, kinds)
+    print(f"{write(results, file, docs, example.name)} after {(time.monotonic() - started) / 60:.1f} minutes")
 
 
-def destination(out: Path, whole: bool) -> tuple[Path, Path]:
+def chosen(jobs: Sequence[Job], kinds: Sequence[str] | None) -> list[Job]:
+    """Jobs of these kinds, and the base models that they start from (None: all).
+
+    Raises:
+        SystemExit: a kind that no job has.
+    """
+    if kinds is None:
+        return list(jobs)
+    known = sorted({job.kind for job in jobs})
+    if unknown := sorted(set(kinds) - set(known)):
+        raise SystemExit(
+            f"error: --kinds: there are no jobs of the kind {', '.join(unknown)}. Known: {', '.join(known)}."
+        )
+    found = [job for job in jobs if job.kind in kinds]
+    needed = {(job.model, job.seed) for job in found}
+    return [job for job in jobs if job in found or job.kind == "base" and (job.model, job.seed) in needed]
+
+
+def added_to(known: dict[str, Any], new: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """Results of a whole run with jobs of ``kinds`` in place of those they had; the page says when these ran."""
+    wanted = [job for job in new["jobs"] if job["kind"] in kinds]
+    later = {
+        "kinds": list(kinds),
+        "date": new["date"],
+        "processor_minutes": new["processor_minutes"],
+        "torch": new["environment"]["torch"],
+    }
+    left = [{**run, "kinds": [kind for kind in run["kinds"] if kind not in kinds]} for run in known.get("later", [])]
+    return {
+        **known,
+        "amount": {**new["amount"], "seeds": known["amount"]["seeds"]},
+        "jobs": [*(job for job in known["jobs"] if job["kind"] not in kinds), *wanted],
+        "later": [*(earlier for earlier in left if earlier["kinds"]), later],
+    }
+
+
+def destination(out: Path, whole: bool, name: str = "recall") -> tuple[Path, Path]:
     """Where ``results.json`` and the page go: the project's own are for a whole full run only."""
-    return (ROOT / "examples/recall/results.json", ROOT / "docs") if whole else (out / "results.json", out)
+    return (ROOT / f"examples/{name}/results.json", ROOT / "docs") if whole else (out / "results.json", out)
 
 
 if __name__ == "__main__":

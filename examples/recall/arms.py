@@ -63,6 +63,26 @@ GROUPED_ARM = Arm(
 )
 HEADLINE = (SFT, PAPER, GROUPED_ARM)
 
+MANY = {"chunks": 32, "rollouts_per_position": 8, "group": "position", "credit": "token"}
+MANY_LAMBDA = 5.0
+
+
+def many(reward: str, rollouts: int = 8) -> Arm:
+    """Many positions, rollouts compared at their own one, credit per token; with 64 of them the gradient is nearly
+    exact: an upper bound of what less noise can do."""
+    name = f"many_{reward}" if rollouts == 8 else f"bound_{reward}"
+    return Arm(
+        name,
+        f"REFINE, c = 32, n = {rollouts}, credit per token, {reward}",
+        nsp={**MANY, "rollouts_per_position": rollouts, "reward": reward},
+        loss={"rl_coef": MANY_LAMBDA},
+        divide_by_std=False,
+    )
+
+
+SIGNAL = (SFT, PAPER, many("binary"), many("cosine"))
+"""With a policy gradient that has a signal, and without."""
+
 
 def _one(key: str, values: tuple[Any, ...]) -> tuple[Arm, ...]:
     return tuple(Arm(f"{key}_{value}", f"{value}", nsp={key: value}) for value in values)

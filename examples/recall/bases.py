@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from examples.paths.task import PathTask
 from examples.recall.task import Task
 from refine_verl.models import FastWeightActor, load_model, make_actor
 
@@ -36,7 +37,7 @@ class BaseSpec:
 
     model_type: str
     config: dict[str, Any]
-    task: Task
+    task: Task | PathTask
     steps: int
     decay_steps: int
     easy_entries: int = 2
@@ -65,6 +66,8 @@ class BaseSpec:
         return make_actor(model)
 
 
+RECALL = ("deltanet", "lact")
+"""Names in `MODELS` of those that learn to recall; the others learn the task of an example beside this one."""
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
 MODELS: dict[str, BaseSpec] = {
     "deltanet": BaseSpec(
@@ -94,6 +97,16 @@ MODELS: dict[str, BaseSpec] = {
         decay_steps=500,
         easy_steps=0,
         lr=5e-3,
+    ),
+    "paths": BaseSpec(
+        model_type="delta_net",
+        config={**SMALL, "num_heads": 2},
+        task=PathTask(entries=3, value_length=3, rounds=4, nodes=24),
+        steps=600,
+        decay_steps=300,
+        easy_steps=0,
+        enough=0.15,
+        lr=4e-3,
     ),
 }
 
@@ -176,7 +189,7 @@ class _Training:
 
 
 def _step(
-    actor: FastWeightActor, optimizer: torch.optim.Optimizer, task: Task, tokens: torch.Tensor, entries: int
+    actor: FastWeightActor, optimizer: torch.optim.Optimizer, task: Task | PathTask, tokens: torch.Tensor, entries: int
 ) -> float:
     """One step on the next-token loss; returns the share of values that were right."""
     logits = actor(input_ids=tokens, use_cache=False).logits[:, :-1]

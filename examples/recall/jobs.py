@@ -12,7 +12,7 @@ import torch
 import refine_verl
 from examples.miniature.training import Loop
 from examples.recall import noise
-from examples.recall.arms import ABLATIONS, BATCH, HEADLINE, Arm
+from examples.recall.arms import ABLATIONS, BATCH, HEADLINE, SIGNAL, Arm, many
 from examples.recall.bases import MODELS, STATES, BaseSpec, train_base
 from examples.recall.scores import batches, held_out, score
 
@@ -28,7 +28,8 @@ class Amount:
         steps: of the headline.
         ablation_steps: of all other arms; the headline is scored there too.
         held_out: sequences that are scored.
-        draws: repetitions from which the noise of gradients is measured.
+        draws, noise_batch: repetitions from which the noise of gradients is measured, and sequences in each.
+        bound_rollouts: n of the upper bound.
         prompts, passes: of test-time training.
         shrink: base models are trained for one step where this one is trained for ``shrink``.
     """
@@ -38,6 +39,8 @@ class Amount:
     ablation_steps: int = 30
     held_out: int = 384
     draws: int = 8
+    noise_batch: int = BATCH
+    bound_rollouts: int = 64
     prompts: int = 64
     passes: int = 4
     shrink: int = 1
@@ -67,10 +70,12 @@ def train(
     return result
 
 
-def headline(spec: BaseSpec, weights: dict[str, Weights], state: str, seed: int, amount: Amount) -> dict[str, Any]:
-    """The three methods; SFT goes on until it has cost what each of the other two did."""
+def compare(
+    spec: BaseSpec, weights: dict[str, Weights], state: str, seed: int, amount: Amount, arms: Sequence[Arm]
+) -> dict[str, Any]:
+    """SFT, the first of ``arms``, and others; SFT goes on until it has cost what each of the others did."""
     start, marks = weights[state], [0, amount.ablation_steps, amount.steps]
-    sft, *others = HEADLINE
+    sft, *others = arms
     results = {arm.name: train(spec, start, state, arm, seed, marks, amount.held_out) for arm in others}
     per_step = 3.0 * BATCH * spec.task.length
     equal = {
@@ -84,7 +89,7 @@ def headline(spec: BaseSpec, weights: dict[str, Weights], state: str, seed: int,
 def ablation(
     spec: BaseSpec, weights: dict[str, Weights], state: str, arm: Arm, seed: int, amount: Amount
 ) -> dict[str, Any]:
-    """One arm, scored at its end."""
+    """One arm, scored after as many steps as all ablations."""
     return train(spec, weights[state], state, arm, seed, [amount.ablation_steps], amount.held_out)
 
 
@@ -119,7 +124,10 @@ TEST_TIME = ("none", "sft", "refine")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One piece of work; ``kind``: base, headline, ablation, noise or test_time; ``what``: an arm, reward or method."""
+    """One piece of work; ``kind``: base, headline, signal, bound, ablation, noise or test_time.
+
+    ``what``: an arm, reward or method.
+    """
 
     kind: str
     model: str
@@ -141,13 +149,20 @@ def all_jobs(models: Sequence[str], amount: Amount) -> list[Job]:
         jobs += [Job("base", model, seed) for seed in seeds]
         jobs += [Job("headline", model, seed, state) for state in STATES for seed in seeds]
     first = models[0]
+    jobs += [Job("noise", first, seed, "under", reward) for seed in seeds for reward in NOISE]
+    jobs += signal_jobs(first, seeds)
     arms = [(state, arm.name) for table, states in TABLE_STATES.items() for state in states for arm in ABLATIONS[table]]
     # seed by seed, so that what a run that is cut short has are whole tables of fewer seeds
     for seed in seeds:
-        jobs += [Job("noise", first, seed, state, reward) for state, reward in NOISE]
         jobs += [Job("ablation", first, seed, state, arm) for state, arm in arms]
         jobs += [Job("test_time", first, seed, "under", method) for method in TEST_TIME]
     return jobs
+
+
+def signal_jobs(model: str, seeds: range) -> list[Job]:
+    """Training with less noise from the under-trained bases, and the upper bound."""
+    jobs = [Job("signal", model, seed, "under") for seed in seeds]
+    return jobs + [Job("bound", model, seed, "under", "binary") for seed in seeds]
 
 
 TABLE_STATES = {
@@ -159,7 +174,8 @@ TABLE_STATES = {
     "c": ("under",),
     "lr": STATES,
 }
-NOISE = (("under", "cosine"), ("plateau", "cosine"), ("under", "binary"))
+NOISE = ("cosine", "binary")
+COMPARED = {"headline": HEADLINE, "signal": SIGNAL}
 ARMS = {arm.name: arm for arm in [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table)]}
 
 
@@ -172,10 +188,13 @@ def run_job(job: Job, amount: Amount, weights: dict[str, Weights]) -> dict[str, 
     spec = MODELS[job.model]
     if job.kind == "base":
         return _base(spec, job.seed, amount)
-    if job.kind == "headline":
-        return headline(spec, weights, job.state, job.seed, amount)
+    if job.kind in COMPARED:
+        return compare(spec, weights, job.state, job.seed, amount, COMPARED[job.kind])
+    if job.kind == "bound":
+        arm = many(job.what, amount.bound_rollouts)
+        return ablation(spec, weights, job.state, arm, job.seed, amount)
     if job.kind == "noise":
-        return noise.measure(spec, weights[job.state], job.what, job.seed, amount.draws)
+        return noise.measure(spec, weights[job.state], job.what, job.seed, amount.draws, amount.noise_batch)
     if job.kind == "test_time":
         return test_time(spec, weights, job.state, job.what, job.seed, amount)
     return ablation(spec, weights, job.state, ARMS[job.what], job.seed, amount)

@@ -25,6 +25,11 @@ class Records:
         """Results by seed."""
         return self.jobs.get((kind, model, state, what), {})
 
+    def showing(self, kind: str) -> Records:
+        """These records with the comparison ``kind`` as their headline."""
+        jobs = [job for job in self.results["jobs"] if job["kind"] == kind]
+        return Records({**self.results, "jobs": [{**job, "kind": "headline"} for job in jobs]})
+
     def arm(self, model: str, state: str, arm: str) -> dict[str, Any]:
         """What training an arm gave, by seed: of the headline where it is one of its methods."""
         runs = self.of("headline", model, state)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from examples.recall.arms import BATCH, HEADLINE, LEARNING_RATES
+from examples.recall.arms import BATCH, LEARNING_RATES
 from examples.recall.bases import MODELS
-from examples.recall.jobs import ARMS, Amount, Job, run_job
+from examples.recall.jobs import ARMS, COMPARED, Amount, Job, run_job
 from refine_verl.record.files import replacing, write_atomically
 
 
@@ -29,8 +29,7 @@ def fingerprint(job: Job, amount: Amount) -> str:
     else:
         # more seeds leave those that are there as they are
         parts += [{**dataclasses.asdict(amount), "seeds": 0}, BATCH, LEARNING_RATES, repr(ARMS.get(job.what))]
-    if job.kind == "headline":
-        parts.append([repr(arm) for arm in HEADLINE])
+    parts += [repr(arm) for arm in COMPARED.get(job.kind, ())]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -90,6 +89,7 @@ def _run(job: Job, amount: Amount, out: Path) -> float:
     record = {
         **dataclasses.asdict(job),
         "fingerprint": fingerprint(job, amount),
+        "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.monotonic() - started, 2),
         "processor_seconds": round(time.process_time() - used, 2),
         "result": result,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from examples.paths.task import PathTask
 from examples.recall.task import Task
 from refine_verl.config import NSPSettings
 from refine_verl.models import FastWeightActor
@@ -19,12 +20,12 @@ JUDGED = NSPSettings(chunks=8, rollout_length=5, rollouts_per_position=1, select
 HELD_OUT_SEED = 1_000_003
 
 
-def held_out(task: Task, seed: int, count: int) -> Tensor:
+def held_out(task: Task | PathTask, seed: int, count: int) -> Tensor:
     """Sequences that no training of this seed sees, int64 [count, T]."""
     return task.sample(torch.Generator().manual_seed(HELD_OUT_SEED + seed), count)
 
 
-def score(actor: FastWeightActor, task: Task, tokens: Tensor, judged: int = 128) -> dict[str, float]:
+def score(actor: FastWeightActor, task: Task | PathTask, tokens: Tensor, judged: int = 128) -> dict[str, float]:
     """Scores of a model; weights are left alone, and what it computes does not count as training.
 
     Args:
@@ -35,8 +36,9 @@ def score(actor: FastWeightActor, task: Task, tokens: Tensor, judged: int = 128)
 
     Returns:
         ``exact``: share of values asked for that are right as a whole (what greedy generation would write after the
-        key); ``tokens``: share of their tokens; ``accuracy`` and ``ntp_loss``: of all next tokens, most of which nobody
-        can know; ``reward_cosine``, ``reward_binary``, ``reward_hybrid``: means over the rollouts of `JUDGED`.
+        key); ``first`` and ``tokens``: share of their first and of all tokens; ``accuracy`` and ``ntp_loss``: of all
+        next tokens, most of which nobody can know; ``reward_cosine``, ``reward_binary``, ``reward_hybrid``: means over
+        the rollouts of `JUDGED`.
     """
     counted = actor.forward_tokens
     actor.eval()
@@ -47,6 +49,7 @@ def score(actor: FastWeightActor, task: Task, tokens: Tensor, judged: int = 128)
     actor.forward_tokens = counted
     return {
         "exact": right.all(dim=-1).float().mean().item(),
+        "first": right[..., 0].float().mean().item(),
         "tokens": right.float().mean().item(),
         "accuracy": (predictions == tokens[:, 1:]).float().mean().item(),
         "ntp_loss": sum(loss for _, loss in parts) / (tokens.numel() - len(tokens)),
@@ -62,14 +65,14 @@ def _predictions(actor: FastWeightActor, tokens: Tensor) -> tuple[Tensor, float]
     return logits.argmax(dim=-1), loss.item()
 
 
-def _rewards(actor: FastWeightActor, task: Task, tokens: Tensor) -> dict[str, float]:
+def _rewards(actor: FastWeightActor, task: Task | PathTask, tokens: Tensor) -> dict[str, float]:
     step = Step(actor, JUDGED, HELD_OUT_SEED, read_together=len(tokens))
     rollouts = step.write(0, task.documents(tokens), range(len(tokens)))
     rewards = HiddenStateRewardManager("hybrid", REWARDS)(rollouts)
     return {f"reward_{name}": rewards[f"reward_{name}"].mean().item() for name in REWARDS}
 
 
-def batches(task: Task, seed: int, size: int, steps: int) -> Sequence[Tensor]:
+def batches(task: Task | PathTask, seed: int, size: int, steps: int) -> Sequence[Tensor]:
     """Training batches of a seed, int64 [size, T] each: the same for every method, and longer runs see more of them."""
     generator = torch.Generator().manual_seed(2_000_003 + seed)
     return [task.sample(generator, size) for _ in range(steps)]

@@ -10,19 +10,17 @@ from typing import Any
 
 from examples.miniature.figures import Row, forest
 from examples.miniature.results import table
-from examples.miniature.statistics import Estimate, estimate
+from examples.miniature.statistics import Estimate
 from examples.recall.arms import ABLATIONS, GROUPED_LAMBDA, HEADLINE, Arm
-from examples.recall.bases import MODELS, STATES
-from examples.recall.noise import COUNTS, estimators
+from examples.recall.bases import RECALL, STATES
+from examples.recall.comparison import STATE_NAMES, comparison, costs, noise, noise_rows, with_a_signal
 from examples.recall.records import Records, difference, mean, shown
 
 NAMES = {"deltanet": "DeltaNet", "lact": "LaCT"}
-STATE_NAMES = {"under": "under-trained", "plateau": "at its plateau"}
 READING = Path(__file__).with_name("reading.md")
 STATE_PHRASES = {"under": "that is under-trained", "plateau": "at its plateau"}
 HEADLINE_FIGURE, COMPUTE_FIGURE, NOISE_FIGURE = "recall_headline.svg", "recall_compute.svg", "recall_noise.svg"
 ABLATION_FIGURES = {state: f"recall_ablations_{state}.svg" for state in STATES}
-SCORES = ("exact", "tokens", "reward_cosine", "reward_binary")
 GAINS = ("exact", "reward_cosine", "ntp_loss")
 SHOWN_REWARDS, SHOWN_TRAINING = ("cosine", "binary"), ("nsp/reward/mean", "nsp/group_zero_std")
 ABLATION_COLUMNS = [
@@ -33,8 +31,6 @@ ABLATION_COLUMNS = [
     "training reward",
     "groups without a difference",
 ]
-SCORE_NAMES = ("exact", "tokens", "cosine", "binary")
-ESTIMATORS = [name for n in COUNTS for name, _, _ in estimators(n)]
 
 
 def section(results: Mapping[str, Any], figures_in: str = ".") -> str:
@@ -46,7 +42,8 @@ def section(results: Mapping[str, Any], figures_in: str = ".") -> str:
         _bases(records),
         _headline(records, figures_in),
         _ablations(records, figures_in),
-        _noise(records, figures_in),
+        noise(records, RECALL[0], f"{figures_in}/{NOISE_FIGURE}"),
+        with_a_signal(records, RECALL[0], "### Training with a gradient that has a signal"),
         _test_time(records),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -59,12 +56,12 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
         HEADLINE_FIGURE: (
             f"Exact match after {amount['steps']} steps: REFINE minus SFT",
             "difference of exact match, mean over seeds",
-            [row for model in MODELS for state in STATES for row in _difference_rows(records, model, state, False)],
+            [row for model in RECALL for state in STATES for row in _difference_rows(records, model, state, False)],
         ),
         COMPUTE_FIGURE: (
             "Exact match: REFINE minus the longer SFT that costs as much",
             "difference of exact match, mean over seeds",
-            [row for model in MODELS for state in STATES for row in _difference_rows(records, model, state, True)],
+            [row for model in RECALL for state in STATES for row in _difference_rows(records, model, state, True)],
         ),
         **{
             ABLATION_FIGURES[state]: (
@@ -77,7 +74,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
         NOISE_FIGURE: (
             "One draw of the policy gradient and the gradient of the expected reward",
             "cosine between them, mean over seeds",
-            [row for state in STATES for row in _noise_rows(records, state)],
+            [row for state in STATES for row in noise_rows(records, RECALL[0], state)],
         ),
     }
     return {
@@ -113,7 +110,16 @@ division, λ = {GROUPED_LAMBDA:g}.
 
 Run {run_id(results)} of {results["date"]}, {results["processor_minutes"]:.0f} processor minutes on
 {results["environment"]["machine"]} with torch {results["environment"]["torch"]}. Bold differences are those whose
-interval leaves zero out."""
+interval leaves zero out.{_later(results)}"""
+
+
+def _later(results: Mapping[str, Any]) -> str:
+    """What was measured at another time than the rest."""
+    return "".join(
+        f" Jobs of the kinds {', '.join(run['kinds'])} are of {run['date']}, "
+        f"{run['processor_minutes']:.0f} processor minutes with torch {run['torch']}."
+        for run in results.get("later", [])
+    )
 
 
 def run_id(results: Mapping[str, Any]) -> str:
@@ -131,7 +137,7 @@ def _reading(results: Mapping[str, Any]) -> str:
 
 def _bases(records: Records) -> str:
     rows = []
-    for model in MODELS:
+    for model in RECALL:
         base = records.of("base", model)
         if not base:
             continue
@@ -160,14 +166,15 @@ def _bases(records: Records) -> str:
 
 def _headline(records: Records, figures_in: str) -> str:
     parts = []
-    for model in MODELS:
+    for model in RECALL:
         for state in STATES:
             if not records.of("headline", model, state):
                 continue
-            parts.append(f"#### {NAMES[model]}, {STATE_NAMES[state]}\n\n" + _comparison(records, model, state))
+            text = comparison(records, model, state, HEADLINE, GAINS)
+            parts.append(f"#### {NAMES[model]}, {STATE_NAMES[state]}\n\n{text}")
     if not parts:
         return ""
-    cost = _cost(records)
+    cost = costs(records, RECALL, HEADLINE)
     return "\n\n".join(
         [
             "### REFINE against SFT",
@@ -179,49 +186,6 @@ def _headline(records: Records, figures_in: str) -> str:
             *parts,
         ]
     )
-
-
-def _cost(records: Records) -> str:
-    """Token passes and processor time per step over those of SFT."""
-    steps, texts = records.results["amount"]["steps"], []
-    for model in MODELS:
-        for arm in HEADLINE[1:]:
-            ratios = []
-            for metric in ("token_passes", "processor_seconds"):
-                mine, base = (records.costs(model, "under", name, steps, metric) for name in (arm.name, "sft"))
-                shared = mine.keys() & base.keys()
-                ratios.append(sum(mine[seed] / base[seed] for seed in shared) / len(shared) if shared else 0.0)
-            if all(ratios):
-                texts.append(f"{NAMES[model]}, {arm.name}: {ratios[0]:.1f} × SFT, in processor time {ratios[1]:.1f} ×")
-    return "; ".join(texts)
-
-
-def _comparison(records: Records, model: str, state: str) -> str:
-    steps = records.results["amount"]["steps"]
-    rows = [["base", *(mean(records.scores(model, state, "sft", 0, score)) for score in SCORES), "", "", ""]]
-    baseline = {score: records.scores(model, state, "sft", steps, score) for score in (*SCORES, "ntp_loss")}
-    rows.append(["SFT", *(mean(baseline[score]) for score in SCORES), "", "", ""])
-    for arm in HEADLINE[1:]:
-        found = {score: records.scores(model, state, arm.name, steps, score) for score in (*SCORES, "ntp_loss")}
-        gains = [shown(difference(found[score], baseline[score]), 4) for score in GAINS]
-        rows.append([arm.label, *(mean(found[score]) for score in SCORES), *gains])
-    for arm in HEADLINE[1:]:
-        longer = {score: records.equal_compute(model, state, arm.name, score) for score in SCORES}
-        equal = sorted({run["equal_compute"][arm.name] for run in records.of("headline", model, state).values()})
-        count = f"{equal[0]}" if len(equal) == 1 else f"{equal[0]}–{equal[-1]}"
-        mine = records.scores(model, state, arm.name, steps, "exact")
-        gain = shown(difference(mine, longer["exact"]), 4)
-        rows.append(
-            [
-                f"SFT, cost of *{arm.name}* ({count} steps)",
-                *(mean(longer[score]) for score in SCORES),
-                f"{gain}†",
-                "",
-                "",
-            ]
-        )
-    header = ["", *SCORE_NAMES, "exact, minus SFT", "cosine reward, minus SFT", "next-token loss, minus SFT"]
-    return table(header, rows) + "\n\n† that arm of REFINE minus this longer SFT."
 
 
 def _difference_rows(records: Records, model: str, state: str, equal_compute: bool) -> list[Row]:
@@ -274,7 +238,7 @@ def _ablations_from(records: Records, state: str, figures_in: str) -> str:
     tables = []
     for name, (title, note) in TABLES.items():
         arms = _with_headline(name)
-        if any(records.of("ablation", next(iter(MODELS)), state, arm.name) for _, arm in arms):
+        if any(records.of("ablation", RECALL[0], state, arm.name) for _, arm in arms):
             tables.append(f"##### {title}\n\n{note}\n\n{table(ABLATION_COLUMNS, _ablation_rows(records, state, arms))}")
     if not tables:
         return ""
@@ -306,7 +270,7 @@ def _with_headline(name: str) -> list[tuple[str, Arm]]:
 
 
 def _ablation_rows(records: Records, state: str, arms: Sequence[tuple[str, Arm]]) -> list[list[str]]:
-    steps, model = records.results["amount"]["ablation_steps"], next(iter(MODELS))
+    steps, model = records.results["amount"]["ablation_steps"], RECALL[0]
     rows = []
     for label, arm in arms:
         exact = records.scores(model, state, arm.name, steps, "exact")
@@ -319,7 +283,7 @@ def _ablation_rows(records: Records, state: str, arms: Sequence[tuple[str, Arm]]
 
 def _gain(records: Records, state: str, arm: Arm) -> Estimate | None:
     """Exact match after the steps of an ablation, minus that of SFT."""
-    steps, model = records.results["amount"]["ablation_steps"], next(iter(MODELS))
+    steps, model = records.results["amount"]["ablation_steps"], RECALL[0]
     mine, baseline = (records.scores(model, state, name, steps, "exact") for name in (arm.name, "sft"))
     return None if arm.name == "sft" else difference(mine, baseline)
 
@@ -327,77 +291,14 @@ def _gain(records: Records, state: str, arm: Arm) -> Estimate | None:
 def _ablation_figure(records: Records, state: str, name: str, title: str) -> list[Row]:
     """Without learning rates and without arms that have no next-token loss: their scale is another one."""
     arms = [] if name == "lr" else _with_headline(name)
-    if not any(records.of("ablation", next(iter(MODELS)), state, arm.name) for _, arm in arms):
+    if not any(records.of("ablation", RECALL[0], state, arm.name) for _, arm in arms):
         return []
     gains = [(label, arm, _gain(records, state, arm)) for label, arm in arms if arm.loss.get("sft_coef") != 0.0]
     return [Row(title), *(Row(label, gain, COLORS.get(arm.name, 5)) for label, arm, gain in gains if gain)]
 
 
-def _noise(records: Records, figures_in: str) -> str:
-    model, parts = next(iter(MODELS)), []
-    for state in STATES:
-        for reward in ("cosine", "binary"):
-            runs = records.of("noise", model, state, reward)
-            if not runs:
-                continue
-            title = f"{STATE_NAMES[state]}, {reward} reward"
-            rows = []
-            for name in ESTIMATORS:
-                values = {
-                    key: {seed: run["estimators"][name][key] for seed, run in runs.items()}
-                    for key in ("signal_to_noise", "alignment", "norm", "zero_std")
-                }
-                first = {seed: run["estimators"][ESTIMATORS[0]]["alignment"] for seed, run in runs.items()}
-                cells = {key: mean(values[key]) for key in values}
-                cells["alignment"] += (
-                    f" ({shown(difference(values['alignment'], first))})" if name != ESTIMATORS[0] else ""
-                )
-                rows.append([_estimator(name), *cells.values()])
-            sft = mean({seed: run["next_token_alignment"] for seed, run in runs.items()})
-            header = ["estimator", "signal to noise", "alignment of one draw", "length", "groups without a difference"]
-            parts.append(
-                f"#### {title[0].upper()}{title[1:]}\n\n{table(header, rows)}\n\n"
-                f"The next-token gradient of the same batch has alignment {sft}."
-            )
-    if not parts:
-        return ""
-    draws = records.results["amount"]["draws"]
-    return "\n\n".join(
-        [
-            "### How noisy the policy gradient is",
-            f"DeltaNet; one batch per seed, positions and rollouts drawn {draws} times, the gradient of the policy "
-            "loss alone, c = 8. *Signal to noise* is |E g|² / tr Cov g, corrected for the number of draws. *Alignment* "
-            "is the cosine with the gradient of the expected reward, estimated from independent draws of 16 rollouts "
-            "per position compared with each other and not divided; that estimate has noise of its own, which makes "
-            "all alignments smaller, by the same factor; in brackets, the difference to the first estimator on the "
-            "same seed. *Length* is the mean of |g|.",
-            f"![Alignment of single draws]({figures_in}/{NOISE_FIGURE})",
-            *parts,
-        ]
-    )
-
-
-def _noise_rows(records: Records, state: str) -> list[Row]:
-    runs = records.of("noise", next(iter(MODELS)), state, "cosine")
-    rows = [
-        Row(
-            _estimator(name),
-            estimate([run["estimators"][name]["alignment"] for run in runs.values()]),
-            2 if "position" in name else 1,
-        )
-        for name in ESTIMATORS
-        if runs
-    ]
-    return [Row(f"{STATE_NAMES[state]}, cosine reward"), *rows] if rows else []
-
-
-def _estimator(name: str) -> str:
-    n, group, *rest = name.split("_")
-    return f"n = {n[1:]}, per {group}{', not divided' if rest else ''}"
-
-
 def _test_time(records: Records) -> str:
-    model = next(iter(MODELS))
+    model = RECALL[0]
     found = {method: records.of("test_time", model, "under", method) for method in ("none", "sft", "refine")}
     if not all(found.values()):
         return ""

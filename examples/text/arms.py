@@ -41,7 +41,7 @@ class Method:
         """Those of the shared loop. SFT has no rollouts of a whole batch, so its batch is the mini-batch."""
         return AdaptSettings(
             method="refine" if self.rl_coef else "sft",
-            nsp=NSPSettings(chunks=training.chunks, rollout_length=training.rollout_length, **self.nsp),
+            nsp=NSPSettings(**{"chunks": training.chunks, "rollout_length": training.rollout_length, **self.nsp}),
             loss=LossSettings(rl_coef=self.rl_coef),
             norm_adv_by_std_in_grpo=self.divide_by_std,
             mini_batch_size=training.mini_batch,
@@ -72,6 +72,16 @@ POSITION = Method("grouped", "REFINE grouped: n=8, groups of a position, no divi
 # The weight that the sweep on the validation text found best for writing whole sequences.
 HEAVY = replace(POSITION, name="grouped5", label="the same with λ 5", rl_coef=5.0)
 METHODS = (SFT, PAPER, POSITION, HEAVY)
+# Whose gradients are measured, each with its reward.
+MANY: Mapping[str, Any] = {**GROUPED, "chunks": 32, "credit": "token"}
+ESTIMATORS = (
+    SFT,
+    PAPER,
+    POSITION,
+    Method("many", "REFINE, c=32, n=8, credit per token, cosine", MANY, 1.0, False),
+    Method("paper_binary", "REFINE as in the paper, binary", {"reward": "binary"}, 0.2),
+    Method("many_binary", "REFINE, c=32, n=8, credit per token, binary", {**MANY, "reward": "binary"}, 1.0, False),
+)
 
 
 def run(

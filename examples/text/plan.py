@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from examples.recall.runner import rounded
-from examples.text.arms import METHODS, PAPER, POSITION, SFT, Method, Training, run
+from examples.text.arms import ESTIMATORS, METHODS, PAPER, POSITION, SFT, Method, Training, run
 from examples.text.base import Base, BaseSettings, load_base, save_base, train_base
 from examples.text.corpus import Corpus, load_corpus
 from examples.text.scores import all_scores
@@ -176,7 +176,7 @@ class _Work:
     def signals(self) -> None:
         """The gradients of all estimators at every base."""
         for index, base in enumerate(self.bases):
-            for method in (SFT, PAPER, POSITION):
+            for method in ESTIMATORS:
                 settings = (self._key(index), repr(method), self.plan.training, self.plan.signal_batches)
 
                 def measure(method: Method = method, base: Base = base) -> dict[str, Any]:

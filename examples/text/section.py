@@ -12,7 +12,7 @@ from typing import Any
 from examples.miniature.figures import Row, Series, curves, forest
 from examples.miniature.results import table
 from examples.miniature.statistics import Estimate, estimate, paired
-from examples.text.arms import METHODS
+from examples.text.arms import ESTIMATORS, METHODS
 
 # Name, heading, whether less is better (None: neither is).
 SCORES: tuple[tuple[str, str, bool | None], ...] = (
@@ -225,10 +225,10 @@ def _signal(results: Results) -> str:
     batches, rows = results["plan"]["signal_batches"], []
     means = {
         method.name: {key: sum(one[key] for one in found) / len(found) for key in SIGNAL}
-        for method in METHODS
+        for method in ESTIMATORS
         if (found := [one for one in results["signal"] if one["method"] == method.name])
     }
-    for method in METHODS:
+    for method in ESTIMATORS:
         if method.name in means:
             one, plain = means[method.name], means.get("sft", {}).get("signal", 0.0)
             most = "" if method.name == "sft" else f"{attenuation(one['signal'], plain, batches):.2g}"

@@ -8,12 +8,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from refine_verl.adaptation.settings import AdaptSettings
-from refine_verl.models import FastWeightActor, ModelError
+from refine_verl.kernels.versions import installed, why_not_trainable
+from refine_verl.models import FastWeightActor
 from refine_verl.models.loading import check_family
-from refine_verl.models.weights import check_numbers, naming
+from refine_verl.models.weights import Unusable, check_numbers, naming
 from refine_verl.nsp import check_functions
-
-_ADAPT = "refine_verl.adapt"
 
 
 def check_settings(settings: AdaptSettings) -> None:
@@ -25,41 +24,50 @@ def check_settings(settings: AdaptSettings) -> None:
     check_functions(settings.nsp)
 
 
-def check_model(model: object, trains: bool) -> None:
+def check_model(model: object, trains: bool, caller: str = "refine_verl.adapt") -> None:
     """Check that a model can be adapted here.
 
     Args:
         model: what the user gave.
         trains: whether weights will be changed (not with method=none).
+        caller: what was called, for messages.
 
     Raises:
         ModelError: not a Hugging Face model, no adapter, quantised, no linear head, weights spread over devices or
-            processes, no numbers, made in inference mode, all frozen, or sharing memory.
+            processes, no numbers, made in inference mode, all frozen, sharing memory, or one that fla
+            refuses to train on this GPU.
     """
+    with naming(caller):
+        _check(model, trains)
+
+
+def _check(model: object, trains: bool) -> None:
     if torch.is_inference_mode_enabled():
-        raise ModelError(
-            f"{_ADAPT}: torch.inference_mode() is on, and tensors made under it can never have gradients. Leave that "
+        raise Unusable(
+            "torch.inference_mode() is on, and tensors made under it can never have gradients. Leave that "
             "block, or use torch.no_grad() instead."
         )
     if not isinstance(model, PreTrainedModel):
         raise _not_a_model(model)
     if not isinstance(model, FastWeightActor):
-        with naming(_ADAPT):
-            check_family(model.config, on_gpu=next(model.parameters()).device.type == "cuda")
+        check_family(model.config, on_gpu=next(model.parameters()).device.type == "cuda")
     _check_head(model)
     _check_placement(model)
-    with naming(_ADAPT):
-        check_numbers(model)
+    check_numbers(model)
     if getattr(model, "is_gradient_checkpointing", False):
-        raise ModelError(
-            f"{_ADAPT}: the model's own gradient checkpointing drops the fast-weight state. Call "
-            "model.gradient_checkpointing_disable(), and set activation_checkpointing='segment' instead."
+        raise Unusable(
+            "the model's own gradient checkpointing drops the fast-weight state. Call "
+            "model.gradient_checkpointing_disable(), and set activation_checkpointing='layer' instead."
         )
     if trains:
         _check_trainable(model)
+        device = next(model.parameters()).device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        if refused := why_not_trainable(model.config, capability, installed()):
+            raise Unusable(refused)
 
 
-def _not_a_model(model: object) -> ModelError:
+def _not_a_model(model: object) -> Unusable:
     kind = type(model).__name__
     if isinstance(model, (str, bytes)):
         cure = "Load it first: refine_verl.models.load_model(path), or AutoModelForCausalLM.from_pretrained."
@@ -71,45 +79,43 @@ def _not_a_model(model: object) -> ModelError:
         cure = "Give model.get_base_model(): its adapters stay in place, and only what is trainable is trained."
     else:
         cure = "Give a causal language model of transformers (AutoModelForCausalLM)."
-    return ModelError(f"{_ADAPT}: the model is a {kind}, not a Hugging Face model. {cure}")
+    return Unusable(f"the model is a {kind}, not a Hugging Face model. {cure}")
 
 
 def _check_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ModelError(f"{_ADAPT}: the LM head is a {type(head).__name__}; an nn.Linear is needed.")
+        raise Unusable(f"the LM head is a {type(head).__name__}; an nn.Linear is needed.")
 
 
 def _check_placement(model: PreTrainedModel) -> None:
     tensors = dict(model.named_parameters())
     places = {str(tensor.device): name for name, tensor in tensors.items()}
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        raise ModelError(
-            f"{_ADAPT}: the weights are sharded over several processes. Give a model that is whole in this one; for "
+        raise Unusable(
+            "the weights are sharded over several processes. Give a model that is whole in this one; for "
             "several GPUs use the command line."
         )
     if "meta" in places:
-        raise ModelError(f"{_ADAPT}: {places['meta']} is on the meta device: the weights are not loaded here.")
+        raise Unusable(f"{places['meta']} is on the meta device: the weights are not loaded here.")
     if len(places) > 1:
         listing = ", ".join(f"{place} ({name})" for place, name in sorted(places.items()))
-        raise ModelError(
-            f"{_ADAPT}: the weights lie on several devices: {listing}. Move the model to one with model.to(device)."
-        )
+        raise Unusable(f"the weights lie on several devices: {listing}. Move the model to one with model.to(device).")
     device = torch.device(next(iter(places)))
     if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"{_ADAPT}: the model is on {device}; it runs on the CPU or a CUDA device.")
+        raise Unusable(f"the model is on {device}; it runs on the CPU or a CUDA device.")
     made_in_inference = [name for name, tensor in tensors.items() if tensor.is_inference()]
     if made_in_inference:
-        raise ModelError(
-            f"{_ADAPT}: {made_in_inference[0]} was made under torch.inference_mode() and can never have a gradient. "
+        raise Unusable(
+            f"{made_in_inference[0]} was made under torch.inference_mode() and can never have a gradient. "
             "Load the model outside of that block."
         )
 
 
 def _check_trainable(model: PreTrainedModel) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(
-            f"{_ADAPT}: all parameters are frozen (requires_grad=False), so there is nothing to adapt. Call "
+        raise Unusable(
+            "all parameters are frozen (requires_grad=False), so there is nothing to adapt. Call "
             "model.requires_grad_(True), or unfreeze the part that should learn."
         )
     ranges = sorted(
@@ -119,7 +125,7 @@ def _check_trainable(model: PreTrainedModel) -> None:
     )
     for (storage, start, name, tensor), (other, after, second, _) in zip(ranges, ranges[1:], strict=False):
         if storage == other and after < start + tensor.numel() * tensor.element_size():
-            raise ModelError(
-                f"{_ADAPT}: {name} and {second} share memory without being one parameter, so each would be updated "
+            raise Unusable(
+                f"{name} and {second} share memory without being one parameter, so each would be updated "
                 "through the other. Tie them: assign the same nn.Parameter to both."
             )

@@ -122,10 +122,10 @@ def _put(model: nn.Module, name: str, value: Any) -> None:
 class TemporaryActor:
     """Makes a model a `FastWeightActor` while our own passes run, and leaves no trace of that afterwards."""
 
-    def __init__(self, model: nn.Module, *, checkpoint_segments: bool, widened: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, activation_checkpointing: str, widened: bool = False) -> None:
         """Args:
         model: a model that passed `check_model`, or a `FastWeightActor` (it keeps its adapter and precision).
-        checkpoint_segments: recompute segments in the backward pass (a `FastWeightActor` that does so keeps doing so).
+        activation_checkpointing: see `make_actor`; none for a `FastWeightActor` leaves it what it has.
         widened: its weights were low precision until a moment ago.
         """
         self.model = model
@@ -133,12 +133,20 @@ class TemporaryActor:
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self._own = self._identity()
         autocast = torch.bfloat16 if self.device.type == "cuda" else None
-        adapter = None
+        adapter, reading = None, "whole"
         if isinstance(model, FastWeightActor):
+            reading = model.reading
             adapter, autocast = model.adapter, model.autocast_dtype or (autocast if widened else None)
-            checkpoint_segments = checkpoint_segments or model.checkpoint_segments
+            if activation_checkpointing == "none":
+                activation_checkpointing = model.activation_checkpointing
         try:
-            make_actor(model, adapter=adapter, autocast_dtype=autocast, checkpoint_segments=checkpoint_segments)
+            make_actor(
+                model,
+                adapter=adapter,
+                autocast_dtype=autocast,
+                activation_checkpointing=activation_checkpointing,
+                reading=reading,
+            )
             self._actor = self._identity()
         finally:
             self._become(self._own)

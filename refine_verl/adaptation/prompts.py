@@ -125,3 +125,8 @@ def _content_ids(rows: Sequence[Tensor]) -> tuple[int, ...]:
         seen[content] += 1
         ids.append(int.from_bytes(key, "little") >> 1)
     return tuple(ids)
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many token ids can be read as well as predicted."""
+    return min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])

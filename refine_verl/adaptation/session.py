@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from refine_verl.adaptation.checks import check_model, check_settings
 from refine_verl.adaptation.guard import SavedModel, TemporaryActor, set_training
-from refine_verl.adaptation.prompts import PromptError, Prompts
+from refine_verl.adaptation.prompts import PromptError, Prompts, vocabulary_of
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
 from refine_verl.models import Documents, FastWeightActor
+from refine_verl.models.adapters import ModelAdapter, adapter_for, check_selection
 from refine_verl.models.answers import Answers, answer_draws, end_tokens_of
 
 
@@ -42,8 +43,10 @@ def adapt(
     settings = read_settings(config)
     check_model(model, trains=settings.method != "none")
     check_settings(settings)
+    if settings.reinforces:
+        check_selection(settings.nsp, _adapter(model))
     prompts = Prompts.read(
-        input_ids, vocabulary=_vocabulary(model), shortest=settings.shortest_prompt, needs=_needs(settings)
+        input_ids, vocabulary=vocabulary_of(model), shortest=settings.shortest_prompt, needs=_needs(settings)
     )
     return _session(model, prompts, settings)
 
@@ -55,8 +58,7 @@ def _session(model: nn.Module, prompts: Prompts, settings: AdaptSettings) -> Ite
     try:
         if settings.method != "none":
             saved.save(settings.backup)
-        segments = settings.activation_checkpointing == "segment"
-        actor = TemporaryActor(model, checkpoint_segments=segments, widened=saved.widened)
+        actor = TemporaryActor(model, activation_checkpointing=settings.activation_checkpointing, widened=saved.widened)
         adapted = Adapted(actor, prompts, settings)
         adapted._train()
         yield adapted
@@ -127,7 +129,7 @@ class Adapted:
         prompts = self._prompts
         if input_ids is not None:
             prompts = Prompts.read(
-                input_ids, vocabulary=_vocabulary(self.model), shortest=1, needs="there is nothing to continue."
+                input_ids, vocabulary=vocabulary_of(self.model), shortest=1, needs="there is nothing to continue."
             )
         limits = _limits(max_new_tokens, len(prompts))
         given = end_tokens_of(self.model) if stop_tokens is None else stop_tokens
@@ -159,9 +161,9 @@ def _written(actor: FastWeightActor, prompts: Documents, limits: list[int], **ho
         yield row[:length].clone()
 
 
-def _vocabulary(model: Any) -> int:
-    """Ids that can be read as well as predicted."""
-    return min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
+def _adapter(model: Any) -> ModelAdapter:
+    """An actor keeps its own."""
+    return model.adapter if isinstance(model, FastWeightActor) else adapter_for(model.config)
 
 
 def _needs(settings: AdaptSettings) -> str:
@@ -169,7 +171,7 @@ def _needs(settings: AdaptSettings) -> str:
         return "nothing to predict. Give longer prompts."
     nsp = settings.nsp
     return (
-        f"one position in each of nsp.chunks={nsp.chunks} chunks and nsp.rollout_length={nsp.rollout_length} tokens "
+        f"one position in each of nsp.chunks={nsp.chunks} chunks and nsp.rollout_length={nsp.longest_rollout} tokens "
         "after the last one. Give longer prompts, lower nsp.chunks or nsp.rollout_length, or set method='sft'."
     )
 

@@ -12,6 +12,7 @@ from refine_verl.config import (
     LossSettings,
     NSPSettings,
     RefineSettings,
+    RolloutLength,
     Settings,
     option,
 )
@@ -51,9 +52,16 @@ class AdaptSettings(Settings):
     clip_ratio: float = option(0.2, "epsilon of PPO-clip (Eq. 10)", above=0, paper="0.2 (Tab. D.1)")
     norm_adv_by_std_in_grpo: bool = option(True, "divide advantages by their group's standard deviation", paper="true")
     seed: int = option(0, "of positions, rollouts and sampled answers", at_least=0)
+    on_policy: bool = option(
+        False,
+        "true: rollouts inside the pass that is trained; the ratio is exactly 1, and prompts are not read beforehand "
+        "(with activation checkpointing they are)",
+        paper="false",
+    )
     activation_checkpointing: str = option(
         "none",
-        "segment: recompute each segment of a prompt in the backward pass, for long prompts",
+        "layer: recompute each layer in the backward pass, for long prompts; segment: cut prompts instead, for models "
+        "whose layers are not known",
         choices=ACTIVATION_CHECKPOINTING,
     )
     backup: str = option(
@@ -74,8 +82,20 @@ class AdaptSettings(Settings):
                 f"{self.loss.old_log_probs} is for training runs: here rollouts and updates share one process. Leave "
                 "it out.",
             )
+        length = self.nsp.rollout_length
+        if isinstance(length, RolloutLength) and length.by == "sentence":
+            raise ConfigError(
+                "adapt.nsp.rollout_length.by",
+                "sentence needs a tokenizer, and prompts are token ids here. Set by=entropy.",
+            )
         if self.method == "refine":  # the rules between nsp and loss are those of a recipe
-            RefineSettings(nsp=self.nsp, loss=self.loss, ppo_mini_batch_size=self.mini_batch_size)
+            RefineSettings(
+                nsp=self.nsp, loss=self.loss, ppo_mini_batch_size=self.mini_batch_size, on_policy=self.on_policy
+            )
+        if not self.reinforces:
+            self.nsp.check_without_rollouts("adapt.nsp")
+        if self.method != "refine" and self.on_policy:
+            raise ConfigError("adapt.on_policy", f"true has no effect with method={self.method}: leave it out.")
 
     @property
     def reinforces(self) -> bool:

@@ -13,7 +13,8 @@ import re
 import signal
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from refine_verl.command.keys import unknown_option
 from refine_verl.command.quiet import quieten_third_parties
@@ -25,6 +26,7 @@ COMMANDS = {
     "main": "train: mid-training, post-training, test-time training, and sweeps over their settings",
     "plan": "what a run will read, do and need, without starting it",
     "evaluate": "benchmarks of a trained model, and comparisons of their results",
+    "remember": "documents read once into states of a model, and asked without reading them again",
     "inspect": "where REFINE looks in a text and what it would write there, on a page or in the terminal",
     "prepare": "make data sets ready: question answering at a length, LongBench, long documents",
     "report": "curves of a run, or of several runs on one page",
@@ -96,13 +98,26 @@ def _interrupt(number: int, _: object) -> None:
     raise KeyboardInterrupt
 
 
-def _run(run: Callable[[list[str]], int | None], given: list[str]) -> int:
+@contextmanager
+def interruptible(raised: Callable[[], object]) -> Iterator[None]:
+    """Within, an error that a signal has led to is the KeyboardInterrupt it was.
+
+    Some packages make an error of their own of an import of theirs that is interrupted.
+
+    Args:
+        raised: whether a signal has raised a KeyboardInterrupt.
+    """
     try:
-        return run(given) or 0
+        yield
     except Exception as error:
-        if _interrupts:  # some packages make an error of their own of an import of theirs that is interrupted
+        if raised():
             raise KeyboardInterrupt from error
         raise
+
+
+def _run(run: Callable[[list[str]], int | None], given: list[str]) -> int:
+    with interruptible(lambda: _interrupts):
+        return run(given) or 0
 
 
 def _as_typed(message: str, typed_as: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from refine_verl.config import ConfigError, Settings, did_you_mean, option
+from refine_verl.config import ConfigError, Settings, did_you_mean, option, require_choice
 
 S = TypeVar("S", bound=Settings)
 _SWITCH = {"true": True, "false": False}
@@ -88,6 +88,21 @@ def read_keys(arguments: Sequence[str], settings: type[S], *, words: bool = Fals
         if not (words and _is_word(word)):
             raise _unknown(word, settings)
     return make_settings(settings, given), rest
+
+
+def read_command(arguments: Sequence[str], commands: Mapping[str, type[Settings]]) -> tuple[str, Settings]:
+    """The command that is named first, `read` or `ask` say, and its settings.
+
+    Raises:
+        ConfigError: none, an unknown one, or keys that cannot be used.
+    """
+    if not arguments:
+        raise ConfigError("", f"no command given. Allowed: {', '.join(commands)}. See --help.")
+    name, *rest = arguments
+    if name.startswith("-"):
+        raise unknown_option(name, ["--help"])
+    require_choice("", name, commands, kind="command")
+    return name, read_keys(rest, commands[name])[0]
 
 
 def take_keys(arguments: Sequence[str], settings: type[Settings]) -> tuple[dict[str, Any], list[str]]:
@@ -221,6 +236,9 @@ def _read(text: Any, kinds: tuple[Any, ...]) -> Any:
             return origin(_read(part.strip(), inner) for part in parts if part.strip())
         if kind is dict and text.startswith("{"):
             return _mapping([f"value={text}"])["value"]
+        if isinstance(kind, type) and issubclass(kind, Settings) and isinstance(text, str) and text.startswith("{"):
+            # as Hydra reads them, which asks for no space behind a colon
+            return kind.from_mapping(_mapping([f"value={re.sub(r':(?=[^ ])', ': ', text)}"])["value"])
         if kind is bool and text in _SWITCH:
             return _SWITCH[text]
         if kind in (int, float):

@@ -75,7 +75,7 @@ ACTING: dict[str, str] = {
     "actor_rollout_ref.actor.checkpoint.load_contents": "what is taken from a checkpoint",
     "actor_rollout_ref.actor.profiler": "verl's profiler of the workers",
     "actor_rollout_ref.model.external_lib": "a package that registers a model and its adapter",
-    "actor_rollout_ref.model.override_config.attn_implementation": "of a model with softmax attention",
+    "actor_rollout_ref.model.override_config.attn_implementation": "of a hybrid's own forward function",
     "actor_rollout_ref.model.use_shm": "workers read the model from a copy in shared memory",
     "reward.custom_reward_function": "a function of yours that scores answers",
     "algorithm.adv_estimator": "an advantage estimator of verl's registry, without critic",
@@ -159,7 +159,10 @@ INSTEAD: dict[str, str] = {
     "critic": _NO_CRITIC,
     "trainer.critic_warmup": _NO_CRITIC,
     "algorithm.lam": _NO_CRITIC,
-    "algorithm.gamma": "a rollout and an answer have one reward, with one advantage for all of their tokens",
+    "algorithm.gamma": (
+        "an answer has one reward, with one advantage for all of its tokens, and what tokens of a rollout earn is not "
+        "discounted"
+    ),
     "actor_rollout_ref.ref": _NO_REFERENCE,
     "actor_rollout_ref.actor.kl_loss_coef": _NO_REFERENCE,
     "actor_rollout_ref.actor.kl_loss_type": _NO_REFERENCE,
@@ -180,8 +183,13 @@ INSTEAD: dict[str, str] = {
     "data.trust_remote_code": "set actor_rollout_ref.model.external_lib for code of a model",
     "actor_rollout_ref.model.trust_remote_code": "set actor_rollout_ref.model.external_lib for code of a model",
     "actor_rollout_ref.model.custom_chat_template": "put the template into the tokenizer's directory",
-    "actor_rollout_ref.model.enable_activation_offload": "set model.activation_checkpointing=segment",
+    "actor_rollout_ref.model.enable_activation_offload": "set model.activation_checkpointing=layer",
     "actor_rollout_ref.model.lora": "all weights are trained",
+    "actor_rollout_ref.model.use_fused_kernels": (
+        "the LM head is computed in chunks anyway; for less memory, set "
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    ),
+    f"{_FSDP}.strategy": "set actor_rollout_ref.actor.strategy",
     "data.custom_cls": "prepared documents have a class of their own",
     "actor_rollout_ref.actor.data_loader_seed": "set data.seed",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": (
@@ -252,7 +260,8 @@ def acts(key: str, config: DictConfig) -> bool:
     """Whether a key of verl, or a section it is in, has an effect with this configuration."""
     if key == "algorithm.gamma":  # answers differ in length, and this estimator discounts by it
         refine = config.refine
-        reinforced = refine.phase == "posttrain" and refine.outer == "grpo"
+        # and rollouts of the prompts, which it compares too, have one outcome each: nothing to discount
+        reinforced = refine.phase == "posttrain" and refine.outer == "grpo" and refine.inner != "refine"
         return bool(reinforced and config.algorithm.adv_estimator == "reinforce_plus_plus")
     if key in ONLY_WITH and not any(_may_be(config, *choice) for choice in ONLY_WITH[key]):
         return False

@@ -10,11 +10,21 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from refine_verl.compose.recipes import GROUPS, broken_configs, find_configs, yaml_problem
-from refine_verl.compose.schema import nearest_key, takes_any_key
+from refine_verl.compose.schema import nearest_key, takes_any_key, whole_section
 from refine_verl.config import did_you_mean
 
 FOREIGN_PRESETS = ("hf_model",)
 """What verl happens to keep in a group of the same name as ours."""
+
+
+REPLACED = {
+    "midtrain_grouped": (
+        "recipe=midtrain_many_rollouts has taken its place, with more positions and credit per token. Its own settings "
+        "were recipe=midtrain refine.nsp.rollouts_per_position=8 refine.nsp.group=position refine.loss.rl_coef=1 "
+        "algorithm.norm_adv_by_std_in_grpo=false."
+    )
+}
+"""Recipes that there were, and what to use now."""
 
 
 def readable(error: Exception, schema: DictConfig, *, own_words: Sequence[str] = (), one_run: str | None = None) -> str:
@@ -57,6 +67,8 @@ def _unknown_file(error: MissingConfigException) -> str:
         return " ".join(str(error).split("Config search path")[0].split())
     if broken := broken_configs().get((group, name)):
         return f"{group}={name} cannot be used: {broken}"
+    if group == "recipe" and name in REPLACED:
+        return f"recipe: {name!r} is no longer there: {REPLACED[name]}"
     names = list(error.options or [])
     hint = did_you_mean(name, [item for item in names or _names(group) if item not in FOREIGN_PRESETS])
     parent = re.match(r"In '(?:recipe|model)/([^']+)'", str(error))
@@ -71,7 +83,7 @@ def _unknown_key(key: str, schema: DictConfig, own_words: Sequence[str]) -> str:
         if takes_any_key(f"{key}.NAME", schema):
             return f"{key}: takes keys of your own one by one, each with a plus: +{key}.NAME=VALUE."
         return f"{key}: unknown key in its value. Allowed: {', '.join(map(str, section))}."
-    hint = did_you_mean(key, own_words, cutoff=0.7) or nearest_key(key, schema)
+    hint = whole_section(key) or did_you_mean(key, own_words, cutoff=0.7) or nearest_key(key, schema)
     if not hint:
         open_to_all = takes_any_key(key, schema)
         hint = f" Add a key of your own with a plus: +{key}=..." if open_to_all else " See --help for the keys."

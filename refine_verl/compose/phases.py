@@ -46,8 +46,25 @@ def check_phase(config: DictConfig, refine: RefineSettings, schema: DictConfig) 
             f"{config.data.max_prompt_length} has no effect with refine.phase=documents: it is about prompts with "
             "answers. Set data.max_length.",
         )
+    if refine.nsp.selection == "query" and refine.uses_rollouts:
+        _check_question(config, documents)
     if refine.phase == "ttt":
         _check_ttt(config, refine)
+
+
+def _check_question(config: DictConfig, documents: bool) -> None:
+    if documents:
+        raise ConfigError(
+            "refine.nsp.selection",
+            "query looks for what resembles a prompt's question, and documents (refine.phase=documents) have none. Set "
+            "entropy or surprise, or train on prompts (recipe=posttrain, recipe=ttt).",
+        )
+    if config.data.overlong_prompts == "right":
+        raise ConfigError(
+            "data.overlong_prompts",
+            "right cuts off the end of long prompts, where refine.nsp.selection=query looks for the question. Set "
+            "middle or left.",
+        )
 
 
 def _check_ttt(config: DictConfig, refine: RefineSettings) -> None:

@@ -22,6 +22,10 @@ NULL_SECTIONS = ("actor_rollout_ref.actor.fsdp_config.mixed_precision",)
 """Sections whose null means something to verl; it is looked at elsewhere."""
 
 
+NUMBER_OR_SECTION = ("refine.nsp.rollout_length",)
+"""Numbers in whose place there may be a section; the typed settings know its keys."""
+
+
 def check_keys(config: DictConfig, schema: DictConfig, files: Iterable[ConfigFile] = ()) -> None:
     """Refuse keys that do not exist and values of the wrong kind, also in verl's sections.
 
@@ -37,7 +41,8 @@ def check_keys(config: DictConfig, schema: DictConfig, files: Iterable[ConfigFil
     for key, value, expected in _differences(given, known, ""):
         where = _origin(key, value, files)
         if expected is _UNKNOWN:
-            raise ConfigError(key, f"unknown key{where}.{nearest_key(key, schema)}")
+            hint = whole_section(key) or nearest_key(key, schema)
+            raise ConfigError(key, f"unknown key{where}.{hint}")
         raise ConfigError(key, f"takes {_kind(expected)}, got {value!r}{where}.")
 
 
@@ -55,6 +60,14 @@ def nearest_key(key: str, schema: DictConfig) -> str:
     others = [item for item in known if not key.startswith(f"{item}.")]
     meant += difflib.get_close_matches(key, others, n=1, cutoff=0.8)
     return f" Did you mean {meant[0]!r}?" if meant else ""
+
+
+def whole_section(key: str) -> str:
+    """What to write for a key of a section that stands in the place of a number; an empty string for other keys."""
+    parent = key.rpartition(".")[0]
+    if parent not in NUMBER_OR_SECTION:
+        return ""
+    return f' Write the section as a whole: "{parent}={{min:...,max:...,by:...}}".'
 
 
 def takes_any_key(key: str, schema: DictConfig) -> bool:
@@ -113,6 +126,8 @@ def _differences(given: Container, known: Container, prefix: str) -> Iterator[tu
                 yield from _differences(value, expected, f"{key}.")
             elif not _is_interpolation(value) and not (value is None and key in NULL_SECTIONS):
                 yield key, value, expected
+        elif key in NUMBER_OR_SECTION and isinstance(value, dict):
+            continue
         elif not _same_kind(value, expected) or (value is None and expected and key in OPEN_SECTIONS):
             yield key, value, expected
 

@@ -102,6 +102,7 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
     model = ModelSettings.from_mapping(_section(config, "model"))
     take_reward_function(config, refine)
     check_phase(config, refine, schema)
+    _check_reading(model, refine)
     if refine.phase == "documents":
         _check_lengths(config, refine)
     data = data_settings(config, refine)
@@ -204,7 +205,7 @@ def _check_lengths(config: DictConfig, refine: RefineSettings) -> None:
     needed = refine.nsp.shortest_document
     sum_of = (
         f"refine.nsp.chunks={refine.nsp.chunks} positions with refine.nsp.rollout_length="
-        f"{refine.nsp.rollout_length} tokens after each need at least {needed} tokens"
+        f"{refine.nsp.longest_rollout} tokens after each need at least {needed} tokens"
     )
     longest = config.data.max_length
     if longest is not None:
@@ -223,6 +224,20 @@ def _check_lengths(config: DictConfig, refine: RefineSettings) -> None:
             "data.min_length",
             f"{config.data.min_length} would keep documents that are too short: {sum_of}. Set it to {needed} or more, "
             "or leave it out.",
+        )
+
+
+def _check_reading(model: ModelSettings, refine: RefineSettings) -> None:
+    key = "model.reading"
+    if model.reading == "whole":
+        return
+    if not refine.uses_rollouts or refine.nsp.rollout == "prefix":
+        raise ConfigError(key, f"{model.reading} has no effect without rollouts from forked states. Leave it out.")
+    if refine.on_policy and model.activation_checkpointing == "none":
+        raise ConfigError(
+            key,
+            f"{model.reading} has no effect with refine.on_policy=true and model.activation_checkpointing=none, where "
+            "documents are read in the pass that is trained. Leave it out, or set activation_checkpointing=layer.",
         )
 
 
@@ -279,11 +294,36 @@ def _check_batches(config: DictConfig, refine: RefineSettings, workers: int) -> 
     _check_mini_batch(config, refine, workers, "refine.ppo_mini_batch_size", refine.ppo_mini_batch_size)
     if refine.outer_mini_batch_size is not None:
         _check_mini_batch(config, refine, workers, "refine.outer_mini_batch_size", refine.outer_mini_batch_size)
+    _check_gradient_signal(config, refine, workers)
     batch, at_most = config.data.train_batch_size, config.data.train_max_samples
     if refine.phase != "ttt" and 0 < at_most < batch:
         raise ConfigError(
             "data.train_max_samples",
             f"{at_most} sequences do not fill a batch of data.train_batch_size={batch}. Raise it or lower the batch.",
+        )
+
+
+def _check_gradient_signal(config: DictConfig, refine: RefineSettings, workers: int) -> None:
+    """Two halves of a worker's share of a mini-batch are compared, and some step has to be the one."""
+    every, mini, steps = refine.gradient_snr_every, refine.ppo_mini_batch_size, config.trainer.total_training_steps
+    if every and mini // workers < 2:
+        raise ConfigError(
+            "refine.gradient_snr_every",
+            f"{every} compares two halves of each worker's share of a mini-batch, which is {mini // workers} document "
+            f"(refine.ppo_mini_batch_size={mini} over {workers} workers). Set refine.ppo_mini_batch_size to "
+            f"{2 * workers} or more, or refine.gradient_snr_every=0.",
+        )
+    if steps is not None and every > steps:
+        raise ConfigError(
+            "refine.gradient_snr_every",
+            f"{every} is more than trainer.total_training_steps={steps}, so that nothing would be measured. Lower it.",
+        )
+    if steps is not None and every and steps // every * every <= refine.warmup_steps < steps:
+        raise ConfigError(
+            "refine.gradient_snr_every",
+            f"{every}: none of the steps {refine.warmup_steps + 1} to {steps}, which have rollouts "
+            f"(refine.warmup_steps, trainer.total_training_steps), is a multiple of it, so that nothing would be "
+            "measured. Lower it.",
         )
 
 

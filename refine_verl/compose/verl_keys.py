@@ -81,7 +81,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     ),
     "actor_rollout_ref.model.enable_gradient_checkpointing": (
         False,
-        "it drops the carried state; set model.activation_checkpointing=segment instead",
+        "it drops the carried state; set model.activation_checkpointing=layer instead",
     ),
     "actor_rollout_ref.model.use_remove_padding": (False, "REFINE packs documents itself"),
     "actor_rollout_ref.model.lora_rank": (0, "all weights are trained"),
@@ -127,6 +127,10 @@ def check_verl_keys(config: DictConfig) -> None:
         )
 
 
+ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that can be had everywhere; the passes of a run have one of their own."""
+
+
 def check_fixed(config: DictConfig) -> None:
     """Refuse contradictions between keys, and values that would have no effect or the wrong one.
 
@@ -144,6 +148,12 @@ def check_fixed(config: DictConfig) -> None:
                 "would change the model in the workers behind the back of all checks. Change config.json of the model, "
                 "or set model.config for random weights.",
             )
+    require_choice(
+        f"{_OVERRIDES}.attn_implementation",
+        config.actor_rollout_ref.model.override_config.attn_implementation,
+        ATTENTION,
+        kind="implementation",
+    )
     for key, (allowed, reason) in FIXED.items():
         value = OmegaConf.select(config, key)
         if value != allowed:

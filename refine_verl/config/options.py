@@ -99,13 +99,20 @@ class Settings:
 
 
 def _nested(key: str, value: Any, hint: Any) -> Any:
-    if not (isinstance(hint, type) and issubclass(hint, Settings)) or isinstance(value, Settings):
+    if isinstance(hint, types.UnionType) and isinstance(value, Mapping):
+        # a number or a section, for example
+        hint = next((kind for kind in typing.get_args(hint) if _is_section(kind)), hint)
+    if not _is_section(hint) or isinstance(value, Settings):
         return value
     if value is None:
         return hint()
     if not isinstance(value, Mapping):
         raise ConfigError(key, f"is a section with keys of its own, got {value!r}.")
     return hint.from_mapping(value)
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Settings)
 
 
 def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
@@ -129,6 +136,8 @@ def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> An
         raise ConfigError(key, f"must be a finite number, got {value}.")
     if isinstance(value, str) and not value.strip() and not metadata.get("empty", True):
         raise ConfigError(key, "is empty. Give a name, or leave it out.")
+    if isinstance(value, Settings):
+        return value  # it has checked itself
     if metadata.get("choices"):
         require_choice(key, value, metadata["choices"])
     if metadata.get("at_least") is not None and value < metadata["at_least"]:
@@ -161,4 +170,9 @@ def _type_name(kinds: tuple[Any, ...]) -> str:
         list: "a list",
         types.NoneType: "null",
     }
-    return " or ".join(names.get(typing.get_origin(kind) or kind, str(kind)) for kind in kinds)
+    return " or ".join(
+        f"a section with {', '.join(field.name for field in dataclasses.fields(kind))}"
+        if _is_section(kind)
+        else names.get(typing.get_origin(kind) or kind, str(kind))
+        for kind in kinds
+    )

@@ -7,113 +7,20 @@ Every class is frozen and keyword-only, checks itself when it is made, and names
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from refine_verl.config.data import DataSettings, PromptSettings
-from refine_verl.config.options import Settings, did_you_mean, option
+from refine_verl.config.nsp import NSPSettings
+from refine_verl.config.options import Settings, option
 from refine_verl.config.refusals import ConfigError
 
-SELECTIONS = ("entropy", "uniform", "max_entropy", "min_entropy")
-REWARDS = ("cosine", "binary", "hybrid")
-ACTIVATION_CHECKPOINTING = ("none", "segment")
+ACTIVATION_CHECKPOINTING = ("none", "layer", "segment")
+READING = ("whole", "segments")
 INNER = ("none", "sft", "refine")
 OUTER = ("none", "sft", "grpo")
 CONVENTIONS = ("paper", "lm_eval", "official")
-END_TOKENS = ("sampled", "suppressed")
 OLD_LOG_PROBS = ("rollout", "recomputed")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NSPSettings(Settings):
-    """`refine.nsp`: next-sequence prediction, from choosing positions to the advantage (paper, section 3)."""
-
-    SECTION: ClassVar[str] = "refine.nsp"
-
-    chunks: int = option(
-        8, "c: chunks per document; one position is drawn in each (Eq. 6)", at_least=1, paper="8 (Tab. 2)"
-    )
-    rollout_length: int = option(5, "k: tokens generated after each position (Eq. 7)", at_least=1, paper="5 (Tab. 2)")
-    rollouts_per_position: int = option(1, "n: rollouts generated from each position", at_least=1, paper="1 (Tab. D.1)")
-    selection: str = option(
-        "entropy",
-        "how the position is drawn within its chunk: entropy, uniform, max_entropy, min_entropy, or a function of "
-        "yours by registered name or import path",
-        paper="entropy (Eq. 6)",
-    )
-    anchor: str = option(
-        "prediction",
-        "which token the entropy belongs to: the rollout's first token (prediction) or the prefix's last (token)",
-        choices=("prediction", "token"),
-        paper="token (Eq. 5-7); the authors' code: prediction",
-    )
-    entropy_temperature: float = option(
-        1.0,
-        "tau of the softmax over a chunk's entropies (Eq. 6); only for selection=entropy",
-        above=0,
-        paper="1",
-    )
-    smoothing_window: int | None = option(
-        None, "width of the average pooling over entropies; null: rollout_length", at_least=1, paper="k"
-    )
-    temperature: float = option(1.0, "sampling temperature of the rollouts", above=0, paper="1.0 (Tab. D.1)")
-    end_tokens: str = option(
-        "sampled",
-        "whether a rollout may write the tokens that end a text: as any other (sampled), or never, neither when it is "
-        "written nor when its probabilities are trained (suppressed)",
-        choices=END_TOKENS,
-        paper="not stated; the authors' code: suppressed",
-    )
-    reward: str = option(
-        "cosine",
-        "cosine (Eq. 9), binary (Eq. 11), hybrid (Eq. 12), or a function of yours by registered name or import path",
-        paper="cosine; hybrid in post-training, binary at test time",
-    )
-    group: str = option(
-        "sequence",
-        "rollouts whose rewards are standardised together: all of a sequence's, or one position's",
-        choices=("sequence", "position"),
-        paper="sequence",
-    )
-    grad_scope: str = option(
-        "full",
-        "full: the RL gradient flows through the prefix's state; branch: the state is detached",
-        choices=("full", "branch"),
-        paper="full",
-    )
-    rollout: str = option(
-        "fork",
-        "fork the state at each position, or recompute every prefix (slow; the oracle of the tests)",
-        choices=("fork", "prefix"),
-        paper="prefix",
-    )
-
-    @property
-    def pooling_window(self) -> int:
-        """`smoothing_window`, or `rollout_length` where it is null."""
-        return self.rollout_length if self.smoothing_window is None else self.smoothing_window
-
-    @property
-    def shortest_document(self) -> int:
-        """Fewest tokens that hold c positions with k tokens after each: c + k."""
-        return self.chunks + self.rollout_length
-
-    def _check_rules(self) -> None:
-        for key, known in (("selection", SELECTIONS), ("reward", REWARDS)):
-            value = getattr(self, key)
-            # what can be no name; whether the function exists is known once users' packages are imported
-            if not re.fullmatch(r"[\w-]+([.:]\w+)*", value):
-                raise ConfigError(
-                    f"refine.nsp.{key}",
-                    f"{value!r} is no name of a function. Allowed: {', '.join(known)}, a name that a package of yours "
-                    f"registers, or an import path (package.module.function).{did_you_mean(value, known)}",
-                )
-        if self.selection in SELECTIONS and self.selection != "entropy" and self.entropy_temperature != 1.0:
-            raise ConfigError(
-                "refine.nsp.entropy_temperature",
-                f"has no effect with refine.nsp.selection={self.selection}: remove it or set selection=entropy.",
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,11 +131,23 @@ class RefineSettings(Settings):
         at_least=1,
         paper="not stated; the authors' code: the whole batch",
     )
+    on_policy: bool = option(
+        False,
+        "true: positions, rollouts and rewards inside the pass that is trained, by the weights of the moment; "
+        "the ratio is exactly 1, and documents are not read beforehand (with activation checkpointing they are)",
+        paper="false: a whole batch is rolled out first",
+    )
     warmup_steps: int = option(
         0,
         "first steps of a run with the next-token loss only (a base model in the same run)",
         at_least=0,
         paper="0",
+    )
+    gradient_snr_every: int = option(
+        0, "steps between measurements of the signal in the policy gradient (nsp/gradient_snr); 0: none", at_least=0
+    )
+    gradient_cosine: bool = option(
+        False, "measure the policy gradient's cosine with the next-token gradient (nsp/gradient_cosine_ntp), too"
     )
 
     @property
@@ -245,6 +164,8 @@ class RefineSettings(Settings):
                 f"{self.warmup_steps} warm-up steps train on the next-token loss only, but refine.loss.sft_coef=0. Set "
                 "one of them to another value.",
             )
+        self._check_on_policy()
+        self._check_gradient_signal()
         if not self.uses_rollouts:
             return
         if nsp.group == "position" and nsp.rollouts_per_position == 1:
@@ -258,6 +179,36 @@ class RefineSettings(Settings):
                 "refine.nsp.chunks",
                 "one chunk with one rollout leaves nothing to compare a reward with. Raise refine.nsp.chunks or "
                 "refine.nsp.rollouts_per_position, or set refine.loss.rl_coef=0.",
+            )
+
+    def _check_gradient_signal(self) -> None:
+        every, key = self.gradient_snr_every, "refine.gradient_snr_every"
+        if self.gradient_cosine and not every:
+            raise ConfigError(
+                "refine.gradient_cosine", f"true has no effect with {key}=0, which says how often. Raise it."
+            )
+        if every and (self.phase != "documents" or not self.uses_rollouts):
+            why = "refine.loss.rl_coef=0" if self.phase == "documents" else f"refine.phase={self.phase}"
+            raise ConfigError(
+                key, f"{every} has no effect with {why}: mid-training's rollouts are measured. Set it to 0."
+            )
+
+    def _check_on_policy(self) -> None:
+        if not self.on_policy:
+            return
+        if not self.uses_rollouts:
+            raise ConfigError("refine.on_policy", "true has no effect without rollouts: leave it out.")
+        if self.nsp.rollout == "prefix":
+            raise ConfigError(
+                "refine.on_policy",
+                "true continues from the states of the trained pass, but refine.nsp.rollout=prefix has none. Set "
+                "refine.nsp.rollout=fork.",
+            )
+        if self.loss.old_log_probs != "rollout" and self.outer != "grpo":
+            raise ConfigError(
+                "refine.loss.old_log_probs",
+                f"{self.loss.old_log_probs} has no effect with refine.on_policy=true, where the old log-probabilities "
+                "are those of the trained pass: leave it out.",
             )
 
     def _check_phase(self) -> None:
@@ -276,10 +227,8 @@ class RefineSettings(Settings):
                 "refine.outer_mini_batch_size",
                 f"{self.outer_mini_batch_size} has no effect with refine.outer=none: leave it out.",
             )
-        if self.nsp.end_tokens != "sampled" and not self.uses_rollouts:
-            raise ConfigError(
-                "refine.nsp.end_tokens", f"{self.nsp.end_tokens} has no effect without rollouts: leave it out."
-            )
+        if not self.uses_rollouts:
+            self.nsp.check_without_rollouts()
         if self.loss.old_log_probs != "rollout" and not self.uses_rollouts and self.outer != "grpo":
             raise ConfigError(
                 "refine.loss.old_log_probs",
@@ -328,8 +277,21 @@ class ModelSettings(Settings):
     config_tokenizer: str | None = option(None, "the tokenizer that belongs to model.config; presets fill it in")
     activation_checkpointing: str = option(
         "none",
-        "segment: recompute each segment of the document in the backward pass, for long documents",
+        "layer: recompute each layer in the backward pass, for long documents; segment: cut documents instead, for "
+        "models whose layers are not known",
         choices=ACTIVATION_CHECKPOINTING,
+    )
+    reading: str = option(
+        "whole",
+        "how documents are read for rollouts: whole, or in segments between which alone states are kept, for documents "
+        "so long that the former does not fit, and up to 1/8 more tokens",
+        choices=READING,
+    )
+    balance_coef: float = option(
+        0.0,
+        "weight of the load-balance loss of a model's experts, over the tokens of documents and not those of rollouts; "
+        "where transformers computes it, its weight is the model's router_aux_loss_coef, 0.001 by default",
+        at_least=0,
     )
 
     @property

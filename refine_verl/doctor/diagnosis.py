@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from refine_verl.doctor.findings import FAIL, Finding
 from refine_verl.doctor.installation import check_imports, check_plugin, check_python, check_versions
-from refine_verl.doctor.kernels import check_kernels
+from refine_verl.doctor.kernels import check_kernels, check_triton
 from refine_verl.doctor.machine import check_disk, check_gpu, check_localhost, check_open_files, check_shared_memory
 
 Check = Callable[[], Iterator[Finding]]
@@ -16,6 +16,7 @@ CHECKS: tuple[Check, ...] = (
     check_imports,
     check_plugin,
     check_gpu,
+    check_triton,
     check_kernels,
     check_shared_memory,
     check_disk,

@@ -7,11 +7,13 @@ all gradients are compared with plain recurrences here, token by token, on the d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from refine_verl.doctor.findings import FAIL, OK, Finding
+from refine_verl.doctor.findings import FAIL, OK, WARN, Finding
+from refine_verl.kernels.versions import Installed, doubt, installed, why_not_trainable
 
 LENGTHS = (150, 3)
 """More than two chunks with a ragged last one; and shorter than the convolution is wide."""
@@ -53,6 +55,28 @@ def sequential_convolution(x: Inputs) -> tuple[Tensor, Tensor]:
     padded = torch.cat([x["state"].transpose(1, 2), x["x"]], dim=1)
     rows = [(padded[:, t + 1 : t + 1 + width] * x["weight"].t()).sum(1) for t in range(x["x"].shape[1])]
     return torch.stack(rows, dim=1), padded[:, -width:].transpose(1, 2)
+
+
+def check_triton() -> Iterator[Finding]:
+    """Whether fla trains gated models on these GPUs with the Triton that is here."""
+    have = installed()
+    for index in range(torch.cuda.device_count()):
+        yield triton_on(f"GPU {index}, triton", torch.cuda.get_device_capability(index), have)
+
+
+def triton_on(name: str, capability: tuple[int, int], have: Installed) -> Finding:
+    """The finding about one GPU."""
+    gated = SimpleNamespace(model_type="gated_deltanet")
+    if refused := why_not_trainable(gated, capability, have):
+        return Finding(name, FAIL, *_said_and_cure(refused))
+    if doubtful := doubt(gated, capability, have):
+        return Finding(name, WARN, *_said_and_cure(doubtful))
+    return Finding(name, OK, f"{have.triton}, TileLang {'usable' if have.tilelang else 'not usable, nor needed'}")
+
+
+def _said_and_cure(message: str) -> tuple[str, str]:
+    said, _, cure = message.partition(". ")
+    return said, cure
 
 
 def check_kernels() -> Iterator[Finding]:

@@ -7,6 +7,7 @@ harness's own command line in such a process.
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from typing import Any
 
@@ -21,8 +22,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from refine_verl.config import ConfigError, did_you_mean, require_choice
-from refine_verl.evaluate.model import DTYPES, EvaluatedModel, find_model, load_evaluated, ttt_settings
+from refine_verl.evaluate.model import EvaluatedModel, find_model, load_evaluated, ttt_settings
+from refine_verl.evaluate.shared import batches
 from refine_verl.models.answers import answer_draws
+from refine_verl.models.loading import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -189,20 +192,27 @@ class RefineLM(TemplateLM):
             temperature = float(kwargs.get("temperature", 0.0)) if kwargs.get("do_sample") else 0.0
             jobs.append((index, ids or [self.prefix_token_id], limit, tuple(stops), temperature))
         found: dict[int, str] = {}
+        asked = read = 0
         jobs.sort(key=lambda job: (job[3], job[4], -len(job[1])))
         with tqdm(total=len(jobs), desc="answers", disable=disable_tqdm) as progress:
-            while len(found) < len(jobs):
-                batch = [job for job in jobs[len(found) :][: self.batch_size] if job[3:] == jobs[len(found)][3:]]
-                for (index, *_), answer in zip(batch, self._answers(batch), strict=True):
-                    found[index] = answer
-                    self.cache_hook.add_partial("generate_until", requests[index].args, answer)
-                progress.update(len(batch))
+            for _, same in itertools.groupby(jobs, key=lambda job: job[3:]):
+                alike, share = list(same), self.evaluated.ttt.method == "none"
+                for batch in batches([job[1] for job in alike], self.batch_size, share=share):
+                    chosen = [alike[row] for row in batch.rows]
+                    for (index, *_), answer in zip(chosen, self._answers(chosen, batch.shared), strict=True):
+                        found[index] = answer
+                        self.cache_hook.add_partial("generate_until", requests[index].args, answer)
+                    lengths = [len(job[1]) for job in chosen]
+                    asked, read = asked + sum(lengths), read + sum(batch.read(lengths))
+                    if read < asked:
+                        progress.set_postfix_str(f"{read:,} of {asked:,} prompt tokens read", refresh=False)
+                    progress.update(len(chosen))
         return [found[index] for index in range(len(requests))]
 
-    def _answers(self, batch: list[tuple[int, list[int], int, tuple[str, ...], float]]) -> list[str]:
+    def _answers(self, batch: list[tuple[int, list[int], int, tuple[str, ...], float]], shared: int) -> list[str]:
         rows, prompts, limits, (stops, *_), (temperature, *_) = zip(*batch, strict=True)
         draws = answer_draws(self.seed, 0, list(rows), 1, max(limits)).squeeze(1) if temperature > 0 else None
-        return self.evaluated.write(prompts, limits, stops=stops, temperature=temperature, draws=draws)
+        return self.evaluated.write(prompts, limits, stops=stops, temperature=temperature, draws=draws, shared=shared)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a prompt."""

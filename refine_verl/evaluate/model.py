@@ -19,11 +19,22 @@ from refine_verl.adaptation.checks import check_settings
 from refine_verl.adaptation.settings import METHODS, read_settings
 from refine_verl.config import ConfigError, require_choice
 from refine_verl.data.tokenizers import open_model_tokenizer
-from refine_verl.models import Documents, FastWeightActor, ModelError, ModelInfo, load_model, make_actor, open_model
+from refine_verl.models import (
+    Documents,
+    FastWeightActor,
+    FastWeightState,
+    ModelError,
+    ModelInfo,
+    load_model,
+    make_actor,
+    open_model,
+)
+from refine_verl.models.adapters import adapter_for, check_selection
 from refine_verl.models.answers import end_tokens_of
+from refine_verl.models.loading import device_of, dtype_of
 
 Rows = Sequence[Sequence[int]]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SEGMENT = 2048  # tokens of a shared context in one pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +59,7 @@ class EvaluatedModel:
         self.ttt = ttt or AdaptSettings(method="none")
         self.device = next(actor.parameters()).device
         self.stop_tokens = end_tokens_of(actor, tokenizer.eos_token_id)
+        self._kept: tuple[tuple[int, ...], FastWeightState] | None = None
 
     def likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """Score what follows a context, all pairs in one pass (one by one with test-time training).
@@ -74,6 +86,7 @@ class EvaluatedModel:
         stops: Sequence[str] = (),
         temperature: float = 0.0,
         draws: Tensor | None = None,
+        shared: int = 0,
     ) -> list[str]:
         """Continue prompts of unequal length; each is read once, then its state is carried on.
 
@@ -83,9 +96,12 @@ class EvaluatedModel:
             stops: texts that end an answer; they and what follows are cut off.
             temperature: 0 takes the most likely token.
             draws: uniforms [N, max(limits)], needed unless the temperature is 0.
+            shared: how many first tokens are the same in all prompts, fewer than any has. They are read once, also
+                where the next call's prompts begin with them. 0 with test-time training.
         """
         if self.ttt.method == "none":
-            written = self._write(prompts, limits, stops, temperature, draws)
+            beginning = self._after(tuple(prompts[0][:shared])) if shared else None
+            written = self._write([row[shared:] for row in prompts], limits, stops, temperature, draws, beginning)
         else:
             written = []
             for row, prompt in enumerate(prompts):
@@ -125,12 +141,19 @@ class EvaluatedModel:
         ]
 
     def _write(
-        self, prompts: Rows, limits: Sequence[int], stops: Sequence[str], temperature: float, draws: Tensor | None
+        self,
+        prompts: Rows,
+        limits: Sequence[int],
+        stops: Sequence[str],
+        temperature: float,
+        draws: Tensor | None,
+        beginning: FastWeightState | None = None,
     ) -> list[list[int]]:
         answers = FastWeightActor.forward(
             self.actor,
             mode="generate",
             prompts=self._documents(prompts),
+            state=None if beginning is None else beginning.fork(len(prompts)),
             limits=limits,
             length=max(limits),
             temperature=temperature,
@@ -140,6 +163,15 @@ class EvaluatedModel:
         _require_numbers(answers.log_probs)
         rows = zip(answers.tokens[:, 0].tolist(), answers.lengths[:, 0].tolist(), strict=True)
         return [tokens[:length] for tokens, length in rows]
+
+    def _after(self, context: tuple[int, ...]) -> FastWeightState:
+        """The state after a context, one row; that of the last one is kept."""
+        if self._kept is None or self._kept[0] != context:
+            self._kept = None  # room for the next one
+            ids = [torch.tensor(context, dtype=torch.int64)]
+            (state,) = FastWeightActor.forward(self.actor, mode="read_on", rows=ids, states=None, segment=_SEGMENT)
+            self._kept = context, state
+        return self._kept[1]
 
     def _documents(self, rows: Rows, learn_from: tuple[int, ...] | None = None) -> Documents:
         tokens = pad_sequence([torch.tensor(list(row), dtype=torch.int64) for row in rows], batch_first=True)
@@ -213,9 +245,10 @@ def load_evaluated(
     Raises:
         ModelError, ConfigError: what cannot be used.
     """
-    place = _device(device)
-    kind = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if place.type == "cuda" else torch.float32
-    model = load_model(found.path, dtype=kind, key=found.key).to(place).eval()
+    if ttt is not None and ttt.reinforces:
+        check_selection(ttt.nsp, adapter_for(found.info.config))
+    place = device_of(device)
+    model = load_model(found.path, dtype=dtype_of(dtype, place), key=found.key).to(place).eval()
     # fla's chunked kernels take no float32 on a GPU, which is what adapted weights are.
     actor = make_actor(model, autocast_dtype=torch.bfloat16 if place.type == "cuda" else None)
     return EvaluatedModel(actor, found.tokenizer, ttt)
@@ -257,18 +290,6 @@ def _require_numbers(values: Tensor) -> None:
             "model: its predictions are NaN or infinite, so there is nothing to score. Its weights are ruined, or too "
             "large for this dtype (dtype=float32); evaluate an earlier checkpoint."
         )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ConfigError("device", f"unknown device {name!r}. Allowed: auto, cpu, cuda, cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", f"{name!r} was asked for, but there is no GPU here. Set device=cpu.")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError("device", f"{name!r} is not supported. Allowed: auto, cpu, cuda, cuda:N.")
-    return device
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

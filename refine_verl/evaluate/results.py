@@ -39,6 +39,7 @@ class Row:
         fingerprint: sha256 of what was asked.
         aggregate: how sample scores become the value, see `aggregate`.
         source: file or files.
+        prompt_tokens, read_tokens: of all prompts, and those that were read: less where prompts share a context.
         settings: which of all samples there are were asked, see `EvaluateSettings.selection`.
     """
 
@@ -53,6 +54,8 @@ class Row:
     fingerprint: str
     aggregate: str
     source: str
+    prompt_tokens: int = 0
+    read_tokens: int = 0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

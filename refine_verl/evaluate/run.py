@@ -21,6 +21,7 @@ from refine_verl.evaluate.model import EvaluatedModel, find_model, load_evaluate
 from refine_verl.evaluate.results import Results, Row, model_fingerprint
 from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_documents
 from refine_verl.evaluate.settings import EvaluateSettings
+from refine_verl.evaluate.shared import Batch, batches
 from refine_verl.evaluate.tables import Table, build_tables
 from refine_verl.scoring import main_metric, score
 
@@ -136,12 +137,11 @@ def _run(
     """Ask what is not answered yet, and sum up."""
     left = [sample for sample in unit.samples if sample.id not in done]
     with progress_bar(unit.name, len(unit.samples), done=len(done)) as step:
-        for start in range(0, len(left), settings.batch_size):
-            batch = left[start : start + settings.batch_size]
-            records = list(_ask(unit, batch, settings, model))
+        for batch in batches([sample.ids for sample in left], settings.batch_size, share=settings.shares(unit.group)):
+            records = list(_ask(unit, [left[row] for row in batch.rows], settings, model, batch))
             results.save(unit.name, records)
             done.update({record["id"]: record for record in records})
-            step(len(batch))
+            step(len(records))
     metrics = ("ntp_accuracy", "ntp_loss") if unit.group == "ntp" else (main_metric(unit.task, settings.convention),)
     records = [done[sample.id] for sample in unit.samples]
     results.save(unit.name, records, replace=True)  # in the order of the data
@@ -149,11 +149,11 @@ def _run(
 
 
 def _ask(
-    unit: Unit, batch: Sequence[Sample], settings: EvaluateSettings, model: EvaluatedModel
+    unit: Unit, samples: Sequence[Sample], settings: EvaluateSettings, model: EvaluatedModel, batch: Batch
 ) -> Iterator[dict[str, Any]]:
-    rows = [sample.ids.tolist() for sample in batch]
+    rows = [sample.ids.tolist() for sample in samples]
     if unit.group == "ntp":
-        for sample, found in zip(batch, model.likelihoods([(row[:1], row[1:]) for row in rows]), strict=True):
+        for sample, found in zip(samples, model.likelihoods([(row[:1], row[1:]) for row in rows]), strict=True):
             yield {
                 "id": sample.id,
                 "sample": sample.digest,
@@ -162,12 +162,14 @@ def _ask(
                 "ntp_accuracy": found.correct / found.tokens,
             }
         return
-    for sample, answer in zip(batch, model.write(rows, [sample.limit for sample in batch]), strict=True):
+    answers = model.write(rows, [sample.limit for sample in samples], shared=batch.shared)
+    for sample, answer, read in zip(samples, answers, batch.read([len(row) for row in rows]), strict=True):
         scores = score(unit.task, answer, sample.references, settings.convention, classes=sample.classes)
         yield {
             "id": sample.id,
             "sample": sample.digest,
             "prompt_tokens": len(sample.ids),
+            "read_tokens": read,
             "prediction": answer,
             "references": list(sample.references),
             **scores,

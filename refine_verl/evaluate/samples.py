@@ -95,6 +95,8 @@ class Unit:
             fingerprint=self.fingerprint,
             aggregate=kind,
             source=self.source,
+            prompt_tokens=sum(record.get("prompt_tokens", 0) for record in records),
+            read_tokens=sum(record.get("read_tokens", record.get("prompt_tokens", 0)) for record in records),
             settings=settings.selection(self.group),
         )
 

@@ -67,6 +67,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "lengths": ("ruler_qa", "ruler_niah", "longbench", "ntp"),
     "seed": ("ruler_niah",),
     "niah_samples": ("ruler_niah",),
+    "share_contexts": ADAPTS,
 }
 """Keys that mean something to some groups only."""
 
@@ -94,6 +95,9 @@ class EvaluateSettings(Settings):
     limit: int | None = option(None, "samples per task and length, the first ones; null: all", at_least=1)
     batch_size: int = option(
         8, "samples read and continued together; with test-time training one at a time", at_least=1
+    )
+    share_contexts: bool = option(
+        True, "read a context that several prompts of a task begin with once; false: with every prompt"
     )
     tokenizer: str | None = option(None, "directory or hub id, or bytes; null: the model's", empty=False)
     seed: int = option(0, "of the needles that are made", at_least=0)
@@ -138,10 +142,18 @@ class EvaluateSettings(Settings):
             ConfigError: names the key and the tasks it is about.
         """
         for key in (word.removeprefix("--").partition("=")[0].replace("-", "_") for word in arguments):
+            if key == "share_contexts" and self.ttt != "none":
+                raise ConfigError(
+                    key, f"has no effect with ttt={self.ttt}: weights are adapted to each prompt. Leave it out."
+                )
             if not self.uses(key):
                 raise ConfigError(
                     key, f"has no effect on these tasks: it is about {' and '.join(USED_BY[key])}. Leave it out."
                 )
+
+    def shares(self, group: str) -> bool:
+        """Whether prompts of a group may share what is read; adapted weights are those of one prompt alone."""
+        return self.share_contexts and group in ADAPTS and self.ttt == "none"
 
     def uses(self, key: str) -> bool:
         """Whether a key means something to one of the tasks asked for."""

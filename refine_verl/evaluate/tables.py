@@ -47,7 +47,14 @@ def build_tables(rows: Sequence[Row], label: str) -> list[Table]:
             columns = _BUILDERS.get(group, _by_length)(in_order)
             values = [label, *(text for _, text, _ in columns)]
             errors = ["standard error", *(error for *_, error in columns)]
-            tables.append(Table(title, ["Model", *(name for name, *_ in columns)], [values, errors], _left_out(mine)))
+            tables.append(
+                Table(
+                    title,
+                    ["Model", *(name for name, *_ in columns)],
+                    [values, errors],
+                    [*_left_out(mine), *_read_once(mine)],
+                )
+            )
     return tables
 
 
@@ -64,6 +71,14 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
         if row.left_out
     )
     return [f"Left out of the {what} that were read, because they are {why}: {', '.join(counts)}."] if counts else []
+
+
+def _read_once(rows: Sequence[Row]) -> list[str]:
+    """What prompts with a common context save."""
+    asked, read = sum(row.prompt_tokens for row in rows), sum(row.read_tokens for row in rows)
+    if read == asked:
+        return []
+    return [f"Contexts that several prompts begin with were read once: {read:,} of {asked:,} prompt tokens were read."]
 
 
 def length_label(length: int) -> str:

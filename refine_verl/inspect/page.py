@@ -12,7 +12,7 @@ from refine_verl.inspect.drawing import averaged_tokens, render_curve
 from refine_verl.inspect.glyphs import Glyph, Kind
 from refine_verl.inspect.settings import InspectSettings
 from refine_verl.inspect.style import LEVELS, STYLE
-from refine_verl.inspect.view import Scale, View, finite, rollout_figures
+from refine_verl.inspect.view import Scale, View, finite, rollout_figures, signed
 from refine_verl.record.format import MINUS, format_number
 from refine_verl.report.markup import Markup, el, join
 from refine_verl.report.page import figure, folded, header, key_table, number_cells, render_page, sample, tile
@@ -101,20 +101,20 @@ def _curve(inspection: Inspection) -> Markup:
 def _scale(view: View) -> Markup:
     return el(
         "div",
-        _heat_scale(view.heat),
+        _heat_scale(view.heat, f"{view.measure[0].upper()}{view.measure[1:]}: "),
         el("span", el("a", "1", class_="at", href="#t1"), "chosen position: the prefix ends before it"),
         el("span", el("span", el("span", "text", class_="gt"), class_="tokens"), " its true continuation"),
         class_="scale",
     )
 
 
-def _heat_scale(heat: Scale) -> Markup:
+def _heat_scale(heat: Scale, measure: str) -> Markup:
     """What the colours stand for; two pages can only be told apart by its figures."""
     if heat.flat:
-        return el("span", "Smoothed entropy, nats: ", el("b", heat.text(heat.low)), " everywhere")
+        return el("span", measure, el("b", heat.text(heat.low)), " everywhere")
     values = [(level, heat.low + (heat.high - heat.low) * level / (LEVELS - 1)) for level in range(0, LEVELS, 2)]
     steps = [join(el("b", heat.text(value), class_=f"h{level}"), " ") for level, value in values]
-    return el("span", "Smoothed entropy, nats: ", *steps, "(the range of this text)")
+    return el("span", measure, *steps, "(the range of this text)")
 
 
 def _text(view: View) -> Markup:
@@ -180,12 +180,17 @@ def _reading(view: View) -> Markup:
         if nsp.group == "sequence"
         else f"the {nsp.rollouts_per_position} rollouts of its position"
     )
+    what = (
+        f"its {view.reward} reward among those of {compared}, standardised."
+        if nsp.credit == "rollout"
+        else f"the mean over its tokens of what each and those after it earned ({view.reward} reward), standardised "
+        f"place by place among {compared}; that of a token is its tooltip."
+    )
     return el(
         "p",
         f"At each position the true continuation and what the model writes there. Tokens that are right at their place "
         f"are green and underlined; the highest cosine of a position is bold. The advantage says how much a rollout "
-        f"would be reinforced (+) or discouraged ({MINUS}): its {view.reward} reward among those of {compared}, "
-        f"standardised.",
+        f"would be reinforced (+) or discouraged ({MINUS}): {what}",
         class_="note reading",
     )
 
@@ -201,6 +206,8 @@ def _position(view: View, order: int, position: Position, largest: float) -> Mar
         f"next token: entropy {format_number(inspection.entropy[index + 1], digits=3)}",
         f"smoothed {format_number(inspection.smoothed[index + 1], digits=3)}",
     ]
+    if score := view.score(index + 1):
+        facts.append(score)
     if inspection.chance is not None:
         chance = format_number(inspection.chance[index], percent=True, digits=3)
         start, stop = inspection.chunks[order - 1]
@@ -233,15 +240,23 @@ def _rollout(view: View, n: int, rollout: Rollout, position: Position, largest: 
     log_prob, rewards, advantage = rollout_figures(position, rollout, view.rewards)
     shown = [el("b", text, class_="best") if bold else text for text, bold in rewards]
     numbers = number_cells([log_prob, *shown, join(advantage, _bar(rollout.advantage, largest))])
-    return el("tr", el("th", n), _written(view, position, rollout.tokens, position.right(rollout)), *numbers)
+    each = rollout.advantages if view.settings.nsp.credit == "token" else ()
+    return el("tr", el("th", n), _written(view, position, rollout.tokens, position.right(rollout), each), *numbers)
 
 
-def _written(view: View, position: Position, tokens: Sequence[int], right: Sequence[bool] = ()) -> Markup:
-    """A cell with a continuation in one line, whatever newlines it has."""
+def _written(
+    view: View,
+    position: Position,
+    tokens: Sequence[int],
+    right: Sequence[bool] = (),
+    advantages: Sequence[float] = (),
+) -> Markup:
+    """A cell with a continuation in one line, whatever newlines it has; tokens' own advantages are tooltips."""
     shown, marks = [], right or [False] * len(tokens)
-    for parts, good in zip(view.continuation(position, tokens), marks, strict=True):
+    titles: list[str | None] = [f"advantage {signed(value)}" for value in advantages] or [None] * len(tokens)
+    for parts, good, title in zip(view.continuation(position, tokens), marks, titles, strict=True):
         signs = [Glyph(Kind.SIGN, "↵") if part.kind is Kind.NEWLINE else part for part in parts]
-        shown.append(el("span", *_marked(signs), class_="same" if good else None))
+        shown.append(el("span", *_marked(signs), class_="same" if good else None, title=title))
     return el("td", *shown, class_="tokens")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.data.tokenizers import open_model_tokenizer
 from refine_verl.inspect.settings import STDIN, InspectSettings
 from refine_verl.models import FastWeightActor, ModelInfo, load_model, make_actor, open_model
+from refine_verl.models.adapters import adapter_for, check_selection
+from refine_verl.models.loading import import_external
 from refine_verl.nsp import check_functions
 
 
@@ -84,7 +85,7 @@ def tokenize(name: str, text: str, tokenizer: PreTrainedTokenizerBase, max_lengt
     """Tokenise as documents are tokenised for training.
 
     Raises:
-        ConfigError: fewer than c + k tokens.
+        ConfigError: fewer than c + k tokens, or an end that is left out though the selection looks at it.
     """
     ids = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     tokens = [int(token) for token in ids[:max_length]]
@@ -93,8 +94,14 @@ def tokenize(name: str, text: str, tokenizer: PreTrainedTokenizerBase, max_lengt
         raise ConfigError(
             "text",
             f"{name} has {len(tokens)} tokens{cut}; refine.nsp.chunks={nsp.chunks} positions with "
-            f"refine.nsp.rollout_length={nsp.rollout_length} tokens after them need at least {nsp.shortest_document}. "
+            f"refine.nsp.rollout_length={nsp.longest_rollout} tokens after them need at least {nsp.shortest_document}. "
             "Give a longer text, or lower one of them.",
+        )
+    if nsp.selection == "query" and len(ids) > max_length:
+        raise ConfigError(
+            "max_length",
+            f"{max_length} leaves out the end of {name} ({len(ids)} tokens), where refine.nsp.selection=query looks "
+            f"for the question. Set it to {len(ids)} or more.",
         )
     return Text(name, tokens, len(ids) - len(tokens), tokenizer)
 
@@ -106,24 +113,14 @@ def read_inputs(settings: InspectSettings) -> tuple[ModelInfo, Text]:
         ConfigError, DataError, ModelError: what cannot be used, and why.
     """
     if settings.external_lib is not None:
-        _import(settings.external_lib)
+        import_external(settings.external_lib)
     check_functions(settings.nsp)
     content = read_text(settings.text)
     info = open_model(settings.model, key="model")
+    check_selection(settings.nsp, adapter_for(info.config))
     tokenizer = open_model_tokenizer(settings.tokenizer, settings.model, info.vocab_size, keys=("tokenizer", "model"))
     name = "standard input" if settings.text == STDIN else Path(settings.text).name
     return info, tokenize(name, content, tokenizer, settings.max_length, settings.nsp)
-
-
-def _import(package: str) -> None:
-    try:
-        importlib.import_module(package)
-    except Exception as error:  # a user's package may fail in any way while it is imported
-        raise ConfigError(
-            "external_lib",
-            f"{package} cannot be imported ({type(error).__name__}: {error}). Install it, or put its directory on "
-            "PYTHONPATH.",
-        ) from error
 
 
 def load_actor(model: str, info: ModelInfo) -> FastWeightActor:

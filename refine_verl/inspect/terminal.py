@@ -56,7 +56,7 @@ def _parts(view: View, console: Console) -> Iterator[Text | Table]:
 
 
 def _profile(view: View, width: int) -> Iterator[Text | Table]:
-    """Mean smoothed entropy along each chunk in block characters, blue at the chosen position."""
+    """What positions are drawn by along each chunk, in block characters, blue at the chosen position."""
     table = Table.grid(padding=(0, 2))
     columns = max(min(width - 40, 60), 10)
     chunks = [_columns(view, start, stop, columns) for start, stop in view.inspection.chunks]
@@ -70,14 +70,14 @@ def _profile(view: View, width: int) -> Iterator[Text | Table]:
         tokens = Text(f"tokens {chunk[0][0]}–{chunk[-1][1] - 1}", style="dim")
         table.add_row(Text(f"chunk {index}"), tokens, blocks, Text(f"position {index} after {position.index}", "blue"))
     yield table
-    yield Text(f"smoothed entropy, nats: bars {_ends(scale, _BLOCKS)} · colours {_ends(view.heat)}", "dim")
+    yield Text(f"{view.measure}: bars {_ends(scale, _BLOCKS)} · colours {_ends(view.heat)}", "dim")
 
 
 def _columns(view: View, start: int, stop: int, columns: int) -> list[tuple[int, int, float]]:
-    """(first token, token behind the last, mean smoothed entropy) of each bar of a chunk."""
+    """(first token, token behind the last, mean of what positions are drawn by) of each bar of a chunk."""
     found = []
     for first, last in buckets(stop - start, columns):
-        values = finite(view.inspection.smoothed[start + first : start + last])
+        values = finite(view.inspection.looked_by[start + first : start + last])
         found.append((start + first, start + last, fmean(values) if values else math.nan))
     return found
 
@@ -135,6 +135,7 @@ def _title(view: View, order: int, position: Position) -> Text:
         (f"position {order}", "bold blue"),
         f" after token {index} · next token: entropy {format_number(seen.entropy[index + 1], digits=3)}, smoothed "
         f"{format_number(seen.smoothed[index + 1], digits=3)}"
+        + (f" · {score}" if (score := view.score(index + 1)) else "")
         + (f" · chosen with probability {chance}" if chance else ""),
     )
 

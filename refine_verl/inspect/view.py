@@ -15,6 +15,7 @@ from refine_verl.record.format import MINUS, format_number
 
 _CONTEXT = 4  # tokens before a position that may hold the beginning of a character
 _WITHIN = 0.98  # a few outliers at either end do not make the rest pale
+_SCORES = {"surprise": "rewriting of the fast weights", "query": "resemblance to the end"}
 _NOISE = 1e-4  # nats: rounding, as where a model predicts the same everywhere
 
 
@@ -31,13 +32,17 @@ def rollout_figures(
     rewards = [
         (format_number(rollout.rewards[name]), name == "cosine" and rollout.rewards[name] == best) for name in names
     ]
-    sign = "+" if rollout.advantage > 0 else ""
-    return format_number(rollout.log_prob), rewards, sign + format_number(rollout.advantage)
+    return format_number(rollout.log_prob), rewards, signed(rollout.advantage)
+
+
+def signed(value: float) -> str:
+    """A number with its sign."""
+    return ("+" if value > 0 else "") + format_number(value)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The range of entropies, nats, that colours or bars stand for; both ends are NaN where there is none."""
+    """The range of entropies or scores that colours or bars stand for; both ends are NaN where there is none."""
 
     low: float
     high: float
@@ -63,7 +68,7 @@ class Scale:
         return min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
 
     def text(self, value: float, decimals: int = 1) -> str:
-        """Nats with as many decimals as tell a quarter of the scale apart, and at least `decimals`."""
+        """A value with as many decimals as tell a quarter of the scale apart, and at least `decimals`."""
         if not math.isfinite(value):
             return format_number(None)
         needed = 2 if self.flat else -math.floor(math.log10((self.high - self.low) / 4))
@@ -124,19 +129,34 @@ class View:
     @cached_property
     def heat(self) -> Scale:
         """Of the colours: the text's own range, so that there is contrast however sure or unsure the model is."""
-        return Scale.of(self.inspection.smoothed)
+        return Scale.of(self.inspection.looked_by)
+
+    @property
+    def measure(self) -> str:
+        """What the colours stand for, and its unit."""
+        if self.inspection.score is None:
+            return "smoothed entropy, nats"
+        return f"smoothed {_SCORES[self.settings.nsp.selection]}, standard deviations from the mean"
+
+    def score(self, index: int) -> str:
+        """What positions are drawn by at a token, if it is not the entropy."""
+        if self.inspection.score is None:
+            return ""
+        return f"{_SCORES[self.settings.nsp.selection]} {self.heat.text(self.inspection.score[index], 2)}"
 
     def level(self, index: int) -> int:
         """Step of the heat scale of a token, 0 (none) to LEVELS - 1."""
-        return round(self.heat.share(self.inspection.smoothed[index]) * (LEVELS - 1))
+        return round(self.heat.share(self.inspection.looked_by[index]) * (LEVELS - 1))
 
     def facts(self, index: int) -> str:
         """A line of numbers about a token of the text."""
         seen = self.inspection
         if index == 0:
             return "0 · nothing predicts the first token"
-        entropy = f"H {seen.entropy[index]:.2f}, smoothed {self.heat.text(seen.smoothed[index], 2)}"
+        scale = self.heat if seen.score is None else Scale.of(seen.smoothed)
+        entropy = f"H {seen.entropy[index]:.2f}, smoothed {scale.text(seen.smoothed[index], 2)}"
         text = f"{index} · {entropy} · {MINUS}log p {seen.surprise[index]:.2f}"
+        text += f" · {score}" if (score := self.score(index)) else ""
         chance = None if seen.chance is None else seen.chance[index]
         return text + (f" · chosen with {100 * chance:.2g}%" if chance else "")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,6 +49,14 @@ class ChunkPlan:
     gather: torch.Tensor | None = None
     slot: torch.Tensor | None = None
     padding: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> ChunkPlan:
+        """The same with its tensors on a device."""
+        fields: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return ChunkPlan(**fields)
 
 
 def sequence_lengths(batch: int, tokens: int, cu_seqlens: torch.Tensor | None) -> tuple[int, ...]:
@@ -88,16 +97,19 @@ def choose_chunk(lengths: tuple[int, ...], head_dim: int = 64) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def chunk_plan(lengths: tuple[int, ...], *, chunk: int | None = None, head_dim: int = 64) -> ChunkPlan:
+def chunk_plan(
+    lengths: tuple[int, ...], *, chunk: int | None = None, head_dim: int = 64, device: torch.device | None = None
+) -> ChunkPlan:
     """Return the layout for sequences of these lengths.
 
     Args:
         lengths: tokens per sequence; zero is allowed.
         chunk: chunk size, or ``None`` to choose it from the lengths.
         head_dim: size of a head's key, a hint for the choice.
+        device: of the plan's tensors; the CPU by default.
 
     Returns:
-        The plan. Its tensors live on the CPU and are shared between callers: never write into them.
+        The plan. Its tensors are shared between callers: never write into them.
     """
     size = chunk or choose_chunk(lengths, head_dim)
     steps = [-(-length // size) for length in lengths]
@@ -106,7 +118,8 @@ def chunk_plan(lengths: tuple[int, ...], *, chunk: int | None = None, head_dim: 
         return ChunkPlan(chunk=size, sequences=len(lengths), active=active)
     # Built outside inference mode: the cached tensors may later be used under autograd.
     with torch.inference_mode(False):
-        return _ragged_plan(torch.tensor(lengths), torch.tensor(steps), size, active)
+        plan = _ragged_plan(torch.tensor(lengths), torch.tensor(steps), size, active)
+        return plan if device is None else plan.to(device)
 
 
 def _ragged_plan(lengths: torch.Tensor, steps: torch.Tensor, size: int, active: tuple[int, ...]) -> ChunkPlan:
@@ -138,3 +151,13 @@ def _ragged_plan(lengths: torch.Tensor, steps: torch.Tensor, size: int, active: 
         slot=slot,
         padding=padding.flatten() if bool(padding.any()) else None,
     )
+
+
+def from_chunks(x: torch.Tensor, shape: torch.Size, plan: ChunkPlan, groups: int = 1) -> torch.Tensor:
+    """From chunks ``[M, chunk, D]`` to rows of the ``shape`` ``[B, T, H, D]``, without padding."""
+    batch, tokens, heads, width = shape
+    batch = batch if plan.gather is None else 1
+    x = x.view(-1, batch, heads, groups, plan.chunk, width)
+    x = x.sum(3) if groups > 1 else x.squeeze(3)
+    x = x.permute(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)
+    return x if plan.slot is None else x[0].index_select(0, plan.slot).view(shape)

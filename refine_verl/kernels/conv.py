@@ -57,12 +57,12 @@ class _CausalConv(torch.autograd.Function):
         width = taps.shape[0]
         tokens = padded.shape[1] - width
         if d_out is None:
-            d_out = torch.zeros((padded.shape[0], tokens, padded.shape[2]), dtype=taps.dtype)
+            d_out = taps.new_zeros(padded.shape[0], tokens, padded.shape[2])
         d_out = d_out.to(taps.dtype)
         if ctx.silu:
             # Recomputing the pre-activation costs W multiply-adds per element and saves a [B, T, D] tensor.
             d_out = torch.ops.aten.silu_backward(d_out, _convolve(padded, taps, bias))
-        d_padded = torch.zeros(padded.shape, dtype=taps.dtype)
+        d_padded = taps.new_zeros(padded.shape)
         d_taps = torch.empty_like(taps)
         for j in range(width):
             rows = slice(1 + j, 1 + j + tokens)
@@ -139,7 +139,7 @@ def causal_conv1d(
     final = torch.stack(padded[0].split(cuts)[1::2]) if packed else padded[:, -width:]
     final = final.transpose(1, 2).contiguous()
     if (recorder := active_recorder()) is not None:
-        sizes = torch.tensor(lengths) + width
+        sizes = torch.tensor(lengths, device=x.device) + width
         recorder.add(final, ConvHistory(kept=kept, start=sizes.cumsum(0) - sizes, width=width))
     return y, final
 

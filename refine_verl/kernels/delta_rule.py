@@ -60,7 +60,7 @@ def run_scan(
             f"got {list(initial_state.shape)}"
         )
     settings = ScanSettings(
-        plan=chunk_plan(lengths, chunk=chunk_size, head_dim=k.shape[3]),
+        plan=chunk_plan(lengths, chunk=chunk_size, head_dim=k.shape[3], device=k.device),
         scale=k.shape[3] ** -0.5 if scale is None else scale,
         l2norm=use_qk_l2norm_in_kernel,
         dtype=torch.promote_types(v.dtype, torch.float32),
@@ -115,6 +115,14 @@ def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor | None
     return -A_log.to(dtype).exp() * F.softplus(raw)
 
 
+def step_size(beta: torch.Tensor, sigmoid: bool, allow_neg_eigval: bool) -> torch.Tensor:
+    """Step sizes ``[B, T, HV]`` from an operator's argument ``beta``; with ``sigmoid`` that holds their logits."""
+    if not sigmoid:
+        return beta
+    size = beta.to(torch.promote_types(beta.dtype, torch.float32)).sigmoid()
+    return size * 2 if allow_neg_eigval else size
+
+
 def _gated(
     name: str,
     q: torch.Tensor,
@@ -144,9 +152,7 @@ def _gated(
             raise ValueError(f"{name}: use_gate_in_kernel=True requires g (the raw gate) and A_log")
         g = log_decay(g, A_log, dt_bias)
     beta = torch.ones_like(v[..., 0]) if beta is None else beta
-    if use_beta_sigmoid_in_kernel:
-        beta = beta.to(torch.promote_types(beta.dtype, torch.float32)).sigmoid()
-        beta = beta * 2 if allow_neg_eigval else beta
+    beta = step_size(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     if initial_state is not None and state_v_first:
         initial_state = initial_state.transpose(-1, -2)
     out, final = run_scan(name, q, k, v, beta, g, initial_state=initial_state, **scan)

@@ -1,9 +1,10 @@
-"""Put the CPU stand-ins in use: the one place that changes anything in fla.
+"""The one place that changes anything in fla: operators that can be cut, and stand-ins for the CPU.
 
-fla's layers import their kernels by name, and fla has no registry in which a CPU implementation could be
+fla's layers import their kernels by name, and fla has no registry in which another implementation could be
 entered (its ``dispatch`` decorator chooses between accelerator back-ends only, and does not cover the
-operators below). What is left is to replace the names its modules look up at call time. They are listed in
-`TARGETS`; each has a comparison test.
+operators below). What is left is to replace the names its modules look up at call time: on every device those of
+`OPERATORS` and `CONVOLUTION` by wrappers around what is there (`operators`), and where there is no accelerator those
+of `TARGETS` by stand-ins; each of these has a comparison test.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from refine_verl.kernels import conv, delta_rule, loss, mlp, norm
+from refine_verl.kernels.operators import recorded, recorded_convolution
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,27 @@ TARGETS: dict[str, Callable[..., Any]] = {
 }
 """``module:attribute`` (``module:Class.method``) in fla, and what stands in for it."""
 
+OPERATORS = (
+    "fla.layers.delta_net:chunk_delta_rule",
+    "fla.layers.delta_net:fused_recurrent_delta_rule",
+    "fla.layers.gated_deltanet:chunk_gated_delta_rule",
+    "fla.layers.gated_deltanet:fused_recurrent_gated_delta_rule",
+    "fla.layers.gla:chunk_gla",
+    "fla.layers.gla:fused_recurrent_gla",
+    "fla.layers.hgrn2:chunk_gla",
+    "fla.layers.hgrn2:fused_recurrent_gla",
+    "fla.layers.kda:chunk_kda",
+    "fla.layers.kda:fused_recurrent_kda",
+    "fla.layers.gated_deltaproduct:chunk_gated_delta_product",
+    "fla.layers.gated_deltaproduct:fused_recurrent_gated_delta_rule",
+)
+"""Operators from a state to a state, where the layers of fla's families look them up."""
+
+CONVOLUTION = "fla.modules.causal_conv1d.ops:causal_conv1d"
+"""The short convolution of all of them, when a state is wanted."""
+
 _originals: dict[str, Any] = {}
+_stand_ins = False
 
 
 def _resolve(target: str) -> tuple[Any, str]:
@@ -77,7 +99,7 @@ def _fla_version() -> str:
 
 def cpu_kernels_in_use() -> bool:
     """Whether the stand-ins are in place."""
-    return bool(_originals)
+    return _stand_ins
 
 
 def use_cpu_kernels() -> None:
@@ -86,19 +108,61 @@ def use_cpu_kernels() -> None:
     Raises:
         RuntimeError: if the installed fla lacks one of the names; nothing is replaced then.
     """
-    if _originals:
+    if _stand_ins:
         return
-    resolved = {target: _resolve(target) for target in TARGETS}
-    for target, (holder, name) in resolved.items():
-        _originals[target] = getattr(holder, name)
-        setattr(holder, name, TARGETS[target])
+    _put_in_place(TARGETS)
     logger.info("no GPU: flash-linear-attention runs on PyTorch CPU kernels (%d replaced)", len(TARGETS))
 
 
+def wrap_operators() -> None:
+    """Make fla's operators such that states inside a pass can be had. Calling it again does nothing.
+
+    Raises:
+        RuntimeError: if the installed fla lacks one of the names; nothing is replaced then.
+    """
+    if not _originals:
+        _put_in_place({})
+
+
+def _put_in_place(stand_ins: dict[str, Callable[..., Any]]) -> None:
+    global _stand_ins
+    names = {target: _resolve(target) for target in (*OPERATORS, CONVOLUTION, *stand_ins)}
+    _restore()
+    for target, (holder, name) in names.items():
+        _originals[target] = original = getattr(holder, name)
+        used = stand_ins.get(target, original)
+        if target in OPERATORS:
+            used = recorded(used)
+        elif target == CONVOLUTION:
+            used = recorded_convolution(used)
+        setattr(holder, name, used)
+    _stand_ins = bool(stand_ins)
+
+
 def _restore() -> None:
+    global _stand_ins
     for target, original in _originals.items():
         setattr(*_resolve(target), original)
     _originals.clear()
+    _stand_ins = False
+
+
+def allow_attention_layers() -> None:
+    """Let models with fla's layers of softmax attention be built where flash-attn is not installed.
+
+    fla's layers refuse to be made without it. Passes of this package do not need it; the models' own forward function
+    does, and says so. Calling it again does nothing.
+    """
+    layers: Any = importlib.import_module("fla.layers.attn")
+    if layers.flash_attn_func is None:
+        layers.flash_attn_func = layers.flash_attn_varlen_func = _no_flash_attention
+
+
+def _no_flash_attention(*_: Any, **__: Any) -> Any:
+    raise ImportError(
+        "the forward function of fla's attention layers needs flash-attn, which is not installed. Training, generation "
+        "and evaluation with refine_verl do without it."
+    )
 
 
 def accelerator_available() -> bool:
@@ -107,18 +171,37 @@ def accelerator_available() -> bool:
 
 
 def ensure_kernels() -> None:
-    """Call `use_cpu_kernels` where there is no accelerator; where there is one, fla stays as it is."""
-    if not accelerator_available():
+    """`use_cpu_kernels` where there is no accelerator, `wrap_operators` where there is one."""
+    if accelerator_available():
+        wrap_operators()
+    else:
         use_cpu_kernels()
 
 
 @contextlib.contextmanager
 def cpu_kernels() -> Iterator[None]:
     """Have the stand-ins in place inside a ``with`` block; afterwards everything is as before."""
-    was_in_use = cpu_kernels_in_use()
+    were_in_use, wrapped = cpu_kernels_in_use(), bool(_originals)
     use_cpu_kernels()
     try:
         yield
     finally:
-        if not was_in_use:
+        if not were_in_use:
             _restore()
+            if wrapped:
+                wrap_operators()
+
+
+@contextlib.contextmanager
+def fla_kernels() -> Iterator[None]:
+    """Have fla's own kernels in place inside a ``with`` block, on any machine: for those who count them."""
+    stand_ins, wrapped = cpu_kernels_in_use(), bool(_originals)
+    _restore()
+    try:
+        yield
+    finally:
+        _restore()
+        if stand_ins:
+            use_cpu_kernels()
+        elif wrapped:
+            wrap_operators()

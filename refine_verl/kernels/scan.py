@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from refine_verl.kernels.chunking import ChunkPlan
+from refine_verl.kernels.chunking import ChunkPlan, from_chunks
 from refine_verl.kernels.recording import Kept, RowGradients, ScanHistory, active_recorder
 
 L2_EPS = 1e-6
@@ -93,7 +93,7 @@ def _to_chunks(x: torch.Tensor, chunk: int, dtype: torch.dtype, groups: int = 1)
     """Copy ``[B, T, H, D]`` rows into contiguous ``[M, chunk, D]``, each head repeated ``groups`` times."""
     source = _layout(x, chunk).unsqueeze(3)
     steps, batch, heads, _, _, width = source.shape
-    out = torch.empty((steps, batch, heads, groups, chunk, width), dtype=dtype)
+    out = x.new_empty((steps, batch, heads, groups, chunk, width), dtype=dtype)
     return out.copy_(source).view(-1, chunk, width)
 
 
@@ -107,22 +107,12 @@ def _scaled_to_chunks(
         return (out if scale == 1.0 else out.mul_(scale)), None
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=settings.dtype)
     # scale / sqrt(norm^2 + eps), with the scale under the root: two small operations instead of four.
-    rstd = torch.addcmul(norm.new_tensor(L2_EPS / scale**2), norm, norm, value=scale**-2).rsqrt_()
+    rstd = torch.addcmul(norm.new_full((), L2_EPS / scale**2), norm, norm, value=scale**-2).rsqrt_()
     source, factor = _layout(x, chunk).unsqueeze(3), _layout(rstd, chunk).unsqueeze(3)
     steps, batch, heads, _, _, width = source.shape
-    out = torch.empty((steps, batch, heads, groups, chunk, width), dtype=settings.dtype)
+    out = x.new_empty((steps, batch, heads, groups, chunk, width), dtype=settings.dtype)
     torch.mul(source if groups == 1 else source.expand_as(out), factor, out=out)
     return out.view(-1, chunk, width), (_to_chunks(rstd, chunk, settings.dtype, groups) if keep else None)
-
-
-def _from_chunks(x: torch.Tensor, shape: torch.Size, plan: ChunkPlan, groups: int = 1) -> torch.Tensor:
-    """Inverse of `_to_chunks`, dropping padding: ``[M, chunk, D]`` to the ``shape`` ``[B, T, H, D]``."""
-    batch, tokens, heads, width = shape
-    batch = batch if plan.gather is None else 1
-    x = x.view(-1, batch, heads, groups, plan.chunk, width)
-    x = x.sum(3) if groups > 1 else x.squeeze(3)
-    x = x.permute(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)
-    return x if plan.slot is None else x[0].index_select(0, plan.slot).view(shape)
 
 
 def _scalar_chunks(x: torch.Tensor, settings: ScanSettings) -> torch.Tensor:
@@ -172,7 +162,7 @@ def _solve(keys: torch.Tensor, beta: torch.Tensor, pair_decay: torch.Tensor | No
     lower = torch.bmm(keys, keys.mT).mul_(beta)
     if pair_decay is not None:
         lower.mul_(pair_decay)
-    eye = torch.eye(keys.shape[1], dtype=keys.dtype)
+    eye = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device)
     # unitriangular: the diagonal and what lies above are never read.
     return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False, unitriangular=True)
 
@@ -370,10 +360,10 @@ class _Scan(torch.autograd.Function):
         kept: dict[str, torch.Tensor] | None,
         waiting: RowGradients,
     ) -> tuple[torch.Tensor | None, ...]:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(q.device.type, enabled=False):
             x = _prepare(q, k, v, beta, g, settings, True)
             out, final, states, inverse, writes = _forward(x, state, settings.plan, want_final)
-            rows = _from_chunks(out, v.shape, settings.plan).to(v.dtype)
+            rows = from_chunks(out, v.shape, settings.plan).to(v.dtype)
         ctx.settings, ctx.state_shape, ctx.waiting = settings, state.shape, waiting
         ctx.shapes = [(t.shape, t.dtype) for t in (q, k, v, beta)] + [None if g is None else (g.shape, g.dtype)]
         ctx.set_materialize_grads(False)
@@ -392,7 +382,7 @@ class _Scan(torch.autograd.Function):
         settings, plan = ctx.settings, ctx.settings.plan
         *fields, states, inverse = ctx.saved_tensors
         x = _Chunks(**dict(zip(("q", "k", "v", "beta", "decay", "q_rstd", "k_rstd"), fields, strict=True)))
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.q.device.type, enabled=False):
             if d_rows is None:
                 d_out = torch.zeros_like(x.v)
             else:
@@ -422,7 +412,7 @@ def _restore(d: torch.Tensor, like: tuple[torch.Size, torch.dtype], plan: ChunkP
     """Bring a gradient from chunk layout to the shape and dtype of its input."""
     shape, dtype = like
     full = shape if len(shape) == 4 else torch.Size((*shape, 1))
-    return _from_chunks(d, full, plan, heads // shape[2]).view(shape).to(dtype)
+    return from_chunks(d, full, plan, heads // shape[2]).view(shape).to(dtype)
 
 
 def delta_scan(
@@ -453,7 +443,7 @@ def delta_scan(
     """
     plan = settings.plan
     if state is None:
-        state = torch.zeros((plan.sequences, v.shape[2], k.shape[3], v.shape[3]), dtype=settings.dtype)
+        state = v.new_zeros((plan.sequences, v.shape[2], k.shape[3], v.shape[3]), dtype=settings.dtype)
     else:
         state = state.to(settings.dtype)
         if plan.order is not None:
@@ -466,13 +456,13 @@ def delta_scan(
         out, final, handle = _Scan.apply(*tensors, settings, want_final, tensors_kept, waiting)
         kept = Kept(tensors_kept or {}, handle, waiting)
     else:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(q.device.type, enabled=False):
             x = _prepare(q, k, v, beta, g, settings, False)
             chunks, final, states, _, writes = _forward(x, state, plan, want_final)
-            out = _from_chunks(chunks, v.shape, plan).to(v.dtype)
+            out = from_chunks(chunks, v.shape, plan).to(v.dtype)
         kept = Kept(_kept(x, writes, states))
     if final is not None and plan.inverse is not None:
         final = final.index_select(0, plan.inverse)
     if recorder is not None and final is not None:
-        recorder.add(final, ScanHistory(plan, v.shape[2], kept))
+        recorder.add(final, ScanHistory(plan, v.shape[:3], kept))
     return out, final

@@ -6,7 +6,9 @@ method; see docs/extending.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -14,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from refine_verl.kernels.patch import cpu_kernels_in_use
+from refine_verl.config import ConfigError, NSPSettings
+from refine_verl.kernels.cuts import Cuts, Places
+from refine_verl.kernels.patch import cpu_kernels_in_use, wrap_operators
 from refine_verl.kernels.recording import Recorder, record_states
 from refine_verl.models.packing import Documents, Packed
+from refine_verl.models.recompute import cast_once, recomputed_fla_layer, replaced_forward
 from refine_verl.models.state import FastWeightState
-from refine_verl.models.trace import Trace
+from refine_verl.models.trace import KnownStates, Trace
+from refine_verl.nsp import looks_at_writes
 
 
 class ModelAdapter(Protocol):
@@ -50,8 +56,14 @@ class TracingAdapter(ModelAdapter, Protocol):
     Optional. Without it, documents are read in segments and the states between them are replayed.
     """
 
-    def trace(self, model: nn.Module, documents: Documents) -> tuple[list[Tensor], Trace] | None:
+    def trace(
+        self, model: nn.Module, documents: Documents, positions: Tensor | None = None
+    ) -> tuple[list[Tensor], Trace] | None:
         """Read documents from their first token.
+
+        Args:
+            model, documents: what to read.
+            positions: int64 [N, c] on the CPU, the only ones the trace will be asked for; None: not known yet.
 
         Returns:
             Hidden states [T, d] of each document after the final norm, and the states on the way, both
@@ -61,27 +73,132 @@ class TracingAdapter(ModelAdapter, Protocol):
         ...
 
 
+@runtime_checkable
+class WritesAdapter(TracingAdapter, Protocol):
+    """A tracing adapter that also knows how strongly each token rewrote the fast weights. Optional."""
+
+    def write_norms(self, trace: Trace) -> Tensor:
+        """The norm of what each token of a pass wrote into each layer's fast weights.
+
+        Args:
+            trace: what `trace` returned, not told positions.
+
+        Returns:
+            [layers, tokens], document by document, without gradient.
+        """
+        ...
+
+
+@runtime_checkable
+class RecomputingAdapter(ModelAdapter, Protocol):
+    """An adapter whose model can be read with activation checkpointing per layer. Optional."""
+
+    def recomputed_layers(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside the block, passes with gradients keep each layer's input and compute the layer again later.
+
+        `TracingAdapter.trace` is then given positions, and no more than their states may be kept.
+        """
+        ...
+
+
+@runtime_checkable
+class RoutingAdapter(ModelAdapter, Protocol):
+    """An adapter of models with experts that tells where tokens went. Optional.
+
+    Attributes:
+        balances: whether `balance_loss` will be asked for; set by `make_actor`.
+    """
+
+    balances: bool
+
+    def routes(self) -> Tensor | None:
+        """Of each token of the last pass a number that stands for its experts in all layers.
+
+        Returns:
+            int64 [tokens], without gradient; None of a model without experts.
+        """
+        ...
+
+    def balance_loss(self) -> Tensor:
+        """How unevenly the last pass over documents used the experts; may be asked once for each.
+
+        Returns:
+            Scalar, differentiable: E * sum over the experts e of f_e P_e, where f_e is how many of a token's routes
+            lead to e and P_e the probability that its router gives e, both means over all tokens and layers. It is the
+            number of a token's routes if experts are used evenly.
+        """
+        ...
+
+
+NO_LAYERS = (
+    "layer needs an adapter that knows the model's layers (recomputed_layers, docs/extending.md). Set segment, which "
+    "every model can do, or none."
+)
+"""Why activation checkpointing per layer is refused."""
+
+NO_WRITES = (
+    "looks at how strongly each token rewrites the fast weights, which is known of DeltaNet and Gated DeltaNet, and of "
+    "models whose adapter says so (write_norms, docs/extending.md). Set refine.nsp.selection=entropy."
+)
+"""Why strategies that look at writes are refused."""
+
 Adapter = TypeVar("Adapter", bound=type)
 _ADAPTERS: dict[str, Callable[[], ModelAdapter]] = {}
+_WITH_ATTENTION: dict[str, Callable[[], ModelAdapter]] = {}
+
+TOKENS_PER_PIECE = 4096
+"""About so many tokens of a document are in a piece of an operator (`kernels.cuts`): shorter pieces cost launches,
+longer ones a longer way from a border to each position, half a piece on average, of the operator alone."""
 
 # Families of fla 0.6 whose memory is a state of fixed size and nothing else, with the devices they were run on.
 FLA_VERIFIED_ON_CPU = ("delta_net", "gated_deltanet")
-# Left out: families that count positions (retnet, mamba hybrids), for which a forked cache would need more than states.
 FLA_THROUGH_THE_SAME_ADAPTER = ("gla", "hgrn2", "kda", "gated_deltaproduct")
 
+_ATTENTION = "it has softmax attention, whose cache grows with the text, so there is no state of fixed size to fork"
+_POSITIONS = "it turns queries and keys by their position in the text, which forks would need beside their states"
+_GROWING = "its states become more with the length of the text"
+_UNKNOWN_OPERATOR = (
+    "its operator is not among those that can be cut (refine_verl.kernels.patch.OPERATORS), and forked states of it "
+    "have not been compared with recomputed ones"
+)
+FLA_NOT_SUPPORTED = {
+    **dict.fromkeys(
+        (
+            "bitnet", "cat", "deltaformer", "forgetting_transformer", "mla", "moba", "nsa", "parallax", "path_attn",
+            "samba", "stickbreaking_attn", "transformer", "wall_transformer", "yoco",
+        ),
+        _ATTENTION,
+    ),
+    **dict.fromkeys(("abc", "mamba3", "raven", "retnet", "rodimus"), _POSITIONS),
+    "log_linear_mamba2": _GROWING,
+    **dict.fromkeys(
+        (
+            "comba", "cyclic_flow_attention", "gsa", "hgrn", "lightnet", "linear_attn", "mamba", "mamba2", "mesa_net",
+            "mom", "precond_gated_deltanet", "precond_kda", "rwkv6", "rwkv7",
+        ),
+        _UNKNOWN_OPERATOR,
+    ),
+}  # fmt: skip
+"""The other models of fla 0.6, and why their states are not forked."""
 
-def register_adapter(model_type: str) -> Callable[[Adapter], Adapter]:
+
+def register_adapter(model_type: str, *, with_attention: bool = False) -> Callable[[Adapter], Adapter]:
     """Class decorator: use this adapter for models whose config has this ``model_type``.
+
+    Args:
+        model_type: the family.
+        with_attention: for those of its models that have layers of softmax attention (``attn`` of their config).
 
     Raises:
         ValueError: another class already serves ``model_type``.
     """
+    table = _WITH_ATTENTION if with_attention else _ADAPTERS
 
     def decorate(adapter: Adapter) -> Adapter:
-        owner = _ADAPTERS.get(model_type)
+        owner = table.get(model_type)
         if owner is not None and owner is not adapter:
             raise ValueError(f"model_type '{model_type}' already has the adapter {owner.__name__}")
-        _ADAPTERS[model_type] = adapter
+        table[model_type] = adapter
         return adapter
 
     return decorate
@@ -99,6 +216,31 @@ def get_adapter(model_type: str) -> ModelAdapter:
         KeyError: no adapter is registered for it.
     """
     return _ADAPTERS[model_type]()
+
+
+def adapter_for(config: Any) -> ModelAdapter:
+    """The adapter for a model with this configuration.
+
+    Raises:
+        KeyError: none is registered for it.
+    """
+    table = _WITH_ATTENTION if has_attention_layers(config) else _ADAPTERS
+    return table[config.model_type]()
+
+
+def has_attention_layers(config: Any) -> bool:
+    """Whether it is that of a fla model with layers of softmax attention; ``attn`` of other models is their own."""
+    return config.model_type in _WITH_ATTENTION and bool(getattr(config, "attn", None))
+
+
+def check_selection(nsp: NSPSettings, adapter: ModelAdapter) -> None:
+    """Check that what the selection strategy looks at is known of a model.
+
+    Raises:
+        ConfigError: it looks at what tokens write, and the adapter does not know.
+    """
+    if looks_at_writes(nsp) and not isinstance(adapter, WritesAdapter):
+        raise ConfigError("refine.nsp.selection", f"{nsp.selection} {NO_WRITES}")
 
 
 class FlaAdapter:
@@ -120,25 +262,53 @@ class FlaAdapter:
         # read is always also written: into our own copy of the dictionaries.
         kwargs: dict[str, Any] = {} if packed.cu_seqlens is None else {"cu_seqlens": packed.cu_seqlens}
         trunk: Any = model.base_model
-        output = trunk(
-            input_ids=packed.tokens, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs
-        )
+        with cast_once(trunk.layers):
+            output = trunk(
+                input_ids=packed.tokens, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs
+            )
         if not keep_state:
             return output.last_hidden_state, None
         layers = tuple(dict(layer) for layer in output.past_key_values)
         return output.last_hidden_state, FastWeightState(layers)
 
-    def trace(self, model: nn.Module, documents: Documents) -> tuple[list[Tensor], Trace] | None:
-        """On the CPU, where the kernels are ours; fla's own kernels give out final states only."""
-        if not cpu_kernels_in_use():
-            return None
+    def trace(
+        self, model: nn.Module, documents: Documents, positions: Tensor | None = None
+    ) -> tuple[list[Tensor], Trace] | None:
+        """One pass: the stand-ins for the CPU remember their states, fla's own operators are cut (`kernels.cuts`)."""
+        wrap_operators()
+        places = None if positions is None else Places.of(positions)
         packed = documents.whole
-        with record_states() as recorder:
+        cuts = None
+        if self.cuts_operators():
+            pieces = -(-max(documents.lengths) // TOKENS_PER_PIECE)
+            cuts = Cuts.even(documents.lengths, pieces, documents.tokens.device)
+        with record_states(cuts, places) as recorder:
             hidden, state = self.run(model, packed, None, keep_state=True)
         assert state is not None
+        parts = list(hidden.flatten(0, 1).split(packed.lengths))
+        if recorder.taken:
+            return (parts, KnownStates(state)) if state.tensors else None
         if not all(recorder.covers(tensor) for tensor in state.tensors):
             return None
-        return list(hidden.flatten(0, 1).split(packed.lengths)), _RecordedTrace(state, recorder)
+        return parts, _RecordedTrace(state, recorder)
+
+    def cuts_operators(self) -> bool:
+        """Whether operators have to be cut for the states inside a pass; the stand-ins for the CPU know theirs."""
+        return not cpu_kernels_in_use()
+
+    def recomputed_layers(self, model: nn.Module) -> AbstractContextManager[None]:
+        """See `RecomputingAdapter`."""
+        trunk: Any = model.base_model
+        return replaced_forward(trunk.layers, functools.partial(recomputed_fla_layer, trunk.layers))
+
+
+class DeltaRuleAdapter(FlaAdapter):
+    """A family of fla with the (gated) delta rule, one write a token."""
+
+    def write_norms(self, trace: Trace) -> Tensor:
+        """See `WritesAdapter`."""
+        assert isinstance(trace, _RecordedTrace)
+        return trace.recorder.write_norms()
 
 
 @dataclass(frozen=True)
@@ -149,18 +319,28 @@ class _RecordedTrace:
     recorder: Recorder
 
     def after(self, positions: Tensor) -> FastWeightState:
-        sequences = torch.arange(len(positions)).repeat_interleave(positions.shape[1])
-        return self.final.map(lambda tensor: self.recorder.at(tensor, sequences, positions.flatten()))
+        places = Places.of(positions)
+        return self.final.map(lambda tensor: self.recorder.at(tensor, places))
 
 
 def _fresh_layers(layers: tuple[dict[str, Any], ...], clone_conv: bool) -> tuple[dict[str, Any], ...]:
     """New dictionaries around the same tensors; convolution states cloned if they are about to be overwritten."""
     fresh = tuple(dict(layer) for layer in layers)
-    for layer in fresh:
-        if clone_conv and "conv_state" in layer:
-            layer["conv_state"] = pytree.tree_map_only(Tensor, torch.clone, layer["conv_state"])
+    if clone_conv:
+        leaves, spec = pytree.tree_flatten([layer.get("conv_state") for layer in fresh])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        copies = [torch.empty_like(tensor) for tensor in tensors]
+        if tensors:
+            torch._foreach_copy_(copies, tensors)  # one launch for all layers
+        rest = iter(copies)
+        states = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
+        for layer, state in zip(fresh, states, strict=True):
+            if "conv_state" in layer:
+                layer["conv_state"] = state
     return fresh
 
 
-for _model_type in (*FLA_VERIFIED_ON_CPU, *FLA_THROUGH_THE_SAME_ADAPTER):
+for _model_type in FLA_VERIFIED_ON_CPU:
+    register_adapter(_model_type)(DeltaRuleAdapter)
+for _model_type in FLA_THROUGH_THE_SAME_ADAPTER:
     register_adapter(_model_type)(FlaAdapter)

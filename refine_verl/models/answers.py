@@ -57,6 +57,7 @@ def write(
     length: int,
     *,
     copies: int = 1,
+    state: FastWeightState | None = None,
     temperature: float = 0.0,
     draws: Tensor | None = None,
     stop_tokens: Sequence[int] = (),
@@ -71,6 +72,7 @@ def write(
         limits: most tokens of an answer to each prompt, at most ``length``.
         length: A; under FSDP the same on all ranks.
         copies: n answers per prompt.
+        state: N rows, after what was read before the prompts; None: they are the beginning.
         temperature: 0 takes the most likely token.
         draws: uniforms [N, n, A], needed unless the temperature is 0.
         stop_tokens: ids that end an answer.
@@ -78,12 +80,12 @@ def write(
         all_done: asked after each token, with bool [N * n], whether to stop; under FSDP ranks must agree.
     """
     packed = prompts.whole
-    hidden, state = actor.run(packed, None, keep_state=True)
+    hidden, state = actor.run(packed, state, keep_state=True)
     assert state is not None
     device, shape = hidden.device, (len(prompts), copies, length)
     uniforms = torch.zeros(shape) if draws is None else draws
-    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    most = torch.tensor(list(limits), device=device).repeat_interleave(copies)
+    stops = torch.tensor(list(stop_tokens), dtype=torch.int64).to(device, non_blocking=True)
+    most = torch.tensor(list(limits)).repeat_interleave(copies).to(device, non_blocking=True)
     lengths, done = torch.zeros_like(most), torch.zeros_like(most, dtype=torch.bool)
 
     def stop(token: Tensor) -> bool:
@@ -132,9 +134,12 @@ def log_probs(
         torch.cat([first[i : i + 1], piece[: count - 1]])
         for i, (piece, count) in enumerate(zip(hidden.split(packed.lengths), counts, strict=True))
     ]
-    mask = torch.arange(width, device=rows.device) < lengths.flatten()[:, None]
-    values = actor.apply_head(torch.cat(pieces), "log_probs", targets=rows[mask], temperature=temperature, chunked=True)
-    return {"log_probs": values.new_zeros(rows.shape).masked_scatter(mask, values)}
+    # by index and not by mask: the host knows the counts, and need not wait for them again
+    written = torch.cat([torch.arange(count) + row * width for row, count in enumerate(counts)])
+    index = written.to(rows.device, non_blocking=True)
+    targets = rows.flatten().index_select(0, index)
+    values = actor.apply_head(torch.cat(pieces), "log_probs", targets=targets, temperature=temperature, chunked=True)
+    return {"log_probs": values.new_zeros(rows.numel()).index_copy(0, index, values).view(rows.shape)}
 
 
 def _read(actor: Passes, prompts: Documents, segments: int) -> tuple[Tensor, FastWeightState]:

@@ -15,12 +15,18 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from refine_verl.models.packing import IGNORED
-from refine_verl.nsp.entropy import accumulation_dtype, chunked_entropy
+from refine_verl.nsp.entropy import accumulation_dtype, chunked_entropy, entropy_from_logits
 from refine_verl.nsp.objective import gather_log_probs
 from refine_verl.nsp.sampling import without
 
-# Logits held at once: 16 MiB in float32. More leave the cache and are mapped anew by every malloc.
-_CHUNK_ELEMENTS = 1 << 22
+
+def chunk_elements(device_type: str) -> int:
+    """Logits held at once.
+
+    On a CPU 16 MiB in float32: more leave the cache and are mapped anew by every malloc. Elsewhere 512 MiB: 16,384
+    tokens and 32,000 words are four chunks, where a CPU's 125 would be launches of small kernels.
+    """
+    return 1 << 22 if device_type == "cpu" else 1 << 27
 
 
 class FusedHead(nn.Linear):
@@ -35,7 +41,8 @@ class FusedHead(nn.Linear):
         """Args:
         input: [L, d] hidden states after the final norm (any leading dimensions for ``logits``).
         task: ``logits``; ``entropy`` -> [L] entropy of each prediction, no gradient (Eq. 5);
-            ``cross_entropy`` (targets [L]) -> scalar sum over targets that are not IGNORED (Eq. 2);
+            ``cross_entropy`` (targets [L]) -> scalar sum over targets that are not IGNORED (Eq. 2); with
+            ``with_entropy`` also the [L] entropies, from the same logits;
             ``score`` (targets [L]) -> per token negative log-likelihood [L] and whether the argmax is right
             [L], no gradient; ``log_probs`` (targets [L], temperature, forbidden, chunked) -> [L]
             log-probabilities among all tokens but the ``forbidden``; ``chunked`` computes logits again in the
@@ -46,15 +53,20 @@ class FusedHead(nn.Linear):
         return getattr(self, f"_{task}")(input, **kwargs)
 
     def _rows(self) -> int:
-        return max(1, _CHUNK_ELEMENTS // self.out_features)
+        return max(1, chunk_elements(self.weight.device.type) // self.out_features)
 
     def _entropy(self, hidden: Tensor) -> Tensor:
         return chunked_entropy(hidden, super().forward, self._rows())
 
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _cross_entropy(
+        self, hidden: Tensor, targets: Tensor, with_entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-        loss = _LinearCrossEntropy.apply(hidden, self.weight, self.bias, targets, self._rows(), dtype or hidden.dtype)
-        return cast(Tensor, loss)
+        entropy = hidden.new_empty(len(hidden), dtype=accumulation_dtype(hidden)) if with_entropy else None
+        loss = _LinearCrossEntropy.apply(
+            hidden, self.weight, self.bias, targets, self._rows(), dtype or hidden.dtype, entropy
+        )
+        return cast(Tensor, loss) if entropy is None else (cast(Tensor, loss), entropy)
 
     @torch.no_grad()
     def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,12 +100,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     The gradient of a chunk only needs its own logits, so it is taken while they are at hand: nothing of size
     [L, V] is kept and no logits are computed twice. Gradients of the weight are summed in float32 (float64 in
-    a float64 model) whatever the dtype of the matmuls is.
+    a float64 model) whatever the dtype of the matmuls is. ``entropy`` [L], if given, is filled on the way.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        entropy: Tensor | None,
     ) -> Tensor:
         sums = accumulation_dtype(hidden)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
@@ -108,15 +127,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part, wanted = hidden[start : start + rows].to(dtype), targets[start : start + rows]
                 logits = F.linear(part, matrix, offset).to(sums)
                 loss += F.cross_entropy(logits, wanted, reduction="sum", ignore_index=IGNORED)
+                if entropy is not None:
+                    entropy[start : start + rows] = entropy_from_logits(logits)
                 if not (want_hidden or want_weight or want_bias):
                     continue
-                grad = _logit_gradient_(logits, wanted).to(dtype)
+                grad = _logit_gradient(logits, wanted).to(dtype)
+                # ignored rows have none: cheaper to say here than in the logits, or than to ask whether there are any
+                counted = (wanted != IGNORED)[:, None]
                 if grad_hidden is not None:
-                    grad_hidden[start : start + rows] = grad @ matrix
+                    grad_hidden[start : start + rows] = (grad @ matrix) * counted
                 if grad_weight is not None:
-                    grad_weight += grad.t() @ part
+                    grad_weight += grad.t() @ (part * counted)
                 if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0)
+                    grad_bias += (grad * counted).sum(dim=0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return loss
@@ -133,12 +156,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _logit_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
-    """d(sum of cross-entropies)/d(logits) = softmax - onehot, 0 for ignored rows; ``logits`` may be overwritten."""
+def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """d(sum of cross-entropies)/d(logits) = softmax - onehot; of ignored rows anything."""
     grad = torch.softmax(logits, dim=-1)
-    counted = targets != IGNORED
     grad[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
-    return grad if bool(counted.all()) else grad * counted[:, None]
+    return grad

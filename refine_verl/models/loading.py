@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,18 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from refine_verl.config import ModelError, did_you_mean
+from refine_verl.config import ConfigError, ModelError, did_you_mean
 from refine_verl.config.hub import LFS_POINTER, is_lfs_pointer, local_files_only, why_not
 from refine_verl.kernels import ensure_kernels
-from refine_verl.models.adapters import FLA_VERIFIED_ON_CPU, FlaAdapter, get_adapter, known_model_types
+from refine_verl.models.adapters import (
+    FLA_NOT_SUPPORTED,
+    FLA_THROUGH_THE_SAME_ADAPTER,
+    FLA_VERIFIED_ON_CPU,
+    has_attention_layers,
+    known_model_types,
+)
+from refine_verl.models.hybrid import MIXERS
+from refine_verl.models.hybrid.checks import HYBRIDS_NOT_SUPPORTED, attention_not_supported, why_not_supported
 from refine_verl.models.lact import LaCTConfig
 from refine_verl.models.weights import (
     Unusable,
@@ -35,6 +44,9 @@ from refine_verl.models.weights import (
 logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -164,8 +176,8 @@ def _config_from_values(values: dict[str, Any]) -> PretrainedConfig:
             raise ModelError(f"model.config.{key}: a {model_type} has no such setting.{did_you_mean(key, known)}")
     try:
         return AutoConfig.for_model(model_type, **values)
-    except ValueError as error:
-        raise Unusable(str(error)) from error
+    except Exception as error:  # configurations check their values with exceptions of many types
+        raise Unusable(" ".join(str(error).split())) from error
 
 
 def _config_from_path(name: str, overrides: dict[str, Any]) -> PretrainedConfig:
@@ -227,19 +239,17 @@ def check_family(config: PretrainedConfig, on_gpu: bool) -> None:
             f"its weights are quantised (quantization_config of config.json: {getattr(method, 'value', method)}), and "
             "they are trained, and their states forked, in floating point. Give the model it was made of."
         )
-    if getattr(config, "attn", None):
-        raise Unusable(
-            f"this {kind} mixes in softmax attention layers (config.attn). Their cache grows with the text, so it is "
-            "no fast-weight state to fork; only purely recurrent models are supported."
-        )
+    if has_attention_layers(config) and (reason := attention_not_supported(config)):
+        raise Unusable(reason)
+    if kind in MIXERS and (reason := why_not_supported(config)):
+        raise Unusable(reason)
     if isinstance(config, LaCTConfig) and config.window_size is None:
         raise Unusable(
             f"the attention of this {kind} sees all tokens before (window_size=null). Its keys and values grow with "
             "the text, so they are no fast-weight state to fork. Give it a window: window_size=2048 is the published "
             "one."
         )
-    on_gpu_only = isinstance(get_adapter(kind), FlaAdapter) and kind not in FLA_VERIFIED_ON_CPU
-    if on_gpu_only and not on_gpu:
+    if kind in FLA_THROUGH_THE_SAME_ADAPTER and not on_gpu:
         raise Unusable(
             f"the kernels of {kind} need a GPU, and it would run on the CPU here. These run without a GPU: "
             f"{', '.join(FLA_VERIFIED_ON_CPU)}."
@@ -247,7 +257,58 @@ def check_family(config: PretrainedConfig, on_gpu: bool) -> None:
 
 
 def _not_fast_weight(model_type: str) -> Unusable:
+    if reason := FLA_NOT_SUPPORTED.get(model_type):
+        return Unusable(
+            f"'{model_type}' of flash-linear-attention is not supported: {reason}. Supported model types: "
+            f"{', '.join(known_model_types())}."
+        )
+    if reason := HYBRIDS_NOT_SUPPORTED.get(model_type):
+        return Unusable(
+            f"'{model_type}' is not supported: {reason}. Supported model types: {', '.join(known_model_types())}."
+        )
     return Unusable(
         f"'{model_type}' is not a fast-weight model REFINE knows. Supported model types: "
         f"{', '.join(known_model_types())}. For your own model, register an adapter (docs/extending.md)."
     )
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda[:N]` means here.
+
+    Raises:
+        ConfigError: an unknown one, or a GPU where there is none.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError("device", f"unknown device {name!r}. Allowed: auto, cpu, cuda, cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", f"{name!r} was asked for, but there is no GPU here. Set device=cpu.")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError("device", f"{name!r} is not supported. Allowed: auto, cpu, cuda, cuda:N.")
+    return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `auto` (bfloat16 on a GPU, else float32), `float32` or `bfloat16` means there."""
+    return DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def import_external(package: str, key: str = "external_lib") -> None:
+    """Import a user's package, which registers a model and its adapter.
+
+    Args:
+        package: its name.
+        key: what names it.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a user's package may fail in any way while it is imported
+        raise ConfigError(
+            key,
+            f"{package} cannot be imported ({type(error).__name__}: {error}). Install it, or put its directory on "
+            "PYTHONPATH.",
+        ) from error

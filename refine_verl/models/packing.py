@@ -35,7 +35,7 @@ class Packed:
     @property
     def last(self) -> Tensor:
         """int64 [runs]: index of each run's last token in the flattened order of ``tokens``."""
-        return torch.tensor(self.lengths, device=self.tokens.device).cumsum(0) - 1
+        return (torch.tensor(self.lengths).cumsum(0) - 1).to(self.tokens.device, non_blocking=True)
 
 
 def pack(runs: Sequence[Tensor]) -> Packed:
@@ -45,7 +45,7 @@ def pack(runs: Sequence[Tensor]) -> Packed:
         raise ValueError(f"cannot pack an empty run of tokens (lengths {lengths})")
     if len(set(lengths)) == 1:
         return Packed.of_rows(torch.stack(list(runs)))
-    offsets = torch.tensor((0, *lengths), device=runs[0].device).cumsum(0)
+    offsets = torch.tensor((0, *lengths)).cumsum(0).to(runs[0].device, non_blocking=True)
     return Packed(torch.cat(list(runs)).unsqueeze(0), lengths, offsets)
 
 
@@ -83,7 +83,7 @@ class Documents:
     def select(self, rows: Sequence[int]) -> Documents:
         """Some of the documents, in the order of ``rows``."""
         return Documents(
-            self.tokens[torch.as_tensor(list(rows), device=self.tokens.device)],
+            self.tokens[torch.as_tensor(list(rows)).to(self.tokens.device, non_blocking=True)],
             tuple(self.lengths[row] for row in rows),
             None if self.learn_from is None else tuple(self.learn_from[row] for row in rows),
         )
@@ -127,6 +127,11 @@ class Documents:
                 following = torch.cat([following.new_full((skipped,), IGNORED), following[skipped:]])
             runs.append(following)
         return torch.cat(runs)
+
+    def places(self, positions: Tensor) -> Tensor:
+        """Where ``positions`` [N, c] are among the tokens of all documents: int64 [N * c]; both on the CPU."""
+        lengths = torch.tensor(self.lengths)
+        return (positions + (lengths.cumsum(0) - lengths)[:, None]).flatten()
 
     def even_cuts(self, segments: int) -> list[list[int]]:
         """``segments + 1`` borders per document, as even as possible: list over borders of [N] positions.

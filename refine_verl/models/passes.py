@@ -5,6 +5,7 @@ Everything here runs inside the actor's one forward pass (`refine_verl.models.ac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,13 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from refine_verl.config import ConfigError, NSPSettings
-from refine_verl.models.adapters import ModelAdapter, TracingAdapter
+from refine_verl.config import ConfigError, NSPSettings, RolloutLength
+from refine_verl.models.adapters import (
+    NO_LAYERS,
+    ModelAdapter,
+    RecomputingAdapter,
+    RoutingAdapter,
+    TracingAdapter,
+    WritesAdapter,
+    check_selection,
+)
 from refine_verl.models.packing import IGNORED, Documents, Packed
+from refine_verl.models.pieces import in_pieces, piece_count
+from refine_verl.models.recompute import checkpointed
 from refine_verl.models.rollouts import Branches
 from refine_verl.models.state import FastWeightState
-from refine_verl.models.trace import Trace, read_segments, read_with_snapshots
-from refine_verl.nsp import align_entropy, sample_from_logits, select_positions, without
+from refine_verl.models.trace import Run, Trace, read_segments, read_with_snapshots
+from refine_verl.nsp import align_entropy, looks_at_writes, sample_from_logits, select_positions, without
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,13 @@ class Written:
         tokens: int64 [R, steps].
         log_probs: float32 [R, steps], of the policy that wrote them.
         hidden: [R, steps, d], hidden states at the tokens; None unless asked for.
+        routes: int64 [R, tokens that were read], see `RoutingAdapter`; None of a model without experts.
     """
 
     tokens: Tensor
     log_probs: Tensor
     hidden: Tensor | None
+    routes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +73,17 @@ class Passes(nn.Module):
 
     adapter: ModelAdapter
     autocast_dtype: torch.dtype | None
-    checkpoint_segments: bool
+    activation_checkpointing: str
+    reading: str
+    balance_coef: float
     forward_tokens: int
     end_tokens: Sequence[int]
+    sentence_ends: Sequence[int]
+
+    @property
+    def checkpoint_segments(self) -> bool:
+        """Whether documents are cut into segments that are run again in the backward pass."""
+        return self.activation_checkpointing == "segment"
 
     # One pass
 
@@ -70,9 +91,31 @@ class Passes(nn.Module):
         self, packed: Packed, state: FastWeightState | None, keep_state: bool
     ) -> tuple[Tensor, FastWeightState | None]:
         """One pass of the trunk: hidden states [tokens, d] in the order of the runs, and the state after them."""
+        self.forward_tokens += packed.tokens.numel() * (self._times() - 1)
+        with self.recomputed():
+            return self._run(packed, state, keep_state)
+
+    def _run(
+        self, packed: Packed, state: FastWeightState | None, keep_state: bool
+    ) -> tuple[Tensor, FastWeightState | None]:
+        """`run` without activation checkpointing of its own, for bodies that are run again as a whole."""
         self.forward_tokens += packed.tokens.numel()
         hidden, after = self.adapter.run(self, packed, state, keep_state)
         return hidden.reshape(-1, hidden.shape[-1]), after
+
+    def routes(self) -> Tensor | None:
+        """Where the tokens of the last pass went, [tokens]; see `RoutingAdapter.routes`."""
+        return self.adapter.routes() if isinstance(self.adapter, RoutingAdapter) else None
+
+    def balance_loss(self, documents: Documents) -> dict[str, Tensor]:
+        """Of the pass over documents just made: ``balance_loss_sum``, weighted, times the number of predicted tokens.
+
+        Nothing unless it is wanted (`make_actor`).
+        """
+        if not self.balance_coef:
+            return {}
+        assert isinstance(self.adapter, RoutingAdapter)
+        return {"balance_loss_sum": self.balance_coef * documents.predicted * self.adapter.balance_loss()}
 
     def segment(
         self, packed: Packed, state: FastWeightState | None, keep_state: bool
@@ -124,33 +167,69 @@ class Passes(nn.Module):
             )
         return self.end_tokens
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def sentence_ends_of(self, nsp: NSPSettings, device: torch.device) -> Tensor:
+        """Ids [...] of tokens that end a sentence, int64, if rollouts end there.
+
+        Raises:
+            ConfigError: they do, and nobody has said which tokens do.
+        """
+        asked = isinstance(nsp.rollout_length, RolloutLength) and nsp.rollout_length.by == "sentence"
+        if asked and not self.sentence_ends:
+            raise ConfigError(
+                "refine.nsp.rollout_length.by",
+                "sentence needs a tokenizer, and there are token ids only here. Set by=entropy.",
+            )
+        return torch.tensor(self.sentence_ends if asked else (), dtype=torch.int64, device=device)
+
+    def autocast(self, trains: bool) -> AbstractContextManager[Any]:
         """bf16 matmuls over float32 parameters.
 
-        Without autocast's weight cache: cached bf16 copies collect the gradients of all passes in bf16.
+        Weights are cast once for all passes without gradients. Passes with gradients do without autocast's cache:
+        cached bf16 copies collect the gradients of all of them in bf16.
         """
         if self.autocast_dtype is None:
             return nullcontext()
         device = next(self.parameters()).device.type
-        return torch.autocast(device, dtype=self.autocast_dtype, cache_enabled=False)
+        return torch.autocast(device, dtype=self.autocast_dtype, cache_enabled=not trains)
+
+    def recomputed(self) -> AbstractContextManager[None]:
+        """With activation checkpointing per layer: what a pass with gradients is made in.
+
+        Raises:
+            ConfigError: the model's adapter cannot do it.
+        """
+        if self._times() == 1:
+            return nullcontext()
+        if not isinstance(self.adapter, RecomputingAdapter):
+            raise ConfigError("model.activation_checkpointing", NO_LAYERS)
+        return self.adapter.recomputed_layers(self)
 
     # Read
 
     def read(self, documents: Documents, snapshots: int) -> tuple[list[Tensor], Trace | None]:
-        """One pass over S: hidden states [T, d] of each document, and its states (None for 0 ``snapshots``)."""
+        """One pass over S: hidden states [T, d] of each document, and its states (None for 0 ``snapshots``).
+
+        In ``snapshots`` segments where the adapter cannot trace, or a trace would keep too much (`make_actor`).
+        """
         if snapshots == 0:
             packed = documents.whole
             return list(self.run(packed, None, keep_state=False)[0].split(packed.lengths)), None
-        return self.trace(documents) or read_with_snapshots(self.run, documents, snapshots)
+        traced = None if self.reading == "segments" else self.trace(documents)
+        return traced or read_with_snapshots(self.run, documents, snapshots)
 
-    def trace(self, documents: Documents) -> tuple[list[Tensor], Trace] | None:
-        """`read` in one uncut pass with all its states; None where the adapter cannot."""
+    def trace(self, documents: Documents, positions: Tensor | None = None) -> tuple[list[Tensor], Trace] | None:
+        """`read` in one uncut pass with all its states, or those at known positions; None where the adapter cannot."""
         if not isinstance(self.adapter, TracingAdapter):
             return None
-        traced = self.adapter.trace(self, documents)
+        with self.recomputed():
+            traced = self.adapter.trace(self, documents, positions)
         if traced is not None:
-            self.forward_tokens += documents.total
+            self.forward_tokens += documents.total * self._times()
         return traced
+
+    def _times(self) -> int:
+        """How often a pass is computed: with activation checkpointing per layer again in the backward pass."""
+        return 2 if self.activation_checkpointing == "layer" and torch.is_grad_enabled() else 1
 
     def read_to_train(self, documents: Documents, chunks: int) -> Tensor:
         """The next-token loss of S alone, in c + 1 segments where activations are recomputed; see `next_token_loss`."""
@@ -172,23 +251,56 @@ class Passes(nn.Module):
         """
         if documents.learn_from is not None:
             # most tokens may be a prompt's, and logits of these are not worth making
-            hidden, targets = hidden[targets != IGNORED], targets[targets != IGNORED]
+            kept = (targets != IGNORED).nonzero()[:, 0]  # once: the host waits for it
+            hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
         loss: Tensor = self.apply_head(hidden, "cross_entropy", targets=targets)
         return loss
 
+    def next_token_loss_and_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`next_token_loss`, and [tokens] the entropy of each prediction (Eq. 5), from one pass of the head.
+
+        Args:
+            hidden: [tokens, d].
+            targets: [tokens], what each of them predicts.
+        """
+        loss, entropy = self.apply_head(hidden, "cross_entropy", targets=targets, with_entropy=True)
+        return loss, entropy
+
     # Select
 
-    def select(self, entropy: Tensor, hidden: Tensor, tokens: Tensor, nsp: NSPSettings, uniforms: Tensor) -> Tensor:
+    def write_norms(self, documents: Documents, trace: Trace | None, nsp: NSPSettings) -> Sequence[Tensor | None]:
+        """How strongly the tokens of each document rewrote the fast weights, [layers, T]; None if nobody asks.
+
+        Raises:
+            ConfigError: the selection strategy asks, and the adapter does not know.
+        """
+        if not looks_at_writes(nsp):
+            return [None] * len(documents)
+        check_selection(nsp, self.adapter)
+        assert isinstance(self.adapter, WritesAdapter) and trace is not None
+        return self.adapter.write_norms(trace).cpu().split(documents.lengths, dim=1)
+
+    def select(
+        self,
+        entropy: Tensor,
+        hidden: Tensor,
+        tokens: Tensor,
+        write_norms: Tensor | None,
+        nsp: NSPSettings,
+        uniforms: Tensor,
+    ) -> Tensor:
         """Positions [c] of one document, on the CPU.
 
         Args:
             entropy: [T], of the prediction made from each token.
             hidden: [T, d].
             tokens: [T].
+            write_norms: [layers, T], or None.
             nsp: how to select.
             uniforms: [c], they decide.
         """
-        return select_positions(align_entropy(entropy), nsp, uniforms, hidden=hidden, tokens=tokens)
+        about = {"hidden": hidden, "tokens": tokens, "write_norms": write_norms}
+        return select_positions(align_entropy(entropy), nsp, uniforms, **about)
 
     # Continue
 
@@ -214,10 +326,11 @@ class Passes(nn.Module):
             keep_hidden: whether hidden states at the tokens are wanted; the last token is then read, too.
             forbidden: ids that are never written.
         """
-        draws = draws.to(last.device)
+        draws = draws.to(last.device, non_blocking=True)
         tokens: list[Tensor] = []
         log_probs: list[Tensor] = []
         hidden: list[Tensor] = []
+        routes: list[Tensor] = []
         for step in range(draws.shape[1]):
             token, log_prob = sample_from_logits(without(self.apply_head(last), forbidden), draws[:, step], temperature)
             tokens.append(token)
@@ -226,26 +339,27 @@ class Passes(nn.Module):
             if not ended or keep_hidden:
                 last, state = self.run(Packed.of_rows(token.unsqueeze(1)), state, keep_state=True)
                 hidden.append(last)
+                if (taken := self.routes()) is not None:
+                    routes.append(taken)
             if ended:
                 break
         return Written(
             torch.stack(tokens, dim=1),
             torch.stack(log_probs, dim=1),
             torch.stack(hidden, dim=1) if keep_hidden else None,
+            torch.stack(routes, dim=1) if routes else None,
         )
 
     # Branch
 
     def fork(self, documents: Documents, branches: Branches) -> Forks:
         """Read S and fork its state after every chosen position."""
-        traced = None if self.checkpoint_segments else self.trace(documents)
+        positions = branches.positions.cpu()  # the host waits once
+        traced = None if self.checkpoint_segments else self.trace(documents, positions)
         if traced is not None:
-            parts, trace = traced
-            last = torch.cat([part[at] for part, at in zip(parts, branches.positions, strict=True)])
-            targets = documents.next_tokens(documents.whole, documents.lengths)
-            return Forks(torch.cat(parts), targets, last, trace.after(branches.positions))
+            return self.forks_of(documents, *traced, positions)
         # in c+1 segments cut after the chosen positions, the state carried from one to the next
-        borders = [[0] * len(documents), *(branches.positions + 1).t().tolist(), list(documents.lengths)]
+        borders = [[0] * len(documents), *(positions + 1).t().tolist(), list(documents.lengths)]
         segments = list(read_segments(self.segment, documents, borders))
         states = [part.state for part in segments if part.state is not None]
         picks = [(chunk, b) for b in range(len(documents)) for chunk in range(len(states))]
@@ -256,8 +370,20 @@ class Passes(nn.Module):
             FastWeightState.gather(states, picks),
         )
 
-    def branch(self, last: Tensor, state: FastWeightState, tokens: Tensor, nsp: NSPSettings) -> Tensor:
-        """Log-probabilities of the rollouts from the forked states: k-1 tokens from each, all in one pass.
+    @staticmethod
+    def forks_of(documents: Documents, parts: list[Tensor], trace: Trace, positions: Tensor) -> Forks:
+        """What `trace` gave, with the states after ``positions`` [N, c], on the CPU."""
+        hidden = torch.cat(parts)
+        last = hidden.index_select(0, documents.places(positions).to(hidden.device, non_blocking=True))
+        targets = documents.next_tokens(documents.whole, documents.lengths)
+        return Forks(hidden, targets, last, trace.after(positions))
+
+    def branch(self, last: Tensor, state: FastWeightState, tokens: Tensor, nsp: NSPSettings) -> dict[str, Tensor]:
+        """Log-probabilities of the rollouts from the forked states: k-1 tokens from each.
+
+        In one pass, or, where there are more than ``refine.nsp.rollouts_together``, in one for each piece. A piece is
+        forked, read and scored again in the backward pass: from one piece to the next only the states before the fork
+        stay, and their gradients enter the trunk once.
 
         Args:
             last: [N * c, d] hidden state at x_t.
@@ -266,15 +392,65 @@ class Passes(nn.Module):
             nsp: n, k, temperature and how far the gradient goes.
 
         Returns:
-            [N * c * n, k], in the order of ``tokens``.
+            ``log_probs`` [N * c * n, k], in the order of ``tokens``; of a model with experts also ``routes``, int64
+            [N * c * n, k - 1].
         """
-        copies, length = tokens.shape[2:]
-        tokens = tokens.flatten(0, 2)
-        if nsp.grad_scope == "branch":
-            last, state = last.detach(), state.detach()
-        hidden = last.repeat_interleave(copies, dim=0).unsqueeze(1)
-        if length > 1:
-            rest = Packed.of_rows(tokens[:, :-1])
-            after, _ = self.segment(rest, state.fork(copies), keep_state=False)
-            hidden = torch.cat([hidden, after.view(*rest.tokens.shape, -1)], dim=1)
-        return self.log_probs(hidden, tokens, nsp)
+        last, state = self._where_branches_start(last, state, nsp)
+        rows = tokens.flatten(0, 1)
+        score = functools.partial(self._score_branches, nsp=nsp, read_all=False)
+        if piece_count(rows.shape[0], rows.shape[1], nsp.rollouts_together) == 1:
+            found = score(last, state, rows, run=self.segment)
+        else:
+            found = in_pieces(functools.partial(self._again, score), last, state, rows, nsp.rollouts_together)
+        return {name: part.flatten(0, 1) for name, part in zip(("log_probs", "routes"), found, strict=False)}
+
+    def branch_and_read(
+        self, last: Tensor, state: FastWeightState, tokens: Tensor, nsp: NSPSettings
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """`branch` in one pass, reading the rollouts' last tokens, too.
+
+        Returns:
+            What `branch` returns, and the hidden states at all k tokens, [N * c * n, k, d], without gradient.
+        """
+        last, state = self._where_branches_start(last, state, nsp)
+        found = self._score_branches(last, state, tokens.flatten(0, 1), nsp, read_all=True, run=self.segment)
+        log_probs, *routes, hidden = (part.flatten(0, 1) for part in found)
+        return {"log_probs": log_probs, **({"routes": routes[0][:, :-1]} if routes else {})}, hidden
+
+    @staticmethod
+    def _where_branches_start(last: Tensor, state: FastWeightState, nsp: NSPSettings) -> tuple[Tensor, FastWeightState]:
+        return (last.detach(), state.detach()) if nsp.grad_scope == "branch" else (last, state)
+
+    def _again(
+        self, score: Callable[..., tuple[Tensor, ...]], last: Tensor, state: FastWeightState, rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        """``score`` a piece, and once more in the backward pass."""
+
+        def body(last: Tensor, state: FastWeightState | None) -> tuple[tuple[Tensor, ...], None]:
+            return score(last, state, rows, run=self._run), None
+
+        if not torch.is_grad_enabled():
+            return body(last, state)[0]
+        found: tuple[Tensor, ...] = checkpointed(body, last, state)[0]
+        return found
+
+    def _score_branches(
+        self, last: Tensor, state: FastWeightState, tokens: Tensor, nsp: NSPSettings, *, read_all: bool, run: Run
+    ) -> tuple[Tensor, ...]:
+        """Log-probabilities of ``tokens`` [p, m, k], like these.
+
+        Of a model with experts then the routes of the tokens that are read, and last, with ``read_all``, hidden states
+        [p, m, k, d].
+        """
+        shape, copies = tokens.shape, tokens.shape[1]
+        tokens = tokens.flatten(0, 1)
+        hidden, read = last.repeat_interleave(copies, dim=0).unsqueeze(1), tokens if read_all else tokens[:, :-1]
+        after, routes = hidden[:, :0], None
+        if read.shape[1]:
+            after = run(Packed.of_rows(read), state.fork(copies), False)[0].view(*read.shape, -1)
+            hidden = torch.cat([hidden, after[:, : shape[2] - 1]], dim=1)
+            routes = self.routes()
+        found = [self.log_probs(hidden, tokens, nsp).view(shape)]
+        if routes is not None:
+            found.append(routes.view(*shape[:2], -1))
+        return (*found, after.detach().view(*shape, -1)) if read_all else tuple(found)

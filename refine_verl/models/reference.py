@@ -42,11 +42,11 @@ def rollout(
         written = actor.write(
             states[packed.last], after, uniforms, nsp.temperature, forbidden=actor.forbidden(nsp)
         ).tokens
-        states = _plain_hidden(actor, prefixes, written, nsp.rollout_length + 1)
+        states = _plain_hidden(actor, prefixes, written, nsp.longest_rollout + 1)
         tokens.append(written)
         log_probs.append(actor.log_probs(states[:, :-1], written, nsp))
         hidden.append(states[:, 1:])
-    shape = (len(documents), nsp.rollouts_per_position, nsp.rollout_length)
+    shape = (len(documents), nsp.rollouts_per_position, nsp.longest_rollout)
     return (
         torch.stack([part.view(shape) for part in tokens], dim=1),
         torch.stack([part.view(shape) for part in log_probs], dim=1),
@@ -62,7 +62,7 @@ def update(actor: Passes, documents: Documents, branches: Branches, nsp: NSPSett
         prefixes = _prefixes(documents, branches.positions[:, chunk], nsp.rollouts_per_position)
         written = branches.tokens[:, chunk].flatten(0, 1)
         score = _branch_only if nsp.grad_scope == "branch" else _through_prefix
-        log_probs.append(score(actor, prefixes, written, nsp).view(len(documents), -1, nsp.rollout_length))
+        log_probs.append(score(actor, prefixes, written, nsp).view(len(documents), -1, nsp.longest_rollout))
     return {"ntp_loss_sum": loss, "log_probs": torch.stack(log_probs, dim=1).flatten(0, 2)}
 
 
@@ -79,7 +79,7 @@ def _plain_hidden(actor: Passes, prefixes: list[Tensor], tokens: Tensor, keep: i
 
 def _through_prefix(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: NSPSettings) -> Tensor:
     def body(inputs: Tensor) -> Tensor:
-        return _plain_hidden(actor, prefixes, inputs, nsp.rollout_length)
+        return _plain_hidden(actor, prefixes, inputs, nsp.longest_rollout)
 
     inputs = tokens[:, :-1]
     if actor.checkpoint_segments:
@@ -95,7 +95,7 @@ def _branch_only(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: NSP
     with torch.no_grad():
         hidden, state = actor.run(packed, None, keep_state=True)
     last = hidden[packed.last].unsqueeze(1)
-    if nsp.rollout_length > 1:
+    if nsp.longest_rollout > 1:
         assert state is not None
         rest = Packed.of_rows(tokens[:, :-1])
         after, _ = actor.run(rest, state.detach(), keep_state=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,14 @@ class RowLeaf(ABC):
     """A leaf of the tree that keeps its rows its own way: rows that share values, slices of a common buffer, ...
 
     Immutable like the state. What is not a tensor (indices, positions) must not be needed by ``rebuild``'s caller.
+
+    One that is a dataclass of tensors, integers, containers and ``parts`` can be saved (`models.keeping`).
+
+    Attributes:
+        parts: dataclasses and named tuples that its fields hold.
     """
+
+    parts: ClassVar[tuple[type, ...]] = ()
 
     @property
     @abstractmethod
@@ -43,6 +50,15 @@ class RowLeaf(ABC):
     @abstractmethod
     def fresh(self) -> RowLeaf:
         """As many rows before their first token."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """How much larger a row becomes with every token, for ever; 0 of a memory of fixed size."""
+        return 0
+
+    def owned(self) -> RowLeaf:
+        """The same rows, without values that none of them refers to and without those of other rows."""
+        return self
 
     @classmethod
     @abstractmethod
@@ -93,6 +109,23 @@ class FastWeightState:
             lambda leaf: leaf.select(rows),
         )
 
+    def split(self, sizes: Sequence[int]) -> list[FastWeightState]:
+        """The first ``sizes[0]`` rows, the next ``sizes[1]`` and so on; nothing is copied that rows have in common.
+
+        Gradients of the parts are put together once, whatever their number.
+        """
+        borders = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
+        leaves, spec = pytree.tree_flatten(self.tree)
+        columns = [
+            leaf.split(list(sizes))
+            if isinstance(leaf, Tensor)
+            else [leaf.select(range(*pair)) for pair in zip(borders, borders[1:], strict=False)]
+            if isinstance(leaf, RowLeaf)
+            else [leaf] * len(sizes)
+            for leaf in leaves
+        ]
+        return [FastWeightState(pytree.tree_unflatten([part[i] for part in columns], spec)) for i in range(len(sizes))]
+
     def fork(self, copies: int) -> FastWeightState:
         """Repeat each row ``copies`` times, copies of one row side by side: [rows * copies, ...]."""
         if copies == 1:
@@ -114,6 +147,20 @@ class FastWeightState:
         """
         needs_grad = torch.is_grad_enabled()
         return self.map(lambda tensor: tensor.detach().requires_grad_(needs_grad and tensor.is_floating_point()))
+
+    def owned(self) -> FastWeightState:
+        """The same values and nothing else: no view of a tensor, and no buffer, that holds more than these rows."""
+
+        def own(tensor: Tensor) -> Tensor:
+            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+        return self._each(lambda tensor: tensor, lambda leaf: leaf.owned()).map(own)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """How much larger a row becomes with every token; 0 of a memory of fixed size."""
+        return sum(leaf.bytes_per_token for leaf in pytree.tree_leaves(self.tree) if isinstance(leaf, RowLeaf))
 
     def zeros_like(self) -> FastWeightState:
         """The state before the first token, in the shape of this one."""

@@ -2,7 +2,8 @@
 
 `Step.write` reads documents, selects positions and continues from them; `Step.write_and_reward` does so micro-batch by
 micro-batch and rewards what was written; `nsp.group_standardise` compares the rewards; `Step.loss` branches off the
-rollouts again, with gradients, and ends in the objective. Training's workers, `refine_verl.adapt`, `inspect`, the
+rollouts again, with gradients, and ends in the objective. `Step.on_policy` does all but the last in the pass that is
+trained. Training's workers, `refine_verl.adapt`, `inspect`, the
 benchmark and the examples all call these.
 """
 
@@ -19,11 +20,11 @@ from refine_verl.config import LossSettings, NSPSettings
 from refine_verl.models.actor import snapshot_count
 from refine_verl.models.packing import Documents
 from refine_verl.models.rollouts import Branches, RolloutBatch, RolloutDraws, documents_together
-from refine_verl.nsp import refine_objective
+from refine_verl.nsp import counted_tokens, refine_objective
 from refine_verl.nsp.objective import PolicyLoss
 
 Rollouts = Mapping[str, Tensor]
-"""Rollouts without hidden states, under the names `Step.write_and_reward` lists, and ``advantages`` [N, c, n]."""
+"""Rollouts without hidden states, under the names `Step.write_and_reward` lists, and ``advantages`` [N, c, n, k]."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,14 @@ class Step:
 
         Returns:
             ``positions`` int64 [N, c], ``rollout_tokens`` int64 and ``old_log_probs`` [N, c, n, k], ``entropy_mean``
-            [N], ``entropy_selected`` [N, c], and what ``reward`` returns.
+            [N], ``entropy_selected`` [N, c], where they differ ``rollout_lengths`` int64 [N, c], of a model with
+            experts ``routes`` int64 [N, c, n, k - 1], and what ``reward`` returns.
         """
         size = documents_together(self.nsp, self.read_together)
         parts: list[dict[str, Tensor]] = []
         for index, part in enumerate(documents.split(size)):
             written = self.write(step, part, ids[index * size : index * size + len(part)])
-            numbers = {
-                "positions": written.positions,
-                "rollout_tokens": written.tokens,
-                "old_log_probs": written.log_probs,
-                "entropy_mean": written.entropy_mean,
-                "entropy_selected": written.entropy_selected,
-            }
-            parts.append({**numbers, **reward(written)})
+            parts.append({**_numbers(written), **reward(written)})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def loss(
@@ -96,29 +91,85 @@ class Step:
         policy_loss: PolicyLoss,
         global_tokens: int,
         global_rollouts: int,
+        output: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """A micro-batch's share of the mini-batch's loss, to call ``backward`` on, and of its metrics.
 
         Args:
             documents: the micro-batch.
             rollouts: theirs; None for the next-token loss alone.
+            output: of `on_policy`, if the trained pass has been made already.
             coefficients: lambda_RL and lambda_SFT.
             policy_loss, global_tokens, global_rollouts: see `refine_objective`.
         """
-        branches = None if rollouts is None else Branches(rollouts["positions"], rollouts["rollout_tokens"])
-        output = self.run(mode="update", documents=documents, branches=branches, nsp=self.nsp)
+        if output is None:
+            branches = None if rollouts is None else Branches(rollouts["positions"], rollouts["rollout_tokens"])
+            output = self.run(mode="update", documents=documents, branches=branches, nsp=self.nsp)
         return refine_objective(
             output["ntp_loss_sum"],
             documents.predicted,
             output.get("log_probs"),
             None if rollouts is None else rollouts["old_log_probs"].flatten(0, 2),
-            None if rollouts is None else rollouts["advantages"].flatten(),
+            None if rollouts is None else rollouts["advantages"].flatten(0, 2),
+            None if rollouts is None else counted_rollout_tokens(rollouts),
             policy_loss=policy_loss,
             rl_coef=0.0 if rollouts is None else coefficients.rl_coef,
             sft_coef=coefficients.sft_coef,
             global_tokens=global_tokens,
             global_rollouts=global_rollouts,
         )
+
+    def on_policy(
+        self,
+        step: int,
+        documents: Documents,
+        ids: Sequence[int],
+        reward: Callable[[RolloutBatch], Mapping[str, Tensor]],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Read, select, continue and reward inside the pass that is trained.
+
+        Args:
+            step, documents, ids, reward: as in `write_and_reward`, for one micro-batch.
+
+        Returns:
+            What `write_and_reward` returns, with the log-probabilities of the trained pass as the old ones, so that
+            the ratio is exactly 1, and those of the writing passes as ``written_log_probs``; and what
+            `FastWeightActor.update` returns.
+        """
+        written, output = self.run(
+            mode="on_policy",
+            documents=documents,
+            nsp=self.nsp,
+            draws=RolloutDraws.of(self.seed, step, ids, self.nsp),
+            snapshots=snapshot_count(self.nsp.chunks, self.longest or max(documents.lengths)),
+        )
+        numbers = {**_numbers(written), **reward(written)}
+        numbers["written_log_probs"] = written.log_probs
+        numbers["old_log_probs"] = output["log_probs"].detach().view(written.tokens.shape)
+        return numbers, output
+
+
+def _numbers(written: RolloutBatch) -> dict[str, Tensor]:
+    """Rollouts without hidden states."""
+    lengths = {} if written.lengths is None else {"rollout_lengths": written.lengths}
+    return {
+        **lengths,
+        "positions": written.positions,
+        "rollout_tokens": written.tokens,
+        "old_log_probs": written.log_probs,
+        "entropy_mean": written.entropy_mean,
+        "entropy_selected": written.entropy_selected,
+        **({} if written.routes is None else {"routes": written.routes}),
+    }
+
+
+def counted_rollout_tokens(rollouts: Rollouts) -> Tensor | None:
+    """Which tokens [N * c * n, k] belong to their rollouts; None: all."""
+    lengths = rollouts.get("rollout_lengths", None)
+    if lengths is None:
+        return None
+    copies, width = rollouts["rollout_tokens"].shape[2:]
+    return counted_tokens(lengths.flatten().repeat_interleave(copies), width)
 
 
 def in_parts(documents: Documents, rollouts: Rollouts | None, size: int) -> Iterator[tuple[Documents, Rollouts | None]]:

@@ -26,12 +26,27 @@ class Trace(Protocol):
         """States after x_t for every position.
 
         Args:
-            positions: int64 [N, c].
+            positions: int64 [N, c] on the CPU: the host has to look at them.
 
         Returns:
             [N * c] rows, document by document.
         """
         ...
+
+
+@dataclass(frozen=True)
+class KnownStates:
+    """The states at positions that a pass was told beforehand.
+
+    Attributes:
+        state: [N * c] rows.
+    """
+
+    state: FastWeightState
+
+    def after(self, positions: Tensor) -> FastWeightState:
+        """See :class:`Trace`; no other positions may be asked for."""
+        return self.state
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import logging
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ def check_weights(path: str | Path, config: PretrainedConfig, *, key: str = "mod
     """Refuse weights that are damaged or do not fit, without reading or downloading them.
 
     The rules are those of ``from_pretrained``, asked on the meta device: renamed keys, tied embeddings, buffers and a
-    missing prefix of the base model are judged by the loader itself. Of ``pytorch_model.bin`` only the presence and
-    the container are checked (its keys lie in a pickle), of a hub id what the local cache holds.
+    missing prefix of the base model are judged by the loader itself. Of a hub id what the local cache
+    holds is checked.
 
     Args:
         path: a model directory, or a hub id.
@@ -68,14 +69,14 @@ def check_weights(path: str | Path, config: PretrainedConfig, *, key: str = "mod
         if found is None:
             return
         headers = {name: torch.empty(shape, device="meta") for file in found.values() for name, shape in file.items()}
-        report = _ask_the_loader(path, config, headers)
+        report = _ask_the_loader(f"{key}={path}", config, headers)
         origin = {name: file for file, names in found.items() for name in names}
         if report is not None and (problems := describe_problems(report, origin)):
             raise misfit(config, problems)
 
 
 def read_headers(path: str | Path, config: PretrainedConfig) -> Headers | None:
-    """The shapes in the files that would be loaded; None where they cannot be known before (pickles, the hub).
+    """The shapes in the files that would be loaded; None where they are still to be downloaded.
 
     Raises:
         Unusable: files that are missing or damaged, or a config.json that says something else than they do:
@@ -83,10 +84,6 @@ def read_headers(path: str | Path, config: PretrainedConfig) -> Headers | None:
     """
     files = _local_files(Path(path), config) if Path(path).is_dir() else _cached_files(str(path))
     if files is None:
-        return None
-    if not all(file.suffix == ".safetensors" for file in files):
-        for file in files:
-            _check_container(file)
         return None
     headers = {file: _header(file) for file in files}
     check = getattr(config, "check_weights", None)
@@ -114,16 +111,15 @@ def check_numbers(model: nn.Module) -> None:
 def check_stored_numbers(path: str | Path, config: PretrainedConfig, *, key: str = "model.path") -> None:
     """`check_numbers` of the files of a model, tensor by tensor: for a run that starts, whose workers read them next.
 
-    Pickles, and what is still to be downloaded, are left to the workers.
+    What is still to be downloaded is left to the workers.
 
     Raises:
         ModelError: names the first tensor that holds one.
     """
     with naming(f"{key}={path}"):
         for file in read_headers(path, config) or ():
-            with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118
-                    _require_numbers(name, stored.get_tensor(name))
+            for name, values in _stored(file):
+                _require_numbers(name, values)
 
 
 def _require_numbers(name: str, values: Tensor) -> None:
@@ -225,6 +221,8 @@ def _shards(index: Path) -> list[str]:
 
 def _header(file: Path) -> dict[str, list[int]]:
     """Shape of every tensor; the library also compares the length of the file with what the header promises."""
+    if file.suffix != ".safetensors":
+        return {name: list(values.shape) for name, values in _unpickled(file, "meta").items()}
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
@@ -232,14 +230,37 @@ def _header(file: Path) -> dict[str, list[int]]:
         raise _damaged(file, str(error)) from error
 
 
-def _check_container(file: Path) -> None:
-    """A pickle is not read before the run that trusts it; a file that was cut off lacks the end of its archive."""
-    with file.open("rb") as stream:
-        start = stream.read(2)
-    if start[:1] not in (b"P", b"\x80"):  # a zip archive, or the pickle of an old version
-        raise _damaged(file, "it begins like no file of weights")
-    if start == b"PK" and not zipfile.is_zipfile(file):
-        raise _damaged(file, "the end of the archive is missing")
+def _stored(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of every tensor of a file whose header is sound, one after the other."""
+    if file.suffix != ".safetensors":
+        yield from _unpickled(file, "cpu").items()
+        return
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118
+            yield name, opened.get_tensor(name)
+
+
+def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
+    """The tensors of a pickle, read as the loader does: no code of it runs, and values stay in the file until used."""
+    archive = zipfile.is_zipfile(file)  # old versions of torch wrote one pickle behind the other
+    try:
+        held = torch.load(file, map_location=device, weights_only=True, mmap=archive)
+    except UnpicklingError as error:
+        if archive:
+            raise Unusable(
+                f"{file} holds more than tensors, and its code would run when it is loaded ({_first_line(error)}). "
+                "Take weights in safetensors."
+            ) from error
+        raise _damaged(file, "it is no archive of weights, or its end is missing") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise _damaged(file, _first_line(error)) from error
+    if not isinstance(held, dict) or not all(isinstance(values, Tensor) for values in held.values()):
+        raise Unusable(f"{file} is no table of tensors. Is it the weights of a model?")
+    return held
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _damaged(file: Path, reason: str) -> Unusable:
@@ -252,7 +273,7 @@ def _damaged(file: Path, reason: str) -> Unusable:
 # The loader
 
 
-def _ask_the_loader(path: str | Path, config: PretrainedConfig, headers: dict[str, Tensor]) -> dict[str, Any] | None:
+def _ask_the_loader(where: str, config: PretrainedConfig, headers: dict[str, Tensor]) -> dict[str, Any] | None:
     """What ``from_pretrained`` says of these keys and shapes; None if it cannot load from the meta device."""
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     own = [name for name in getattr(model_class, "_tied_weights_keys", None) or () if name in headers]
@@ -260,9 +281,9 @@ def _ask_the_loader(path: str | Path, config: PretrainedConfig, headers: dict[st
         # the loader would compare values, and there are none on the meta device
         headers = {name: values for name, values in headers.items() if name not in own}
         logger.warning(
-            "model.path=%s: config.json ties %s to the embeddings, and the weights hold it as well: where the two "
-            "differ, that of the weights is used",
-            path,
+            "%s: config.json ties %s to the embeddings, and the weights hold it as well: where the two differ, that of "
+            "the weights is used",
+            where,
             ", ".join(own),
         )
     try:
@@ -276,7 +297,7 @@ def _ask_the_loader(path: str | Path, config: PretrainedConfig, headers: dict[st
                 ignore_mismatched_sizes=True,
             )
     except Exception as error:  # a model's own initialisation may need real tensors; the workers check again
-        logger.warning("model.path=%s: its weights are checked only when they are loaded (%s)", path, error)
+        logger.warning("%s: its weights are checked only when they are loaded (%s)", where, error)
         return None
     assert isinstance(report, dict)
     return report

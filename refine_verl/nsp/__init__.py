@@ -4,7 +4,7 @@
    `select_positions` (Eq. 6) with the numbers of `position_uniforms`.
 2. Rollout generation (Eq. 7): `sample_from_logits` with the numbers of `rollout_uniforms`; the model itself
    runs elsewhere.
-3. Reward assignment: `get_reward` for `cosine` (Eq. 9), `binary` (Eq. 11), `hybrid` (Eq. 12) or a user's
+3. Reward assignment: `get_reward` for `cosine` (Eq. 9), `binary` (Eq. 11), `hybrid` (Eq. 12), `edit` or a user's
    function.
 4. Optimization with RL: `group_standardise` (advantages), `gather_log_probs`, `ppo_clip_loss` and
    `refine_objective` (Eq. 2, 10).
@@ -18,6 +18,7 @@ from refine_verl.nsp.entropy import (
     smooth_token_entropy,
 )
 from refine_verl.nsp.functions import check_functions
+from refine_verl.nsp.lengths import counted_tokens, rollout_lengths, sentence_ends
 from refine_verl.nsp.metrics import reward_metrics, rollout_metrics
 from refine_verl.nsp.objective import (
     gather_log_probs,
@@ -31,6 +32,7 @@ from refine_verl.nsp.rewards import (
     RewardFunction,
     RewardInputs,
     cosine_reward,
+    edit_gains,
     get_reward,
     register_reward,
 )
@@ -45,10 +47,16 @@ from refine_verl.nsp.sampling import (
 )
 from refine_verl.nsp.selection import (
     ANCHORS,
+    SCORES,
     STRATEGIES,
     SelectionFunction,
     SelectionInputs,
     chunk_bounds,
+    drawn_by,
+    looks_at_writes,
+    needs_writes,
     register_selection,
     select_positions,
+    selection_inputs,
+    weights_of,
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from refine_verl.config import ConfigError, NSPSettings
-from refine_verl.nsp.rewards import REWARDS
+from refine_verl.config import ConfigError, NSPSettings, RolloutLength
+from refine_verl.nsp.rewards import REWARDS, try_reward
 from refine_verl.nsp.selection import SELECTIONS
 
 
@@ -11,10 +11,30 @@ def check_functions(settings: NSPSettings) -> None:
     """Look up the reward and the selection strategy of `settings`; imports the module of an import path.
 
     Raises:
-        ConfigError: names the key, and the nearest known name.
+        ConfigError: names the key, and the nearest known name; `credit=token`, or rollouts of unequal lengths, with a
+            reward that does not say what each token earned, tried out on a made-up input. Only then: a function of a
+            user's may do more than compute.
     """
     for key, registry in (("reward", REWARDS), ("selection", SELECTIONS)):
         try:
             registry.find(getattr(settings, key))
         except ValueError as error:
             raise ConfigError(f"{settings.SECTION}.{key}", str(error)) from error
+    varies = isinstance(settings.rollout_length, RolloutLength)
+    if varies or settings.credit == "token":
+        try:
+            try_reward(settings.reward, settings.longest_rollout, per_token=False)
+        except (TypeError, ValueError) as error:
+            tried = f"{error}, when it was tried out on made-up rollouts."
+            raise ConfigError(f"{settings.SECTION}.reward", tried) from error
+        key, value, cure = "credit", "token", "credit=rollout"
+        if varies:
+            key, value, cure = "rollout_length", "{min, max, by}", "rollout_length to a number"
+        try:
+            try_reward(settings.reward, settings.longest_rollout, per_token=True)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{settings.SECTION}.{key}",
+                f"{value} needs a reward that says what each token earned: {error}. Return that from the reward, or "
+                f"set {settings.SECTION}.{cure}.",
+            ) from error

@@ -133,6 +133,7 @@ def refine_objective(
     global_tokens: int,
     global_rollouts: int,
     dp_size: int = 1,
+    balance_loss_sum: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """A micro-batch's share of `lambda_RL * L_PPO + lambda_SFT * L_NTP` (Eq. 2, 10; Sec. 3.2).
 
@@ -149,6 +150,7 @@ def refine_objective(
         rl_coef, sft_coef: lambda_RL, lambda_SFT.
         global_tokens, global_rollouts: counts over the whole mini-batch, all ranks and micro-batches.
         dp_size: number of ranks over which gradients will be *averaged*; 1 if they are summed.
+        balance_loss_sum: scalar, a weighted loss of the model's own, times ``ntp_token_count``; None: it has none.
 
     Returns:
         loss: scalar to call `backward` on, multiplied by `dp_size` to undo the averaging.
@@ -163,6 +165,10 @@ def refine_objective(
     ntp_loss = ntp_loss_sum / max(global_tokens, 1)
     loss = sft_coef * ntp_loss
     metrics: dict[str, Any] = {"actor/ntp_loss": ntp_loss.detach()}
+    if balance_loss_sum is not None:
+        balance_loss = balance_loss_sum / max(global_tokens, 1)
+        loss = loss + balance_loss
+        metrics["actor/balance_loss"] = balance_loss.detach()
     if log_probs is not None:
         if old_log_probs is None or advantages is None:
             raise ValueError("log_probs need old_log_probs and advantages")
@@ -195,7 +201,11 @@ def _grouped(rewards: Tensor, group: str) -> Tensor:
 
 
 def group_standardise(
-    rewards: Tensor, group: str = "sequence", eps: float = 1e-6, divide_by_std: bool = True
+    rewards: Tensor,
+    group: str = "sequence",
+    eps: float = 1e-6,
+    divide_by_std: bool = True,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Advantages: rewards minus their group's mean, over its unbiased standard deviation plus `eps` (GRPO).
 
@@ -207,14 +217,18 @@ def group_standardise(
         group: `sequence` (c*n rollouts of a document) or `position` (n rollouts of a position).
         eps: added to the standard deviation.
         divide_by_std: False only subtracts the mean.
+        counted: bool `[B, c, n]`, which of them there are; None: all.
 
     Returns:
-        `[B, c, n]`, dtype of `rewards`.
+        `[B, c, n]`, dtype of `rewards`, 0 where nothing is counted.
 
     Raises:
         ValueError: unknown group or wrong shape.
     """
     values = _grouped(rewards, group).to(torch.float64)
+    if counted is not None:
+        advantages = _standardised(values, _grouped(counted, group), eps, divide_by_std)
+        return advantages.reshape(rewards.shape).to(rewards.dtype)
     if values.shape[1] == 1:
         mean, std = torch.zeros_like(values), torch.ones_like(values)
     else:
@@ -223,6 +237,19 @@ def group_standardise(
     if divide_by_std:
         advantages = advantages / (std + eps)
     return advantages.reshape(rewards.shape).to(rewards.dtype)
+
+
+def _standardised(values: Tensor, counted: Tensor, eps: float, divide_by_std: bool) -> Tensor:
+    """`group_standardise` of rows `[G, m]` that do not count everywhere."""
+    size = counted.sum(dim=1, keepdim=True)
+    alone = size <= 1
+    values = values.masked_fill(~counted, 0)
+    mean = (values.sum(dim=1, keepdim=True) / size.clamp(min=1)).masked_fill(alone, 0)
+    off = (values - mean).masked_fill(~counted, 0)
+    if not divide_by_std:
+        return off
+    std = (off.square().sum(dim=1, keepdim=True) / (size - 1).clamp(min=1)).sqrt().masked_fill(alone, 1)
+    return off / (std + eps)
 
 
 def group_ids(batch: int, chunks: int, rollouts: int, group: str = "sequence") -> np.ndarray:
@@ -237,7 +264,7 @@ def group_ids(batch: int, chunks: int, rollouts: int, group: str = "sequence") -
     return np.arange(batch * chunks * rollouts, dtype=np.int64) // size
 
 
-def group_zero_std_share(rewards: Tensor, group: str = "sequence") -> float:
+def group_zero_std_share(rewards: Tensor, group: str = "sequence", counted: Tensor | None = None) -> float:
     """Share of groups whose rewards are all equal: their advantage is 0, they teach nothing.
 
     A group of one never counts, since it keeps its raw reward.
@@ -245,11 +272,18 @@ def group_zero_std_share(rewards: Tensor, group: str = "sequence") -> float:
     Args:
         rewards: `[B, c, n]`.
         group: `sequence` or `position`.
+        counted: bool `[B, c, n]`, which of them there are; None: all.
 
     Raises:
         ValueError: unknown group or wrong shape.
     """
     values = _grouped(rewards, group)
+    if counted is not None:
+        there = _grouped(counted, group)
+        several = there.sum(dim=1) > 1
+        largest = values.masked_fill(~there, -torch.inf).amax(dim=1)
+        equal = (largest == values.masked_fill(~there, torch.inf).amin(dim=1)) & several
+        return (equal.sum() / (there.sum(dim=1) > 0).sum().clamp(min=1)).item()
     if values.shape[0] == 0 or values.shape[1] == 1:
         return 0.0
     return (values.amax(dim=1) == values.amin(dim=1)).to(accumulation_dtype(values)).mean().item()

@@ -169,7 +169,7 @@ def without(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """`logits` `[..., V]` with no probability left for `tokens`; the same tensor if there are none."""
     if not tokens:
         return logits
-    return logits.index_fill(-1, torch.tensor(list(tokens), device=logits.device), -torch.inf)
+    return logits.index_fill(-1, torch.tensor(list(tokens)).to(logits.device, non_blocking=True), -torch.inf)
 
 
 def end_tokens(generation: Any, *more: int | None) -> tuple[int, ...]:

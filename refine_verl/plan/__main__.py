@@ -89,7 +89,7 @@ def make_plan(valid: ValidConfig, composed: DictConfig, command: CommandLine, se
     train = train.at_most(int(valid.config.data[f"{split}_max_samples"]))
     shape = shape_of(valid, train.longest)
     memory = estimate_memory(info.config, shape)
-    work = work_of(valid, train, shape, traced=reads_uncut(info.model_type, shape.cuda))
+    work = work_of(valid, train, shape, traced=reads_uncut(info.config))
     trainer = valid.config.trainer
     plan = Plan(
         origins=find_origins(composed, valid.config, command.files(), command.overrides),

@@ -15,6 +15,7 @@ from refine_verl.compose.validate import ValidConfig
 from refine_verl.config.data import longest_possible
 from refine_verl.kernels.patch import accelerator_available
 from refine_verl.models.actor import SNAPSHOTS_PER_CHUNK, snapshot_count
+from refine_verl.models.pieces import piece_count
 from refine_verl.models.rollouts import documents_together
 from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
 from refine_verl.plan.origins import Origin
@@ -104,9 +105,12 @@ def shape_of(valid: ValidConfig, longest: int) -> Shape:
         workers=valid.workers,
         nsp=valid.refine.nsp,
         with_rollouts=valid.refine.uses_rollouts,
-        checkpoint_segments=valid.model.activation_checkpointing == "segment",
+        on_policy=valid.refine.on_policy,
+        activation_checkpointing=valid.model.activation_checkpointing,
+        reading=valid.model.reading,
         cuda=valid.config.trainer.device == "cuda",
         reshard=bool(actor.fsdp_config.reshard_after_forward),
+        gradients_held=(1 + valid.refine.gradient_cosine) if valid.refine.gradient_snr_every else 0,
     )
 
 
@@ -131,13 +135,17 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
     share = -(-mini // valid.workers)
     updates = rounds * -(-batch // mini) * int(config.actor_rollout_ref.actor.ppo_epochs)
     micro = -(-share // shape.update_rows)
-    cuts = nsp.chunks + 1 if shape.checkpoint_segments or (shape.with_rollouts and not traced) else 1
-    passes = {"update": updates * micro * (cuts + shape.with_rollouts)}
-    if shape.with_rollouts:
+    cuts = nsp.chunks + 1 if shape.activation_checkpointing == "segment" or (shape.with_rollouts and not traced) else 1
+    passes = {"update": updates * micro * (cuts + (_pieces(shape, shape.update_rows) if shape.with_rollouts else 0))}
+    if shape.writes_in_update:
+        passes["write"] = updates * micro * _pieces(shape, shape.update_rows) * nsp.longest_rollout
+        if shape.activation_checkpointing != "none":
+            passes = {"read": updates * micro * _passes_of_a_reading(shape, traced), **passes}
+    elif shape.with_rollouts:
         rows = batch // valid.workers or 1
-        snapshots = 1 if traced else snapshot_count(nsp.chunks, shape.longest or shape.length) + 1  # and the replay
-        written = rounds * -(-rows // shape.rollouts_of) * nsp.rollout_length
-        passes = {"read": rounds * -(-rows // shape.rollout_rows) * snapshots, "write": written, **passes}
+        written = rounds * -(-rows // shape.rollouts_of) * _pieces(shape, shape.rollouts_of) * nsp.longest_rollout
+        reads = rounds * -(-rows // shape.rollout_rows) * _passes_of_a_reading(shape, traced)
+        passes = {"read": reads, "write": written, **passes}
     return Work(
         steps=int(steps),
         epochs=steps / per_epoch if per_epoch else 0.0,
@@ -148,6 +156,20 @@ def work_of(valid: ValidConfig, train: Reading, shape: Shape, traced: bool) -> W
     )
 
 
+def _pieces(shape: Shape, documents: int) -> int:
+    """In how many pieces the rollouts of so many documents are written or trained."""
+    nsp = shape.nsp
+    if nsp.rollout == "prefix":
+        return 1
+    return piece_count(documents * nsp.chunks, nsp.rollouts_per_position, nsp.rollouts_together)
+
+
+def _passes_of_a_reading(shape: Shape, traced: bool) -> int:
+    if traced and shape.reading == "whole":
+        return 1
+    return snapshot_count(shape.nsp.chunks, shape.longest or shape.length) + 1  # and the replay
+
+
 def forward_tokens(shape: Shape, length: float, traced: bool) -> float | None:
     """Tokens put through the model per document token in one step, at most; docs/performance.md has the table.
 
@@ -156,15 +178,18 @@ def forward_tokens(shape: Shape, length: float, traced: bool) -> float | None:
         length: mean tokens of a document, T.
         traced: whether no token is replayed.
     """
-    nsp, readings = shape.nsp, 2 if shape.checkpoint_segments else 1
+    nsp, readings = shape.nsp, 1 if shape.activation_checkpointing == "none" else 2
     if not shape.with_rollouts:
         return float(readings)
     if nsp.rollout == "prefix":
         return None
     rollouts = nsp.chunks * nsp.rollouts_per_position
-    replay = 0.0 if traced else 1 / SNAPSHOTS_PER_CHUNK
-    trained = (1 + rollouts * (nsp.rollout_length - 1) / length) * readings
-    return 1 + replay + rollouts * nsp.rollout_length / length + trained
+    replay = 0.0 if traced and shape.reading == "whole" else 1 / SNAPSHOTS_PER_CHUNK
+    # pieces of rollouts are computed again, too
+    again = readings if _pieces(shape, shape.update_rows) == 1 else 2
+    trained = readings + again * rollouts * (nsp.longest_rollout - 1) / length
+    read = 0.0 if shape.on_policy and traced and shape.activation_checkpointing == "none" else 1 + replay
+    return read + rollouts * nsp.longest_rollout / length + trained
 
 
 def disk_of(config: DictConfig, parameters: int, steps: int) -> Disk:
@@ -229,10 +254,17 @@ def _resource_warnings(plan: Plan, valid: ValidConfig) -> Iterator[str]:
     available, memory = plan.memory_available, plan.memory
     if available is not None and memory.peak > 0.9 * available:
         cures = []
-        if not plan.shape.checkpoint_segments:
-            cures.append("set model.activation_checkpointing=segment")
+        if plan.shape.activation_checkpointing == "none":
+            cures.append("set model.activation_checkpointing=layer")
+        elif plan.shape.reading == "whole" and plan.shape.with_rollouts:
+            cures.append("set model.reading=segments")
         if plan.shape.update_rows > 1 or plan.shape.rollout_rows > 1:
             cures.append("lower actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu")
+        nsp, shape = valid.refine.nsp, plan.shape
+        rollouts = max(shape.update_rows, shape.rollouts_of) * nsp.chunks * nsp.rollouts_per_position
+        forks = min(nsp.rollouts_together, rollouts) * memory.state_bytes
+        if shape.with_rollouts and nsp.rollout == "fork" and forks > 0.1 * memory.peak:
+            cures.append(f"lower refine.nsp.rollouts_together ({nsp.rollouts_together})")
         cures += ["use more workers", "lower data.max_length"]
         yield (
             f"{size_text(memory.peak)} are needed at the peak ({memory.peak_phase}), and a worker has "

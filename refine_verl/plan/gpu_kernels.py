@@ -8,12 +8,16 @@ computed again in the backward pass.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+
+from refine_verl.kernels.operators import recorded
+from refine_verl.models.head import chunk_elements
 
 CHUNK = 64
 NAMES = {
@@ -74,11 +78,19 @@ def _rule(
     return out, final.mT.contiguous() if final is not None and state_v_first else final
 
 
+def _named(name: str) -> Any:
+    """`_rule` under the name of the operator it is for."""
+    rule = functools.wraps(_rule)(lambda **given: _rule(**given))
+    rule.__name__ = name
+    return rule
+
+
 @contextlib.contextmanager
 def gpu_delta_rules() -> Iterator[None]:
-    """Have the shapes in place of the CPU's delta rules inside a ``with`` block."""
+    """Have the shapes in place of the CPU's delta rules, and a GPU's chunks of logits, inside a ``with`` block."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("refine_verl.models.head.chunk_elements", lambda _: chunk_elements("cuda")))
         for module, names in NAMES.items():
             for name in names:
-                stack.enter_context(mock.patch(f"{module}.{name}", _rule))
+                stack.enter_context(mock.patch(f"{module}.{name}", recorded(_named(name))))
         yield

@@ -1,8 +1,8 @@
 """Peak memory of a training process, part by part, before there is one.
 
 What the passes keep is counted by making them with fake tensors (`refine_verl.plan.hollow`): the model's own code, the
-real widths, but few layers and short documents. Peaks are linear in both, so four such runs give the rest. Parameters,
-gradients, optimiser and what FSDP2 gathers are arithmetic.
+real widths, but few layers and mostly short documents. Peaks are linear in both, so few such runs give the rest.
+Parameters, gradients, optimiser and what FSDP2 gathers are arithmetic.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -20,16 +20,31 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from refine_verl.config import NSPSettings
 from refine_verl.kernels.patch import cpu_kernels
-from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws, make_actor, snapshot_count
-from refine_verl.models.adapters import FlaAdapter, ModelAdapter, get_adapter
+from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws, adapters, make_actor, snapshot_count
+from refine_verl.models.adapters import (
+    DeltaRuleAdapter,
+    FlaAdapter,
+    ModelAdapter,
+    RecomputingAdapter,
+    TracingAdapter,
+    WritesAdapter,
+    adapter_for,
+    has_attention_layers,
+)
+from refine_verl.models.head import chunk_elements
+from refine_verl.models.hybrid import HybridAdapter
+from refine_verl.models.hybrid.families import attention_layers
 from refine_verl.models.packing import Packed
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import Trace
+from refine_verl.plan.fused import fused_kernels
 from refine_verl.plan.gpu_kernels import gpu_delta_rules
 from refine_verl.plan.hollow import LABELS, LOGITS, STATES, HollowRun, tensors_in
 
 FP32 = 4
-PROBED_LAYERS = (1, 2)
+PROBED_LAYERS = (2, 3)
+FARTHEST = 8
+"""A document is at most so many times as long as the shorter of the two that are run: other peaks win when short."""
 TOKENS_PER_SEGMENT = 64
 
 
@@ -45,9 +60,13 @@ class Shape:
         workers: processes the parameters are sharded over.
         nsp: c, n, k and how rollouts are made.
         with_rollouts: whether there are rollouts at all (``RefineSettings.uses_rollouts``).
-        checkpoint_segments: ``model.activation_checkpointing=segment``.
+        on_policy: ``refine.on_policy``.
+        activation_checkpointing: ``model.activation_checkpointing``.
+        reading: ``model.reading``.
         cuda: fla's kernels and bf16 matrix products instead of the CPU's.
         reshard: FSDP2 frees gathered layers after their forward pass.
+        gradients_held: further gradients that are held while those of a mini-batch are measured
+            (``refine.gradient_snr_every``).
     """
 
     length: int
@@ -58,9 +77,17 @@ class Shape:
     workers: int = 1
     nsp: NSPSettings = dataclasses.field(default_factory=NSPSettings)
     with_rollouts: bool = True
-    checkpoint_segments: bool = False
+    on_policy: bool = False
+    activation_checkpointing: str = "none"
+    reading: str = "whole"
     cuda: bool = False
     reshard: bool = True
+    gradients_held: int = 0
+
+    @property
+    def writes_in_update(self) -> bool:
+        """Whether rollouts are written in the trained pass."""
+        return self.with_rollouts and self.on_policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,14 +109,19 @@ class MemoryEstimate:
         return sum(self.phases[self.peak_phase].values())
 
 
-def estimate_memory(config: PretrainedConfig, shape: Shape) -> MemoryEstimate:
+Peaks = dict[str, dict[str, int]]
+"""Bytes by phase and label."""
+
+
+def estimate_memory(config: PretrainedConfig, shape: Shape, passes: Peaks | None = None) -> MemoryEstimate:
     """Peak bytes of one worker in rollouts, update and optimiser step, for documents of ``shape.length`` tokens.
 
     Args:
         config: of the model.
         shape: what is run.
+        passes: of `pass_peaks`, where they are known; they do not depend on the number of workers.
     """
-    passes = pass_peaks(config, shape)
+    passes = passes or pass_peaks(config, shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -97,26 +129,33 @@ def estimate_memory(config: PretrainedConfig, shape: Shape) -> MemoryEstimate:
     held = {"parameters": own * FP32, "gradients": own * FP32, "optimiser": 2 * own * FP32}
     unit = _largest_unit(model)
     phases = {}
-    if shape.with_rollouts:
+    if "rollout" in passes:
         # gathered(): every layer stays whole while rollouts are written; gradients are gone by then
         phases["rollout"] = {**held, "gradients": 0, "gathered": total * FP32, **passes["rollout"]}
     # the layer at work and the one fetched ahead, and their gradients before they are summed over the workers
-    kept = 4 * unit if shape.reshard else total + 2 * unit
+    kept = 4 * unit if shape.reshard and not shape.writes_in_update else total + 2 * unit
     phases["update"] = {**held, "gathered": kept * FP32, **passes["update"]}
+    if shape.gradients_held:
+        phases["measured"] = {**phases["update"], "gradients": (1 + shape.gradients_held) * own * FP32}
     # torch's fused-by-loop AdamW makes temporaries as large as its parameters on a GPU, and one tensor's on a CPU
     scratch = own if shape.cuda else max(parameter.numel() for parameter in model.parameters()) // shape.workers
     phases["optimiser"] = {**held, "scratch": scratch * FP32}
     return MemoryEstimate(parameters=total, state_bytes=_state_size(config, shape), phases=phases)
 
 
-def pass_peaks(config: PretrainedConfig, shape: Shape) -> dict[str, dict[str, int]]:
+def pass_peaks(config: PretrainedConfig, shape: Shape) -> Peaks:
     """Bytes that the passes of a step keep beyond parameters and gradients, by label, at their peaks.
 
     Returns:
         ``rollout`` and ``update``.
     """
     layers, lengths = _probes(config, shape)
-    found = {(a, t): _probe(config, a, dataclasses.replace(shape, length=t)) for a in layers for t in lengths}
+    pieces = -(-shape.length // adapters.TOKENS_PER_PIECE)  # as many as the real documents have
+    found = {}
+    for length in lengths:
+        with mock.patch.object(adapters, "TOKENS_PER_PIECE", -(-length // pieces)):
+            for count in layers:
+                found[count, length] = _probe(config, count, dataclasses.replace(shape, length=length))
     wanted = (int(config.num_hidden_layers), shape.length)
     result = {}
     for phase, peaks in next(iter(found.values())).items():
@@ -133,12 +172,29 @@ def pass_peaks(config: PretrainedConfig, shape: Shape) -> dict[str, dict[str, in
 
 
 def _probes(config: PretrainedConfig, shape: Shape) -> tuple[Sequence[int], Sequence[int]]:
-    """Numbers of layers and lengths to run: the real ones where these are small."""
+    """Numbers of layers and lengths to run: the real ones where these are small, or take no longer."""
     count = int(config.num_hidden_layers)
     layers = PROBED_LAYERS if count > PROBED_LAYERS[-1] else (count,)
+    if kinds := _kinds(config):  # whole periods, so that each kind of layer has its share
+        period = next(p for p in range(1, count + 1) if kinds[p:count] == kinds[: count - p])
+        layers = (period, 2 * period) if count > 2 * period and count % period == 0 else (count,)
+    if shape.cuda and isinstance(adapter_for(config), FlaAdapter | HybridAdapter):
+        return layers, (shape.length,)  # in a few pieces, however long
     chunk = max(getattr(config, "lact_chunk_size", 0), getattr(config, "window_size", 0) or 0)
-    unit = max(TOKENS_PER_SEGMENT * (shape.nsp.chunks + 1), 4 * chunk)
+    unit = max(TOKENS_PER_SEGMENT * (shape.nsp.chunks + 1), 4 * chunk, shape.length // FARTHEST)
+    if shape.cuda:  # logits grow with the document up to a chunk of them
+        unit = max(unit, chunk_elements("cuda") // config.vocab_size + 1)
     return layers, (unit, 2 * unit) if shape.length > 2 * unit else (shape.length,)
+
+
+def _kinds(config: PretrainedConfig) -> list[Any]:
+    """What kind of layer each of a hybrid's is; nothing for other models."""
+    if getattr(config, "layer_types", None):
+        return list(config.layer_types)
+    if not has_attention_layers(config):
+        return []
+    attention = attention_layers(config)
+    return [index in attention for index in range(config.num_hidden_layers)]
 
 
 def _bilinear(values: dict[tuple[int, int], int], wanted: tuple[int, int]) -> int:
@@ -167,7 +223,7 @@ def _largest_unit(model: nn.Module) -> int:
 
 
 class _Watched:
-    """An adapter whose states are counted as such; on a GPU fla's adapter has no trace."""
+    """An adapter whose states are counted as such."""
 
     def __init__(self, inner: ModelAdapter, run: HollowRun) -> None:
         self.inner, self.counter = inner, run
@@ -182,23 +238,41 @@ class _Watched:
             self.counter.relabel(after.tensors, STATES)
         return hidden, after
 
+    def recomputed_layers(self, model: nn.Module) -> AbstractContextManager[None]:
+        assert isinstance(self.inner, RecomputingAdapter)
+        return self.inner.recomputed_layers(model)
+
 
 class _WatchedTracing(_Watched):
-    def trace(self, model: nn.Module, documents: Documents) -> tuple[list[Tensor], Trace] | None:
-        traced = self.inner.trace(model, documents)  # type: ignore[attr-defined]
+    def trace(
+        self, model: nn.Module, documents: Documents, positions: Tensor | None = None
+    ) -> tuple[list[Tensor], Trace] | None:
+        assert isinstance(self.inner, TracingAdapter)
+        traced = self.inner.trace(model, documents, positions)
         if traced is not None and not torch.is_grad_enabled():
             self.counter.relabel(tensors_in(traced[1]), STATES)
         return traced
+
+    def write_norms(self, trace: Trace) -> Tensor:
+        assert isinstance(self.inner, WritesAdapter)
+        return self.inner.write_norms(trace)
 
 
 def _probe(config: PretrainedConfig, layers: int, shape: Shape) -> dict[str, dict[str, dict[str, int]]]:
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
     result: dict[str, dict[str, dict[str, int]]] = {}
-    with cpu_kernels(), gpu_delta_rules() if shape.cuda else nullcontext():
-        if shape.with_rollouts:
+    with fused_kernels(), cpu_kernels(), gpu_delta_rules() if shape.cuda else nullcontext():
+        if shape.with_rollouts and not shape.on_policy:
             result["rollout"] = _count(config, shape, _roll_out)
-        result["update"] = _count(config, shape, _update)
+        if shape.writes_in_update and shape.activation_checkpointing != "none":
+            # S is read twice, and only the peak of each reading is linear
+            read = {f"read, {moment}": peak for moment, peak in _count(config, shape, _roll_out).items()}
+            result["update"] = read | _count(config, shape, _update)
+        else:
+            result["update"] = _count(config, shape, _fused if shape.writes_in_update else _update)
     return result
 
 
@@ -218,30 +292,46 @@ def _count(config: PretrainedConfig, shape: Shape, run: Any) -> dict[str, dict[s
     return counter.peaks
 
 
-def reads_uncut(model_type: str, cuda: bool) -> bool:
-    """Whether the family's states can be had after one uncut pass: fla's kernels on a GPU give the last one only."""
-    adapter = get_adapter(model_type)
-    return hasattr(adapter, "trace") and not (cuda and isinstance(adapter, FlaAdapter))
+def reads_uncut(config: PretrainedConfig) -> bool:
+    """Whether the model's states can be had after one uncut pass."""
+    return isinstance(adapter_for(config), TracingAdapter)
+
+
+class _OnGpu(DeltaRuleAdapter):
+    def cuts_operators(self) -> bool:
+        return True
+
+
+class _HybridOnGpu(HybridAdapter):
+    def cuts_operators(self) -> bool:
+        return True
 
 
 def _actor(config: PretrainedConfig, shape: Shape, counter: HollowRun) -> FastWeightActor:
-    inner = get_adapter(config.model_type)
-    traces = reads_uncut(config.model_type, shape.cuda)
+    inner = adapter_for(config)
+    if shape.cuda and type(inner) in (FlaAdapter, DeltaRuleAdapter):
+        inner = _OnGpu()
+    elif shape.cuda and isinstance(inner, HybridAdapter):
+        inner = _HybridOnGpu()
+    traces = isinstance(inner, TracingAdapter)
     with counter.fake:
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-    return make_actor(
+    actor = make_actor(
         model,
         adapter=(_WatchedTracing if traces else _Watched)(inner, counter),
         autocast_dtype=torch.bfloat16 if shape.cuda else None,
-        checkpoint_segments=shape.checkpoint_segments,
+        activation_checkpointing=shape.activation_checkpointing,
+        reading=shape.reading,
     )
+    actor.sentence_ends = (0,)  # which tokens these are costs nothing
+    return actor
 
 
 def _positions(shape: Shape) -> Tensor:
     """Positions of one document, [c], where they cost most: the longest segment between two spans two chunks."""
-    valid = shape.length - shape.nsp.rollout_length
+    valid = shape.length - shape.nsp.longest_rollout
     borders = [border[0] for border in Documents(torch.zeros(1, valid), (valid,)).even_cuts(shape.nsp.chunks)]
     chunks = zip(borders, borders[1:], strict=False)
     return torch.tensor([stop - 1 if i % 2 else start for i, (start, stop) in enumerate(chunks)])
@@ -251,27 +341,34 @@ def _documents(rows: int, shape: Shape) -> Documents:
     return Documents(torch.zeros(rows, shape.length, dtype=torch.int64), (shape.length,) * rows)
 
 
-def _roll_out(actor: FastWeightActor, shape: Shape) -> None:
-    nsp, rows = shape.nsp, shape.rollouts_of
+def _how_to_write(shape: Shape, rows: int) -> dict[str, Any]:
+    nsp = shape.nsp
     draws = RolloutDraws(
         torch.zeros(rows, nsp.chunks, dtype=torch.float64),
-        torch.zeros(rows, nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length, dtype=torch.float64),
+        torch.zeros(rows, nsp.chunks, nsp.rollouts_per_position, nsp.longest_rollout, dtype=torch.float64),
     )
-    actor(
-        mode="rollout",
-        documents=_documents(rows, shape),
-        nsp=nsp,
-        draws=draws,
-        snapshots=snapshot_count(nsp.chunks, shape.longest or shape.length),
-        read_together=shape.rollout_rows,
-    )
+    return {
+        "documents": _documents(rows, shape),
+        "nsp": nsp,
+        "draws": draws,
+        "snapshots": snapshot_count(nsp.chunks, shape.longest or shape.length),
+    }
+
+
+def _roll_out(actor: FastWeightActor, shape: Shape) -> None:
+    actor(mode="rollout", **_how_to_write(shape, shape.rollouts_of), read_together=shape.rollout_rows)
+
+
+def _fused(actor: FastWeightActor, shape: Shape) -> None:
+    _, output = actor(mode="on_policy", **_how_to_write(shape, shape.update_rows))
+    (output["ntp_loss_sum"] + output["log_probs"].sum()).backward()
 
 
 def _update(actor: FastWeightActor, shape: Shape) -> None:
     nsp, rows = shape.nsp, shape.update_rows
     branches = None
     if shape.with_rollouts:
-        tokens = torch.zeros(rows, nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length, dtype=torch.int64)
+        tokens = torch.zeros(rows, nsp.chunks, nsp.rollouts_per_position, nsp.longest_rollout, dtype=torch.int64)
         branches = Branches(_positions(shape).expand(rows, -1), tokens)
     output = actor(mode="update", documents=_documents(rows, shape), branches=branches, nsp=nsp)
     loss = output["ntp_loss_sum"]
@@ -281,12 +378,20 @@ def _update(actor: FastWeightActor, shape: Shape) -> None:
 
 
 def _state_size(config: PretrainedConfig, shape: Shape) -> int:
-    """Bytes of the state of one document."""
+    """Bytes of the state of one document; keys and values that grow with it are those of its real length."""
+    lengths = [length for length in (TOKENS_PER_SEGMENT // 2, TOKENS_PER_SEGMENT) if length <= shape.length]
+    sizes = {length: _state_after(config, shape, length) for length in lengths or [shape.length]}
+    if not isinstance(adapter_for(config), HybridAdapter):
+        return sizes[max(sizes)]
+    return round(_linear({length: float(size) for length, size in sizes.items()}, shape.length))
+
+
+def _state_after(config: PretrainedConfig, shape: Shape, length: int) -> int:
     counter = HollowRun()
-    with cpu_kernels(), gpu_delta_rules() if shape.cuda else nullcontext():
+    with fused_kernels(), cpu_kernels(), gpu_delta_rules() if shape.cuda else nullcontext():
         actor = _actor(config, shape, counter)
-        packed = Packed.of_rows(torch.zeros(1, min(shape.length, TOKENS_PER_SEGMENT), dtype=torch.int64))
-        with counter, torch.no_grad(), actor.autocast():
+        packed = Packed.of_rows(torch.zeros(1, length, dtype=torch.int64))
+        with counter, torch.no_grad(), actor.autocast(trains=False):
             _, state = actor.run(packed, None, keep_state=True)
     assert state is not None
     return state.num_bytes

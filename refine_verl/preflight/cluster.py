@@ -1,8 +1,9 @@
 """Whether the cluster that a run would join can hold it. Asked before documents are tokenised and anything is written.
 
-Enough nodes with enough GPUs (or CPUs), free now; one run directory and one model for all of them. The question is put
-by a process of its own (`python -m refine_verl.preflight.cluster`, a JSON request on its input, the answer on its
-output): documents are tokenised by forked processes afterwards, and a process that has talked to Ray should not fork.
+Enough nodes with enough GPUs (or CPUs), free now; GPUs for which fla's kernels are right with what is installed there;
+one run directory and one model for all of them. The question is put by a process of its own
+(`python -m refine_verl.preflight.cluster`, a JSON request on its input, the answer on its output): documents are
+tokenised by forked processes afterwards, and a process that has talked to Ray should not fork.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from refine_verl.config import ConfigError
+from refine_verl.kernels.versions import facts_of, refused_here
 from refine_verl.preflight.start import check_own_ray
 from refine_verl.preflight.storage import Finding, Node, NodeView, find_unshared, look
 
@@ -44,6 +46,7 @@ class Request:
         per_node, nodes: workers of a node and number of nodes.
         run_dir: the run directory.
         model: the model directory, None for random weights or a model of a hub.
+        facts: `kernels.versions.facts_of` the model.
     """
 
     resource: str
@@ -51,6 +54,7 @@ class Request:
     nodes: int
     run_dir: str
     model: str | None
+    facts: dict[str, Any] = field(default_factory=dict)
     ray_init: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,19 +63,21 @@ def joins_cluster(config: DictConfig) -> bool:
     return bool(os.environ.get(ADDRESS) or config.ray_kwargs.ray_init.get("address"))
 
 
-def check_cluster(config: DictConfig) -> None:
+def check_cluster(config: DictConfig, model: Any) -> None:
     """Check the cluster that a run would join, or the GPUs of this machine.
 
     Args:
         config: resolved and validated.
+        model: the model's configuration.
 
     Raises:
-        ConfigError: no cluster answers, it is too small or busy, or a node does not see the run directory or the model.
+        ConfigError: no cluster answers, it is too small or busy, a node does not see the run directory or the model, or
+            fla refuses to train it on a node's GPUs.
     """
     if not joins_cluster(config):
         _check_this_machine(config)
         return
-    finding = _answer_of(_request(config))
+    finding = _answer_of(_request(config, model))
     if finding is not None:
         raise ConfigError(finding.key, finding.message)
 
@@ -90,7 +96,7 @@ def _check_this_machine(config: DictConfig) -> None:
     check_own_ray(config)
 
 
-def _request(config: DictConfig) -> Request:
+def _request(config: DictConfig, model: Any) -> Request:
     options: dict[str, Any] = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)  # type: ignore[assignment]
     path = config.model.path
     return Request(
@@ -99,6 +105,7 @@ def _request(config: DictConfig) -> Request:
         nodes=int(config.trainer.nnodes),
         run_dir=str(config.trainer.default_local_dir),
         model=path if isinstance(path, str) and os.path.isdir(path) else None,
+        facts=facts_of(model),
         ray_init={name: options[name] for name in ("address", "namespace") if options.get(name) is not None},
     )
 
@@ -147,7 +154,7 @@ def inspect_cluster(request: Request) -> Finding | None:
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         suited = suited_nodes(nodes, request)
-        return find_missing_capacity(nodes, request) or _find_busy(request) or _find_unshared_files(suited, request)
+        return find_missing_capacity(nodes, request) or _find_busy(request) or _ask_nodes(suited, request)
     finally:
         ray.shutdown()
 
@@ -219,30 +226,38 @@ def _find_busy(request: Request) -> Finding | None:
     )
 
 
-def _find_unshared_files(nodes: Sequence[Node], request: Request) -> Finding | None:
+def _ask_nodes(nodes: Sequence[Node], request: Request) -> Finding | None:
+    """What only the nodes themselves know."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = ""
 
-    def ask(node: Node, *arguments: Any) -> NodeView:
+    def ask(function: Callable[..., Any], node: Node, *arguments: Any, gpus: int = 0) -> Any:
         nonlocal asked
         asked = node.name
         affinity = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        found = task.options(scheduling_strategy=affinity).remote(*arguments)
-        view: NodeView = ray.get(found, timeout=SECONDS_PER_NODE)
+        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(function)
+        return ray.get(task.options(scheduling_strategy=affinity).remote(*arguments), timeout=SECONDS_PER_NODE)
+
+    def look_there(node: Node, *arguments: Any) -> NodeView:
+        view: NodeView = ask(look, node, *arguments)
         return view
 
+    model = None if request.model is None else Path(request.model)
     try:
-        model = None if request.model is None else Path(request.model)
-        return find_unshared(Path(request.run_dir), model, nodes, ask)
+        finding = find_unshared(Path(request.run_dir), model, nodes, look_there)
+        for node in nodes if finding is None and request.resource == "GPU" else ():
+            # without GPUs of its own a task of Ray's sees none
+            if refused := ask(refused_here, node, request.facts, gpus=request.per_node):
+                return Finding("model", f"node {node.name}: {refused}")
     except ray.exceptions.RayError as error:
         return Finding(
             NODES,
             f"node {asked} cannot run a task of this package: {_first_line(error)}. Does it have the same Python "
             "environment?",
         )
+    return finding
 
 
 def _first_line(error: Exception) -> str:

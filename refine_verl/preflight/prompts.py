@@ -82,7 +82,7 @@ def _shortest_prompt(refine: RefineSettings) -> tuple[int, str]:
     if refine.inner == "refine":
         return nsp.shortest_document, (
             f"refine.nsp.chunks={nsp.chunks} positions need "
-            f"refine.nsp.rollout_length={nsp.rollout_length} tokens after each"
+            f"refine.nsp.rollout_length={nsp.longest_rollout} tokens after each"
         )
     if refine.inner == "sft":
         return 2, "a token is predicted from the one before"

@@ -9,28 +9,36 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import inspect
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from refine_verl.compose.validate import ValidConfig, check_against_verl
-from refine_verl.config import ConfigError, DataSettings, PromptSettings
+from refine_verl.config import (
+    ConfigError,
+    DataSettings,
+    ModelSettings,
+    NSPSettings,
+    PromptSettings,
+    RefineSettings,
+    RolloutLength,
+)
 from refine_verl.preflight.cluster import check_cluster, joins_cluster
 from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits
 from refine_verl.preflight.reward_function import load_reward_function
 from refine_verl.preflight.start import check_callback, check_loggers, check_ray_options
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from refine_verl.data.prepare import Prepared
     from refine_verl.data.statistics import DataStatistics
+    from refine_verl.kernels.versions import Installed
+    from refine_verl.models.adapters import ModelAdapter
     from refine_verl.models.loading import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -97,16 +105,19 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
     """
     from refine_verl.data.sources import say_if_shared
     from refine_verl.models.weights import check_stored_numbers
+    from refine_verl.nsp import sentence_ends
 
     info = check_run(valid)
     if starts_here:
-        check_cluster(valid.config)
+        check_cluster(valid.config, info.config)
         if valid.model.path is not None:
             check_stored_numbers(valid.model.path, info.config)
     _say_where_weights_come_from(valid, info)
     _say_if_all_is_warm_up(valid)
+    say_if_read_twice(valid)
     say_if_shared(valid.data)
     tokenizer = load_run_tokenizer(valid, info)
+    sentence_ends(tokenizer, valid.refine.nsp)  # refuses
     train: Prepared[Any]
     validation: Prepared[Any] | None
     if isinstance(valid.data, DataSettings):
@@ -123,13 +134,19 @@ def check_run(valid: ValidConfig) -> ModelInfo:
     Raises:
         ConfigError, DataError, ModelError: see `prepare_run`.
     """
-    from refine_verl.models.loading import open_model
+    from refine_verl.kernels.versions import installed, oldest_capability
+    from refine_verl.models.adapters import adapter_for, check_selection
+    from refine_verl.models.loading import import_external, open_model
     from refine_verl.nsp import check_functions
     from refine_verl.preflight.checkpoints import check_checkpoint
 
     _check_device(valid.config.trainer.device)
-    _import_external_lib(valid.config.actor_rollout_ref.model.external_lib)
+    packages = valid.config.actor_rollout_ref.model.external_lib or []
+    for package in [packages] if isinstance(packages, str) else packages:  # what verl will import
+        import_external(package, "actor_rollout_ref.model.external_lib")
     info = open_model(valid.model.path, valid.model.init_config)
+    if valid.config.trainer.device == "cuda":
+        check_gpu_kernels(info.config, oldest_capability(), installed())
     check_functions(valid.refine.nsp)
     check_against_verl(valid.config)
     check_loggers(valid.config.trainer.logger)
@@ -137,26 +154,20 @@ def check_run(valid: ValidConfig) -> ModelInfo:
     check_ray_options(valid.config, local=not joins_cluster(valid.config))
     load_reward_function(valid.config)
     check_estimator(valid.config.algorithm.adv_estimator)
+    adapter = adapter_for(info.config)
+    if valid.refine.on_policy:
+        check_on_policy(valid)
+    if valid.model.activation_checkpointing == "layer":
+        check_recomputed_layers(adapter)
+    if valid.model.balance_coef:
+        check_balance(info.config, valid.model, valid.refine)
+    if valid.model.reading == "segments":
+        check_reading(info.model_type, adapter, valid.refine.nsp)
+    if valid.refine.uses_rollouts:
+        check_selection(valid.refine.nsp, adapter)
     check_checkpoint(valid.config, info.config)
     _find_documents(valid.data)
     return info
-
-
-def _import_external_lib(names: str | Sequence[str] | None) -> None:
-    """Import what verl will import: packages that register models and adapters.
-
-    Raises:
-        ConfigError: a package cannot be imported.
-    """
-    for name in [names] if isinstance(names, str) else names or []:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # a user's module may fail in any way while it is imported
-            raise ConfigError(
-                "actor_rollout_ref.model.external_lib",
-                f"{name} cannot be imported ({type(error).__name__}: {error}). Install it, or put its directory on "
-                "PYTHONPATH.",
-            ) from error
 
 
 def _check_device(device: str) -> None:
@@ -171,6 +182,26 @@ def _check_device(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         # the driver of a cluster may sit on a node without a GPU; verl must not take it for a CPU run
         os.environ.setdefault("VERL_PLATFORM", "nvidia")
+
+
+def check_gpu_kernels(config: PretrainedConfig, capability: tuple[int, int] | None, have: Installed) -> None:
+    """Check that fla trains the model with what is installed.
+
+    Args:
+        config: of the model.
+        capability: of the GPU.
+        have: `kernels.versions.installed`.
+
+    Raises:
+        ModelError: it refuses to.
+    """
+    from refine_verl.config import ModelError
+    from refine_verl.kernels.versions import doubt, why_not_trainable
+
+    if refused := why_not_trainable(config, capability, have):
+        raise ModelError(f"model: {refused}")
+    if doubtful := doubt(config, capability, have):
+        logger.warning(doubtful)
 
 
 def check_estimator(name: str) -> None:
@@ -192,6 +223,98 @@ def check_estimator(name: str) -> None:
         )
 
 
+def check_on_policy(valid: ValidConfig) -> None:
+    """Check that what compares and trains rollouts can do with those of one micro-batch.
+
+    Raises:
+        ConfigError: several passes over the same rollouts, or an estimator that needs those of the whole batch.
+    """
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    from refine_verl.nsp.advantage import compares_within_documents
+
+    actor, algorithm, nsp = valid.config.actor_rollout_ref.actor, valid.config.algorithm, valid.refine.nsp
+    if actor.ppo_epochs > 1:
+        raise ConfigError(
+            "refine.on_policy",
+            f"true writes new rollouts in every pass, but actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs} asks "
+            "for several passes over the same ones. Set ppo_epochs=1, or refine.on_policy=false.",
+        )
+    if isinstance(nsp.rollout_length, RolloutLength) and actor.loss_agg_mode == "token-mean":
+        raise ConfigError(
+            "refine.on_policy",
+            "true with rollouts of unequal lengths (refine.nsp.rollout_length) does not know how many tokens a "
+            "mini-batch will have, which actor_rollout_ref.actor.loss_agg_mode=token-mean divides by. Set "
+            "loss_agg_mode=seq-mean-token-mean, or refine.on_policy=false.",
+        )
+    estimator = get_adv_estimator_fn(algorithm.adv_estimator)
+    shape = (nsp.chunks, nsp.rollouts_per_position)
+    if not compares_within_documents(estimator, nsp.longest_rollout, nsp.group, algorithm, shape):
+        raise ConfigError(
+            "refine.on_policy",
+            f"true compares the rollouts of one document, but algorithm.adv_estimator={algorithm.adv_estimator} needs "
+            "those of the whole batch. Set algorithm.adv_estimator=grpo, or refine.on_policy=false.",
+        )
+
+
+def check_recomputed_layers(adapter: ModelAdapter) -> None:
+    """Check that activation checkpointing per layer is possible.
+
+    Raises:
+        ConfigError: the adapter does not know the model's layers.
+    """
+    from refine_verl.models.adapters import NO_LAYERS, RecomputingAdapter
+
+    if not isinstance(adapter, RecomputingAdapter):
+        raise ConfigError("model.activation_checkpointing", NO_LAYERS)
+
+
+def check_balance(config: Any, model: ModelSettings, refine: RefineSettings) -> None:
+    """Check that a load-balance loss can be had.
+
+    Raises:
+        ConfigError: the model has no experts, or documents are not trained on in one pass.
+    """
+    key = "model.balance_coef"
+    if not getattr(config, "num_experts", 0):
+        raise ConfigError(
+            key, f"{model.balance_coef} has no effect: a {config.model_type} without experts. Leave it out."
+        )
+    if model.activation_checkpointing == "segment":
+        raise ConfigError(
+            key,
+            f"{model.balance_coef} needs documents in one piece. Set model.activation_checkpointing=layer, or none.",
+        )
+    if refine.phase == "posttrain" and refine.inner == "none" and refine.outer == "grpo":
+        raise ConfigError(
+            key, f"{model.balance_coef} has no effect with refine.inner=none and refine.outer=grpo: leave it out."
+        )
+    if refine.nsp.rollout == "prefix":
+        raise ConfigError(key, f"{model.balance_coef} is not computed with refine.nsp.rollout=prefix. Set fork.")
+
+
+def check_reading(model_type: str, adapter: ModelAdapter, nsp: NSPSettings) -> None:
+    """Check that reading in segments is a choice.
+
+    Raises:
+        ConfigError: the adapter cannot read documents in another way, or positions are chosen by what only reading them
+            whole shows.
+    """
+    from refine_verl.models.adapters import TracingAdapter
+    from refine_verl.nsp import looks_at_writes
+
+    if not isinstance(adapter, TracingAdapter):
+        raise ConfigError(
+            "model.reading", f"segments has no effect: a {model_type} is read in segments anyway. Leave it out."
+        )
+    if looks_at_writes(nsp):
+        raise ConfigError(
+            "model.reading",
+            f"segments does not show what refine.nsp.selection={nsp.selection} looks at. Set model.reading=whole, or "
+            "refine.nsp.selection=entropy.",
+        )
+
+
 def _say_if_all_is_warm_up(valid: ValidConfig) -> None:
     steps, warmup = valid.config.trainer.total_training_steps, valid.refine.warmup_steps
     if steps is not None and valid.refine.uses_rollouts and steps <= warmup:
@@ -199,6 +322,17 @@ def _say_if_all_is_warm_up(valid: ValidConfig) -> None:
             "refine.warmup_steps=%d of trainer.total_training_steps=%d: all of it is warm-up, REFINE never runs",
             warmup,
             steps,
+        )
+
+
+def say_if_read_twice(valid: ValidConfig) -> None:
+    """Warn that the fused step saves nothing where activations are computed again."""
+    kind = valid.model.activation_checkpointing
+    if valid.refine.on_policy and kind != "none":
+        logger.warning(
+            "refine.on_policy=true saves no pass with model.activation_checkpointing=%s: documents are read beforehand "
+            "as well. With none, if memory allows, they are read once.",
+            kind,
         )
 
 
@@ -252,7 +386,7 @@ def _prepare_training(valid: ValidConfig, tokenizer: PreTrainedTokenizerBase) ->
         tokenizer,
         minimum_length=nsp.shortest_document,
         reason=(
-            f"refine.nsp.chunks={nsp.chunks} positions need refine.nsp.rollout_length={nsp.rollout_length} tokens "
+            f"refine.nsp.chunks={nsp.chunks} positions need refine.nsp.rollout_length={nsp.longest_rollout} tokens "
             "after each"
         ),
         minimum_sequences=batch,

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from refine_verl.command.front import run_command
-from refine_verl.command.keys import list_keys, read_keys, unknown_option
-from refine_verl.config import ConfigError, Settings, require_choice
+from refine_verl.command.keys import list_keys, read_command
+from refine_verl.config import Settings
 from refine_verl.prepare.settings import DocumentSettings, LongBenchSettings, RulerSettings
 
 COMMANDS: dict[str, type[Settings]] = {
@@ -69,13 +69,7 @@ def _help(arguments: list[str]) -> str:
 
 
 def _run(arguments: list[str]) -> None:
-    if not arguments:
-        raise ConfigError("", f"no command given. Allowed: {', '.join(COMMANDS)}. See --help.")
-    name, *rest = arguments
-    if name.startswith("-"):
-        raise unknown_option(name, ["--help"])
-    require_choice("", name, COMMANDS, kind="command")
-    settings, _ = read_keys(rest, COMMANDS[name])
+    name, settings = read_command(arguments, COMMANDS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     importlib.import_module(f"refine_verl.prepare.{name}").run(settings)  # transformers takes seconds to load
 

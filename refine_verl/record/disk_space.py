@@ -50,6 +50,11 @@ def disk_is_full(error: BaseException, place: Path, needed: int) -> bool:
     return short and shutil.disk_usage(existing(place)).free < needed
 
 
+def size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def existing(place: Path) -> Path:
     """The place itself, or the nearest directory above it that exists."""
     while not place.exists() and place != place.parent:

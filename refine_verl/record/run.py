@@ -26,6 +26,10 @@ class ReportError(Refusal):
     """There is nothing to report on: the message says what is missing and where it was looked for."""
 
 
+class NoMetricsError(ReportError):
+    """The run has not finished a step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run directory holds.
@@ -63,15 +67,15 @@ def read_run(directory: Path) -> Run:
     """Read a run, finished, interrupted or still running.
 
     Raises:
-        ReportError: the directory has no metrics.
+        NoMetricsError: the directory has no metrics.
         MetricsError: its metrics file is damaged.
     """
     metrics_path = directory / METRICS_FILE
     if not metrics_path.is_file():
-        raise ReportError(f"{directory}: no {METRICS_FILE} there; give the directory of a run that has started")
+        raise NoMetricsError(f"{directory}: no {METRICS_FILE} there; give the directory of a run that has started")
     records = merge_steps(read_metrics(metrics_path))
     if not records:
-        raise ReportError(f"{metrics_path}: no complete line yet; wait for the first step")
+        raise NoMetricsError(f"{metrics_path}: no complete line yet; wait for the first step")
     return Run(
         directory=directory,
         records=records,

@@ -76,6 +76,15 @@ SPECS = {
     POLICY: (
         ChartSpec("Entropy", "nats", {"nsp/entropy/mean": "all positions", "nsp/entropy/selected_mean": "selected"}),
         ChartSpec("Policy loss", "mean over generated tokens", {"actor/pg_loss": "policy loss"}),
+        ChartSpec(
+            "Signal in the policy gradient",
+            "squared length of its mean over its variance, of a mini-batch",
+            {"nsp/gradient_snr": "signal to noise"},
+            from_zero=True,
+        ),
+        ChartSpec(
+            "Policy gradient and next-token gradient", "cosine between them", {"nsp/gradient_cosine_ntp": "cosine"}
+        ),
         ChartSpec("KL to the rollout policy", "nats", {"actor/ppo_kl": "KL"}),
         ChartSpec(
             "Lost signal",

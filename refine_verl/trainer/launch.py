@@ -30,7 +30,7 @@ from refine_verl.preflight.cluster import joins_cluster
 from refine_verl.record.checkpoint_files import tidy
 from refine_verl.record.files import AlreadyLockedError, locked, write_atomically
 from refine_verl.record.redaction import redacted
-from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, OVERRIDES_FILE, ReportError
+from refine_verl.record.run import CONFIG_FILE, ENVIRONMENT_FILE, OVERRIDES_FILE, NoMetricsError, ReportError
 from refine_verl.record.versions import installed_versions
 from refine_verl.report import write_report
 from refine_verl.trainer.attempts import run_attempts, silence_further_losses
@@ -117,6 +117,8 @@ def _report(run_dir: Path) -> None:
     """Write ``report.html``, also for a run that failed; a run without a single metric has none."""
     try:
         write_report(run_dir)
+    except NoMetricsError:
+        return
     except (ReportError, OSError) as error:
         logger.warning("no report: %s", error)
 

@@ -14,8 +14,8 @@ from refine_verl.data.prompts_dataset import collate_columns
 from refine_verl.nsp import reward_metrics
 from refine_verl.preflight.reward_function import RewardFunction, load_reward_function
 from refine_verl.record.predictions import mean_scores
-from refine_verl.trainer.advantage import answer_advantages
 from refine_verl.trainer.prompts import Columns, PromptTrainer
+from refine_verl.workers.advantage import answer_advantages
 from refine_verl.workers.objective import Objective
 
 

@@ -34,8 +34,8 @@ from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.record.metrics import MetricsWriter, read_metrics
 from refine_verl.record.progress import TrainingProgress
 from refine_verl.record.redaction import redacted
-from refine_verl.trainer.advantage import compute_advantages
 from refine_verl.trainer.saving import CheckpointingTrainer
+from refine_verl.workers.advantage import compute_advantages
 from refine_verl.workers.loss import RefineLoss
 from refine_verl.workers.objective import Objective
 from refine_verl.workers.schedule import warmup_steps
@@ -114,6 +114,7 @@ class RefineTrainer(CheckpointingTrainer):
             max_length=longest_possible(self.config.data, self.settings.phase),
             rollout_micro_batch_size=self.config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu,
             threads=worker_threads(self.config.trainer.n_gpus_per_node),
+            algorithm=dict(self.config.algorithm),
         )
 
     def on_step_end(self) -> None:
@@ -253,26 +254,44 @@ class RefineTrainer(CheckpointingTrainer):
         Returns:
             Tokens put through the model, and the rewards [B, c, n] of the rollouts.
         """
-        forward_tokens, rewards = 0.0, None
-        objective = Objective.ROLLOUTS if self._uses_rollouts() else Objective.DOCUMENTS
-        if objective is Objective.ROLLOUTS:
-            # 1-3: choose positions, write rollouts, reward them, all next to the model
-            with marked_timer("rollout", timing_raw):
-                rollouts = self.actor_rollout_wg.rollout_and_reward(batch).get()
-            judged = float(rollouts.pop("reward_seconds").max())
-            timing_raw["reward"] = timing_raw.get("reward", 0.0) + judged
-            timing_raw["rollout"] -= judged
-            rewards = rollouts["rewards"]
-            rollouts["advantages"] = compute_advantages(
-                rewards, self.settings.nsp.rollout_length, self.settings.nsp.group, self.config.algorithm
-            )
-            forward_tokens += float(rollouts["forward_tokens"].sum())
-            metrics.update(rollout_metrics(rollouts[batch["weight"] > 0], self.settings.nsp.group))
-            batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs", "advantages"))
+        if not self._uses_rollouts():
+            with marked_timer("update", timing_raw):
+                return self._update(batch, Objective.DOCUMENTS, metrics, **how), None
+        every = self.settings.gradient_snr_every
+        if every and self.global_steps % every == 0:
+            how["measure_gradients"] = True
+        if self.settings.on_policy:
+            return self._learn_on_policy(batch, metrics, timing_raw, **how)
+        # 1-3: choose positions, write rollouts, reward them, all next to the model
+        with marked_timer("rollout", timing_raw):
+            rollouts = self.actor_rollout_wg.rollout_and_reward(batch).get()
+        _move_time(timing_raw, "rollout", rollouts)
+        rollouts["advantages"] = compute_advantages(rollouts, self.settings.nsp, self.config.algorithm)
+        metrics.update(rollout_metrics(rollouts[batch["weight"] > 0], self.settings.nsp.group))
+        needed = ("positions", "rollout_tokens", "rollout_lengths", "old_log_probs", "advantages", "routes")
+        # lengths where they differ, and routes of a model with experts only
+        batch.update(rollouts.select(*needed, strict=False))
         # 4: one optimiser step per mini-batch
         with marked_timer("update", timing_raw):
-            forward_tokens += self._update(batch, objective, metrics, **how)
-        return forward_tokens, rewards
+            forward_tokens = self._update(batch, Objective.ROLLOUTS, metrics, **how)
+        return forward_tokens + float(rollouts["forward_tokens"].sum()), rollouts["rewards"]
+
+    def _learn_on_policy(
+        self, batch: TensorDict, metrics: dict[str, float], timing_raw: dict[str, float], **how: Any
+    ) -> tuple[float, Tensor]:
+        """All four steps in the trained passes (``refine.on_policy``); see `learn`."""
+        nsp = self.settings.nsp
+        batch["row"] = torch.arange(len(batch))
+        how.update(rollouts_per_row=nsp.chunks * nsp.rollouts_per_position, rollout_length=nsp.longest_rollout)
+        with marked_timer("update", timing_raw):
+            forward_tokens = self._update(batch, Objective.ON_POLICY, metrics, **how)
+        parts = self.actor_rollout_wg.take_rollouts()
+        taken = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        rollouts = tu.get_tensordict(tensor_dict=taken)
+        _move_time(timing_raw, "update", rollouts)
+        rollouts = rollouts[rollouts["row"].argsort()]
+        metrics.update(rollout_metrics(rollouts[batch["weight"] > 0], nsp.group))
+        return forward_tokens, rollouts["rewards"]
 
     def _uses_rollouts(self) -> bool:
         return self.settings.uses_rollouts and self.global_steps > self.settings.warmup_steps
@@ -336,6 +355,8 @@ class RefineTrainer(CheckpointingTrainer):
         updated = tu.get(self.actor_rollout_wg.update(data).get(), "metrics")
         skipped = metrics.get(f"{name}/skipped_updates", 0.0)
         metrics.update(self._update_metrics(updated, name))
+        measured = {"nsp/gradient_snr", "nsp/gradient_cosine_ntp"} & updated.keys()
+        metrics.update({key: updated[key][0] for key in measured})
         metrics[f"{name}/skipped_updates"] += skipped
         return float(updated["forward_tokens"][0])
 
@@ -364,6 +385,8 @@ class RefineTrainer(CheckpointingTrainer):
         }
         if "actor/log_prob_gap" in updated:  # later mini-batches have weights that have moved
             means[f"{name}/log_prob_gap"] = _finite_mean(updated["actor/log_prob_gap"][:1])
+        if "nsp/expert_agreement" in updated:
+            means["nsp/expert_agreement"] = _finite_mean(updated["nsp/expert_agreement"][:1])
         return {
             **means,
             f"{name}/grad_norm": _finite_mean(norms),
@@ -444,6 +467,13 @@ def mini_batch_order(rows: int, size: int, ranks: int) -> list[int]:
 def _trackers(logger: str | list[str]) -> list[str]:
     """What `trainer.logger` names besides the console, where `TrainingProgress` shows every step in one line."""
     return [name for name in ([logger] if isinstance(logger, str) else logger) if name != "console"]
+
+
+def _move_time(timing: dict[str, float], phase: str, rollouts: TensorDict) -> None:
+    """What workers took for rewards, the slowest of them, is the reward's time and not that of the phase around it."""
+    judged = float(rollouts.pop("reward_seconds").max())
+    timing["reward"] = timing.get("reward", 0.0) + judged
+    timing[phase] -= judged
 
 
 def _seconds(timing: dict[str, float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from refine_verl.record.checkpoint_files import (
     flushed,
     retain,
 )
-from refine_verl.record.disk_space import DiskFullError, could_not_write
+from refine_verl.record.disk_space import DiskFullError, could_not_write, disk_is_full, size
 from refine_verl.record.metrics import METRICS_FILE, read_metrics
 from refine_verl.trainer.signals import Stopped, StopSignals
 from refine_verl.workers.failures import lost_connection
@@ -96,7 +96,8 @@ class CheckpointingTrainer(PPOTrainer):
         )
         what = f"the checkpoint of step {self.global_steps} could not be written"
         cure = "Free some space, or keep fewer checkpoints with trainer.max_actor_ckpt_to_keep"
-        if isinstance(reason, DiskFullError):
+        # another rank may have removed what it had written before this one looked how much room was left
+        if isinstance(reason, DiskFullError) or (good and disk_is_full(RuntimeError(reason), self.run_dir, size(good))):
             return f"the file system of {self.run_dir} is full: {what}. {cure}; {left} ({reason})"
         return f"{what} to {self.run_dir} ({reason}); {left}. {cure}."
 

@@ -67,19 +67,6 @@ class StopSignals:
         finally:
             self._deferred = False
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Within, an error that a signal has led to is the KeyboardInterrupt it was.
-
-        Some packages make an error of their own of an import of theirs that is interrupted.
-        """
-        try:
-            yield
-        except Exception as error:
-            if self.raised:
-                raise KeyboardInterrupt from error
-            raise
-
     @property
     def exit_code(self) -> int:
         """128 and the number of the signal, as shells and schedulers expect: 130 or 143."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from refine_verl.config import ModelSettings, NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
 from refine_verl.models.answers import end_tokens_of
 from refine_verl.models.stored_types import only_safe_types
+from refine_verl.nsp import sentence_ends
 from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
 from refine_verl.workers.objective import Objective, rollouts_to_learn
@@ -41,6 +42,8 @@ class RefineEngine(FSDPEngine):
     nsp: NSPSettings
     model_settings: ModelSettings
     seed: int
+    # writes rollouts in the trained pass and adds what the loss needs of them to its micro-batch; set by the worker
+    on_policy_pass: Callable[[TensorDict], dict[str, Tensor]]
     # a training step may make several updates, but the schedule moves once per step: with the last of them
     hold_learning_rate = False
 
@@ -64,25 +67,34 @@ class RefineEngine(FSDPEngine):
         actor = make_actor(
             module,
             autocast_dtype=autocast,
-            checkpoint_segments=self.model_settings.activation_checkpointing == "segment",
+            activation_checkpointing=self.model_settings.activation_checkpointing,
+            reading=self.model_settings.reading,
+            balance_coef=self.model_settings.balance_coef,
         )
-        actor.end_tokens = end_tokens_of(actor, self.model_config.tokenizer.eos_token_id)
+        tokenizer = self.model_config.tokenizer
+        actor.end_tokens = end_tokens_of(actor, tokenizer.eos_token_id)
+        actor.sentence_ends = sentence_ends(tokenizer, self.nsp)
         return actor
 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False
     ) -> Any:
-        rollouts = torch.tensor(rollouts_to_learn(data), device=get_device_id())
-        torch.distributed.all_reduce(rollouts, group=self.get_data_parallel_group())
-        tu.assign_non_tensor(data, global_rollouts=int(rollouts.item()))
-        return super().forward_backward_batch(data, loss_function, forward_only)
+        counted = torch.tensor(rollouts_to_learn(data), device=get_device_id())
+        torch.distributed.all_reduce(counted, group=self.get_data_parallel_group())
+        rollouts, tokens = counted.tolist()
+        tu.assign_non_tensor(data, global_rollouts=rollouts, global_rollout_tokens=tokens)
+        with self.gathered() if Objective.of(data) is Objective.ON_POLICY else nullcontext():
+            return super().forward_backward_batch(data, loss_function, forward_only)
 
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Callable[..., Any], forward_only: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """One micro-batch through the actor, and its share of the loss."""
         micro_batch = micro_batch.to(get_device_id())
-        output = self.trained_pass(micro_batch)
+        if Objective.of(micro_batch) is Objective.ON_POLICY:
+            output = self.on_policy_pass(micro_batch)
+        else:
+            output = self.trained_pass(micro_batch)
         loss, metrics = loss_function(model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group())
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
 
@@ -124,7 +136,8 @@ class RefineEngine(FSDPEngine):
     def gathered(self) -> Iterator[None]:
         """For the many short passes of a rollout: gather each layer's shards once, not once in every pass.
 
-        Without gradients and with FSDP2 only. Costs the memory of the whole model in float32 while it lasts.
+        With FSDP2 only; a backward pass frees what it gathered. Costs the memory of the whole model in float32 while
+        it lasts.
         """
         root: nn.Module = self.module
         layers = [m for m in root.modules() if isinstance(m, FSDPModule) and m is not root]

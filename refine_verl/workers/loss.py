@@ -15,7 +15,7 @@ from verl.utils.metric import Metric
 from verl.workers.config import ActorConfig
 
 from refine_verl.config import LossSettings
-from refine_verl.nsp import refine_objective
+from refine_verl.nsp import counted_tokens, refine_objective
 from refine_verl.workers.objective import Objective
 
 
@@ -59,12 +59,19 @@ class RefineLoss:
             global_tokens=int(tu.get_non_tensor_data(data, "batch_num_tokens", 0)),
             global_rollouts=int(tu.get_non_tensor_data(data, "global_rollouts", 0)),
             dp_size=dp_size,
+            balance_loss_sum=model_output.get("balance_loss_sum"),
         )
         if not predicts:
             metrics.pop("actor/ntp_loss")
         if rollouts:
-            gap = (rollouts["log_probs"].detach() - rollouts["old_log_probs"]).abs()[rollouts["mask"]].sum()
-            metrics["actor/log_prob_gap"] = gap / max(self._tokens(data, rollouts["mask"]), 1)
+            log_probs = rollouts["log_probs"].detach()
+            written = data.get("written_log_probs", data["old_log_probs"]).reshape(log_probs.shape)
+            gaps, mask = (log_probs - written).abs(), rollouts["mask"]
+            metrics["actor/log_prob_gap"] = self._mean(data, gaps, mask)
+            if "routes" in model_output:
+                trained, written = model_output["routes"], data["routes"].flatten(0, 2)
+                same = (trained == written).float()
+                metrics["nsp/expert_agreement"] = self._mean(data, same, mask[:, : same.shape[1]])
         # verl averages over ranks and then sums over micro-batches; shares have to be summed over both
         return loss, {name: Metric("sum", float(value) * dp_size) for name, value in metrics.items()}
 
@@ -80,20 +87,31 @@ class RefineLoss:
         if objective is Objective.ANSWERS:
             places = torch.arange(log_probs.shape[1], device=log_probs.device)
             mask = mask & (places < data["answer_lengths"].flatten()[:, None])
+        elif "rollout_lengths" in data:
+            lengths = data["rollout_lengths"].flatten()
+            lengths = lengths.repeat_interleave(len(log_probs) // len(lengths))
+            mask = mask & counted_tokens(lengths, log_probs.shape[1])
         return {
             "log_probs": log_probs,
             "old_log_probs": data["old_log_probs"].reshape(log_probs.shape),
-            "advantages": advantages.flatten() if objective is Objective.ROLLOUTS else advantages.flatten(0, 1),
+            "advantages": advantages.reshape(log_probs.shape),
             "mask": mask,
         }
 
     @staticmethod
-    def _tokens(data: TensorDict, mask: Tensor) -> int:
-        """Tokens of all rollouts or answers of the mini-batch."""
-        # answers differ in length, and the tokens that verl has counted are theirs; every rollout has k tokens
+    def _mean(data: TensorDict, values: Tensor, mask: Tensor) -> Tensor:
+        """This micro-batch's share of the mean of ``values`` [R, w] over the tokens of ``mask``.
+
+        Of the mean over rollouts of theirs, where rollouts differ in length: then how many tokens a mini-batch has may
+        be known too late.
+        """
+        rollouts, values = int(tu.get_non_tensor_data(data, "global_rollouts", 0)), values * mask
+        if "rollout_lengths" in data:
+            return (values.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / max(rollouts, 1)
+        tokens = rollouts * values.shape[1]
         if Objective.of(data) is Objective.ANSWERS:
-            return int(tu.get_non_tensor_data(data, "batch_num_tokens", 0))
-        return int(tu.get_non_tensor_data(data, "global_rollouts", 0)) * mask.shape[1]
+            tokens = int(tu.get_non_tensor_data(data, "global_rollout_tokens", 0))
+        return values.sum() / max(tokens, 1)
 
     def _policy_loss(
         self,
@@ -107,7 +125,7 @@ class RefineLoss:
     ) -> tuple[Tensor, dict[str, Any]]:
         self.actor.global_batch_info.update(
             dp_size=1,
-            batch_num_tokens=self._tokens(data, mask),
+            batch_num_tokens=int(tu.get_non_tensor_data(data, "global_rollout_tokens", 0)),
             global_batch_size=global_rollouts,
             loss_scale_factor=self.actor.loss_scale_factor,
         )

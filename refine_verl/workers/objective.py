@@ -19,8 +19,12 @@ class Objective(enum.Enum):
     DOCUMENTS = "documents"
     """Next-token loss of documents or prompts."""
     ROLLOUTS = "rollouts"
-    """The same and the policy loss of rollouts written within them: ``positions`` [b, c], ``rollout_tokens`` and
-    ``old_log_probs`` [b, c, n, k], ``advantages`` [b, c, n]."""
+    """The same and the policy loss of rollouts written within them: ``positions`` [b, c], ``rollout_tokens``,
+    ``old_log_probs`` and ``advantages`` [b, c, n, k]; ``written_log_probs`` where the old ones are recomputed,
+    ``rollout_lengths`` [b, c] where not all rollouts have k tokens."""
+    ON_POLICY = "on_policy"
+    """The same, but the rollouts are written in the pass that is trained: ``document_id`` and ``row`` [b], the row in
+    the batch; non-tensor ``global_step``, ``rollouts_per_row``, c * n, and ``rollout_length``, k."""
     REFERENCES = "references"
     """Next-token loss of reference answers behind their prompts, which end where ``learn_from`` [b] says."""
     ANSWERS = "answers"
@@ -44,12 +48,12 @@ class Objective(enum.Enum):
     @property
     def reinforces(self) -> bool:
         """Whether there is a policy loss."""
-        return self in (Objective.ROLLOUTS, Objective.ANSWERS)
+        return self in (Objective.ROLLOUTS, Objective.ON_POLICY, Objective.ANSWERS)
 
     @property
     def weighs_losses(self) -> bool:
         """Whether ``refine.loss`` has a say: what is done with answers is one thing or the other."""
-        return self in (Objective.DOCUMENTS, Objective.ROLLOUTS)
+        return self in (Objective.DOCUMENTS, Objective.ROLLOUTS, Objective.ON_POLICY)
 
 
 def tokens_to_learn(data: TensorDict) -> Tensor:
@@ -63,10 +67,20 @@ def tokens_to_learn(data: TensorDict) -> Tensor:
     return lengths - first
 
 
-def rollouts_to_learn(data: TensorDict) -> int:
-    """Number of rollouts or answers in the policy loss of a batch."""
+def rollouts_to_learn(data: TensorDict) -> tuple[int, int]:
+    """Number of rollouts or answers in the policy loss of a batch, and of their tokens.
+
+    Rollouts that are yet to be written (`ON_POLICY`) are taken to have k tokens.
+    """
     objective = Objective.of(data)
     if not objective.reinforces:
-        return 0
-    per_row = data["advantages"].shape[1:3] if objective is Objective.ROLLOUTS else data["advantages"].shape[1:2]
-    return int((data["weight"] > 0).sum()) * per_row.numel()
+        return 0, 0
+    real = data["weight"] > 0
+    if objective is Objective.ON_POLICY:
+        rollouts = int(real.sum()) * int(tu.get(data, "rollouts_per_row"))
+        return rollouts, rollouts * int(tu.get(data, "rollout_length"))
+    if objective is Objective.ANSWERS:
+        return int(real.sum()) * data["advantages"].shape[1], int(data["answer_lengths"][real].sum())
+    chunks, copies, length = data["advantages"].shape[1:]
+    rollouts, lengths = int(real.sum()) * chunks * copies, data.get("rollout_lengths", None)
+    return rollouts, rollouts * length if lengths is None else int(lengths[real].sum()) * copies

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
@@ -29,8 +31,10 @@ from refine_verl.models.step import Step
 from refine_verl.plugin import PluginError, check_plugin
 from refine_verl.record.checkpoint_files import FileRecord, flushed
 from refine_verl.record.disk_space import could_not_write
+from refine_verl.workers.advantage import compute_advantages
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.failures import lost_connection
+from refine_verl.workers.gradient_signal import measure_gradients
 from refine_verl.workers.objective import Objective, tokens_to_learn
 from refine_verl.workers.rendezvous import join_process_group
 from refine_verl.workers.snapshot import Snapshot, shard_bytes
@@ -47,6 +51,7 @@ class WorkerSettings:
         max_length: no document of the run is longer (tokens).
         rollout_micro_batch_size: documents per rollout or validation pass.
         threads: CPU threads of this process where there is no GPU.
+        algorithm: verl's ``algorithm`` section, by which rollouts are compared.
         stop_tokens: ids that end a generated answer.
     """
 
@@ -56,14 +61,15 @@ class WorkerSettings:
     max_length: int
     rollout_micro_batch_size: int
     threads: int
+    algorithm: dict[str, Any]
     stop_tokens: tuple[int, ...] = ()
 
 
 class NSPRolloutWorker(TrainingWorker):
     """verl's training worker plus rollouts and rewards next to the model.
 
-    Hidden states, logits and model states never leave it: :meth:`rollout_and_reward` returns token ids and a few
-    numbers per rollout, less than 1 MB a step besides the ids for 128 documents.
+    Hidden states, logits and model states never leave it: :meth:`rollout_and_reward` and :meth:`take_rollouts` return
+    token ids and a few numbers per rollout, less than 1 MB a step besides the ids for 128 documents.
     """
 
     engine: RefineEngine
@@ -80,7 +86,11 @@ class NSPRolloutWorker(TrainingWorker):
         if type(self.engine) is not RefineEngine:
             raise PluginError(f"verl built a {type(self.engine).__name__}: another plug-in owns '{config.model_type}'")
         self.engine.configure(self.settings.refine.nsp, self.settings.model, self.settings.seed)
-        self.rewards = HiddenStateRewardManager(self.settings.refine.nsp.reward)
+        nsp = self.settings.refine.nsp
+        self.rewards = HiddenStateRewardManager(nsp.reward, credit=nsp.credit)
+        self.engine.on_policy_pass = self._on_policy_pass
+        self.written: list[dict[str, Tensor]] = []
+        self.reward_seconds = 0.0
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def rollout_and_reward(self, data: TensorDict) -> TensorDict:
@@ -91,18 +101,14 @@ class NSPRolloutWorker(TrainingWorker):
 
         Returns:
             On the CPU: ``positions`` [b, c], ``rollout_tokens`` [b, c, n, k], ``old_log_probs`` [b, c, n, k],
-            ``rewards``, ``reward_cosine``, ``reward_binary`` [b, c, n], ``entropy_mean`` [b],
-            ``entropy_selected`` [b, c]; ``forward_tokens`` and ``reward_seconds`` [b], this rank's in its first row.
+            ``rewards``, ``reward_cosine``, ``reward_binary`` [b, c, n], with ``credit=token`` ``token_rewards``
+            [b, c, n, k], where they differ ``rollout_lengths`` [b, c], ``entropy_mean`` [b], ``entropy_selected``
+            [b, c], of a model with experts ``routes`` [b, c, n, k - 1]; ``forward_tokens`` and ``reward_seconds`` [b],
+            this rank's in its first row.
         """
-        settings, counted = self.settings, self.engine.module.forward_tokens
+        counted = self.engine.module.forward_tokens
         self.reward_seconds = 0.0
-        step = Step(
-            self.engine.module,
-            settings.refine.nsp,
-            settings.seed,
-            read_together=settings.rollout_micro_batch_size,
-            longest=settings.max_length,
-        )
+        step = self._step()
         documents, ids = documents_of(data.to(get_device_id())), data["document_id"].tolist()
         with self.engine.eval_mode(), self.engine.gathered():
             rollouts = step.write_and_reward(tu.get(data, "global_step"), documents, ids, self._reward)
@@ -112,6 +118,43 @@ class NSPRolloutWorker(TrainingWorker):
         output["forward_tokens"] = _in_first_row(self.engine.module.forward_tokens - counted, len(data))
         output["reward_seconds"] = _in_first_row(self.reward_seconds, len(data))
         return tu.get_tensordict(tensor_dict=output)
+
+    def _step(self) -> Step:
+        settings = self.settings
+        return Step(
+            self.engine.module,
+            settings.refine.nsp,
+            settings.seed,
+            read_together=settings.rollout_micro_batch_size,
+            longest=settings.max_length,
+        )
+
+    def _on_policy_pass(self, micro_batch: TensorDict) -> dict[str, Tensor]:
+        """Steps 1 to 3 inside the trained pass of a micro-batch, which gets ``advantages`` and ``old_log_probs``."""
+        step = int(tu.get(micro_batch, "global_step"))
+        ids = micro_batch["document_id"].tolist()
+        numbers, output = self._step().on_policy(step, documents_of(micro_batch), ids, self._reward)
+        algorithm = OmegaConf.create(self.settings.algorithm)
+        advantages = compute_advantages(numbers, self.settings.refine.nsp, algorithm)
+        known = ("old_log_probs", "written_log_probs", "rollout_lengths", "routes")
+        micro_batch.update({name: numbers[name] for name in known if name in numbers})
+        micro_batch["advantages"] = advantages
+        self.written.append({"row": micro_batch["row"], "advantages": advantages, **numbers})
+        return output
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def take_rollouts(self) -> dict[str, Tensor]:
+        """What this rank wrote in its on-policy updates since it was asked last.
+
+        On the CPU, one row per document: what `rollout_and_reward` returns of the rollouts, ``advantages``
+        [b, c, n, k], ``row`` [b] and ``reward_seconds`` [b], this rank's in its first row.
+        """
+        parts, self.written = self.written, []
+        taken = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        taken = {name: values.float() if values.is_floating_point() else values for name, values in taken.items()}
+        taken["reward_seconds"] = _in_first_row(self.reward_seconds, len(taken["row"]))
+        self.reward_seconds = 0.0
+        return taken
 
     def _reward(self, rollouts: RolloutBatch) -> dict[str, Tensor]:
         get_torch_device().synchronize()  # or the reward would be charged for what the device has still to do
@@ -124,6 +167,8 @@ class NSPRolloutWorker(TrainingWorker):
     def update(self, data: TensorDict) -> TensorDict:
         """Step 4: one optimiser step per mini-batch. Adds ``forward_tokens`` (all ranks) to verl's metrics.
 
+        With ``measure_gradients``, those of `measure_gradients` of the first mini-batch, before it is trained on.
+
         Args:
             data: what its `Objective`, the non-tensor ``objective``, asks for; with ``hold_learning_rate`` the
                 schedule does not move.
@@ -132,13 +177,27 @@ class NSPRolloutWorker(TrainingWorker):
         self.engine.hold_learning_rate = bool(tu.pop(data, "hold_learning_rate", False))
         # verl only sums this to count what a mini-batch learns from: no mask of T flags is needed
         data["loss_mask"] = tokens_to_learn(data)
-        if self.settings.refine.loss.old_log_probs == "recomputed" and Objective.of(data).reinforces:
+        objective = Objective.of(data)
+        recomputed = self.settings.refine.loss.old_log_probs == "recomputed" and objective is not Objective.ON_POLICY
+        if recomputed and objective.reinforces:
+            data["written_log_probs"] = data["old_log_probs"]
             data["old_log_probs"] = self._log_probs_before(data)
+        measured = self._measured(data) if tu.pop(data, "measure_gradients", False) else {}
         output = self.train_mini_batch(data)
+        tu.get(output, "metrics").update({name: [value] for name, value in measured.items()})
         tokens = torch.tensor(self.engine.module.forward_tokens - counted, device=get_device_id())
         torch.distributed.all_reduce(tokens, group=self.engine.get_data_parallel_group())
         tu.get(output, "metrics")["forward_tokens"] = [tokens.item()]
         return output
+
+    def _measured(self, data: TensorDict) -> dict[str, float]:
+        """Of this rank's first mini-batch. The rollouts that it writes in the trained pass are not the update's."""
+        first = data[: int(tu.get(data, "mini_batch_size")) // self.engine.get_data_parallel_size()]
+        tu.assign_non_tensor(first, micro_batch_size_per_gpu=self.engine_config.micro_batch_size_per_gpu)
+        written = len(self.written)
+        measured = measure_gradients(self.engine, self.loss_fn, first, self.settings.refine.gradient_cosine)
+        del self.written[written:]
+        return measured
 
     def _log_probs_before(self, data: TensorDict) -> Tensor:
         """Log-probabilities under the weights as they are, from the micro-batches and the pass that are trained."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference.toy import InSegments
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -17,7 +18,7 @@ import refine_verl
 from refine_verl.adaptation import AdaptSettings, PromptError
 from refine_verl.adaptation.settings import read_settings
 from refine_verl.config import ConfigError, LossSettings, NSPSettings
-from refine_verl.models import ModelError
+from refine_verl.models import ModelError, make_actor
 
 from .conftest import CONFIG, build, fingerprint, prompts
 
@@ -123,7 +124,7 @@ def sharing_memory() -> nn.Module:
 
 def hybrid() -> nn.Module:
     model = build()
-    model.config.attn = {"layers": [0], "num_heads": 2}
+    model.config.attn = {"layers": [0], "num_heads": 2, "window_size": 8}
     return model
 
 
@@ -174,12 +175,12 @@ class Wrapped(nn.Module):
     [
         (gpt2, "'gpt2' is not a fast-weight model REFINE knows. Supported model types: .*delta_net"),
         (frozen, r"all parameters are frozen.*requires_grad_\(True\)"),
-        (checkpointing, r"gradient_checkpointing_disable\(\), and set activation_checkpointing='segment'"),
+        (checkpointing, r"gradient_checkpointing_disable\(\), and set activation_checkpointing='layer'"),
         (on_meta, "lm_head.weight is on the meta device"),
         (all_on_meta, "is on the meta device"),
         (in_inference_mode, r"made under torch.inference_mode\(\).*outside of that block"),
         (sharing_memory, "lm_head.weight.* share memory without being one parameter"),
-        (hybrid, "softmax attention layers"),
+        (hybrid, "have a sliding window"),
         (quantised, r"its weights are quantised .*: bitsandbytes\)"),
         (not_a_number, "lm_head.weight holds NaN or infinity"),
         (without_window, r"sees all tokens before \(window_size=null\)"),
@@ -276,3 +277,14 @@ def test_the_page_lists_every_key_with_its_default() -> None:
     shown = {name: str(value) for name, value in vars(AdaptSettings()).items()}
     shown.update(nsp='{"reward": "binary"}', loss='{"rl_coef": 0.4}')
     assert listed == shown
+
+
+def test_a_selection_that_looks_at_writes_needs_to_know_them() -> None:
+    config = {**CONFIG, "nsp": {**CONFIG["nsp"], "selection": "surprise"}}
+    with refine_verl.adapt(build(), ROW, config) as adapted:
+        assert adapted.history
+    actor = make_actor(build(), adapter=InSegments())
+    before = fingerprint(actor)
+    with pytest.raises(ConfigError, match=r"refine\.nsp\.selection: surprise looks at how strongly each token"):
+        refine_verl.adapt(actor, ROW, config)
+    assert fingerprint(actor) == before

@@ -157,10 +157,10 @@ def test_an_interrupt_while_restoring_waits(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_actor_stays_the_actor_it_was(family: str) -> None:
-    actor = make_actor(build(family), checkpoint_segments=True)
+    actor = make_actor(build(family), activation_checkpointing="segment")
     actor.forward_tokens = 17
     before = fingerprint(actor)
-    attributes = {name: actor.__dict__[name] for name in ("adapter", "autocast_dtype", "checkpoint_segments")}
+    attributes = {name: actor.__dict__[name] for name in ("adapter", "autocast_dtype", "activation_checkpointing")}
     with refine_verl.adapt(actor, prompts(), CONFIG) as adapted:
         assert isinstance(adapted.model, FastWeightActor)
         by_actor = fingerprint(actor)

@@ -1,4 +1,4 @@
-"""The seven commands answer help, unknown options and Ctrl-C in the same way, before anything heavy is loaded."""
+"""The eight commands answer help, unknown options and Ctrl-C in the same way, before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from refine_verl.command.keys import list_keys, read_keys
 from refine_verl.command.show import typed
 from refine_verl.config import ConfigError, NSPSettings, Refusal, RunFailed, Settings, option
 
-PREFIX = {"prepare": ["documents"], "evaluate": [], "main": [], "plan": [], "inspect": [], "report": [], "doctor": []}
+PREFIX = {
+    "prepare": ["documents"],
+    "remember": ["read"],
+    **{name: [] for name in ("evaluate", "main", "plan", "inspect", "report", "doctor")},
+}
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "verl", "ray", "fla", "datasets"}
 

@@ -58,7 +58,7 @@ def test_a_users_preset_lies_beside_the_recipes(recipe_file: RecipeFile) -> None
     recipe_file("small", "config_tokenizer: bytes\nconfig: {model_type: delta_net}\n", folder="model")
     config = compose_config(["recipe=midtrain", "model=small"])
     assert config.model.config_tokenizer == "bytes"
-    assert config.model.activation_checkpointing == "segment"
+    assert config.model.activation_checkpointing == "layer"
 
 
 def test_config_dir_in_hydras_own_layout(tmp_path: Path) -> None:

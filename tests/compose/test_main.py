@@ -59,8 +59,39 @@ RecipeFile = Callable[..., Path]
         ),
         (["recipe=midtrain", "data.train_files=x"], "model.path: no model given"),
         (["recipe=midtrain", "data.train_files=x", "model.path=./nowhere"], "nowhere: no such directory"),
+        (
+            ["recipe=midtrain_many_rollouts", "data.train_files=x", "model.path=x", "data.max_length=36"],
+            "data.max_length: 36 is too short: refine.nsp.chunks=32 positions with refine.nsp.rollout_length=5 tokens",
+        ),
+        (
+            ["recipe=midtrain_many_rollouts", "refine.nsp.rollouts_together=0"],
+            "refine.nsp.rollouts_together: must be at least 1, got 0",
+        ),
+        (
+            ["recipe=midtrain_grouped"],
+            "recipe: 'midtrain_grouped' is no longer there: recipe=midtrain_many_rollouts has",
+        ),
         (["recipe=quickstart", "refine.nsp.reward=nowhere.reward"], "refine.nsp.reward: "),
         (["recipe=quickstart", "refine.nsp.reward=cosin"], "Did you mean 'cosine'?"),
+        (["recipe=quickstart", "refine.nsp.rollout_length={min:5,max:2}"], "rollout_length.min: 5 is more than "),
+        (
+            ["recipe=quickstart", "refine.nsp.rollout_length={maxi:5}"],
+            "rollout_length.maxi: unknown key. Allowed: min,",
+        ),
+        (
+            ["recipe=quickstart", "refine.nsp.rollout_length.max=5"],
+            'Write the section as a whole: "refine.nsp.rollout_',
+        ),
+        (["recipe=quickstart", "refine.nsp.rollout_length=[5]"], "refine.nsp.rollout_length: "),
+        (
+            [
+                "recipe=quickstart",
+                "refine.nsp.rollout_length={min:1,max:4}",
+                "refine.on_policy=true",
+                "actor_rollout_ref.actor.loss_agg_mode=token-mean",
+            ],
+            "refine.on_policy: true with rollouts of unequal lengths",
+        ),
         (["recipe=quickstart", "refine.nsp.selection=max_entopy"], "Did you mean 'max_entropy'?"),
         (["recipe=quickstart", "refine.nsp.selection=no name"], "refine.nsp.selection: 'no name' is no name"),
         (["recipe=quickstart", "data.train_files=nowhere.jsonl", "model.tokenizer=bytes"], "nowhere.jsonl"),
@@ -85,6 +116,41 @@ def test_bad_input_exits_with_2_one_line_and_writes_nothing(
     assert said.count("error: ") == 1 and "Traceback" not in said and "HYDRA_FULL_ERROR" not in said
     assert list(empty_directory.iterdir()) == []
     assert not (tmp_path / "cache").exists()
+
+
+def refused(arguments: list[str], capfd: pytest.CaptureFixture[str], directory: Path) -> str:
+    assert main(arguments) == 2 and list(directory.iterdir()) == []
+    return capfd.readouterr().err
+
+
+def test_layers_that_are_not_known(
+    empty_directory: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refine_verl.models.adapters import FlaAdapter
+
+    class OneMethod:
+        run = FlaAdapter.run
+
+    monkeypatch.setattr("refine_verl.models.adapters.adapter_for", lambda _: OneMethod())
+    said = refused(["recipe=quickstart", "model.activation_checkpointing=layer"], capfd, empty_directory)
+    assert "error: model.activation_checkpointing: layer needs an adapter" in said and "Set segment" in said
+
+
+def test_a_triton_that_does_not_train_the_model(
+    empty_directory: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from packaging.version import Version
+
+    from refine_verl.kernels import versions
+    from refine_verl.preflight import run
+
+    monkeypatch.setattr(run, "_check_device", lambda _: None)  # an H100 with the triton of torch 2.11
+    monkeypatch.setattr(versions, "oldest_capability", lambda: (9, 0))
+    monkeypatch.setattr(versions, "installed", lambda: versions.Installed(Version("3.6.0"), False))
+    gated = ["recipe=quickstart", "model=gated_deltanet", "trainer.device=cuda"]
+    said = refused(gated, capfd, empty_directory)
+    assert "error: model: the gradients of a gated_deltanet" in said and "triton" in said
+    assert "gradients" not in refused(["recipe=quickstart", "trainer.device=cuda", "lr=3"], capfd, empty_directory)
 
 
 def test_a_parent_that_does_not_exist_is_named(recipe_file: RecipeFile, capfd: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,18 @@ def test_overlong_prompts_need_a_known_policy() -> None:
         composed(*POSTTRAIN, "data.overlong_prompts=center")
 
 
+def test_a_question_is_looked_for_where_there_is_one() -> None:
+    query = "refine.nsp.selection=query"
+    with pytest.raises(ConfigError, match=r"refine\.nsp\.selection: query .* documents .* have none\. Set entropy or"):
+        composed(*MIDTRAIN, query)
+    for phase in (POSTTRAIN, TTT):
+        assert composed(*phase, query, "refine.nsp.question_tokens=9").refine.nsp.question_tokens == 9
+        assert composed(*phase, query, "data.overlong_prompts=middle").refine.nsp.selection == "query"
+        with pytest.raises(ConfigError, match=r"data\.overlong_prompts: right cuts off .*refine\.nsp\.selection=query"):
+            composed(*phase, query, "data.overlong_prompts=right")
+        assert composed(*phase, "data.overlong_prompts=right").refine.nsp.selection == "entropy"
+
+
 def test_where_workers_need_not_divide_a_mini_batch() -> None:
     assert composed(*TTT, "trainer.n_gpus_per_node=8").workers == 8
     with pytest.raises(ConfigError, match=r"refine\.ppo_mini_batch_size"):

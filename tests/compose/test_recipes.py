@@ -28,8 +28,17 @@ def compose_with(recipe: str, preset: str, *more: str) -> DictConfig:
 
 def test_the_names_users_type() -> None:
     phases = {"posttrain", "posttrain_nested_sft", "posttrain_sft", "ttt", "ttt_sft"}
-    assert set(RECIPES) == {"midtrain", "midtrain_grouped", "sft", "pretrain", "quickstart"} | phases
-    assert set(PRESETS) == {"auto", "deltanet_1b3", "gated_deltanet", "lact_760m", "tiny_deltanet", "tiny_lact"}
+    assert set(RECIPES) == {"midtrain", "midtrain_many_rollouts", "sft", "pretrain", "quickstart"} | phases
+    hybrids = {
+        "olmo_hybrid_7b",
+        "qwen3_5_9b",
+        "qwen3_next_80b_a3b",
+        "tiny_olmo_hybrid",
+        "tiny_qwen3_5",
+        "tiny_qwen3_next",
+    }
+    others = {"auto", "deltanet_1b3", "gated_deltanet", "lact_760m", "tiny_deltanet", "tiny_lact"}
+    assert set(PRESETS) == others | hybrids
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -109,16 +118,20 @@ def test_sft_differs_from_midtrain_in_the_loss_alone(midtrain: DictConfig) -> No
     assert given.keys() == base.keys()
 
 
-def test_grouped_differs_from_midtrain_in_the_estimator_alone(midtrain: DictConfig) -> None:
-    grouped = validate(compose_with("midtrain_grouped", "deltanet_1b3")).config
-    given, base = dict(leaves(grouped)), dict(leaves(midtrain))
+def test_many_rollouts_differ_from_midtrain_in_the_estimator_alone(midtrain: DictConfig) -> None:
+    many = validate(compose_with("midtrain_many_rollouts", "deltanet_1b3")).config
+    given, base = dict(leaves(many)), dict(leaves(midtrain))
     own = ("refine.", "algorithm.", "data.", "model.")  # verl's sections follow
     different = {key: given.get(key) for key in base if key.startswith(own) and base[key] != given.get(key)}
     assert different == {
+        "refine.nsp.chunks": 32,
         "refine.nsp.rollouts_per_position": 8,
         "refine.nsp.group": "position",
-        "refine.loss.rl_coef": 1.0,
+        "refine.nsp.credit": "token",
+        "refine.nsp.reward": "binary",
+        "refine.loss.rl_coef": 5.0,
         "algorithm.norm_adv_by_std_in_grpo": False,
+        "data.min_length": 37,
     }
 
 
@@ -185,4 +198,7 @@ def test_presets_are_models_of_the_size_they_claim() -> None:
     assert 1.2e9 < sizes["gated_deltanet"] < 1.5e9
     assert 1e6 < sizes["tiny_deltanet"] < 3e6
     assert sizes["lact_760m"] == 797_625_312
-    assert 1e6 < sizes["tiny_lact"] < 3e6
+    assert sizes["olmo_hybrid_7b"] == 7_430_870_688
+    assert sizes["qwen3_5_9b"] == 8_953_803_264
+    assert 79e9 < sizes["qwen3_next_80b_a3b"] < 81e9
+    assert all(1e6 < size < 3e6 for name, size in sizes.items() if name.startswith("tiny_"))

@@ -139,6 +139,29 @@ def test_values_of_the_wrong_kind(quickstart: DictConfig, key: str, value: objec
         ),
         ({"trainer__nnodes": 16}, "refine.ppo_mini_batch_size", "by 16 workers"),
         (
+            {
+                "refine__gradient_snr_every": 2,
+                "trainer__n_gpus_per_node": 8,
+                "actor_rollout_ref__actor__ppo_micro_batch_size_per_gpu": 1,
+            },
+            "refine.gradient_snr_every",
+            r"is 1 document .*=8 over 8 workers\). Set refine.ppo_mini_batch_size to 16 or more",
+        ),
+        (
+            {"refine__gradient_snr_every": 9, "trainer__total_training_steps": 8},
+            "refine.gradient_snr_every",
+            "9 is more than trainer.total_training_steps=8",
+        ),
+        (
+            {
+                "refine__gradient_snr_every": 3,
+                "trainer__total_training_steps": 5,
+                "refine__warmup_steps": 4,
+            },
+            "refine.gradient_snr_every",
+            "3: none of the steps 5 to 5, which have rollouts",
+        ),
+        (
             {"actor_rollout_ref__actor__ppo_micro_batch_size_per_gpu": 3},
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
             "3 does not divide a worker's share of a mini-batch, 8 .*2 or 4 would",

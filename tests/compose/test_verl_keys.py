@@ -98,3 +98,17 @@ def test_an_optimiser_that_cannot_be_made(
 )
 def test_optimisers_that_can_be_made(quickstart: DictConfig, key: str, value: object) -> None:
     check_against_verl(validate(changed(quickstart, f"optim.{key}", value)).config)
+
+
+def test_attention_that_cannot_be_had_is_refused(quickstart: DictConfig) -> None:
+    key = "actor_rollout_ref.model.override_config.attn_implementation"
+    copy = OmegaConf.create(OmegaConf.to_container(quickstart, resolve=False))
+    for value, wrong in (("sdpa", False), ("flash_attention_2", True)):
+        OmegaConf.update(copy, key, value)
+        assert isinstance(copy, DictConfig)
+        if not wrong:
+            validate(copy)
+            continue
+        with pytest.raises(ConfigError, match="'flash_attention_2'. Allowed: eager, sdpa") as caught:
+            validate(copy)
+        assert caught.value.key == key

@@ -107,6 +107,7 @@ def test_pooling_window_and_shortest_document_follow_the_rollout_length() -> Non
         ("refine.ppo_mini_batch_size", {"ppo_mini_batch_size": 0}, "at least 1"),
         ("refine.warmup_steps", {"warmup_steps": -1}, "at least 0"),
         ("refine.loss", {"loss": {"rl_coef": 0, "sft_coef": 0}}, "nothing to learn"),
+        ("refine.nsp.credit", {"nsp": {"credit": "token", "rollout_length": 1}}, "token has no effect with"),
         ("refine.nsp.group", {"nsp": {"group": "position"}}, "rollouts_per_position=1 leaves nothing"),
         ("refine.nsp.chunks", {"nsp": {"chunks": 1}}, "nothing to compare a reward with"),
         (
@@ -114,7 +115,41 @@ def test_pooling_window_and_shortest_document_follow_the_rollout_length() -> Non
             {"nsp": {"selection": "uniform", "entropy_temperature": 2.0}},
             "no effect with refine.nsp.selection=uniform",
         ),
+        ("refine.nsp.question_tokens", {"nsp": {"question_tokens": 0}}, "at least 1"),
+        (
+            "refine.nsp.question_tokens",
+            {"nsp": {"selection": "surprise", "question_tokens": 9}},
+            "no effect with refine.nsp.selection=surprise: remove it or set selection=query",
+        ),
+        (
+            "refine.nsp.question_tokens",
+            {"nsp": {"selection": "query", "question_tokens": 9}, "loss": {"rl_coef": 0}},
+            "9 has no effect without rollouts",
+        ),
+        ("refine.nsp.rollouts_together", {"nsp": {"rollouts_together": 0}}, "must be at least 1, got 0"),
+        (
+            "refine.nsp.rollouts_together",
+            {"nsp": {"rollout": "prefix", "rollouts_together": 9}},
+            "9 has no effect with refine.nsp.rollout=prefix, which forks no states: leave it out",
+        ),
+        (
+            "refine.nsp.rollouts_together",
+            {"nsp": {"rollouts_together": 9}, "loss": {"rl_coef": 0}},
+            "9 has no effect without rollouts",
+        ),
         ("refine.warmup_steps", {"warmup_steps": 3, "loss": {"sft_coef": 0}}, "sft_coef=0"),
+        ("refine.gradient_snr_every", {"gradient_snr_every": -1}, "at least 0"),
+        ("refine.gradient_cosine", {"gradient_cosine": True}, "no effect with refine.gradient_snr_every=0.*Raise it"),
+        (
+            "refine.gradient_snr_every",
+            {"gradient_snr_every": 2, "loss": {"rl_coef": 0}},
+            "effect with refine.loss.rl_coef=0.* Set it to 0",
+        ),
+        (
+            "refine.gradient_snr_every",
+            {"gradient_snr_every": 2, "phase": "posttrain", "inner": "refine", "outer": "sft"},
+            "phase=posttrain: .* Set it to 0",
+        ),
     ],
 )
 def test_refused_with_key_value_and_cure(key: str, mapping: dict[str, Any], message: str) -> None:
@@ -131,9 +166,12 @@ def test_refused_with_key_value_and_cure(key: str, mapping: dict[str, Any], mess
         {"nsp": {"chunks": 1, "rollouts_per_position": 2}},
         {"nsp": {"chunks": 1, "group": "position"}, "loss": {"rl_coef": 0}},
         {"loss": {"sft_coef": 0}},
+        {"gradient_snr_every": 10, "gradient_cosine": True, "on_policy": True},
         {"nsp": {"reward": "my_package.rewards.overlap"}},
         {"nsp": {"reward": "registered-by_a_package"}},
         {"nsp": {"selection": "my_package:turns", "entropy_temperature": 2.0}},
+        {"nsp": {"selection": "my_package:turns", "question_tokens": 9}},
+        {"nsp": {"selection": "query", "question_tokens": 9, "entropy_temperature": 2.0}},
         *({"nsp": {"reward": reward}} for reward in REWARDS),
         *({"nsp": {"selection": selection}} for selection in SELECTIONS),
     ],

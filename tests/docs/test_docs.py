@@ -24,6 +24,7 @@ from refine_verl.compose.validate import validate
 from refine_verl.compose.verl_keys import STRATEGIES
 from refine_verl.config import DataSettings, PromptSettings, list_settings
 from refine_verl.models.adapters import FLA_THROUGH_THE_SAME_ADAPTER, FLA_VERIFIED_ON_CPU
+from refine_verl.models.hybrid import MIXERS
 from refine_verl.nsp import reward_metrics, rollout_metrics
 from refine_verl.report.charts import SPECS
 
@@ -326,7 +327,7 @@ def test_every_metric_is_documented() -> None:
 
 def test_every_family_is_in_the_support_table() -> None:
     cells = " ".join(row[0] for row in rows(ROOT / "README.md"))
-    for family in (*FLA_VERIFIED_ON_CPU, *FLA_THROUGH_THE_SAME_ADAPTER, "lact_swiglu"):
+    for family in (*FLA_VERIFIED_ON_CPU, *FLA_THROUGH_THE_SAME_ADAPTER, "lact_swiglu", *MIXERS):
         assert f"`{family}`" in cells, family
 
 
@@ -337,4 +338,4 @@ def test_the_benchmarks_presets_are_documented_as_they_are(name: str, monkeypatc
     model = preset.model
     row = next(row for row in rows(ROOT / "docs/performance.md") if row[0] == f"`{name}`" and row[1].isdigit())
     sizes = [model["num_hidden_layers"], model["hidden_size"], model["vocab_size"], preset.length, preset.documents]
-    assert row[1:] == [*map(str, sizes), "yes" if preset.checkpoint_segments else "no"]
+    assert row[1:] == [*map(str, sizes), preset.activation_checkpointing]

@@ -44,14 +44,14 @@ LINES = 4000
 def make() -> Callable[..., FastWeightActor]:
     import new_model  # noqa: F401  registers the model and its adapter
 
-    def build(adapter: ModelAdapter | None = None, checkpoint_segments: bool = False) -> FastWeightActor:
+    def build(adapter: ModelAdapter | None = None, activation_checkpointing: str = "none") -> FastWeightActor:
         config = AutoConfig.for_model("decay_memory", vocab_size=61, hidden_size=32)
         model = load_model(None, config=config, dtype=torch.float64, seed=1)
         with torch.no_grad():  # larger weights than at initialisation: every part of the model matters
             generator = torch.Generator().manual_seed(2)
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        return make_actor(model, adapter=adapter, checkpoint_segments=checkpoint_segments)
+        return make_actor(model, adapter=adapter, activation_checkpointing=activation_checkpointing)
 
     return build
 
@@ -117,12 +117,12 @@ def test_forked_rollouts_equal_recomputed_ones(make: Callable[..., FastWeightAct
 
 
 @pytest.mark.parametrize("grad_scope", ["full", "branch"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "checkpoint"])
+@pytest.mark.parametrize("checkpointing", ["none", "segment"])
 def test_forked_updates_equal_recomputed_ones(
-    make: Callable[..., FastWeightActor], grad_scope: str, checkpointing: bool
+    make: Callable[..., FastWeightActor], grad_scope: str, checkpointing: str
 ) -> None:
     documents = documents_of((40, 33))
-    forked = update(make(checkpoint_segments=checkpointing), documents, "fork", grad_scope)
+    forked = update(make(activation_checkpointing=checkpointing), documents, "fork", grad_scope)
     assert worst(forked, update(make(), documents, "prefix", grad_scope)) < RELATIVE
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from reference.evaluate_files import BYTES
+from reference.hybrid import hybrid_config
 from reference.toy import tiny_config
 
+from refine_verl.config import ConfigError
 from refine_verl.data.tokenizers import load_tokenizer
-from refine_verl.evaluate.model import EvaluatedModel
-from refine_verl.models import FastWeightActor, ModelError, load_model, make_actor
+from refine_verl.evaluate.model import EvaluatedModel, FoundModel, load_evaluated, ttt_settings
+from refine_verl.models import FastWeightActor, ModelError, ModelInfo, load_model, make_actor
 
 LACT = {"num_attn_heads": 2, "num_lact_heads": 2, "lact_chunk_size": 8, "window_size": 8}
 PROMPTS = [b"The grass is green.", b"Ann", b"Bob has nine apples and Ann has seven."]
 
 
-@pytest.fixture(params=["delta_net", "gated_deltanet", "lact_swiglu"])
+@pytest.fixture(params=["delta_net", "gated_deltanet", "lact_swiglu", "olmo_hybrid"])
 def evaluated(request: pytest.FixtureRequest) -> EvaluatedModel:
-    config = tiny_config(request.param, vocab_size=BYTES, **(LACT if request.param == "lact_swiglu" else {}))
+    if request.param == "olmo_hybrid":
+        config = hybrid_config(request.param, vocab_size=BYTES)
+    else:
+        config = tiny_config(request.param, vocab_size=BYTES, **(LACT if request.param == "lact_swiglu" else {}))
     model: Any = load_model(None, config=config, dtype=torch.float64, seed=1).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -69,3 +75,16 @@ def test_predictions_that_are_no_numbers_are_refused(evaluated: EvaluatedModel, 
         evaluated.likelihoods([(list(PROMPTS[0]), list(PROMPTS[1]))])
     with pytest.raises(ModelError, match="its predictions are NaN or infinite"):
         evaluated.write([list(PROMPTS[0])], [4])
+
+
+def test_a_selection_that_the_model_cannot_have_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    settings = ttt_settings("refine", {"nsp": {"selection": "surprise"}})
+    for family, more, error in (("lact_swiglu", LACT, ConfigError), ("delta_net", {}, ModelError)):
+        found = FoundModel(
+            key="model",
+            path=str(tmp_path),  # there are none
+            info=ModelInfo(family, BYTES, True, tiny_config(family, vocab_size=BYTES, **more)),
+            tokenizer=load_tokenizer("bytes"),
+        )
+        with pytest.raises(error, match=r"refine\.nsp\.selection: surprise" if error is ConfigError else "config.json"):
+            load_evaluated(found, ttt=settings, device="cpu")

@@ -13,10 +13,11 @@ import torch
 
 from examples.recall import __main__ as command
 from examples.recall import runner
-from examples.recall.arms import ABLATIONS, HEADLINE, PAPER
-from examples.recall.bases import MODELS, BaseSpec, train_base
+from examples.recall.arms import ABLATIONS, HEADLINE, PAPER, Arm, many
+from examples.recall.bases import MODELS, RECALL, BaseSpec, train_base
 from examples.recall.jobs import ARMS, Amount, Job, all_jobs, run_job
-from examples.recall.noise import alignment, estimators, signal_to_noise
+from examples.recall.noise import ESTIMATORS, alignment, signal_to_noise
+from examples.recall.noise import PAPER as PAPERS_ESTIMATOR
 from examples.recall.records import Records
 from examples.recall.scores import batches, held_out, score
 from examples.recall.section import figures, section
@@ -24,7 +25,18 @@ from examples.recall.task import Task
 from refine_verl.compose.composition import compose_config
 from refine_verl.models import make_actor
 
-TINY = Amount(seeds=1, steps=2, ablation_steps=1, held_out=8, draws=2, prompts=8, passes=1, shrink=400)
+TINY = Amount(
+    seeds=1,
+    steps=1,
+    ablation_steps=1,
+    held_out=8,
+    draws=2,
+    noise_batch=1,
+    bound_rollouts=2,
+    prompts=8,
+    passes=1,
+    shrink=400,
+)
 
 
 # The task
@@ -110,10 +122,20 @@ def test_scores(wrong: int, exact: float) -> None:
 # Arms
 
 
-def test_the_papers_settings_are_those_of_the_recipe() -> None:
-    settings = PAPER.settings("under", 0)
-    recipe = compose_config(["recipe=midtrain", "model.path=DIR", "data.train_files=FILES"])
-    for name in ("chunks", "rollout_length", "rollouts_per_position", "reward", "group", "selection", "temperature"):
+@pytest.mark.parametrize(("arm", "name"), [(PAPER, "midtrain"), (many("binary"), "midtrain_many_rollouts")])
+def test_settings_are_those_of_the_recipe(arm: Arm, name: str) -> None:
+    settings = arm.settings("under", 0)
+    recipe = compose_config([f"recipe={name}", "model.path=DIR", "data.train_files=FILES"])
+    for name in (
+        "credit",
+        "chunks",
+        "rollout_length",
+        "rollouts_per_position",
+        "reward",
+        "group",
+        "selection",
+        "temperature",
+    ):
         assert getattr(settings.nsp, name) == recipe.refine.nsp[name], name
     assert settings.loss.rl_coef == recipe.refine.loss.rl_coef
     assert settings.norm_adv_by_std_in_grpo == recipe.algorithm.norm_adv_by_std_in_grpo
@@ -148,7 +170,24 @@ def test_signal_to_noise_by_hand() -> None:
     assert signal_to_noise(noise) == pytest.approx(0.0, abs=0.002)
     assert alignment(mean[None].repeat(3, 1), mean) == pytest.approx(1.0)
     assert alignment(-mean[None], mean) == pytest.approx(-1.0)
-    assert len(estimators(1)) == 2 and len(estimators(4)) == 4
+
+
+def test_estimators_at_equal_rollout_tokens() -> None:
+    """The paper's is that of its recipe; most others write 256 rollouts; each has a name, and its own advantages."""
+    assert len({one.name for one in ESTIMATORS}) == len(ESTIMATORS)
+    nsp = PAPER.settings("under", 0).nsp
+    paper = PAPERS_ESTIMATOR
+    assert (paper.chunks, paper.rollouts, paper.group) == (nsp.chunks, nsp.rollouts_per_position, nsp.group)
+    assert paper.credit == nsp.credit and paper.divide
+    equal = [one for one in ESTIMATORS if one.chunks * one.rollouts == 256]
+    found = {(one.chunks, one.group, one.credit, one.divide) for one in equal}
+    assert len(equal) >= 8 and {(8, "sequence", "rollout", True), (32, "position", "token", False)} <= found
+    written = {"token_rewards": torch.rand(2, 32, 8, 5, generator=torch.Generator().manual_seed(0))}
+    written["rewards"] = written["token_rewards"].mean(dim=-1)
+    advantages = {one.name: one.advantages(written) for one in equal if one.chunks == 32}
+    for name, first in advantages.items():
+        assert not any(torch.allclose(first, second) for other, second in advantages.items() if other != name)
+        assert (first[..., 0] == first[..., 4]).all() == ("rollout" in name)
 
 
 # The command
@@ -157,6 +196,8 @@ KINDS = [
     Job("base", "deltanet", 0),
     Job("headline", "deltanet", 0, "under"),
     Job("noise", "deltanet", 0, "under", "cosine"),
+    Job("signal", "deltanet", 0, "under"),
+    Job("bound", "deltanet", 0, "under", "binary"),
     Job("ablation", "deltanet", 0, "under", "chunks_2"),
     Job("test_time", "deltanet", 0, "under", "none"),
     Job("test_time", "deltanet", 0, "under", "sft"),
@@ -165,11 +206,11 @@ KINDS = [
 
 
 def test_all_jobs() -> None:
-    jobs = all_jobs(list(MODELS), command.FULL)
+    jobs = all_jobs(list(RECALL), command.FULL)
     assert len({job.name for job in jobs}) == len(jobs) and {job.seed for job in jobs} == set(range(5))
     assert {job.kind for job in KINDS} == {job.kind for job in jobs}
     assert {(job.model, job.state) for job in jobs if job.kind == "headline"} == {
-        (model, state) for model in MODELS for state in ("under", "plateau")
+        (model, state) for model in RECALL for state in ("under", "plateau")
     }
 
 
@@ -186,8 +227,17 @@ def test_every_kind_of_job_ends_on_the_page(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(command, "all_jobs", lambda models, amount: KINDS)
     command.main(["--fast", "--out", str(tmp_path), "--processes", "1"])
     text = (tmp_path / "results.md").read_text()
-    for heading in ("Base models", "REFINE against SFT", "Ablations", "Places", "How noisy", "Test-time training"):
+    for heading in (
+        "Base models",
+        "REFINE against SFT",
+        "Ablations",
+        "Places",
+        "How noisy",
+        "Training with a gradient",
+        "Test-time training",
+    ):
         assert f"## {heading}" in text, heading
+    assert "*Upper bound*, a nearly exact policy gradient (n = 2)" in text
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "recall_headline.svg",
         "recall_compute.svg",
@@ -208,6 +258,40 @@ def test_every_kind_of_job_ends_on_the_page(tmp_path: Path, monkeypatch: pytest.
     assert without_run(tmp_path / "results.md") == re.sub(RUN, "", text)
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"ablation-deltanet-under-chunks_2-seed0.json"}
+
+
+def test_kinds_of_jobs() -> None:
+    """With the bases they start from; what is not a kind is refused."""
+    jobs = all_jobs(list(RECALL), command.FULL)
+    found = command.chosen(jobs, ["bound"])
+    assert {job.kind for job in found} == {"base", "bound"} and command.chosen(jobs, None) == jobs
+    bases = {(job.model, job.seed) for job in found if job.kind == "base"}
+    assert bases == {(job.model, job.seed) for job in found if job.kind == "bound"}
+    with pytest.raises(SystemExit, match="--kinds: there are no jobs of the kind nosie. Known: .*noise"):
+        command.chosen(jobs, ["nosie"])
+
+
+def test_what_is_measured_later_takes_the_place_of_what_was() -> None:
+    """Jobs of other kinds stay, and so does what the page says of their run."""
+
+    def results(date: str, *kinds: str, **more: Any) -> dict[str, Any]:
+        about = {"amount": {"seeds": 5}, "environment": {"torch": "2"}, "processor_minutes": 3.0}
+        jobs = [{"kind": kind, "date": date} for kind in kinds]
+        return {"date": date, "jobs": jobs, **about, **more}
+
+    old = results("monday", "base", "headline", "noise")
+    new = results("tuesday", "base", "noise", "signal", amount={"seeds": 3})
+    both = command.added_to(old, new, ["noise", "signal"])
+    assert [(job["kind"], job["date"]) for job in both["jobs"]] == [
+        ("base", "monday"),
+        ("headline", "monday"),
+        ("noise", "tuesday"),
+        ("signal", "tuesday"),
+    ]
+    assert both["date"] == "monday" and both["amount"]["seeds"] == 5
+    assert [(run["date"], run["kinds"]) for run in both["later"]] == [("tuesday", ["noise", "signal"])]
+    again = command.added_to(both, results("friday", "noise"), ["noise"])
+    assert [run["kinds"] for run in again["later"]] == [["signal"], ["noise"]]
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:

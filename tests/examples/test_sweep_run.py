@@ -6,10 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from reference.processes import forking_python
 from reference.runs import TIMEOUT, read_steps, write_corpus
 from transformers import AutoConfig
 
@@ -46,11 +47,12 @@ def test_two_runs_are_trained_shown_scored_and_compared(tmp_path: Path) -> None:
     script.write_text((SWEEPS / "figure5_chunks.sh").read_text().replace("8,2,4", "2,4"))
     (tmp_path / "compare.sh").write_text((SWEEPS / "compare.sh").read_text())
     (tmp_path / "compare.sh").chmod(0o755)
-    variables = {"MODEL": model, "DATA": train, "EVAL": evaluation, "PYTHON": sys.executable}
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    environment |= {"TASKS": "ntp", "LENGTHS": "32"}
     arguments = ["bash", str(script), *SMALL, f"data.cache_dir={tmp_path / 'cache'}"]
-    output = _run(arguments, environment, tmp_path)
+    with tempfile.TemporaryDirectory(prefix="rv") as scratch, forking_python(Path(scratch)) as python:
+        variables = {"MODEL": model, "DATA": train, "EVAL": evaluation, "PYTHON": python}
+        environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+        environment |= {"TASKS": "ntp", "LENGTHS": "32"}
+        output = _run(arguments, environment, tmp_path)
 
     runs = [tmp_path / "outputs/refine_verl" / f"midtrain_refine.nsp.chunks={chunks}" for chunks in (2, 4)]
     assert sorted(path.name for path in runs[0].parent.iterdir()) == [run.name for run in runs]

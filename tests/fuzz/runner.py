@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import functools
 import importlib
 import io
 import logging
@@ -19,15 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import omegaconf
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, grammar_parser
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from reference.configurations import Composer
 
 import refine_verl
-from refine_verl.compose.composition import base_schema, compose_config
+from refine_verl.compose.composition import base_schema
 
 REFUSED = 2
 PACKAGE = Path(refine_verl.__file__).parent
@@ -204,17 +200,14 @@ def said(outcome: Outcome) -> str:
 
 
 class Checks:
-    """What `python -m refine_verl.main` does until it would train, with compositions that are shared.
-
-    A base is composed once; overrides of values and sections go onto a copy of it exactly as Hydra puts them there.
+    """What `python -m refine_verl.main` does until it would train, with compositions that are shared (`Composer`).
 
     Args:
         bases: command lines to start from.
     """
 
     def __init__(self, bases: Sequence[Sequence[str]]) -> None:
-        self.bases = [tuple(base) for base in bases]
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
+        self.compose = Composer(bases)
 
     def __call__(self, arguments: Sequence[str], train: Callable[[DictConfig], object]) -> int:
         """Compose, check and prepare; hand what is to be trained to `train`, and return the exit code."""
@@ -225,7 +218,7 @@ class Checks:
 
         message = ""
         try:
-            prepared = prepare_run(validate(self._compose(arguments)), starts_here=True)
+            prepared = prepare_run(validate(self.compose(arguments)), starts_here=True)
             train(prepared.launch_config())
         except (Refusal, OSError) as error:
             message = str(error)
@@ -234,31 +227,6 @@ class Checks:
         if message:
             sys.stderr.write(f"error: {message}\n")
         return REFUSED if message else 0
-
-    def _compose(self, arguments: Sequence[str]) -> DictConfig:
-        base = next(base for base in self.bases if base[0] == arguments[0])
-        if base not in self.composed:
-            self.composed[base] = compose_config(base)
-        config = copy.deepcopy(self.composed[base])
-        OmegaConf.set_struct(config, True)
-        added = [item for item in arguments if item not in base]
-        parsed = OverridesParser.create().parse_overrides(added)
-        left_out = {item.partition("=")[0] for item in base if item not in arguments}
-        assert left_out <= {str(item.key_or_group) for item in parsed}
-        ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
-        return config
-
-
-@contextlib.contextmanager
-def shared_grammar() -> Iterator[None]:
-    """Interpolations, the same ones in every case, are parsed once: a third of the time of a check."""
-    parse = grammar_parser.parse
-    parsed_once = functools.lru_cache(maxsize=None)(parse)  # trees are only read
-    omegaconf.base.parse = omegaconf._utils.parse = parsed_once
-    try:
-        yield
-    finally:
-        omegaconf.base.parse = omegaconf._utils.parse = parse
 
 
 def value_of(outcome: Outcome, key: str) -> Any:

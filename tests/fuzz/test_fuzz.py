@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
 
 import pytest
 from fuzz.cases import Case
 from fuzz.files import file_cases
 from fuzz.keys import drawn, key_cases
 from fuzz.known import KNOWN
-from fuzz.runner import Checks, Outcome, fault, run, shared_grammar, value_of
+from fuzz.runner import Checks, Outcome, fault, run, value_of
 from fuzz.stored import stored_cases
 from fuzz.world import World, make_world
 
@@ -29,9 +28,8 @@ def chosen() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with shared_grammar():
-        yield make_world(tmp_path_factory.mktemp("fuzz"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import torch
-from reference.evaluate_files import TEXT, make_model, write_jsonl
+from reference.evaluate_files import PROMPT_RUN, TEXT, make_model, write_jsonl, write_prompts
 from reference.runs import TOY, TOY_DELTANET, write_corpus
 
 SHARDS = ("model", "optim", "extra_state")
@@ -74,12 +74,7 @@ class World:
             f"model.path={self.model}",
             f"data.cache_dir={self.root / 'cache'}",
             f"trainer.default_local_dir={self.run}",
-            "data.max_length=128",
-            "data.train_batch_size=4",
-            "refine.ppo_mini_batch_size=4",
-            "refine.nsp.chunks=3",
-            "refine.nsp.rollout_length=3",
-            "trainer.n_gpus_per_node=1",
+            *PROMPT_RUN,
             "trainer.save_freq=-1",
             *nested,
         ]
@@ -92,8 +87,7 @@ def make_world(root: Path) -> World:
         directory.mkdir(parents=True)
     make_model(world.model)
     write_corpus(root)
-    rows = [{"prompt": f"{TEXT[n:]} {n}?", "answers": ["seven", "nine"], "task": "hotpotqa"} for n in range(8)]
-    write_jsonl(root / "prompts.jsonl", rows)
+    write_prompts(root)
     write_jsonl(root / "data" / "ntp" / "documents.jsonl", [{"text": TEXT[n:] + TEXT} for n in range(3)])
     (root / "story.txt").write_text(TEXT)
     metrics = [{"step": step, "actor/ntp_loss": 2.0 / step} for step in (1, 2, 3)]

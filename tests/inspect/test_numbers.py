@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import nsp as reference
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from refine_verl.config import NSPSettings
+from refine_verl.inspect.analysis import Rollout
 from refine_verl.inspect.page import render
 from refine_verl.inspect.view import View
 from refine_verl.models import Documents, RolloutBatch, RolloutDraws, load_model, make_actor, snapshot_count
@@ -130,6 +132,45 @@ def test_chances_of_other_selections(look: Callable[..., View], selection: str) 
         assert sum(seen.chance[start:stop]) == pytest.approx(1.0)
 
 
+def scores_of_the_plain_model(model_dir: Path, tokens: list[int], selection: str) -> list[float]:
+    """Token by token, by Hugging Face's own calls: how far the states move, or how hidden states resemble the end."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        if selection == "query":
+            hidden = model.base_model(ids).last_hidden_state[0].double()
+            return reference.resemblance(hidden.tolist(), 9)
+        cache, before, norms = None, None, []
+        for t in range(len(tokens)):
+            output = model.base_model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            after = [layer["recurrent_state"].double().clone() for layer in cache]
+            steps = after if before is None else [b - a for a, b in zip(before, after, strict=True)]
+            norms.append([step.norm().item() for step in steps])
+            before = after
+    return reference.surprise(list(zip(*norms, strict=True)))
+
+
+@pytest.mark.parametrize("selection", ["surprise", "query"])
+def test_scores_are_those_of_the_plain_model(look: Callable[..., View], model_dir: Path, selection: str) -> None:
+    more = ["refine.nsp.question_tokens=9"] if selection == "query" else []
+    seen = look(*KEYS, f"refine.nsp.selection={selection}", *more)
+    tokens = seen.inspection.tokens
+    scores = scores_of_the_plain_model(model_dir, tokens, selection)
+    smoothed = reference.smooth_entropies(reference.standardised(scores), 4)
+    assert seen.inspection.score[1:] == pytest.approx(smoothed[1:], abs=2e-3)
+    assert max(np.abs(np.diff(smoothed[1:]))) > 0.1  # a shift by one token would show
+    chances = reference.chunk_probabilities(reference.standardised(scores), 3, 4, "prediction", 1.0, 4)
+    for chance in chances:
+        assert [seen.inspection.chance[t] for t in chance] == pytest.approx(list(chance.values()), rel=1e-2)
+    name = {"surprise": "rewriting of the fast weights", "query": "resemblance to the end"}[selection]
+    levels = [seen.level(index) for index in range(1, len(tokens))]
+    assert np.corrcoef(levels, smoothed[1:])[0, 1] > 0.95 and len(set(levels)) > 5
+    assert f" · {name} " in seen.facts(5) and name not in look(*KEYS).facts(5)
+    page = render(seen)
+    assert f"Smoothed {name}, standard deviations from the mean: " in page and "Smoothed entropy, nats" not in page
+
+
 def first_positions(inputs: SelectionInputs) -> list[int]:
     """A strategy that disregards the chunks."""
     return list(range(len(inputs.chunks)))
@@ -157,6 +198,22 @@ def test_groups_by_position(look: Callable[..., View]) -> None:
     seen = look(*KEYS, "refine.nsp.group=position").inspection
     for position in seen.positions:
         assert sum(rollout.advantage for rollout in position.rollouts) == pytest.approx(0, abs=1e-9)
+
+
+def test_credit_per_token_is_shown_for_each_token(look: Callable[..., View], view: View) -> None:
+    seen = look(*KEYS, "refine.nsp.credit=token")
+    firsts = [(one.advantages[0], other.advantages[0]) for one, other in _both(seen, view)]
+    assert all(len(set(rollout.advantages)) > 1 for rollout in seen.inspection.rollouts)
+    # the first token is credited with all that its rollout earned
+    assert [one for one, _ in firsts] == pytest.approx([other for _, other in firsts], rel=1e-3, abs=1e-4)
+    assert "advantage" in render(seen) and render(seen).count('title="advantage ') == sum(
+        len(rollout.tokens) for rollout in seen.inspection.rollouts
+    )
+    assert 'title="advantage ' not in render(view)
+
+
+def _both(one: View, other: View) -> zip[tuple[Rollout, Rollout]]:
+    return zip(one.inspection.rollouts, other.inspection.rollouts, strict=True)
 
 
 def test_recomputed_prefixes_say_the_same(look: Callable[..., View], view: View) -> None:

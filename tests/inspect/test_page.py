@@ -46,8 +46,9 @@ def made_up(count: int, chunks: int = 8, length: int = 5) -> View:
     values = [float("nan"), *(generator.random() * 8 for _ in range(count - 1))]
     words = [b" the", b"\n", b" recurrent", b".", b" state"]
     bounds = chunk_bounds(count - length, chunks)
-    rollout = Rollout([0, 1, 2, 3, 4], -9.0, {"cosine": 0.5, "binary": 0.2, "hybrid": 0.7}, 0.0)
+    rollout = Rollout([0, 1, 2, 3, 4], -9.0, {"cosine": 0.5, "binary": 0.2, "hybrid": 0.7}, [0.0] * 5)
     inspection = Inspection(
+        score=None,
         tokens=[generator.randrange(5) for _ in range(count)],
         entropy=values,
         smoothed=values,

@@ -6,15 +6,19 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from reference.toy import tiny_config
 
 from refine_verl.command.keys import read_keys
-from refine_verl.config import ConfigError
+from refine_verl.config import ConfigError, RolloutLength
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.inspect.__main__ import main
 from refine_verl.inspect.settings import ROLLOUTS, InspectSettings
+from refine_verl.inspect.view import View
+from refine_verl.models import load_model
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -40,6 +44,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["model=m", "text=t", "refine.nsp.chunks=0"], "refine.nsp.chunks: must be at least 1, got 0"),
         (["model=m", "text=t", "refine.nsp.chunks=many"], "refine.nsp.chunks: must be an integer, got 'many'"),
         (["model=m", "text=t", "refine.nsp.selection=entrpy"], "Did you mean 'entropy'?"),
+        (
+            ["model=m", "text=t", "refine.nsp.question_tokens=9"],
+            "refine.nsp.question_tokens: has no effect with refine.nsp.selection=entropy: .* set selection=query",
+        ),
         (["model=m", "text=t", "refine.nsp.reward=cosin"], "refine.nsp.reward: unknown reward 'cosin'"),
         (["model=m", "text=t", "refine.nsp.grad_scope=branch"], "refine.nsp.grad_scope: has no effect here"),
         (["model=m", "text=t", "refine.nsp.temperature=[1"], "refine.nsp.temperature: must be a number, got '\\[1'"),
@@ -66,6 +74,19 @@ def test_settings_as_typed() -> None:
     assert (settings.nsp.rollouts_per_position, settings.nsp.temperature) == (ROLLOUTS, 0.1)
     with pytest.raises(ConfigError, match="unknown key"):
         read_keys(["model=m", "text=t", "nsp=1"], InspectSettings)
+    for text in ("{min:2,max:6,by:sentence}", "{min: 2, max: 6, by: sentence}"):
+        settings, _ = read_keys(["model=m", "text=t", f"refine.nsp.rollout_length={text}"], InspectSettings)
+        assert settings.nsp.rollout_length == RolloutLength(min=2, max=6, by="sentence")
+    with pytest.raises(ConfigError, match="rollout_length.min: 7 is more than"):
+        read_keys(["model=m", "text=t", "refine.nsp.rollout_length={min:7,max:6}"], InspectSettings)
+
+
+def test_rollouts_that_end_with_a_sentence(look: Callable[..., View]) -> None:
+    positions = look("refine.nsp.chunks=4", "refine.nsp.rollout_length={min:2,max:9,by:sentence}").inspection.positions
+    lengths = {len(position.target) for position in positions}
+    assert lengths and all(2 <= length <= 9 for length in lengths) and len(lengths) > 1
+    assert all(len(rollout.tokens) == len(rollout.advantages) == len(position.target)
+               for position in positions for rollout in position.rollouts)  # fmt: skip
 
 
 def test_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, model_dir: Path) -> None:
@@ -82,6 +103,17 @@ def test_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, model_dir: Pat
     assert "need at least 13" in refused(capsys, model, f"text={file}")
     file.write_text("x" * 100)
     assert "has 12 tokens (max_length=12 cuts it)" in refused(capsys, model, f"text={file}", "max_length=12")
+    query = ("max_length=50", "refine.nsp.selection=query")
+    assert "max_length: 50 leaves out the end of t.txt (100 tokens)" in refused(capsys, model, f"text={file}", *query)
+
+
+def test_writes_that_are_not_known(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
+    lact = {"num_attn_heads": 2, "num_lact_heads": 2, "lact_chunk_size": 8, "window_size": 8, "vocab_size": 257}
+    load_model(None, config=tiny_config("lact_swiglu", **lact)).save_pretrained(str(tmp_path))
+    load_tokenizer("bytes", out_dir=tmp_path)
+    capsys.readouterr()  # a progress bar
+    said = refused(capsys, f"model={tmp_path}", f"text={text_file}", "refine.nsp.selection=surprise")
+    assert "refine.nsp.selection: surprise looks at how strongly each token rewrites the fast weights" in said
 
 
 def test_model_and_tokenizer(

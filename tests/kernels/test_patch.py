@@ -23,12 +23,19 @@ def restored() -> Any:
 
 
 def current() -> dict[str, Any]:
-    """What each target resolves to now."""
+    """What each target resolves to now, without the wrapper around it."""
+    return {target: getattr(value, "uncut", value) for target, value in used().items() if target in patch.TARGETS}
+
+
+def used() -> dict[str, Any]:
     found = {}
-    for target in patch.TARGETS:
+    for target in (*patch.TARGETS, *WRAPPED):
         holder, name = patch._resolve(target)
         found[target] = getattr(holder, name)
     return found
+
+
+WRAPPED = (*patch.OPERATORS, patch.CONVOLUTION)
 
 
 def test_every_target_has_a_comparison_test() -> None:
@@ -70,11 +77,36 @@ def test_context_manager_leaves_kernels_that_were_in_use() -> None:
     assert current() == patch.TARGETS
 
 
-def test_nothing_happens_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = current()
+def test_kernels_stay_where_there_is_a_gpu_but_can_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, plain = current(), used()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     ensure_kernels()
-    assert current() == before
+    wrapped = used()
+    ensure_kernels()
+    assert current() == before and used() == wrapped
+    for target in plain:
+        assert (wrapped[target] is plain[target]) == (target not in WRAPPED), target
+    assert all(wrapped[target].uncut is plain[target] for target in WRAPPED)
+    patch._restore()
+    assert used() == plain
+
+
+def test_stand_ins_can_be_cut_too() -> None:
+    use_cpu_kernels()
+    for target in set(WRAPPED) & set(patch.TARGETS):
+        assert used()[target].uncut is patch.TARGETS[target]
+
+
+def test_context_manager_leaves_wrappers_that_were_there() -> None:
+    patch.wrap_operators()
+    before = used()
+    with cpu_kernels():
+        assert current() == patch.TARGETS
+    after = used()
+    assert {name: getattr(value, "uncut", value) for name, value in after.items()} == {
+        name: getattr(value, "uncut", value) for name, value in before.items()
+    }
+    assert all(hasattr(after[target], "uncut") for target in WRAPPED)
 
 
 def test_nothing_happens_where_there_is_another_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make(family: str) -> Callable[..., FastWeightActor]:
-    """``make(checkpoint_segments=False)`` -> the same float64 actor every time."""
+    """``make(activation_checkpointing="none")`` -> the same float64 actor every time."""
 
     def build(**kwargs: object) -> FastWeightActor:
         model = load_model(None, config=make_config(family), dtype=torch.float64, seed=1)

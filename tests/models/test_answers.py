@@ -81,7 +81,11 @@ def test_log_probabilities_and_gradients_are_those_of_plain_passes(
     make: Make, temperature: float, segments: int
 ) -> None:
     """Also for a prompt of fewer tokens than segments."""
-    actor, plain, prompts = make(checkpoint_segments=segments > 1), make(), documents_of(LENGTHS)
+    actor, plain, prompts = (
+        make(activation_checkpointing="segment" if segments > 1 else "none"),
+        make(),
+        documents_of(LENGTHS),
+    )
     written = write(actor, prompts, temperature=temperature)
     weights = torch.randn(written.tokens.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     got = actor(
@@ -112,15 +116,15 @@ def answer_loss(actor: FastWeightActor, joined: Documents) -> Tensor:
     return actor(mode="update", documents=joined, branches=None, nsp=NSP)["ntp_loss_sum"]
 
 
-@pytest.mark.parametrize("checkpoint_segments", [False, True])
-def test_fine_tuning_learns_the_answer_and_nothing_else(make: Make, checkpoint_segments: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "layer", "segment"])
+def test_fine_tuning_learns_the_answer_and_nothing_else(make: Make, checkpointing: str) -> None:
     """The loss starts at a position: a token of the answer that occurs in the prompt, or is the padding, counts."""
     prompts, answers = (6, 11, 3), (4, 1, 5)
     total = [p + a for p, a in zip(prompts, answers, strict=True)]
     joined = documents_of(total)
     joined.tokens[0, :] = 0  # one id everywhere, as where padding equals end of sequence
     joined = Documents.from_tensors(joined.tokens, total, prompts)
-    actor, plain = make(checkpoint_segments=checkpoint_segments), make()
+    actor, plain = make(activation_checkpointing=checkpointing), make()
     loss = answer_loss(actor, joined)
     loss.backward()
     wanted = torch.zeros((), dtype=torch.float64)

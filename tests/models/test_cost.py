@@ -8,25 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from reference.toy import documents_of, draws_for
+from reference.toy import InSegments, documents_of, draws_for
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refine_verl.config import NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, snapshot_count
-from refine_verl.models.adapters import FlaAdapter
 from refine_verl.nsp.selection import SELECTIONS
 
 Make = Callable[..., FastWeightActor]
 NSP = NSPSettings(chunks=8, rollout_length=5)
 LENGTH = 2048
-
-
-class InSegments(FlaAdapter):
-    """As on a GPU: no trace."""
-
-    trace = None  # type: ignore[assignment]
 
 
 def at_the_dearest_places(actor: FastWeightActor, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
@@ -131,7 +124,7 @@ def test_activation_checkpointing_lowers_the_peak(make: Make, with_branches: boo
         positions = torch.arange(99, 899, 100)[None]
         branches = Branches(positions, torch.arange(40).view(1, 8, 1, 5))
     kept = peak_bytes(make(), documents, branches)
-    recomputed = peak_bytes(make(checkpoint_segments=True), documents, branches)
+    recomputed = peak_bytes(make(activation_checkpointing="segment"), documents, branches)
     assert recomputed < 0.5 * kept
 
 
@@ -142,7 +135,7 @@ def test_logits_of_a_long_document_never_exist_at_once(make: Make, monkeypatch: 
     actor, documents = make(), documents_of([600])
     sizes = []
     for elements in (1 << 24, 16 * 61):
-        monkeypatch.setattr(head, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(head, "chunk_elements", lambda _, elements=elements: elements)
         hidden = torch.randn(600, 32, dtype=torch.float64)
         targets = documents.tokens[0]
         with LiveBytes() as live, torch.no_grad():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference.toy import InPieces, InSegments
 from torch import Tensor
 
 from refine_verl.config import ConfigError, NSPSettings
@@ -30,16 +31,19 @@ from refine_verl.nsp import (
 RELATIVE = 1e-9
 
 
-class InSegments(adapters_module.FlaAdapter):
-    """As on a GPU: no trace, so documents are read in segments and states are replayed."""
-
-    trace = None  # type: ignore[assignment]
+ADAPTERS = {"trace": lambda: None, "segments": InSegments, "pieces": InPieces}
 
 
-@pytest.fixture(params=["trace", "segments"])
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents here are too short to be cut otherwise."""
+    monkeypatch.setattr(adapters_module, "TOKENS_PER_PIECE", 64)
+
+
+@pytest.fixture(params=ADAPTERS)
 def make(make: Callable[..., FastWeightActor], request: pytest.FixtureRequest) -> Callable[..., FastWeightActor]:
-    """Both ways of reading a document."""
-    return lambda **kwargs: make(adapter=InSegments() if request.param == "segments" else None, **kwargs)
+    """All ways of reading a document."""
+    return lambda **kwargs: make(adapter=ADAPTERS[request.param](), **kwargs)
 
 
 NSP = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=2)
@@ -134,7 +138,9 @@ def test_suppression_needs_an_end_token(make: Callable[..., FastWeightActor]) ->
         )
 
 
-@pytest.mark.parametrize("lengths", [(40,), (40, 33, 51), (7, 7)], ids=["one", "unequal", "shortest"])
+@pytest.mark.parametrize(
+    "lengths", [(40,), (40, 33, 51), (7, 7), (150, 70, 200)], ids=["one", "unequal", "shortest", "several pieces"]
+)
 def test_rollouts_agree(make: Callable[..., FastWeightActor], lengths: tuple[int, ...]) -> None:
     actor, documents = make(), documents_of(lengths)
     draws = draws_for(documents, NSP)
@@ -170,17 +176,22 @@ POSITIONS = {
 
 @pytest.mark.parametrize("where", POSITIONS)
 @pytest.mark.parametrize("grad_scope", ["full", "branch"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "checkpoint"])
-def test_updates_agree(make: Callable[..., FastWeightActor], where: str, grad_scope: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "layer", "segment"])
+def test_updates_agree(make: Callable[..., FastWeightActor], where: str, grad_scope: str, checkpointing: str) -> None:
     documents = documents_of((40, 33))
     nsp = replace(NSP, grad_scope=grad_scope)
     branches, old, advantages = a_batch(where, nsp)
-    forked = step(make(checkpoint_segments=checkpointing), documents, nsp, branches, old, advantages)
+    forked = step(make(activation_checkpointing=checkpointing), documents, nsp, branches, old, advantages)
     wanted = step(make(), documents, replace(nsp, rollout="prefix"), branches, old, advantages)
     assert_same_step(forked, wanted)
-    if checkpointing:
+    if checkpointing != "none":
         recomputing = step(
-            make(checkpoint_segments=True), documents, replace(nsp, rollout="prefix"), branches, old, advantages
+            make(activation_checkpointing=checkpointing),
+            documents,
+            replace(nsp, rollout="prefix"),
+            branches,
+            old,
+            advantages,
         )
         assert_same_step(recomputing, wanted)
 

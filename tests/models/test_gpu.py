@@ -19,6 +19,8 @@ from refine_verl.models import (
     make_actor,
     snapshot_count,
 )
+from refine_verl.models.adapters import WritesAdapter
+from refine_verl.models.packing import Packed
 from refine_verl.nsp import position_uniforms, refine_objective, rollout_uniforms
 
 pytestmark = pytest.mark.gpu
@@ -129,3 +131,21 @@ def test_documents_do_not_leak(family: str) -> None:
     losses = [actor(mode="score", documents=Documents.from_tensors(t, LENGTHS))[0] for t in (documents.tokens, other)]
     assert torch.equal(losses[0][1], losses[1][1])
     assert not torch.equal(losses[0][0], losses[1][0])
+
+
+def test_norms_of_writes_are_those_of_states_read_token_by_token() -> None:
+    """Of a model that never forgets: fla's operators, asked once more, against the states themselves."""
+    actor, documents = actor_of("delta_net"), documents_on("cuda").split(1)[1]
+    with torch.no_grad(), actor.autocast(trains=False):
+        traced = actor.trace(documents)
+        assert traced is not None and isinstance(actor.adapter, WritesAdapter)
+        got = actor.adapter.write_norms(traced[1]).cpu()
+        state, before, wanted = None, None, []
+        for token in documents.tokens[0, : documents.lengths[0]].split(1):
+            _, state = actor.run(Packed.of_rows(token[None]), state, keep_state=True)
+            after = [layer["recurrent_state"].clone() for layer in state.tree]
+            steps = after if before is None else [b - a for a, b in zip(before, after, strict=True)]
+            wanted.append(torch.stack([step.norm() for step in steps]).cpu())
+            before = after
+    assert relative(got, torch.stack(wanted, dim=1)) < RELATIVE
+    assert relative(got[:, 1:], torch.stack(wanted, dim=1)[:, :-1]) > 3 * RELATIVE

@@ -21,7 +21,7 @@ BIAS = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 
 @pytest.fixture
 def set_chunk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda rows: monkeypatch.setattr(head_module, "_CHUNK_ELEMENTS", rows * VOCABULARY)
+    return lambda rows: monkeypatch.setattr(head_module, "chunk_elements", lambda _: rows * VOCABULARY)
 
 
 def a_head(bias: bool, dtype: torch.dtype = torch.float64) -> FusedHead:
@@ -136,7 +136,7 @@ def test_it_is_still_a_linear_layer() -> None:
 
 def test_bf16_sums_the_weight_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """2048 gradients of exactly one half: a bf16 sum stops growing at 128."""
-    monkeypatch.setattr(head_module, "_CHUNK_ELEMENTS", 2)
+    monkeypatch.setattr(head_module, "chunk_elements", lambda _: 2)
     rows = 2048
     head = FusedHead(1, 2, bias=False)
     nn.init.zeros_(head.weight)
@@ -163,5 +163,5 @@ def test_bf16_sums_the_gradients_of_several_passes_in_float32(make: Callable[...
         total.backward()
         return layer.weight.grad.item()
 
-    assert gradient(actor.autocast()) == uses
+    assert gradient(actor.autocast(trains=True)) == uses
     assert gradient(torch.autocast("cpu", dtype=torch.bfloat16)) < uses  # the control: with the cache

@@ -11,6 +11,7 @@ import torch
 from reference.toy import (
     NSP,
     VOCABULARY,
+    InSegments,
     documents_of,
     draws_for,
     gradients,
@@ -31,7 +32,6 @@ from refine_verl.models import (
     pack,
     snapshot_count,
 )
-from refine_verl.models.adapters import FlaAdapter
 
 Make = Callable[..., FastWeightActor]
 LENGTHS = (40, 33, 51)
@@ -64,9 +64,6 @@ def test_rollouts_of_documents_read_one_after_another_are_written_together(
     make: Make, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read alone or two at a time: the same rollouts, and k passes for all of them."""
-
-    class InSegments(FlaAdapter):
-        trace = None  # type: ignore[assignment]
 
     actor = make(adapter=InSegments()) if how == "in_segments" else make()
     nsp = replace(NSP, rollout="prefix") if how == "prefix" else NSP
@@ -221,9 +218,6 @@ def test_padding_is_never_read(make: Make) -> None:
 
 def test_snapshots_do_not_change_rollouts(make: Make) -> None:
     """How often the state is kept is a matter of speed; fewer tokens than snapshots are allowed."""
-
-    class InSegments(FlaAdapter):
-        trace = None  # type: ignore[assignment]
 
     actor, documents = make(adapter=InSegments()), documents_of((40, 9, 8))
     results = [

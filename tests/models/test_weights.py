@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from reference.crafted import MakesDirectory
 from reference.toy import tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from refine_verl.models import ModelError, load_model
-from refine_verl.models.weights import check_weights
+from refine_verl.models.weights import check_stored_numbers, check_weights
 
 KEY = "model.layers.1.attn.o_proj.weight"
 
@@ -108,7 +109,10 @@ def test_a_head_of_its_own_beside_tied_embeddings(
     tied = tiny_config("delta_net", tie_word_embeddings=True)
     check_weights(checkpoint, tied)
     (record,) = caplog.records
-    assert "config.json ties lm_head.weight to the embeddings" in record.getMessage()
+    assert f"model.path={checkpoint}: config.json ties lm_head.weight to the embeddings" in record.getMessage()
+    caplog.clear()
+    check_weights(checkpoint, tied, key="model")
+    assert caplog.records[0].getMessage().startswith(f"model={checkpoint}: ")
     rewrite(checkpoint, model__layers__1__attn__o_proj__weight=None)
     assert KEY in refusal(checkpoint, tied)
 
@@ -157,16 +161,63 @@ def test_files_that_no_loader_looks_for(checkpoint: Path, config: PretrainedConf
     assert "no weights by a name that transformers loads (model.safetensors, " in refusal(checkpoint, config)
 
 
-def test_a_pickle_is_looked_at_but_not_read(checkpoint: Path, config: PretrainedConfig) -> None:
+def pickled(checkpoint: Path, *, archive: bool, **more: object) -> Path:
+    """The same weights as `torch.save` writes them, now or before its version 1.6."""
     weights = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     file = checkpoint / "pytorch_model.bin"
-    torch.save(weights, file)
+    torch.save({**weights, **more}, file, _use_new_zipfile_serialization=archive)
+    return file
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_pickle_is_held_to_the_model_like_any_file(checkpoint: Path, config: PretrainedConfig, archive: bool) -> None:
+    file = pickled(checkpoint, archive=archive)
     check_weights(checkpoint, config)
+    check_stored_numbers(checkpoint, config)
     content = file.read_bytes()
+    weights = torch.load(file, weights_only=True)
     for kept in (0, len(content) // 2):
         file.write_bytes(content[:kept])
         assert f"{file} is damaged" in refusal(checkpoint, config)
+    torch.save({**weights, "foo": torch.zeros(2)}, file, _use_new_zipfile_serialization=archive)
+    assert "unexpected keys: foo in pytorch_model.bin" in refusal(checkpoint, config)
+    weights[KEY][3, 1] = float("nan")
+    torch.save(weights, file, _use_new_zipfile_serialization=archive)
+    check_weights(checkpoint, config)
+    with pytest.raises(ModelError, match=f"model={checkpoint}: {KEY} holds NaN or infinity"):
+        check_stored_numbers(checkpoint, config, key="model")
+
+
+def test_a_pickle_in_shards_is_read_shard_by_shard(sharded: Path, config: PretrainedConfig) -> None:
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    for file in sorted(sharded.glob("*.safetensors")):
+        weights = load_file(file)
+        if KEY in weights:
+            weights[KEY][3, 1] = float("inf")
+        torch.save(weights, file.with_suffix(".bin"))
+        file.unlink()
+    (sharded / "model.safetensors.index.json").unlink()
+    index["weight_map"] = {name: Path(file).with_suffix(".bin").name for name, file in index["weight_map"].items()}
+    (sharded / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    check_weights(sharded, config)
+    with pytest.raises(ModelError, match=f"{KEY} holds NaN or infinity"):
+        check_stored_numbers(sharded, config)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_the_code_of_a_pickle_does_not_run(
+    checkpoint: Path, config: PretrainedConfig, tmp_path: Path, archive: bool
+) -> None:
+    file = pickled(checkpoint, archive=archive, crafted=MakesDirectory(tmp_path / "ran"))
+    assert str(file) in refusal(checkpoint, config) and not (tmp_path / "ran").exists()
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "ran").exists()  # the control
+
+
+def test_a_pickle_of_something_else(checkpoint: Path, config: PretrainedConfig) -> None:
+    pickled(checkpoint, archive=True, step=3)
+    assert "pytorch_model.bin is no table of tensors" in refusal(checkpoint, config)
 
 
 def test_a_hub_id_is_checked_from_the_cache_only(

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.nsp import (
     RewardInputs,
+    check_functions,
     cosine_reward,
+    edit_gains,
     get_reward,
     register_reward,
     rewards,
@@ -35,14 +39,59 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("name", "expected"), [("cosine", [0.5, -0.1]), ("binary", [0.5, 0.0]), ("hybrid", [1.0, -0.1])]
+    ("name", "expected"),
+    [("cosine", [0.5, -0.1]), ("binary", [0.5, 0.0]), ("hybrid", [1.0, -0.1]), ("edit", [0.5, 0.0])],
 )
 def test_rewards_by_hand(name: str, expected: list[float], dtype: torch.dtype) -> None:
-    """Eq. 9, 11, 12, each averaged over k; the second rollout has its tokens in the wrong order."""
+    """Eq. 9, 11, 12 and edits, each averaged over k; the second rollout has its tokens in the wrong order."""
     reward = get_reward(name)(inputs(dtype))
     assert reward.shape == (2,)
-    assert reward.dtype == (torch.float64 if dtype == torch.float64 and name != "binary" else torch.float32)
+    assert reward.dtype == (torch.float64 if dtype == torch.float64 and name in ("cosine", "hybrid") else torch.float32)
     torch.testing.assert_close(reward.float(), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("written", "gains"),
+    [
+        ("abcde", [1, 1, 1, 1, 1]),
+        ("xabcd", [0, 0, 1, 1, 1]),  # one is put in, and the last is missing
+        ("bcdex", [1, 1, 1, 1, -1]),  # the first is left out: binary would give nothing
+        ("abxde", [1, 1, 0, 1, 1]),
+        ("edcba", [1, 0, 0, 0, 0]),
+        ("aaaaa", [1, 0, 0, 0, 0]),
+        ("eabcd", [1, -1, 1, 1, 1]),  # what is right as the last is wrong as the first
+        ("vwxyz", [0, 0, 0, 0, 0]),
+    ],
+)
+def test_edits_by_hand(written: str, gains: list[int]) -> None:
+    tokens = [torch.tensor([[ord(letter) for letter in word]]) for word in (written, "abcde")]
+    assert edit_gains(*tokens)[0].tolist() == gains
+
+
+def distance(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """The fewest insertions, deletions and substitutions, by trying all."""
+    if not a or not b:
+        return len(a) + len(b)
+    if a[0] == b[0]:
+        return distance(a[1:], b[1:])
+    return 1 + min(distance(a[1:], b), distance(a, b[1:]), distance(a[1:], b[1:]))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_edits_are_those_of_the_definition(k: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    predicted, target = (torch.randint(0, 3, (300, k), generator=generator) for _ in range(2))
+    rows = list(zip(map(tuple, predicted.tolist()), map(tuple, target.tolist()), strict=True))
+    distances = torch.tensor([[distance(a[:j], b) for j in range(k + 1)] for a, b in rows])
+    gains = edit_gains(predicted, target)
+    assert torch.equal(gains, (distances[:, :-1] - distances[:, 1:]).float())
+    hidden = torch.zeros(300, k, 1)
+    about = RewardInputs(
+        predicted_hidden=hidden, target_hidden=hidden, predicted_tokens=predicted, target_tokens=target
+    )
+    torch.testing.assert_close(get_reward("edit")(about), 1 - distances[:, -1] / k)
+    edit, binary = get_reward("edit")(about), get_reward("binary")(about)
+    assert (edit >= binary - 1e-6).all() and (k == 5) == bool((edit > binary + 1e-6).any())
 
 
 def test_cosine_is_not_computed_in_bfloat16() -> None:
@@ -51,7 +100,7 @@ def test_cosine_is_not_computed_in_bfloat16() -> None:
     predicted = torch.randn(4, 1, 300, generator=generator).bfloat16()
     target = (predicted.float() + torch.randn(4, 1, 300, generator=generator)).bfloat16()
     tokens = torch.zeros(4, 1, dtype=torch.int64)
-    reward = cosine_reward(
+    reward = get_reward("cosine")(
         RewardInputs(predicted_hidden=predicted, target_hidden=target, predicted_tokens=tokens, target_tokens=tokens)
     )
     x, y = predicted.double()[:, 0], target.double()[:, 0]
@@ -63,7 +112,7 @@ def test_cosine_of_zero_vectors_is_zero() -> None:
     given = inputs()
     given.predicted_hidden[0] = 0
     given.target_hidden[1] = 0
-    assert cosine_reward(given).tolist() == [0.0, 0.0]
+    assert not cosine_reward(given).any()
 
 
 def test_shapes_must_fit() -> None:
@@ -78,7 +127,7 @@ def test_shapes_must_fit() -> None:
 
 def test_unknown_name_is_refused_with_the_nearest() -> None:
     for lookup in (get_reward, rewards.REWARDS.find):
-        with pytest.raises(ValueError, match=r"'cosin'. Allowed: binary, cosine, hybrid, .* Did you mean 'cosine'"):
+        with pytest.raises(ValueError, match=r"'cosin'. Allowed: binary, cosine, edit, .* Did you mean 'cosine'"):
             lookup("cosin")
 
 
@@ -87,7 +136,7 @@ def test_users_register_a_name(registry: None) -> None:
     def first_token(given: RewardInputs) -> Tensor:
         return given.predicted_tokens[:, 0] == given.target_tokens[:, 0]
 
-    assert sorted(rewards.REWARDS.functions) == ["binary", "cosine", "first_token", "hybrid"]
+    assert sorted(rewards.REWARDS.functions) == ["binary", "cosine", "edit", "first_token", "hybrid"]
     rewards.REWARDS.find("first_token")
     reward = get_reward("first_token")(inputs())
     assert reward.dtype == torch.float32
@@ -114,7 +163,16 @@ def listed(inputs):
     return [0.0] * len(inputs.predicted_tokens)
 
 def per_token(inputs):
-    return (inputs.predicted_tokens == inputs.target_tokens).float()
+    return inputs.predicted_tokens == inputs.target_tokens
+
+def too_many(inputs):
+    return torch.zeros(*inputs.predicted_tokens.shape[:1], 7)
+
+def broken_token(inputs):
+    return torch.full(inputs.predicted_tokens.shape, float("nan"))
+
+def wide(inputs):
+    return inputs.predicted_hidden @ torch.ones(16)
 
 def broken(inputs):
     return torch.tensor([1.0, float("nan")])
@@ -167,9 +225,9 @@ def test_wrong_paths_are_refused(user_module: str, path: str, message: str) -> N
         (
             "listed",
             TypeError,
-            r"\(my_rewards_for_test.listed\) returned a list; expected a tensor of shape \[2\]",
+            r"\(my_rewards_for_test.listed\) returned a list; expected a tensor of shape \[2, 2\], what each token",
         ),
-        ("per_token", ValueError, r"per_token\) returned shape \[2, 2\]; expected \[2\]"),
+        ("too_many", ValueError, r"too_many\) returned shape \[2, 7\]; expected \[2, 2\], .*, or \[2\], one number"),
         ("broken", ValueError, r"broken\) returned NaN or infinity for 1 of 2 rollouts"),
     ],
 )
@@ -184,3 +242,57 @@ def test_a_reward_is_not_blamed_for_the_models_nan() -> None:
     given = inputs()
     given.predicted_hidden[1] = math.nan
     assert torch.isnan(get_reward("cosine")(given)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cosine", [[1.0, 0.0], [-1.0, 0.8]]),
+        ("binary", [[1.0, 0.0], [0.0, 0.0]]),
+        ("hybrid", [[2.0, 0.0], [-1.0, 0.8]]),
+    ],
+)
+def test_what_each_token_earned_by_hand(name: str, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(get_reward(name, per_token=True)(inputs()), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_the_reward_of_a_rollout_is_the_same_bits_as_a_mean_of_its_own() -> None:
+    """`hybrid` is a sum of two means, Eq. 12: the mean of the sums is another number in its last bits."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, target = torch.randn(2, 200, 5, 16, generator=generator).unbind()
+    tokens = torch.randint(3, (2, 200, 5), generator=generator)
+    given = RewardInputs(
+        predicted_hidden=hidden, target_hidden=target, predicted_tokens=tokens[0], target_tokens=tokens[1]
+    )
+    cosine = torch.nn.functional.cosine_similarity(hidden, target, dim=-1).mean(dim=-1)
+    binary = (tokens[0] == tokens[1]).float().mean(dim=-1)
+    wanted = {"cosine": cosine, "binary": binary, "hybrid": cosine + binary}
+    assert all(torch.equal(get_reward(name)(given), reward) for name, reward in wanted.items())
+    assert not torch.equal(get_reward("hybrid", per_token=True)(given).mean(dim=-1), wanted["hybrid"])
+
+
+def test_credit_per_token_needs_what_tokens_earned(user_module: str) -> None:
+    settings = NSPSettings(rollout_length=3, credit="token", reward=f"{user_module}.right")
+    said = r"returned shape \[2\], one number per rollout; expected \[2, 3\], what each token earned"
+    with pytest.raises(ConfigError, match=f"refine.nsp.credit: token needs .*{said}.*credit=rollout") as caught:
+        check_functions(settings)
+    assert caught.value.key == "refine.nsp.credit"
+    check_functions(replace(settings, credit="rollout"))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("too_many", r"returned shape \[2, 7\]; expected \[2, 3\]"),
+        ("broken_token", "returned NaN or infinity for 2 of 2 rollouts"),
+        ("listed", "returned a list"),
+    ],
+)
+def test_what_no_credit_can_use_is_refused_before_a_run(user_module: str, function: str, message: str) -> None:
+    settings = NSPSettings(rollout_length=3, credit="token", reward=f"{user_module}.{function}")
+    with pytest.raises(ConfigError, match=f"refine.nsp.reward: .*{message}.*, when it was tried out") as caught:
+        check_functions(settings)
+    assert caught.value.key == "refine.nsp.reward"
+    for fits in ("per_token", "wide"):  # the input is made up, and `wide` needs hidden states of a width of its own
+        check_functions(replace(settings, reward=f"{user_module}.{fits}"))
+    check_functions(replace(settings, credit="rollout"))  # not called: it may do more than compute

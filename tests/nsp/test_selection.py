@@ -10,11 +10,16 @@ from scipy.stats import chisquare
 
 from refine_verl.config import NSPSettings
 from refine_verl.nsp import (
+    SCORES,
     STRATEGIES,
     SelectionInputs,
     chunk_bounds,
+    drawn_by,
+    looks_at_writes,
+    needs_writes,
     position_uniforms,
     register_selection,
+    selection_inputs,
     smooth_token_entropy,
 )
 from refine_verl.nsp import select_positions as select
@@ -33,6 +38,7 @@ def select_positions(
     window: int | None = None,
     hidden: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
+    write_norms: torch.Tensor | None = None,
     **settings: object,
 ) -> torch.Tensor:
     nsp = NSPSettings(
@@ -41,7 +47,7 @@ def select_positions(
         smoothing_window=window,
         **settings,  # type: ignore[arg-type]
     )
-    return select(entropy, nsp, uniforms, hidden=hidden, tokens=tokens)  # type: ignore[arg-type]
+    return select(entropy, nsp, uniforms, hidden=hidden, tokens=tokens, write_norms=write_norms)  # type: ignore[arg-type]
 
 
 def counts(entropy: torch.Tensor, documents: int = DRAWS, **settings: object) -> np.ndarray:
@@ -255,7 +261,7 @@ def test_users_register_a_strategy_that_sees_everything(registry: None, entropy:
         hidden=hidden,
         tokens=tokens,
     )
-    assert sorted(SELECTIONS.functions) == sorted([*STRATEGIES, "last_of_chunk"])
+    assert sorted(SELECTIONS.functions) == sorted([*STRATEGIES, *SCORES, "last_of_chunk"])
     assert positions.tolist() == [3, 8, 13] and positions.dtype == torch.int64
     (given,) = seen
     smoothed = smooth_token_entropy(entropy, 2)
@@ -295,3 +301,80 @@ def test_what_a_strategy_returns_is_checked(registry: None, returned: list[float
     register_selection("mine")(lambda inputs: returned)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match=f"'mine' .*{message}"):
         select_positions(torch.rand(17), chunks=3, rollout_length=3, strategy="mine", uniforms=[0.0] * 3)
+
+
+LENGTH = 40
+
+
+def looked_at(question_tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+    """What the strategies with a score of their own look at, and the scores written out."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(LENGTH, 6, generator=generator) + 3  # a mean that all of them share
+    norms = torch.rand(3, LENGTH, generator=generator, dtype=torch.float64) * torch.tensor([[1.0], [100.0], [0.01]])
+    scores = {
+        "surprise": reference.surprise(norms.tolist()),
+        "query": reference.resemblance(hidden.double().tolist(), question_tokens),
+    }
+    return {"hidden": hidden, "write_norms": norms}, scores
+
+
+@pytest.mark.parametrize("anchor", ["prediction", "token"])
+@pytest.mark.parametrize("window, temperature", [(1, 1.0), (4, 0.3)])
+@pytest.mark.parametrize("strategy, question_tokens", [("surprise", 32), ("query", 7), ("query", 32)])
+def test_scores_take_the_place_of_entropy(
+    strategy: str, question_tokens: int, window: int, temperature: float, anchor: str
+) -> None:
+    about, scores = looked_at(question_tokens)
+    settings = {"chunks": 3, "rollout_length": 4, "window": window, "anchor": anchor, "temperature": temperature}
+    settings |= {"question_tokens": question_tokens} if strategy == "query" else {}
+    names = {"window": "window", "temperature": "tau", "chunks": "chunks", "rollout_length": "rollout_length"}
+    told = {names[key]: settings[key] for key in names} | {"anchor": anchor}
+    wanted, other = (
+        reference.chunk_probabilities(values, **told)  # type: ignore[arg-type]
+        for values in (reference.standardised(scores[strategy]), scores[strategy])
+    )
+    entropy = torch.full((LENGTH,), math.nan)  # is not looked at
+    found, unlike = [], []
+    for uniform in np.random.default_rng(0).random(97):  # no round numbers: equal chances have borders there
+        positions = select_positions(entropy, uniforms=[uniform] * 3, strategy=strategy, **about, **settings)  # type: ignore[arg-type]
+        found.append(positions.tolist())
+        assert found[-1] == [reference.place_of(uniform, chances) for chances in wanted]
+        unlike.append([reference.place_of(uniform, chances) for chances in other])
+    assert found != unlike  # scores that are not standardised are drawn otherwise
+
+
+def test_scores_of_one_height_are_drawn_evenly() -> None:
+    about = {"hidden": torch.ones(LENGTH, 6), "write_norms": torch.zeros(2, LENGTH)}
+    for strategy in SCORES:
+        inputs = selection_inputs(torch.rand(LENGTH), NSPSettings(selection=strategy), np.zeros(8), **about)
+        assert torch.equal(drawn_by(strategy, inputs), torch.zeros(LENGTH, dtype=torch.float64))
+        top = select_positions(
+            torch.rand(LENGTH), uniforms=[0.999], strategy=strategy, chunks=1, rollout_length=4, **about
+        )
+        assert top.tolist() == [LENGTH - 5]
+
+
+def test_what_nobody_gave_is_missed() -> None:
+    for strategy, message in (("surprise", "norms of what each token writes"), ("query", "needs hidden states")):
+        with pytest.raises(ValueError, match=message):
+            select_positions(torch.rand(LENGTH), strategy=strategy, uniforms=np.zeros(8))
+
+
+def test_the_question_is_at_most_half_of_a_prompt() -> None:
+    for asked, length, first in ((32, 40, 20), (7, 40, 33), (1, 13, 12), (99, 13, 7)):
+        nsp = NSPSettings(selection="query", question_tokens=asked)
+        assert selection_inputs(torch.rand(length), nsp, np.zeros(8)).question == first
+
+
+def test_users_ask_for_writes(registry: None) -> None:
+    @register_selection("most_written")
+    @needs_writes
+    def most_written(inputs: SelectionInputs) -> list[int]:
+        assert inputs.write_norms is not None
+        return [start + int(inputs.write_norms[0, start:stop].argmax()) for start, stop in inputs.chunks]
+
+    asks = {name: looks_at_writes(NSPSettings(selection=name)) for name in SELECTIONS.functions}
+    assert [name for name, writes in asks.items() if writes] == ["surprise", "most_written"]
+    norms = torch.rand(2, LENGTH)
+    found = select_positions(torch.rand(LENGTH), strategy="most_written", uniforms=np.zeros(8), write_norms=norms)
+    assert found.tolist() == [start + int(norms[0, start:stop].argmax()) for start, stop in chunk_bounds(35, 8)]

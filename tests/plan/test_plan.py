@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from reference.toy import documents_of, draws_for, tiny_config
+from reference.toy import InSegments, documents_of, draws_for, tiny_config
 
 from refine_verl.command.keys import make_settings, take_keys
 from refine_verl.compose.composition import compose_config
@@ -89,6 +89,30 @@ def test_reading_and_work(no_memory: None, capsys: pytest.CaptureFixture[str]) -
     assert not Path("outputs").exists()
 
 
+def test_pieces_are_passes(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """16 rollouts of each of four documents: at once, and in pieces of one position."""
+    write_documents([64] * 8)
+    rollouts = [f"refine.nsp.{key}" for key in ("chunks=4", "rollouts_per_position=4", "rollout_length=3")]
+    at_once, pieces = (
+        plan_of(capsys, *rollouts, f"refine.nsp.rollouts_together={together}")["work"]["passes"] for together in (64, 5)
+    )
+    assert at_once == {"read": 4, "write": 3, "update": 4 * (1 + 1)}
+    assert pieces == {"read": 4, "write": 4 * 4 * 3, "update": 4 * (1 + 4)}
+
+
+def test_forks_that_do_not_fit_have_a_cure(
+    no_memory: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refine_verl.plan import memory
+
+    write_documents([64] * 8)
+    for state, said in ((GIB // 8, True), (1, False)):
+        found = MemoryEstimate(parameters=GIB, state_bytes=state, phases={"update": {"states": 10 * GIB}})
+        monkeypatch.setattr(memory, "estimate_memory", lambda *_, found=found: found)
+        warnings = "\n".join(plan_of(capsys, "memory=8", "refine.nsp.rollouts_per_position=2")["warnings"])
+        assert ("lower refine.nsp.rollouts_together (64), or" in warnings) is said
+
+
 def test_states_are_counted_by_the_limit(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
     """The worker's function, whatever the documents at hand have (`longest_possible`)."""
     write_documents([20] * 8)
@@ -98,6 +122,13 @@ def test_states_are_counted_by_the_limit(no_memory: None, capsys: pytest.Capture
     data = {"max_length": 5, "max_prompt_length": 7}
     assert longest_possible(data, "documents") == 5
     assert longest_possible(data, "prompts") == longest_possible(data, "ttt") == 7
+
+
+def test_measured_gradients_are_planned(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents([64] * 8)
+    keys = ("refine.gradient_snr_every=1", "refine.gradient_cosine=true")
+    held = [plan_of(capsys, *keys[:count])["shape"]["gradients_held"] for count in range(3)]
+    assert held == [0, 1, 2]
 
 
 def test_tables(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,30 +350,49 @@ def test_passes_at_test_time(no_memory: None, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(("longest", "segments"), [(16, 16), (64, 24)])
 def test_reading_passes_are_no_more_than_tokens(
-    longest: int, segments: int, no_memory: None, capsys: pytest.CaptureFixture[str]
+    longest: int, segments: int, no_memory: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By an adapter that has no trace; with one a document is read once, on a GPU too."""
     write_documents([16] * 8)
     device = ("trainer.device=cuda", "refine.nsp.chunks=3", "data.min_length=8", f"data.max_length={longest}")
+    assert plan_of(capsys, *device, "memory=80")["work"]["passes"]["read"] == 4
+    monkeypatch.setattr("refine_verl.plan.memory.get_adapter", lambda _: InSegments())
     assert plan_of(capsys, *device, "memory=80")["work"]["passes"]["read"] == 4 * (segments + 1)
 
 
 # Numbers
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_tokens_are_those_the_actor_counts(checkpointing: bool) -> None:
-    nsp, length = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=2), 48
-    actor = make_actor(load_model(None, config=tiny_config("delta_net")), checkpoint_segments=checkpointing)
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("together", [64, 4], ids=["at once", "in pieces"])
+@pytest.mark.parametrize(
+    ("checkpointing", "reading"),
+    [("none", "whole"), ("layer", "whole"), ("segment", "whole"), ("none", "segments"), ("layer", "segments")],
+)
+def test_tokens_are_those_the_actor_counts(checkpointing: str, reading: str, together: int, on_policy: bool) -> None:
+    nsp = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=2, rollouts_together=together)
+    length = 48
+    if (checkpointing, reading, on_policy) == ("none", "segments", True):
+        pytest.skip("refused: documents are read in the pass that is trained")
+    model = load_model(None, config=tiny_config("delta_net"))
+    actor = make_actor(model, activation_checkpointing=checkpointing, reading=reading)
     documents = documents_of([length])
     draws, snapshots = draws_for([0], nsp), snapshot_count(nsp.chunks, length)
-    rollouts = actor(mode="rollout", documents=documents, nsp=nsp, draws=draws, snapshots=snapshots)
-    branches = Branches(rollouts.positions, rollouts.tokens)
-    output = actor(mode="update", documents=documents, branches=branches, nsp=nsp)
+    if on_policy:
+        _, output = actor(mode="on_policy", documents=documents, nsp=nsp, draws=draws, snapshots=snapshots)
+    else:
+        rollouts = actor(mode="rollout", documents=documents, nsp=nsp, draws=draws, snapshots=snapshots)
+        branches = Branches(rollouts.positions, rollouts.tokens)
+        output = actor(mode="update", documents=documents, branches=branches, nsp=nsp)
     (output["ntp_loss_sum"] + output["log_probs"].sum()).backward()
-    shape = Shape(length=length, nsp=nsp, checkpoint_segments=checkpointing)
-    assert forward_tokens(shape, length, traced=True) == pytest.approx(actor.forward_tokens / length)
+    shape = Shape(length=length, nsp=nsp, activation_checkpointing=checkpointing, on_policy=on_policy, reading=reading)
+    counted, planned = actor.forward_tokens / length, forward_tokens(shape, length, traced=True)
     untraced = forward_tokens(shape, length, traced=False)
-    assert untraced is not None and untraced > actor.forward_tokens / length
+    assert planned is not None and untraced is not None
+    if reading == "segments":
+        assert untraced == planned and planned - 1 / 8 <= counted <= planned
+    else:
+        assert planned == pytest.approx(counted) and untraced > counted
     assert torch.isfinite(output["log_probs"]).all()
 
 

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzz.runner import Checks, run, shared_grammar
+from fuzz.runner import Checks, run
 from fuzz.stored import MODEL_COMMANDS, MODELS
 from fuzz.world import World, make_world
 
-from refine_verl.config import Refusal
+from refine_verl.compose.composition import compose_config, register_configs
+from refine_verl.compose.validate import validate
+from refine_verl.config import ConfigError, Refusal
 from refine_verl.models import load_model
+from refine_verl.preflight.run import check_run
 
 FAULTS = {
     "a path that is a file": "no such directory",
@@ -21,7 +24,7 @@ FAULTS = {
     "config.json cut off": "its configuration cannot be read (",
     "config.json a pointer of Git LFS": "config.json is a Git LFS pointer and not the file itself. Run `git lfs pull`",
     "model_type of attention": "'llama' is not a fast-weight model REFINE knows. Supported model types: ",
-    "layers of attention": "this delta_net mixes in softmax attention layers (config.attn).",
+    "layers of attention": "the attention layers of this delta_net have a sliding window (window_size=16 of config",
     "quantization_config": "its weights are quantised (quantization_config of config.json: bitsandbytes), and they are",
     "num_heads that do not divide": "no delta_net can be made of this configuration: key dim must be divisible",
     "no weights": "no weights by a name that transformers loads (model.safetensors, ",
@@ -35,9 +38,8 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with shared_grammar():
-        yield make_world(tmp_path_factory.mktemp("models"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +101,11 @@ def test_load_model_says_the_same(fault: str, broken: dict[str, Path]) -> None:
     with pytest.raises(Refusal, match=re.escape(f"model.path={broken[fault]}: ")) as refusal:
         load_model(broken[fault])
     assert FAULTS[fault].removesuffix(" in the").replace(" in model.safetensors", "") in str(refusal.value)
+
+
+def test_a_model_whose_writes_are_not_known_is_refused_before_a_run(tmp_path: Path) -> None:
+    keys = ["recipe=quickstart", "model=tiny_lact", f"trainer.default_local_dir={tmp_path / 'run'}"]
+    register_configs()
+    with pytest.raises(ConfigError, match=r"refine\.nsp\.selection: surprise looks at how strongly each token"):
+        check_run(validate(compose_config([*keys, "refine.nsp.selection=surprise"])))
+    check_run(validate(compose_config([*keys, "refine.nsp.selection=surprise", "refine.loss.rl_coef=0"])))

@@ -14,7 +14,7 @@ from reference.saving import save
 
 from refine_verl.record import disk_space
 from refine_verl.record.checkpoint_files import CheckpointError
-from refine_verl.record.disk_space import DiskFullError, disk_is_full
+from refine_verl.record.disk_space import DiskFullError, could_not_write, disk_is_full, size
 from refine_verl.trainer.saving import CheckpointingTrainer
 from refine_verl.workers.snapshot import shard_bytes
 from refine_verl.workers.worker import NSPRolloutWorker
@@ -106,3 +106,15 @@ def test_the_same_goes_for_the_model(tmp_path: Path) -> None:
     trainer = SimpleNamespace(run_dir=tmp_path, actor_rollout_wg=SimpleNamespace(export=export))
     with pytest.raises(CheckpointError, match="^the file system of .* is full: the trained model .*; Error: c"):
         CheckpointingTrainer._export(trainer)  # type: ignore[arg-type]
+
+
+def test_what_a_worker_said_is_asked_again_with_the_size_of_a_checkpoint(tmp_path: Path) -> None:
+    """A worker may look at the free space after another has removed its own part."""
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "shard.pt").write_bytes(b"1" * 5)
+    (tmp_path / "data.pt").write_bytes(b"1" * 3)
+    assert size(tmp_path) == 8
+    short = RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+    said = could_not_write(short, tmp_path, 1, "rank 0 on host: ")
+    assert not isinstance(said, DiskFullError)
+    assert disk_is_full(RuntimeError(said), tmp_path, 1 << 60) and not disk_is_full(RuntimeError(said), tmp_path, 1)

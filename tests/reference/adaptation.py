@@ -30,8 +30,8 @@ def adapt_slowly(model: nn.Module, rows: list[Tensor], settings: AdaptSettings) 
                 output = actor(mode="update", documents=_alone(rows[row]), branches=branches, nsp=nsp)
                 ratio = (output["log_probs"] - old).exp()
                 clipped = ratio.clamp(1 - settings.clip_ratio, 1 + settings.clip_ratio)
-                worse = torch.minimum(advantages[:, None] * ratio, advantages[:, None] * clipped)
-                dual = torch.where(advantages[:, None] < 0, worse.maximum(3 * advantages[:, None]), worse)
+                worse = torch.minimum(advantages * ratio, advantages * clipped)
+                dual = torch.where(advantages < 0, worse.maximum(3 * advantages), worse)
                 policy = -dual.mean(dim=1).sum() / (len(mine) * nsp.chunks * nsp.rollouts_per_position)
                 next_token = output["ntp_loss_sum"] / predicted
                 loss = loss + settings.loss.rl_coef * policy + settings.loss.sft_coef * next_token
@@ -50,7 +50,7 @@ def _alone(row: Tensor) -> Documents:
 def _rollouts(
     actor: nn.Module, row: Tensor, key: int, index: int, settings: AdaptSettings
 ) -> tuple[Branches, Tensor, Tensor]:
-    """Branches, old log-probabilities [c * n, k] and advantages [c * n] of one prompt."""
+    """Branches, old log-probabilities [c * n, k] and advantages [c * n, k] of one prompt."""
     nsp, seed = settings.nsp, settings.seed
     shape = (nsp.chunks, nsp.rollouts_per_position, nsp.rollout_length)
     draws = RolloutDraws(
@@ -59,7 +59,7 @@ def _rollouts(
     )
     rollouts = actor(mode="rollout", documents=_alone(row), nsp=nsp, draws=draws, snapshots=1)
     copies = nsp.rollouts_per_position
-    rewards = get_reward(nsp.reward)(
+    earned = get_reward(nsp.reward, per_token=True)(
         RewardInputs(
             predicted_hidden=rollouts.predicted_hidden.flatten(0, 2),
             target_hidden=rollouts.target_hidden.repeat_interleave(copies, 1).flatten(0, 1),
@@ -67,5 +67,10 @@ def _rollouts(
             target_tokens=rollouts.target_tokens.repeat_interleave(copies, 1).flatten(0, 1),
         )
     ).double()
-    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    length = nsp.rollout_length
+    advantages = torch.empty_like(earned)
+    for j in range(length):
+        # what a token is credited with: all that its rollout earned, or what came from it on
+        credited = earned[:, 0 if nsp.credit == "rollout" else j :].sum(dim=1) / length
+        advantages[:, j] = (credited - credited.mean()) / (credited.std() + 1e-6)
     return Branches(rollouts.positions, rollouts.tokens), rollouts.log_probs.flatten(0, 2), advantages

@@ -18,6 +18,17 @@ BYTES = 257
 TEXT = "The grass is green and the sky is blue. Ann has seven apples, Bob has nine. "
 
 
+PROMPT_RUN = (
+    "data.max_length=128",
+    "data.train_batch_size=4",
+    "refine.ppo_mini_batch_size=4",
+    "refine.nsp.chunks=3",
+    "refine.nsp.rollout_length=3",
+    "trainer.n_gpus_per_node=1",
+)
+"""Of a run of that model on the prompts of `write_prompts`."""
+
+
 def make_model(directory: Path, seed: int = 1) -> Path:
     """Weights far from their initial ones: every part of the model matters."""
     config = AutoConfig.for_model(
@@ -46,6 +57,12 @@ def make_model(directory: Path, seed: int = 1) -> Path:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_prompts(root: Path) -> None:
+    """`prompts.jsonl`: eight prompts, each with two answers."""
+    rows = [{"prompt": f"{TEXT[n:]} {n}?", "answers": ["seven", "nine"], "task": "hotpotqa"} for n in range(8)]
+    write_jsonl(root / "prompts.jsonl", rows)
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -13,11 +13,16 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from reference.ray_workers import READ_ONCE, fork_workers
+from reference.stand_in import serve, stand_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,13 +85,14 @@ class Forked:
 
 
 def _start_server() -> None:
-    """Once; torch reads the number of its threads when it is imported."""
+    """Once; torch reads the number of its threads when it is imported, and Ray what `READ_ONCE` says."""
     if _started_by == [os.getpid()]:
         return
     _started_by[:] = [os.getpid()]
     before = dict(os.environ)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before.get("PYTHONPATH", "")])
     os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1")
+    os.environ.update(READ_ONCE)
     try:
         _context.set_forkserver_preload(["reference.preloaded"])
         multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
@@ -106,7 +112,44 @@ def _become(module: str, arguments: list[str], env: dict[str, str], cwd: Path, o
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    _run_module(module, arguments, output.parent)
+
+
+def _run_module(module: str, arguments: list[str], scratch: Path) -> None:
     logging.root.handlers.clear()  # of an import: the command sets up logging before it imports that
     sys.argv = [module, *arguments]
-    sys.path[:0] = [str(cwd), *(entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry)]
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [os.getcwd(), *(entry for entry in path if entry)]
+    if module == "refine_verl.main":
+        fork_workers(scratch)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@contextmanager
+def forking_python(directory: Path) -> Iterator[Path]:
+    """A program for scripts that start commands: `-m MODULE ...` is a fork as above, and all else the interpreter.
+
+    Args:
+        directory: with a short path, for its files.
+    """
+    server = _context.Process(target=_serve_commands, args=(directory,))
+    with _lock:
+        _start_server()
+        server.start()
+    try:
+        while not os.access(directory / "python", os.X_OK):
+            assert server.exitcode is None, "it has ended"
+            time.sleep(0.02)
+        yield directory / "python"
+    finally:
+        server.kill()
+        server.join()
+
+
+def _serve_commands(directory: Path) -> None:
+    _, listener = stand_in(directory, 'sys.argv[1:2] == ["-m"]')
+
+    def run_command(arguments: list[str]) -> None:
+        _run_module(arguments[1], arguments[2:], Path(tempfile.mkdtemp(dir=directory)))
+
+    serve(listener, run_command)

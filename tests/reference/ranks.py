@@ -21,6 +21,7 @@ from reference.processes import Forked
 from reference.runs import ROOT, TIMEOUT, environment
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 LENGTHS = (61, 40, 64, 23, 37, 64, 12, 50)
 """Of the documents of a batch; no two ranks have equally long ones."""
@@ -60,6 +61,14 @@ class LocalGroup:
         self.sent: dict[str, int] = {}
         self.received: dict[str, int] = {}
         self.last: dict[str, TensorDict] = {}
+
+    def take_rollouts(self) -> list[dict[str, Tensor]]:
+        """Asked of all ranks at once, without a batch."""
+        shares: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(shares, self.worker.take_rollouts())
+        rows = torch.cat([share["row"] for share in shares]).argsort()
+        self.last["rollouts"] = {name: torch.cat([share[name] for share in shares])[rows] for name in shares[0]}
+        return shares
 
     def __getattr__(self, name: str) -> Any:
         def call(data: TensorDict) -> Done:
@@ -163,9 +172,10 @@ class Session:
         metrics: dict[str, float] = {}
         self.gradients.clear()
         self.trainer.step(metrics, {})
+        written = self.group.last["rollouts" if self.trainer.settings.on_policy else "rollout_and_reward"]
         return {
             "metrics": metrics,
-            "rollouts": {name: value.clone() for name, value in self.group.last["rollout_and_reward"].items()},
+            "rollouts": {name: value.clone() for name, value in written.items()},
             "gradients": list(self.gradients),
             "parameters": self.parameters(),
         }
@@ -184,14 +194,97 @@ class Session:
         return loss / count, correct / count
 
     def start_over(self) -> None:
-        """Weights, optimiser and step as at the beginning (one rank only)."""
+        """Weights, optimiser and step as at the beginning."""
         state = self.worker.engine.module.state_dict()
         with torch.no_grad():
             for name, value in self.initial.items():
                 target = state[name]
-                (target.to_local() if hasattr(target, "to_local") else target).copy_(value)
+                if isinstance(target, DTensor):
+                    value = distribute_tensor(value, target.device_mesh, target.placements)
+                target.copy_(value)
         self.worker.engine.optimizer.state.clear()
         self.trainer.global_steps = 0
+
+    def ways(self, batch: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+        """The same step in one mini-batch.
+
+        With activation checkpointing, with the rollouts in the trained pass, and with three of them at a time.
+        """
+        module, settings, found = self.worker.engine.module, self.trainer.settings, {}
+        mini_batch, checkpointing = settings.ppo_mini_batch_size, module.activation_checkpointing
+        set_field(settings, "ppo_mini_batch_size", len(LENGTHS))
+        for on_policy in (False, True):
+            for kind in ("none", "layer", "segment"):
+                self.start_over()
+                module.activation_checkpointing = kind
+                set_field(settings, "on_policy", on_policy)
+                name = f"{'fused' if on_policy else 'two phases'}, {kind}"
+                found[name] = self.step(batch)
+                self.start_over()
+                with_default = settings.nsp.rollouts_together
+                set_field(settings.nsp, "rollouts_together", 3)
+                found[f"{name}, in pieces"] = self.step(batch)
+                set_field(settings.nsp, "rollouts_together", with_default)
+        set_field(settings, "on_policy", False)
+        set_field(settings, "ppo_mini_batch_size", mini_batch)
+        module.activation_checkpointing = checkpointing
+        self.start_over()
+        return found
+
+    def many(self, batch: dict[str, np.ndarray], **more: Any) -> dict[str, dict[str, Any]]:
+        """A step of `midtrain_many_rollouts` in small: groups per position, credit per token, pieces; and ``more``."""
+        from refine_verl.models.reward_manager import HiddenStateRewardManager
+
+        settings, rewards, found = self.trainer.settings, self.worker.rewards, {}
+        changed = {"group": "position", "credit": "token", "rollouts_together": 3, **more}
+        before = {name: getattr(settings.nsp, name) for name in changed}
+        for name, value in changed.items():
+            set_field(settings.nsp, name, value)
+        self.worker.rewards = HiddenStateRewardManager("hybrid", credit="token")
+        for on_policy in (False, True):
+            self.start_over()
+            set_field(settings, "on_policy", on_policy)
+            found["fused" if on_policy else "two phases"] = self.step(batch)
+        self.worker.rewards = rewards
+        for name, value in {**before, "on_policy": False}.items():
+            set_field(settings if name == "on_policy" else settings.nsp, name, value)
+        self.start_over()
+        return found
+
+    def measured(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The same step with the policy gradient measured before it, and the gradients of parts of the loss alone."""
+        settings, found = self.trainer.settings, {}
+        mini_batch, loss = settings.ppo_mini_batch_size, settings.loss
+        set_field(settings, "ppo_mini_batch_size", len(LENGTHS))
+        for name, value in (("gradient_snr_every", 1), ("gradient_cosine", True)):
+            set_field(settings, name, value)
+        for on_policy in (False, True):
+            self.start_over()
+            set_field(settings, "on_policy", on_policy)
+            found["fused" if on_policy else "two phases"] = self.step(batch)
+        for name, value in (("on_policy", False), ("gradient_snr_every", 0)):
+            set_field(settings, name, value)
+        parts = {"even": (1.0, 0.0, range(0, 8, 2)), "odd": (1.0, 0.0, range(1, 8, 2)), "next": (0.0, 1.0, range(8))}
+        coefficients = loss.rl_coef, loss.sft_coef
+        for part, (rl, sft, rows) in parts.items():
+            self.start_over()
+            for name, value in (("rl_coef", rl), ("sft_coef", sft)):
+                set_field(loss, name, value)
+            set_field(settings, "ppo_mini_batch_size", len(rows))
+            found[part] = self.step({name: values[list(rows)] for name, values in batch.items()})["gradients"][0]
+        for name, value in zip(("rl_coef", "sft_coef"), coefficients, strict=True):
+            set_field(loss, name, value)
+        set_field(settings, "ppo_mini_batch_size", mini_batch)
+        self.start_over()
+        return found
+
+    def looking(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        """Where rollouts begin with each strategy: positions [B, c]."""
+        nsp, found = self.trainer.settings.nsp, {}
+        for selection in ("surprise", "query", "entropy"):
+            set_field(nsp, "selection", selection)
+            found[selection] = self.group.rollout_and_reward(self.trainer._to_batch(batch)).get()["positions"]
+        return found
 
     def shifted(self, old_log_probs: str) -> dict[str, float]:
         """The metrics of an update on rollouts whose log-probabilities are all 0.5 too high."""
@@ -204,7 +297,8 @@ class Session:
         rollouts = self.group.rollout_and_reward(batch).get()
         batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs"))
         batch["old_log_probs"] = batch["old_log_probs"] + 0.5
-        batch["advantages"] = rollouts["rewards"] - rollouts["rewards"].mean()
+        advantages = rollouts["rewards"] - rollouts["rewards"].mean()
+        batch["advantages"] = advantages[..., None].expand_as(batch["rollout_tokens"]).clone()
         metrics: dict[str, float] = {}
         self.trainer._update(batch, Objective.ROLLOUTS, metrics)
         return metrics
@@ -218,7 +312,7 @@ class Session:
         batch = self.trainer._to_batch(columns(LENGTHS, 1))
         rollouts = self.group.rollout_and_reward(batch).get()
         batch.update(rollouts.select("positions", "rollout_tokens", "old_log_probs"))
-        batch["advantages"] = torch.zeros(*rollouts["rewards"].shape)
+        batch["advantages"] = torch.zeros(*rollouts["rollout_tokens"].shape)
         batch["advantages"][rows, 0, 0] = value
         before = self.parameters()
         metrics: dict[str, float] = {}
@@ -247,6 +341,13 @@ def scenarios(session: Session, world: int) -> dict[str, Any]:
     results["validation_after"] = session.trainer._validate()
     if world == 1:
         results["validation_after_by_hand"] = session.validate_by_hand()
+    results["ways"] = session.ways(batches[0])
+    results["many"] = session.many(batches[0])
+    from refine_verl.config import RolloutLength
+
+    results["unequal"] = session.many(batches[0], rollout_length=RolloutLength(min=1, max=5, by="entropy"))
+    results["measured"] = session.measured(batches[0])
+    results["looking"] = session.looking(batches[0])
     results["nan"], results["infinite"] = session.poisoned(math.nan, [0]), session.poisoned(math.inf, [0])
     results["all_bad"] = session.poisoned(math.nan, [3, 4])
     if world == 1:

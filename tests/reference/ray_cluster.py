@@ -74,8 +74,16 @@ class Cluster:
             prefix: a command that runs its `ray start`, such as `unshare ...`.
         """
         number = len(self.nodes) + 1
-        self.start([f"--address={self.address}", f"--node-ip-address=127.0.0.{number}"], prefix)
-        wait_for(lambda: True if self.node_count() == number else None, f"node {number}")
+        process, log = self.start([f"--address={self.address}", f"--node-ip-address=127.0.0.{number}"], prefix)
+
+        def joined() -> bool | None:
+            lives(process, log)
+            return True if self.node_count() == number else None
+
+        try:
+            wait_for(joined, f"node {number}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; its log:\n{log.read_text()[-3000:]}") from None
 
     @property
     def variables(self) -> dict[str, str]:
@@ -99,7 +107,9 @@ class Cluster:
         return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
 
 
-_candidates = itertools.count(20000 + os.getpid() % 8000)
+# A range for each process of pytest-xdist: a port that one has chosen is still free to another until it is taken.
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+_candidates = itertools.count(20000 + 2000 * (_worker % 4) + os.getpid() % 1000)
 
 
 def free_ports(count: int) -> list[int]:
@@ -154,10 +164,15 @@ def two_nodes(variables: dict[str, str] | None = None) -> Iterator[Cluster]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def listens(port: int, process: subprocess.Popen[str], log: Path) -> bool | None:
-    """True once somebody listens; a process that has ended instead is an error with its log."""
+def lives(process: subprocess.Popen[str], log: Path) -> None:
+    """An end of the test, with the log of the node, if its process has ended."""
     if process.poll() is not None:
-        raise SystemExit(f"the Ray head ended:\n{log.read_text()[-3000:]}")
+        raise SystemExit(f"a Ray node ended:\n{log.read_text()[-3000:]}")
+
+
+def listens(port: int, process: subprocess.Popen[str], log: Path) -> bool | None:
+    """True once somebody listens."""
+    lives(process, log)
     with socket.socket() as probe:
         return True if probe.connect_ex(("127.0.0.1", port)) == 0 else None
 

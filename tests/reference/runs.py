@@ -45,6 +45,48 @@ TOY_LACT = (
 )
 """A LaCT as small, whose documents are four chunks."""
 
+TOY_OLMO_HYBRID = (
+    "model=tiny_olmo_hybrid",
+    "model.tokenizer=bytes",
+    "model.config.vocab_size=257",
+    "model.config.hidden_size=32",
+    "model.config.num_hidden_layers=2",
+    "+model.config.layer_types=[linear_attention,full_attention]",
+    "model.config.linear_key_head_dim=12",
+    "model.config.linear_value_head_dim=24",
+    "model.config.intermediate_size=48",
+)
+"""An OLMo-hybrid as small."""
+
+TOY_QWEN3_5 = (
+    "model=tiny_qwen3_5",
+    "model.tokenizer=bytes",
+    "model.config.vocab_size=257",
+    "model.config.hidden_size=32",
+    "model.config.num_hidden_layers=2",
+    "+model.config.layer_types=[linear_attention,full_attention]",
+    "model.config.head_dim=16",
+    "model.config.linear_key_head_dim=16",
+    "model.config.linear_value_head_dim=8",
+    "model.config.intermediate_size=48",
+)
+"""A Qwen3.5 as small."""
+
+TOY_EXPERTS = (
+    "model=tiny_qwen3_next",
+    "model.tokenizer=bytes",
+    "model.config.vocab_size=257",
+    "model.config.hidden_size=32",
+    "model.config.num_hidden_layers=2",
+    "+model.config.layer_types=[linear_attention,full_attention]",
+    "model.config.head_dim=16",
+    "model.config.linear_key_head_dim=16",
+    "model.config.linear_value_head_dim=8",
+    "model.config.moe_intermediate_size=24",
+    "model.config.shared_expert_intermediate_size=24",
+)
+"""A Qwen3-Next as small, with four experts in a layer."""
+
 TOY = (
     "data.max_length=64",
     "data.train_batch_size=8",

@@ -11,10 +11,24 @@ from transformers import AutoConfig
 
 from refine_verl.config import NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws
+from refine_verl.models.adapters import DeltaRuleAdapter
 from refine_verl.nsp import position_uniforms, refine_objective, rollout_uniforms
 
 VOCABULARY = 61
 NSP = NSPSettings(chunks=3, rollout_length=4, rollouts_per_position=2)
+
+
+class InSegments(DeltaRuleAdapter):
+    """Without a trace, as an adapter of one method: documents are read in segments and states are replayed."""
+
+    trace = None  # type: ignore[assignment]
+
+
+class InPieces(DeltaRuleAdapter):
+    """As on a GPU: operators give out final states only and are cut, here around the stand-ins."""
+
+    def cuts_operators(self) -> bool:
+        return True
 
 
 def tiny_config(family: str, **values: object) -> Any:

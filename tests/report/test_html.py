@@ -388,6 +388,19 @@ def test_updates_left_out_are_drawn_where_there_are_some(tmp_path: Path) -> None
     assert "Updates left out" in figures(bad)
 
 
+def test_the_signal_in_the_gradient_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    """Every few steps a value, which is no gap; and no empty chart where none was."""
+    name, cosine = "Signal in the policy gradient", "Policy gradient and next-token gradient"
+    lines = [
+        (step, refine_step(step) | ({"nsp/gradient_snr": 0.01 * step - 0.05} if step % 3 == 0 else {}))
+        for step in range(1, 13)
+    ]
+    found = figures(parse(write_report(run_of(tmp_path, lines))))
+    assert name in found and cosine not in found
+    assert not with_class(found[name], "bad")
+    assert name not in figures(parse(write_report(refine_run(tmp_path / "without"))))
+
+
 def test_labels_of_small_numbers_fit_left_of_the_axis(tmp_path: Path) -> None:
     lines = [(step, {"actor/pg_loss": -0.00115 + 0.00002 * step}) for step in range(1, 12)]
     figure = figures(parse(write_report(run_of(tmp_path, lines))))["Policy loss"]

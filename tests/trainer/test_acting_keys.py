@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig
-from reference.evaluate_files import TEXT, make_model, write_jsonl
+from reference.configurations import Composer
+from reference.evaluate_files import PROMPT_RUN, make_model, write_prompts
 from tensordict import TensorDict
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
@@ -28,8 +29,8 @@ from refine_verl.compose.verl_keys import STRATEGIES
 from refine_verl.config import ConfigError
 from refine_verl.preflight.checkpoints import checkpoint_to_resume
 from refine_verl.preflight.run import prepare_run
-from refine_verl.trainer.advantage import answer_advantages
 from refine_verl.trainer.posttrain import PosttrainTrainer
+from refine_verl.workers.advantage import answer_advantages
 from refine_verl.workers.engine import RefineEngine
 from refine_verl.workers.loss import RefineLoss
 from refine_verl.workers.objective import Objective
@@ -71,15 +72,25 @@ class AdamW(torch.optim.AdamW):
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("acting")
     make_model(root / "model")
-    rows = [{"prompt": f"{TEXT[n:]} {n}?", "answers": ["seven", "nine"], "task": "hotpotqa"} for n in range(8)]
-    write_jsonl(root / "prompts.jsonl", rows)
+    write_prompts(root)
     return root
+
+
+@functools.cache
+def composer(root: Path) -> Composer:
+    return Composer([base_of(root)])
 
 
 @functools.cache
 def run_of(root: Path, *overrides: str) -> DictConfig:
     """What a trainer would get."""
-    base = [
+    keys = {item.partition("=")[0] for item in overrides}
+    kept = [item for item in base_of(root) if item.partition("=")[0] not in keys]
+    return prepare_run(validate(composer(root)([*kept, *overrides]))).launch_config()
+
+
+def base_of(root: Path) -> list[str]:
+    return [
         "recipe=posttrain",
         "refine.inner=none",
         "refine.outer=grpo",
@@ -88,17 +99,9 @@ def run_of(root: Path, *overrides: str) -> DictConfig:
         f"data.val_files={root / 'prompts.jsonl'}",
         f"data.cache_dir={root / 'cache'}",
         f"trainer.default_local_dir={root / 'run'}",
-        "data.max_length=128",
-        "data.train_batch_size=4",
-        "refine.ppo_mini_batch_size=4",
-        "refine.nsp.chunks=3",
-        "refine.nsp.rollout_length=3",
-        "trainer.n_gpus_per_node=1",
+        *PROMPT_RUN,
         "trainer.device=cpu",
     ]
-    keys = {item.partition("=")[0] for item in overrides}
-    base = [item for item in base if item.partition("=")[0] not in keys]
-    return prepare_run(validate(compose_config([*base, *overrides]))).launch_config()
 
 
 def optimiser(config: DictConfig) -> object:

@@ -17,6 +17,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("lact_run")
     write_corpus(directory)
     more = [f"trainer.total_training_steps={LAST}", f"trainer.save_freq={LAST}"]
+    more += ["refine.nsp.rollout_length={min:1,max:3,by:entropy}", "refine.nsp.credit=token"]
     overrides = toy_overrides(directory, directory / "run", *more, model=TOY_LACT)
     code, output = run_to_the_end(overrides, directory)
     assert code == 0, output[-4000:]
@@ -32,6 +33,8 @@ def test_a_run_on_the_cpu_learns(finished: Path) -> None:
     assert steps[LAST - 2]["val/ntp_loss"] < 0.7 * steps[0]["val/ntp_loss"]
     early, late = (mean(steps[step]["nsp/reward/mean"] for step in some) for some in (range(3, 7), range(17, 21)))
     assert late > early
+    lengths = [steps[step]["nsp/rollout_length/mean"] for step in range(3, LAST + 1)]
+    assert all(1 <= length <= 3 for length in lengths) and len(set(lengths)) > 1
     assert not any(record.get("actor/skipped_updates") for record in steps.values())
 
 

@@ -12,6 +12,7 @@ from ray._private.worker import _unhandled_error_handler
 from ray.exceptions import WorkerCrashedError
 
 from refine_verl.config.options import ConfigError
+from refine_verl.record.metrics import METRICS_FILE
 from refine_verl.trainer import launch
 from refine_verl.trainer.launch import _alone_in, _start_ray
 from refine_verl.trainer.signals import StopSignals
@@ -60,6 +61,23 @@ def test_one_run_per_directory(tmp_path: Path) -> None:
         pytest.fail("a second run began")
     with pytest.raises(BlockingIOError, match="the run's own"), _alone_in(tmp_path):
         raise BlockingIOError("the run's own")
+
+
+@pytest.mark.parametrize("metrics", [None, "", '{"step": 0, "val'])
+def test_a_run_that_ends_before_its_first_metrics_has_no_report_and_no_word_of_it(
+    tmp_path: Path, metrics: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    if metrics is not None:
+        (tmp_path / METRICS_FILE).write_text(metrics)
+    launch._report(tmp_path)
+    assert caplog.text == "" and not (tmp_path / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / METRICS_FILE).write_text('{"step": 1, "actor/ntp_loss": 2.0}\n')
+    (tmp_path / "report.html").mkdir()
+    launch._report(tmp_path)
+    assert "no report: " in caplog.text
 
 
 def test_rays_echo_of_a_lost_worker_is_left_out_as_long_as_it_is_up(

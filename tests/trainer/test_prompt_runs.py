@@ -24,7 +24,10 @@ TTT = (
     "refine.ppo_mini_batch_size=3",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
 )
-GRPO = ("refine.outer=grpo", "refine.answers.samples=3")
+FUSED = "refine.on_policy=true"
+GRPO = ("refine.outer=grpo", "refine.answers.samples=3", FUSED)
+ONLINE = (*TTT, "refine.ttt.reset=none", "trainer.save_freq=1", "refine.nsp.reward=hybrid", FUSED)
+"""The recipe's binary reward is 0 with random weights."""
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
@@ -41,7 +44,7 @@ class Runs:
         self.posttrain = pool.submit(self.run, "posttrain", "whole", *GRPO, *whole)
         self.ttt = pool.submit(self.run, "ttt", "ttt", *TTT)
         self.posttrain_resumed = pool.submit(self._resumed_posttrain)
-        self.online = pool.submit(self.run, "ttt", "online", *TTT, "refine.ttt.reset=none", "trainer.save_freq=1")
+        self.online = pool.submit(self.run, "ttt", "online", *ONLINE)
         self.ttt_resumed = pool.submit(self._resumed_ttt)
         self.online_resumed = pool.submit(self._resumed_online)
 
@@ -98,7 +101,7 @@ class Runs:
     def _resumed_online(self) -> Path:
         copy = self._interrupted(self.online, "online_resumed", kept=5)
         (copy / "latest_checkpointed_iteration.txt").write_text("1")
-        return self.run("ttt", "online_resumed", *TTT, "refine.ttt.reset=none", "trainer.save_freq=1")
+        return self.run("ttt", "online_resumed", *ONLINE)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,13 @@ def test_post_training_resumes_exactly(runs: Runs) -> None:
     assert read_rows(whole) == read_rows(resumed)
     assert {row["step"] for row in read_rows(whole)} == {0, 2, 4} and len(read_rows(whole)) == 3 * TEST
     assert (whole / "model" / "model.safetensors").is_file()
+
+
+def test_prompts_are_read_in_the_pass_that_is_trained(runs: Runs) -> None:
+    """`refine.on_policy`, in post-training's inner loop and online; the control: test-time training in two phases."""
+    for run, fused in ((runs.posttrain, True), (runs.online, True), (runs.ttt, False)):
+        for step, record in read_steps(run.result()).items():
+            assert step == 0 or ("timing_s/rollout" not in record and record["nsp/reward/std"] > 0) == fused, step
 
 
 def test_every_validation_row_is_answered_and_averaged(runs: Runs) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 from reference.runs import ROOT, environment
 
+from refine_verl.command.front import interruptible
 from refine_verl.main import main
 from refine_verl.trainer import signals as module
 from refine_verl.trainer.signals import StopSignals
@@ -33,9 +34,9 @@ def test_before_training_a_signal_stops_at_once(stop: StopSignals, number: signa
 
 
 def test_what_an_import_makes_of_a_signal_is_the_signal(stop: StopSignals) -> None:
-    with pytest.raises(ValueError, match="a bug"), stop.interruptible():
+    with pytest.raises(ValueError, match="a bug"), interruptible(lambda: stop.raised):
         raise ValueError("a bug")
-    with pytest.raises(KeyboardInterrupt), stop.interruptible():
+    with pytest.raises(KeyboardInterrupt), interruptible(lambda: stop.raised):
         try:
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt as error:
@@ -43,7 +44,7 @@ def test_what_an_import_makes_of_a_signal_is_the_signal(stop: StopSignals) -> No
     with stop.deferred():  # remembered only: what goes wrong then is something else
         stop.raised, stop.received = False, None
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(ValueError, match="a bug"), stop.interruptible():
+        with pytest.raises(ValueError, match="a bug"), interruptible(lambda: stop.raised):
             raise ValueError("a bug")
 
 

@@ -128,7 +128,8 @@ def test_a_step_sends_documents_then_rollouts_with_their_advantages(make: Make) 
     assert update["positions"].tolist() == torch.arange(24).view(8, 3)[order].tolist()
     rewards = group.rewards.flatten(1)
     wanted = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-    torch.testing.assert_close(update["advantages"].flatten(1), wanted[order], rtol=1e-5, atol=1e-6)
+    advantages = update["advantages"].flatten(1, 2)
+    torch.testing.assert_close(advantages, wanted[order][..., None].expand_as(advantages), rtol=1e-5, atol=1e-6)
     assert tu.get_non_tensor_data(update, "mini_batch_size", None) == 4
     assert metrics["perf/forward_tokens_per_token"] == (8 * 10 + 100) / tokens
     assert metrics["nsp/reward/mean"] == pytest.approx(rewards.mean().item())

@@ -58,7 +58,10 @@ HELP = (
 
 RESULTS = (
     Case("configuration of midtrain", f"{MIDTRAIN} --cfg job --resolve"),
-    Case("refine section of midtrain_grouped", "main recipe=midtrain_grouped --cfg job --package refine --resolve"),
+    Case(
+        "refine section of midtrain_many_rollouts",
+        "main recipe=midtrain_many_rollouts --cfg job --package refine --resolve",
+    ),
     Case("refine section of posttrain", "main recipe=posttrain --cfg job --package refine --resolve"),
     Case("refine section of ttt", "main recipe=ttt --cfg job --package refine --resolve"),
     Case("plan of midtrain", f"plan recipe=midtrain {FILES} throughput=1000", (*DELTANET, *SMALL, *HERE)),

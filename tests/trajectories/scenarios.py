@@ -122,7 +122,20 @@ def posttrain(*more: str) -> tuple[str, ...]:
 
 
 DELTANET_RUN = midtrain("refine.warmup_steps=1", UNCUT, *steps(4, save=2))
-GROUPED = ("refine.nsp.rollouts_per_position=3", "refine.nsp.rollout_length=4")
+GROUPED = (
+    "refine.nsp.rollouts_per_position=3",
+    "refine.nsp.rollout_length=4",
+    "refine.nsp.group=position",
+    "refine.loss.rl_coef=1",
+    "algorithm.norm_adv_by_std_in_grpo=false",
+)
+MANY = (
+    "refine.nsp.chunks=8",
+    "refine.nsp.rollouts_per_position=4",
+    "refine.nsp.rollouts_together=20",
+    "refine.nsp.reward=hybrid",
+)
+"""64 rollouts of a micro-batch of two documents, in four pieces; the recipe's reward would be 0 nearly everywhere."""
 GRPO = ("refine.outer=grpo", "refine.answers.samples=3")
 SMALL_BATCHES = (
     "data.train_batch_size=3",
@@ -146,6 +159,11 @@ SCENARIOS = (
         "the first three of these steps on two workers",
         midtrain("refine.warmup_steps=1", UNCUT, *steps(3, save=3), "trainer.n_gpus_per_node=2"),
     ),
+    one(
+        "fused",
+        "mid-training of a DeltaNet whose rollouts are written in the trained pass, with one warm-up step",
+        midtrain("refine.on_policy=true", "refine.warmup_steps=1", UNCUT, *steps(5, save=3)),
+    ),
     one("lact", "mid-training of a LaCT", midtrain(UNCUT, *steps(3, save=3), model=LACT)),
     one(
         "gated_deltanet_segments",
@@ -154,8 +172,21 @@ SCENARIOS = (
     ),
     one(
         "grouped",
-        "recipe=midtrain_grouped from the weights of the run directory that is kept here",
-        midtrain(SEGMENTS, *GROUPED, *steps(3, save=-1), recipe="midtrain_grouped", model=("model.path=DATA/model",)),
+        "rollouts compared at their position, from the weights of the run directory that is kept here",
+        midtrain(SEGMENTS, *GROUPED, *steps(3, save=-1), model=("model.path=DATA/model",)),
+    ),
+    one(
+        "many_rollouts",
+        "recipe=midtrain_many_rollouts in the trained pass and in pieces, from the same weights, with one warm-up step",
+        midtrain(
+            "refine.on_policy=true",
+            "refine.warmup_steps=1",
+            UNCUT,
+            *MANY,
+            *steps(5, save=3),
+            recipe="midtrain_many_rollouts",
+            model=("model.path=DATA/model",),
+        ),
     ),
     one(
         "posttrain_nested",
@@ -182,7 +213,7 @@ OLD_RUN_ARCHIVE = Path(__file__).parent / "old_run.tar.xz"
 def unpack_old_run(directory: Path) -> None:
     """Put DIRECTORY/data and DIRECTORY/run there, as an earlier version of the package left them."""
     with tarfile.open(OLD_RUN_ARCHIVE) as archive:
-        archive.extractall(directory, filter="data")
+        archive.extractall(directory)  # without a filter, which Python 3.11.2 and 3.10.11 do not know: it is ours
 
 
 # Data

@@ -1,6 +1,7 @@
 """Training does what it did: short runs, step by step, against what was recorded of an earlier version.
 
-One run for each family and phase; DeltaNet's is in test_old_run.py. `record.py` and `compare.py` beside it do all
+One run for each family and phase, and one of many rollouts in the fused step, which is also killed and gone on with;
+DeltaNet's is in test_old_run.py. `record.py` and `compare.py` beside it do all
 scenarios, and bit for bit on one machine. Where a result is meant to change, the recordings are made again, and the
 change says so.
 """
@@ -8,16 +9,20 @@ change says so.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+from reference.runs import run_and_kill
 from trajectories.held import LATER_STEPS, assert_same, recorded, run_forked, this_checkout
+from trajectories.process import Done
 from trajectories.record import record, versions
 from trajectories.scenarios import SCENARIOS
 
-HELD = ("gated_deltanet_segments", "lact", "posttrain_grpo", "test_time")
+MANY, KILLED = "many_rollouts", "many_rollouts, killed"
+HELD = (MANY, "gated_deltanet_segments", "lact", "posttrain_grpo", "test_time")
 RELEASES = ("torch", "transformers", "flash-linear-attention")
 """Decide what random weights a seed gives."""
 
@@ -31,7 +36,9 @@ def runs() -> Iterator[dict[str, Future[dict[str, Any]]]]:
         pytest.skip(f"the random weights may be others: {', '.join(others)}")
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(max_workers=2) as pool:
         patch.setenv("PYTHONPATH", this_checkout())
-        yield {item.name: pool.submit(record, item, run_forked) for item in SCENARIOS if item.name in HELD}
+        held = {item.name: item for item in SCENARIOS if item.name in HELD}
+        found = {name: pool.submit(record, item, run_forked) for name, item in held.items()}
+        yield found | {KILLED: pool.submit(record, held[MANY], run_killed_and_again)}
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -40,6 +47,27 @@ def runs() -> Iterator[dict[str, Future[dict[str, Any]]]]:
 @pytest.mark.parametrize("name", HELD)
 def test_a_run_does_what_it_did(runs: dict[str, Future[dict[str, Any]]], name: str) -> None:
     assert_same(runs[name].result()["run"], recorded(name)["run"])
+
+
+def run_killed_and_again(module: str, arguments: Sequence[str], cwd: Path, scratch: Path) -> Done:
+    """SIGKILL after the checkpoint of step 3 and one more step; then the command as it is."""
+    (run_dir,) = (Path(item.partition("=")[2]) for item in arguments if item.startswith("trainer.default_local_dir="))
+    endless = ["trainer.total_training_steps=50" if "total_training_steps" in item else item for item in arguments]
+    assert endless != arguments and run_and_kill(endless, cwd, run_dir, saved=3) > 3
+    return run_forked(module, arguments, cwd, scratch)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_killed_fused_run_goes_on_as_if_nothing_had_happened(runs: dict[str, Future[dict[str, Any]]]) -> None:
+    """Bit for bit, metrics and weights."""
+    whole, resumed = (runs[name].result()["run"] for name in (MANY, KILLED))
+    assert [step["step"] for step in whole["steps"]] == list(range(6))
+    assert resumed["steps"] == whole["steps"] and resumed["model"] == whole["model"]
+    assert whole["steps"][5] != {**whole["steps"][4], "step": 5}  # the control
+    tokens = [step["perf/forward_tokens_per_token"] for step in whole["steps"][1:]]
+    # 64 tokens of a document are read once, three of each of its 32 rollouts are written, and two trained, twice
+    assert tokens == [1, *[1 + 32 * (3 + 2 * 2) / 64] * 4]
 
 
 @pytest.mark.parametrize("name", HELD)

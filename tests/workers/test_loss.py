@@ -27,11 +27,12 @@ def actor(**values: object) -> ActorConfig:
 
 
 def micro_batch(old: Tensor, advantages: Tensor, tokens: int, totals: tuple[int, int], dp_size: int = 1) -> TensorDict:
-    """``old`` [N, c, n, k], ``advantages`` [N, c, n]; totals of the mini-batch: predicted tokens, rollouts."""
+    """``old`` [N, c, n, k], ``advantages`` [N, c, n, k]; totals of the mini-batch: predicted tokens, rollouts."""
     rows = len(old)
     mask = torch.zeros(rows, dtype=torch.int64)
     mask[0] = tokens
     counts = {"batch_num_tokens": totals[0], "global_rollouts": totals[1], "dp_size": dp_size}
+    counts["global_rollout_tokens"] = totals[1] * old.shape[-1]
     tensors = {"old_log_probs": old, "advantages": advantages, "loss_mask": mask, "weight": torch.ones(rows)}
     return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict={**counts, "objective": Objective.ROLLOUTS})
 
@@ -40,7 +41,7 @@ def test_by_hand() -> None:
     """Two rollouts of two tokens. Ratios 1.5 and 0.5 clip to 1.2 and stay 0.5; L = 0.5 * L_PPO + 2 * L_NTP."""
     old = torch.full((1, 2, 1, 2), -2.0)
     new = (old + torch.tensor([[1.5, 0.5], [1.0, 1.0]]).log().view(1, 2, 1, 2)).flatten(0, 2)
-    data = micro_batch(old, torch.tensor([[[1.0], [-1.0]]]), tokens=10, totals=(10, 2))
+    data = micro_batch(old, torch.tensor([[[[1.0, 1.0]], [[-1.0, -1.0]]]]), tokens=10, totals=(10, 2))
     loss, metrics = RefineLoss(LossSettings(rl_coef=0.5, sft_coef=2.0), actor())(
         {"ntp_loss_sum": torch.tensor(30.0), "log_probs": new}, data
     )
@@ -58,7 +59,7 @@ def random_case(rows: int = 3) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     old = -3 * torch.rand(rows, 4, 2, 5, generator=generator, dtype=torch.float64)
     new = old + 0.3 * torch.randn(old.shape, generator=generator, dtype=torch.float64)
-    advantages = torch.randn(rows, 4, 2, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(old.shape, generator=generator, dtype=torch.float64)
     output = {
         "ntp_loss_sum": torch.tensor(57.0, dtype=torch.float64, requires_grad=True),
         "log_probs": new.flatten(0, 2).requires_grad_(),
@@ -79,7 +80,7 @@ def test_it_is_the_objective(dp_size: int) -> None:
         20,
         output["log_probs"],
         old.flatten(0, 2),
-        advantages.flatten(),
+        advantages.flatten(0, 2),
         policy_loss=ppo_clip_loss,
         rl_coef=0.2,
         sft_coef=1.0,
@@ -134,7 +135,7 @@ def test_the_loss_that_is_not_allowed_does_not_add_up() -> None:
 
 
 def test_without_rollouts_only_the_next_token_loss_is_left() -> None:
-    data = micro_batch(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1), 4, (8, 0))
+    data = micro_batch(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 4, (8, 0))
     tu.assign_non_tensor(data, objective=Objective.DOCUMENTS)
     loss, metrics = RefineLoss(LossSettings(rl_coef=0.2, sft_coef=1.0), actor())(
         {"ntp_loss_sum": torch.tensor(6.0)}, data
@@ -151,7 +152,7 @@ def test_verls_settings_and_other_losses_apply() -> None:
     assert narrow.item() != plain.item()
     other = actor(policy_loss=OmegaConf.create({"loss_mode": "gpg"}))
     got, _ = RefineLoss(settings, other)(output, data)
-    wanted = -(advantages.flatten()[:, None] * output["log_probs"]).mean()
+    wanted = -(advantages.flatten(0, 2) * output["log_probs"]).mean()
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
 
 
@@ -175,7 +176,7 @@ def answer_batch(
         "loss_mask": lengths.sum(dim=1),
         "weight": torch.ones(len(old)) if weight is None else weight,
     }
-    counts = {"batch_num_tokens": tokens, "global_rollouts": rollouts, "dp_size": 1}
+    counts = {"batch_num_tokens": tokens, "global_rollouts": rollouts, "dp_size": 1, "global_rollout_tokens": tokens}
     return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict={**counts, "objective": Objective.ANSWERS})
 
 
@@ -202,6 +203,29 @@ def test_answers_of_unequal_length_by_hand(mode: str) -> None:
     assert new.grad[1, :2].all() and not new.grad[1, 2]
 
 
+@pytest.mark.parametrize("mode", ["seq-mean-token-mean", "token-mean"])
+def test_rollouts_of_unequal_length_by_hand(mode: str) -> None:
+    """A position whose rollouts have one token (ratios 1.5, which clips to 1.2, and 1), and one where they have two."""
+    old = torch.full((1, 2, 2, 3), -2.0)
+    ratios = torch.tensor([[[[1.5, 9, 9], [1, 9, 9]], [[1, 1, 9], [1.1, 1, 9]]]])
+    advantages = torch.tensor([[[[1.0, 7, 7], [2, 7, 7]], [[1, 3, 7], [1, -1, 7]]]])
+    new = (old + ratios.log()).flatten(0, 2).requires_grad_()
+    data = micro_batch(old, advantages, 0, (10, 4))
+    data["rollout_lengths"] = torch.tensor([[1, 2]])
+    tu.assign_non_tensor(data, global_rollout_tokens=6)
+    output = {"ntp_loss_sum": torch.zeros(()), "log_probs": new}
+    loss, metrics = RefineLoss(LossSettings(rl_coef=0.5), actor(loss_agg_mode=mode))(output, data)
+    by_hand = {
+        "seq-mean-token-mean": -(1.2 + 2 + (1 + 3) / 2 + (1.1 - 1) / 2) / 4,
+        "token-mean": -(1.2 + 2 + 1 + 3 + 1.1 - 1) / 6,
+    }
+    assert loss.item() == pytest.approx(0.5 * by_hand[mode])
+    assert metrics["actor/log_prob_gap"].aggregate() == pytest.approx((math.log(1.5) + math.log(1.1) / 2) / 4)
+    loss.backward()
+    assert new.grad is not None and not new.grad[:2, 1:].any() and not new.grad[:, 2].any()
+    assert new.grad[1, 0] and new.grad[2:, :2].all()
+
+
 def test_answers_are_learned_with_weight_one() -> None:
     data = tu.get_tensordict(
         tensor_dict={"loss_mask": torch.tensor([4])},
@@ -219,7 +243,7 @@ def test_rows_without_weight_stay_in_the_graph_and_add_nothing(answers: bool) ->
     loss_of = RefineLoss(LossSettings(), actor())
     if answers:
         log_probs = {"log_probs": output["log_probs"]}
-        spread = advantages.flatten(1)[..., None].expand(-1, -1, 5)
+        spread = advantages.flatten(1, 2)
         old = old.flatten(1, 2)
         both, _ = loss_of(log_probs, answer_batch(old, spread, lengths, 40, 8, weight))
         alone = {"log_probs": output["log_probs"].detach()[:8]}

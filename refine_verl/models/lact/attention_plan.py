@@ -184,15 +184,15 @@ def _group(
         start = torch.tensor([s for _, _, s in where.window])
         at = start[:, None, None] + torch.arange(keys.shape[2])
         sees = (at < torch.tensor(where.border)[:, None, None]) & (at > position[..., None] - reach)
-        base = sees[grid].unsqueeze(1).to(device)
+        base = sees[grid].unsqueeze(1).to(device, non_blocking=True)
     every = values == list(range(1 if keys is None else len(keys)))
     return Group(
         buffer,
-        None if every else torch.tensor(values, device=device),
+        None if every else torch.tensor(values).to(device, non_blocking=True),
         Take.of(grid.flatten(), len(position), device),
         (grid.shape[0], grid.shape[1]),
         base,
-        sees_near[grid].unsqueeze(1).to(device),
+        sees_near[grid].unsqueeze(1).to(device, non_blocking=True),
     ), grid.flatten()
 
 
@@ -260,15 +260,15 @@ def _padded(index: Tensor, length: int) -> Tensor:
 def _masks(masked: _Items, size: int, reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which keys of its three blocks a query sees, and the same without what lies before the sequence."""
     slot, query = torch.arange(3 * size), torch.arange(size)[:, None] + 2 * size
-    band = ((slot <= query) & (slot > query - reach)).to(device)
+    band = (slot <= query) & (slot > query - reach)
     visible = (slot >= torch.tensor([hidden for _, _, hidden in masked]).view(-1, 1))[:, None, None]
-    return band, band & visible.to(device)
+    return band.to(device, non_blocking=True), (band & visible).to(device, non_blocking=True)
 
 
 def _triples(items: _Items, device: torch.device) -> Tensor:
     """Each block and the two before it, in order: [3 * blocks]."""
-    blocks = torch.tensor([block for block, _, _ in items], dtype=torch.int64, device=device)
-    return (blocks[:, None] + torch.arange(-2, 1, device=device)).flatten()
+    blocks = torch.tensor([block for block, _, _ in items], dtype=torch.int64)
+    return (blocks[:, None] + torch.arange(-2, 1)).flatten().to(device, non_blocking=True)
 
 
 class _Sources:
@@ -329,7 +329,9 @@ class _Sources:
         """History and new tokens of all rows concatenated, as flash-attn's variable-length kernel wants them."""
         parts = [torch.cat([self.history(row, reach - 1), self.own(row)]) for row in range(len(self.lengths))]
         borders = [
-            F.pad(torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+            F.pad(torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(
+                device, non_blocking=True
+            )
             for sizes in (list(self.lengths), [len(part) for part in parts])
         ]
         return Take.of(torch.cat(parts), self.size, device), *borders, max(self.lengths), max(map(len, parts))  # type: ignore[return-value]

@@ -52,7 +52,7 @@ class FastWeights(NamedTuple):
         """The sets at ``rows``; itself if these are all of them in order."""
         if list(rows) == list(range(len(self.used[0]))):
             return self
-        index = torch.tensor(list(rows), device=self.used[0].device)
+        index = torch.tensor(list(rows)).to(self.used[0].device, non_blocking=True)
         return FastWeights(*pytree.tree_map_only(Tensor, lambda w: w.index_select(0, index), tuple(self)))
 
     @staticmethod

@@ -7,7 +7,7 @@ Parameters carry the names and shapes of the published checkpoints. Tokens of al
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -33,6 +33,20 @@ _TTT_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
+class LayerTrace:
+    """All a layer computed that a state may be made of: rotated k and v [tokens, H, D], open tokens, fast weights."""
+
+    k: Tensor
+    v: Tensor
+    tokens: ChunkTokens
+    lots: tuple[FastWeights, ...]
+
+
+TakeStates = Callable[[LayerTrace], LayerState]
+"""From all a layer computed to its states at places that are known."""
+
+
+@dataclass(frozen=True)
 class Pass:
     """What all layers need to know of one pass; everything that depends on lengths and positions alone.
 
@@ -42,6 +56,7 @@ class Pass:
         keep: how the state after it is made, None if nobody wants it.
         positions: of every token in its sequence, int64 [tokens].
         traced: whether layers hand out all they computed instead of the state after the last token.
+        take: what is taken of that at once; None: all.
     """
 
     scan: ScanPlan
@@ -49,16 +64,7 @@ class Pass:
     keep: Keep | None
     positions: Tensor
     traced: bool
-
-
-@dataclass(frozen=True)
-class LayerTrace:
-    """All a layer computed that a state may be made of: rotated k and v [tokens, H, D], open tokens, fast weights."""
-
-    k: Tensor
-    v: Tensor
-    tokens: ChunkTokens
-    lots: tuple[FastWeights, ...]
+    take: TakeStates | None = None
 
 
 class RMSNorm(nn.Module):
@@ -176,7 +182,8 @@ class LaCTAttention(nn.Module):
             recalled = recalled * F.silu(self.ttt_scale_proj(x)).unsqueeze(-1)
         out = self.o_proj(attended.flatten(1) + recalled.flatten(1))
         if run.traced:
-            return out, LayerTrace(k, v, tokens, tuple(lots))
+            trace = LayerTrace(k, v, tokens, tuple(lots))
+            return out, trace if run.take is None else run.take(trace)
         if run.keep is None:
             return out, None
         open_ = keep_open(run.keep, [*state.open, tokens])
@@ -269,14 +276,14 @@ class Trunk:
     Attributes:
         hidden: [tokens, d], after the final norm.
         state: after the last token of each run, None unless asked for.
-        trace: of every layer, empty unless asked for.
+        trace: of every layer, or what was taken of it; empty unless asked for.
         inner: [tokens, d] before each layer, empty unless asked for.
         plan: of the fast weights, None for a pass over nothing.
     """
 
     hidden: Tensor
     state: LaCTState | None
-    trace: tuple[LayerTrace, ...]
+    trace: tuple[Any, ...]
     inner: tuple[Tensor, ...]
     plan: ScanPlan | None
 
@@ -351,9 +358,12 @@ class LaCTModel(LaCTPreTrainedModel):
         *,
         keep: bool = False,
         trace: bool = False,
+        take: Callable[[ScanPlan], TakeStates] | None = None,
         inner: bool = False,
     ) -> Trunk:
         """The layers over embeddings [tokens, d] of runs of ``lengths``, from a state with one row per run.
+
+        With ``trace`` all that states are made of is handed out, or what ``take`` of the plan makes of it, per layer.
 
         Raises:
             ValueError: the state has another number of rows.
@@ -364,16 +374,18 @@ class LaCTModel(LaCTPreTrainedModel):
         if not sum(lengths):
             return Trunk(self.norm(hidden), state, (), (), None)
         run = plan_pass(self.config, state, lengths, keep, trace, hidden.device)
+        if take is not None:
+            run = replace(run, take=take(run.scan))
         before, after = [], []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             if inner:
                 before.append(hidden)
-            hidden, result = layer(hidden, run, layer_state)
+            hidden, result, *_ = layer(hidden, run, layer_state)
             after.append(result)
         made = None
         if run.keep is not None:
             made = LaCTState(run.keep.where, tuple(part for part in after if isinstance(part, LayerState)))
-        traces = tuple(part for part in after if isinstance(part, LayerTrace))
+        traces = tuple(after) if trace else ()
         return Trunk(self.norm(hidden), made, traces, tuple(before), run.scan)
 
 
@@ -389,7 +401,7 @@ def plan_pass(
         sizes = [*(buffer.k.shape[0] for buffer in first.open), sum(lengths)]
         kept = plan_keep(moved, lengths, plan, sizes, config.lact_chunk_size, device)
     spans = zip(where.seen, lengths, strict=True)
-    positions = torch.cat([torch.arange(seen, seen + length) for seen, length in spans]).to(device)
+    positions = torch.cat([torch.arange(seen, seen + length) for seen, length in spans]).to(device, non_blocking=True)
     return Pass(plan, attention, kept, positions, trace)
 
 

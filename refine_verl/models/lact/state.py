@@ -8,9 +8,10 @@ behind them for the newest ones. Which row refers to what is the same in all lay
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,7 @@ class LaCTState(RowLeaf):
 
     where: Rows
     layers: tuple[LayerState, ...]
+    parts: ClassVar = (Rows, LayerState, FastWeights, ChunkTokens)
 
     @staticmethod
     def empty(rows: int, layers: int) -> LaCTState:
@@ -116,7 +118,7 @@ class LaCTState(RowLeaf):
             return self
         layers, tail = self.layers, self.layers[0].tail
         if tail is not None:
-            index = torch.tensor(indices, device=tail[0].device)
+            index = torch.tensor(indices).to(tail[0].device, non_blocking=True)
             tails = [pytree.tree_map_only(Tensor, lambda x: x.index_select(0, index), layer.tail) for layer in layers]
             layers = tuple(replace(layer, tail=taken) for layer, taken in zip(layers, tails, strict=True))
         return LaCTState(self.where.select(indices), layers).compact()
@@ -134,6 +136,30 @@ class LaCTState(RowLeaf):
             for layer in self.layers
         )
         return LaCTState(self.where.renumber(*({b: i for i, b in enumerate(kept)} for kept in used)), layers)
+
+    def owned(self) -> LaCTState:
+        """Of every buffer what the rows refer to, copied; rows of one set of fast weights still share it."""
+        where = self.where
+        open_ = [pieces for pieces in where.open if pieces]
+        sets = {pair: i for i, pair in enumerate(dict.fromkeys(p for p in where.fast if p[0] != NOWHERE))}
+        windows = {pair: i for i, pair in enumerate(dict.fromkeys(w[:2] for w in where.window if w[0] != NOWHERE))}
+        layers = tuple(
+            LayerState(
+                tuple(_row(layer.fast[b], slice(u, u + 1)) for b, u in sets),
+                tuple(_row(layer.window[b], slice(row, row + 1)) for b, row in windows),
+                layer.tail,
+                tuple(_joined([_row(layer.open[b], slice(i, i + n)) for b, i, n in pieces]) for pieces in open_),
+            )
+            for layer in self.layers
+        )
+        number = itertools.count()
+        rows = replace(
+            where,
+            fast=tuple((sets[pair], 0) if pair in sets else (NOWHERE, 0) for pair in where.fast),
+            window=tuple((windows[b, r], 0, s) if (b, r) in windows else (NOWHERE, 0, 0) for b, r, s in where.window),
+            open=tuple(((next(number), 0, sum(n for *_, n in p)),) if p else () for p in where.open),
+        )
+        return LaCTState(rows, layers)
 
     @classmethod
     def stack(cls, leaves: Sequence[LaCTState]) -> LaCTState:
@@ -159,6 +185,15 @@ class LaCTState(RowLeaf):
             for n in range(len(leaves[0].layers))
         )
         return LaCTState(where, layers)
+
+
+def _row(buffer: Any, rows: slice) -> Any:
+    """Some of the first dimension of all its tensors, copied."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[rows].clone(), buffer)
+
+
+def _joined(parts: Sequence[ChunkTokens]) -> ChunkTokens:
+    return pytree.tree_map(lambda *x: torch.cat(x) if isinstance(x[0], Tensor) else x[0], *parts)
 
 
 def referenced(where: Rows) -> tuple[list[int], list[int], list[int]]:

@@ -31,7 +31,8 @@ class _Move:
     def of(cls, index: Tensor, device: torch.device) -> _Move:
         """From a CPU index with -1 for holes."""
         holes = (index < 0).nonzero()[:, 0]
-        return cls(index.clamp(min=0).to(device), holes.to(device) if len(holes) else None)
+        moved = index.clamp(min=0).to(device, non_blocking=True)
+        return cls(moved, holes.to(device, non_blocking=True) if len(holes) else None)
 
 
 class _TakeOnce(torch.autograd.Function):
@@ -112,7 +113,7 @@ def windows(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     width = max(stop - start for start, stop in spans)
     starts = torch.tensor([start for start, _ in spans])
     index = (starts[:, None] + torch.arange(width)).clamp(max=x.shape[0] - 1).flatten()
-    out = _Windows.apply(x, spans, index.to(x.device))
+    out = _Windows.apply(x, spans, index.to(x.device, non_blocking=True))
     assert isinstance(out, Tensor)
     return out
 

@@ -20,7 +20,11 @@ RELATIVE = 1e-9
 
 @pytest.mark.parametrize("segments", [1, 5])
 def test_log_probabilities_and_gradients_are_those_of_plain_passes(make: Make, segments: int) -> None:
-    actor, plain, prompts = make(checkpoint_segments=segments > 1), make(), documents_of(LENGTHS)
+    actor, plain, prompts = (
+        make(activation_checkpointing="segment" if segments > 1 else "none"),
+        make(),
+        documents_of(LENGTHS),
+    )
     draws = torch.rand(len(LENGTHS), COPIES, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     written = actor(
         mode="generate", prompts=prompts, limits=LIMITS, length=WIDTH, copies=COPIES, temperature=1.0, draws=draws

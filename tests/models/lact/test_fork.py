@@ -61,21 +61,36 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert max(worst.values()) < RELATIVE, {k: v for k, v in worst.items() if v >= RELATIVE}
 
 
-@pytest.mark.parametrize("how", ["trace", "segments", "checkpoint"])
+WAYS: dict[str, dict[str, object]] = {
+    "trace": {},
+    "layers again": {"activation_checkpointing": "layer"},
+    "segments": {"adapter": InSegments()},
+    "segments again": {"adapter": InSegments(), "activation_checkpointing": "segment"},
+}
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("together", [1, 5])
+@pytest.mark.parametrize("variant", ["post-norm, muon", "whole window"], indirect=True)
+def test_pieces_agree(make: Callable[..., FastWeightActor], together: int, how: str) -> None:
+    """`refine.nsp.rollouts_together`: 12 rollouts in 12 pieces and in 3."""
+    got = step(make(**WAYS[how]), replace(NSP, rollouts_together=together), "around the first boundary")
+    assert_same(got, step(make(), NSP, "around the first boundary"))
+
+
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("where", POSITIONS)
 @pytest.mark.parametrize("variant", ["post-norm, muon"], indirect=True)
 def test_updates_agree(make: Callable[..., FastWeightActor], where: str, how: str) -> None:
-    adapter = None if how == "trace" else InSegments()
-    forked = step(make(adapter=adapter, checkpoint_segments=how == "checkpoint"), NSP, where)
+    forked = step(make(**WAYS[how]), NSP, where)
     assert_same(forked, step(make(), replace(NSP, rollout="prefix"), where))
 
 
-@pytest.mark.parametrize("how", ["trace", "segments", "checkpoint"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("scope", ["full", "branch"])
 def test_updates_of_every_variant_agree(make: Callable[..., FastWeightActor], scope: str, how: str) -> None:
     nsp = replace(NSP, grad_scope=scope, rollout_length=5)
-    adapter = None if how == "trace" else InSegments()
-    forked = step(make(adapter=adapter, checkpoint_segments=how == "checkpoint"), nsp, "around later boundaries")
+    forked = step(make(**WAYS[how]), nsp, "around later boundaries")
     assert_same(forked, step(make(), replace(nsp, rollout="prefix"), "around later boundaries"))
 
 

@@ -1,0 +1,1 @@
+"""REFINE against the next-token loss on the way through a star-shaped graph; see README.md."""
