@@ -114,7 +114,7 @@ def test_models_whose_writes_are_not_known_are_refused() -> None:
             assert str(error).startswith("refine.nsp.selection: surprise looks at how strongly each token rewrites")
             assert "Set refine.nsp.selection=entropy" in str(error)
         check_selection(replace(NSP, selection="query"), get_adapter(model_type))
-    assert known == ["delta_net", "gated_deltanet"]
+    assert known == ["delta_net", "gated_deltanet", "olmo_hybrid", "qwen3_5_text", "qwen3_next"]
     actor = make_actor(load_model(None, config=make_config("delta_net"), dtype=torch.float64), adapter=InSegments())
     with pytest.raises(ConfigError, match=r"refine\.nsp\.selection: surprise looks at"):
         looked_at(actor, "rollout", selection="surprise")

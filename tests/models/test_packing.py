@@ -43,7 +43,8 @@ def roll(actor: FastWeightActor, documents: Documents, ids: list[int], nsp: NSPS
 
 
 def values(rollouts: RolloutBatch) -> dict[str, Tensor]:
-    return {field.name: getattr(rollouts, field.name) for field in fields(rollouts)}
+    each = {field.name: getattr(rollouts, field.name) for field in fields(rollouts)}
+    return {name: value for name, value in each.items() if value is not None}
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (40, 40, 40)], ids=["unequal", "equal"])

@@ -356,7 +356,7 @@ def test_reading_passes_are_no_more_than_tokens(
     write_documents([16] * 8)
     device = ("trainer.device=cuda", "refine.nsp.chunks=3", "data.min_length=8", f"data.max_length={longest}")
     assert plan_of(capsys, *device, "memory=80")["work"]["passes"]["read"] == 4
-    monkeypatch.setattr("refine_verl.plan.memory.get_adapter", lambda _: InSegments())
+    monkeypatch.setattr("refine_verl.plan.memory.adapter_for", lambda _: InSegments())
     assert plan_of(capsys, *device, "memory=80")["work"]["passes"]["read"] == 4 * (segments + 1)
 
 
