@@ -112,7 +112,9 @@ class Inspection:
         return [rollout for position in self.positions for rollout in position.rollouts]
 
 
-def analyse(actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: int) -> Inspection:
+def analyse(
+    actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: int, divide_by_std: bool = True
+) -> Inspection:
     """Run steps 1 to 3 of the paper on one document, and read it once more for its next-token loss.
 
     Args:
@@ -120,6 +122,7 @@ def analyse(actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: i
         tokens: [T] with T >= c + k.
         nsp: the settings.
         seed: of positions and rollouts.
+        divide_by_std: divide advantages by their group's standard deviation.
     """
     device = next(actor.parameters()).device
     documents = Documents.from_tensors(torch.tensor([tokens], device=device), [len(tokens)])
@@ -129,7 +132,7 @@ def analyse(actor: FastWeightActor, tokens: list[int], nsp: NSPSettings, seed: i
         actor(mode="score", documents=documents)
     (seen,), ((loss, correct),) = selected, scores
     looked_by = drawn_by(nsp.selection, seen)
-    positions, zero_std = _positions(batch, nsp)
+    positions, zero_std = _positions(batch, nsp, divide_by_std)
     return Inspection(
         tokens=list(tokens),
         entropy=[math.nan, *seen.entropy[1:].tolist()],
@@ -198,14 +201,15 @@ def _chances(weights: np.ndarray, chunks: list[tuple[int, int]], length: int, ns
     return chances.tolist()
 
 
-def _positions(batch: RolloutBatch, nsp: NSPSettings) -> tuple[list[Position], float]:
+def _positions(batch: RolloutBatch, nsp: NSPSettings, divide_by_std: bool) -> tuple[list[Position], float]:
     manager = HiddenStateRewardManager(nsp.reward, SHOWN_REWARDS, nsp.credit)
     scores = {name: values.double().cpu() for name, values in manager(batch).items()}
     length, trained = batch.tokens.shape[-1], scores["rewards"]
     lengths = torch.full(trained.shape[:2], length) if batch.lengths is None else batch.lengths.cpu()
     if batch.lengths is not None:
         scores["rollout_lengths"] = lengths
-    advantages = token_advantages(scores, nsp, functools.partial(group_standardise, group=nsp.group))[0].tolist()
+    compare = functools.partial(group_standardise, group=nsp.group, divide_by_std=divide_by_std)
+    advantages = token_advantages(scores, nsp, compare)[0].tolist()
     values = {name: scores[f"reward_{name}"][0].tolist() for name in SHOWN_REWARDS}
     values[nsp.reward] = trained[0].tolist()
     counted = counted_tokens(lengths[:, :, None], length)

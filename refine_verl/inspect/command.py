@@ -30,7 +30,7 @@ def inspect_text(settings: InspectSettings) -> View:
     return View(
         name=text.name,
         model_type=info.model_type,
-        inspection=analyse(actor, text.tokens, settings.nsp, settings.seed),
+        inspection=analyse(actor, text.tokens, settings.nsp, settings.seed, settings.norm_adv_by_std_in_grpo),
         settings=settings,
         left_out=text.left_out,
         to_bytes=token_bytes(text.tokenizer),

@@ -180,10 +180,11 @@ def _reading(view: View) -> Markup:
         if nsp.group == "sequence"
         else f"the {nsp.rollouts_per_position} rollouts of its position"
     )
+    how = "standardised" if view.settings.norm_adv_by_std_in_grpo else "less their mean"
     what = (
-        f"its {view.reward} reward among those of {compared}, standardised."
+        f"its {view.reward} reward among those of {compared}, {how}."
         if nsp.credit == "rollout"
-        else f"the mean over its tokens of what each and those after it earned ({view.reward} reward), standardised "
+        else f"the mean over its tokens of what each and those after it earned ({view.reward} reward), {how} "
         f"place by place among {compared}; that of a token is its tooltip."
     )
     return el(

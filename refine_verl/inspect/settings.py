@@ -34,6 +34,7 @@ class InspectSettings(Settings):
     external_lib: str | None = option(None, "package to import first: one that registers a model and its adapter")
     max_length: int = option(16384, "tokens that are read; what follows is left out", at_least=2)
     seed: int = option(0, "of positions and rollouts", at_least=0)
+    norm_adv_by_std_in_grpo: bool = option(True, "divide advantages by their group's standard deviation", paper="true")
     nsp: NSPSettings = dataclasses.field(default_factory=lambda: NSPSettings(rollouts_per_position=ROLLOUTS))
 
     def _check_rules(self) -> None:

@@ -11,22 +11,21 @@ def check_functions(settings: NSPSettings) -> None:
     """Look up the reward and the selection strategy of `settings`; imports the module of an import path.
 
     Raises:
-        ConfigError: names the key, and the nearest known name; `credit=token`, or rollouts of unequal lengths, with a
-            reward that does not say what each token earned, tried out on a made-up input. Only then: a function of a
-            user's may do more than compute.
+        ConfigError: names the key, and the nearest known name; a reward whose result cannot be used, or does not say
+            what each token earned with `credit=token` or rollouts of unequal lengths, tried out on a made-up input.
     """
     for key, registry in (("reward", REWARDS), ("selection", SELECTIONS)):
         try:
             registry.find(getattr(settings, key))
         except ValueError as error:
             raise ConfigError(f"{settings.SECTION}.{key}", str(error)) from error
+    try:
+        try_reward(settings.reward, settings.longest_rollout, per_token=False)
+    except (TypeError, ValueError) as error:
+        tried = f"{error}, when it was tried out on made-up rollouts."
+        raise ConfigError(f"{settings.SECTION}.reward", tried) from error
     varies = isinstance(settings.rollout_length, RolloutLength)
     if varies or settings.credit == "token":
-        try:
-            try_reward(settings.reward, settings.longest_rollout, per_token=False)
-        except (TypeError, ValueError) as error:
-            tried = f"{error}, when it was tried out on made-up rollouts."
-            raise ConfigError(f"{settings.SECTION}.reward", tried) from error
         key, value, cure = "credit", "token", "credit=rollout"
         if varies:
             key, value, cure = "rollout_length", "{min, max, by}", "rollout_length to a number"

@@ -29,8 +29,9 @@ from refine_verl.nsp import get_reward
 NAMES = ("OF_THE_JOB", "OF_THE_RUN", "OF_THE_NODE")
 
 def noting(inputs):
-    content = {"node": ray.get_runtime_context().get_node_id(), **{name: os.environ.get(name) for name in NAMES}}
-    pathlib.Path(os.environ["NOTES"], f"{os.getpid()}.json").write_text(json.dumps(content))
+    if ray.is_initialized():  # not yet when the driver tries it out
+        content = {"node": ray.get_runtime_context().get_node_id(), **{name: os.environ.get(name) for name in NAMES}}
+        pathlib.Path(os.environ["NOTES"], f"{os.getpid()}.json").write_text(json.dumps(content))
     return get_reward("cosine")(inputs)
 """
 

@@ -200,6 +200,14 @@ def test_groups_by_position(look: Callable[..., View]) -> None:
         assert sum(rollout.advantage for rollout in position.rollouts) == pytest.approx(0, abs=1e-9)
 
 
+def test_advantages_may_be_left_undivided(look: Callable[..., View]) -> None:
+    seen = look(*KEYS, "norm_adv_by_std_in_grpo=false")
+    rewards = np.array([rollout.rewards[seen.reward] for rollout in seen.inspection.rollouts])
+    shown = [rollout.advantage for rollout in seen.inspection.rollouts]
+    assert shown == pytest.approx(rewards - rewards.mean(), abs=1e-6) and rewards.std() > 1e-3
+    assert "less their mean" in render(seen) and "standardised" not in render(seen)
+
+
 def test_credit_per_token_is_shown_for_each_token(look: Callable[..., View], view: View) -> None:
     seen = look(*KEYS, "refine.nsp.credit=token")
     firsts = [(one.advantages[0], other.advantages[0]) for one, other in _both(seen, view)]

@@ -288,11 +288,13 @@ def test_credit_per_token_needs_what_tokens_earned(user_module: str) -> None:
         ("listed", "returned a list"),
     ],
 )
-def test_what_no_credit_can_use_is_refused_before_a_run(user_module: str, function: str, message: str) -> None:
-    settings = NSPSettings(rollout_length=3, credit="token", reward=f"{user_module}.{function}")
+@pytest.mark.parametrize("credit", ["token", "rollout"])
+def test_what_no_credit_can_use_is_refused_before_a_run(
+    user_module: str, credit: str, function: str, message: str
+) -> None:
+    settings = NSPSettings(rollout_length=3, credit=credit, reward=f"{user_module}.{function}")
     with pytest.raises(ConfigError, match=f"refine.nsp.reward: .*{message}.*, when it was tried out") as caught:
         check_functions(settings)
     assert caught.value.key == "refine.nsp.reward"
     for fits in ("per_token", "wide"):  # the input is made up, and `wide` needs hidden states of a width of its own
         check_functions(replace(settings, reward=f"{user_module}.{fits}"))
-    check_functions(replace(settings, credit="rollout"))  # not called: it may do more than compute
