@@ -29,3 +29,8 @@ class DataError(Refusal):
 
 class ModelError(Refusal):
     """A model that cannot be trained: what is wrong with it and what would work."""
+
+
+def with_article(name: str) -> str:
+    """``a delta_net``, ``an olmo_hybrid``."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from refine_verl.config import ConfigError, ModelError, did_you_mean
 from refine_verl.config.hub import LFS_POINTER, is_lfs_pointer, local_files_only, why_not
+from refine_verl.config.refusals import with_article
 from refine_verl.kernels import ensure_kernels
 from refine_verl.models.adapters import (
     FLA_NOT_SUPPORTED,
@@ -173,7 +174,9 @@ def _config_from_values(values: dict[str, Any]) -> PretrainedConfig:
     for key in values:
         if not hasattr(config, key):
             known = [name for name in vars(config) if not name.startswith("_")]
-            raise ModelError(f"model.config.{key}: a {model_type} has no such setting.{did_you_mean(key, known)}")
+            raise ModelError(
+                f"model.config.{key}: {with_article(model_type)} has no such setting.{did_you_mean(key, known)}"
+            )
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # configurations check their values with exceptions of many types

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from refine_verl.config import ModelError
 from refine_verl.config.hub import LFS_POINTER, is_lfs_pointer
+from refine_verl.config.refusals import with_article
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +134,9 @@ def _require_numbers(name: str, values: Tensor) -> None:
 def misfit(config: PretrainedConfig, problems: str) -> Unusable:
     """The refusal of weights that do not fit; ``problems`` from `describe_problems`."""
     return Unusable(
-        f"the weights do not fit a {config.model_type} of this configuration ({problems}). Loading them would leave "
-        "parameters at random values; check that config.json belongs to these weights and that all of them are there."
+        f"the weights do not fit {with_article(config.model_type)} of this configuration ({problems}). Loading "
+        "them would leave parameters at random values; check that config.json belongs to these weights and that all of "
+        "them are there."
     )
 
 

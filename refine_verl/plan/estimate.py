@@ -111,6 +111,7 @@ def shape_of(valid: ValidConfig, longest: int) -> Shape:
         cuda=valid.config.trainer.device == "cuda",
         reshard=bool(actor.fsdp_config.reshard_after_forward),
         gradients_held=(1 + valid.refine.gradient_cosine) if valid.refine.gradient_snr_every else 0,
+        balance_coef=valid.model.balance_coef,
     )
 
 

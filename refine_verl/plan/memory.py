@@ -26,6 +26,7 @@ from refine_verl.models.adapters import (
     FlaAdapter,
     ModelAdapter,
     RecomputingAdapter,
+    RoutingAdapter,
     TracingAdapter,
     WritesAdapter,
     adapter_for,
@@ -67,6 +68,7 @@ class Shape:
         reshard: FSDP2 frees gathered layers after their forward pass.
         gradients_held: further gradients that are held while those of a mini-batch are measured
             (``refine.gradient_snr_every``).
+        balance_coef: ``model.balance_coef``.
     """
 
     length: int
@@ -83,6 +85,7 @@ class Shape:
     cuda: bool = False
     reshard: bool = True
     gradients_held: int = 0
+    balance_coef: float = 0.0
 
     @property
     def writes_in_update(self) -> bool:
@@ -222,6 +225,10 @@ def _largest_unit(model: nn.Module) -> int:
     return max(units, default=sum(parameter.numel() for parameter in model.parameters()))
 
 
+_TERMS = ("ntp_loss_sum", "balance_loss_sum", "log_probs")
+"""What an actor's pass returns that is trained."""
+
+
 class _Watched:
     """An adapter whose states are counted as such."""
 
@@ -256,6 +263,28 @@ class _WatchedTracing(_Watched):
     def write_norms(self, trace: Trace) -> Tensor:
         assert isinstance(self.inner, WritesAdapter)
         return self.inner.write_norms(trace)
+
+
+class _WatchedRouting(_WatchedTracing):
+    """Of a hybrid, which may have experts."""
+
+    @property
+    def balances(self) -> bool:
+        assert isinstance(self.inner, RoutingAdapter)
+        return self.inner.balances
+
+    @balances.setter
+    def balances(self, wanted: bool) -> None:
+        assert isinstance(self.inner, RoutingAdapter)
+        self.inner.balances = wanted
+
+    def routes(self) -> Tensor | None:
+        assert isinstance(self.inner, RoutingAdapter)
+        return self.inner.routes()
+
+    def balance_loss(self) -> Tensor:
+        assert isinstance(self.inner, RoutingAdapter)
+        return self.inner.balance_loss()
 
 
 def _probe(config: PretrainedConfig, layers: int, shape: Shape) -> dict[str, dict[str, dict[str, int]]]:
@@ -313,17 +342,18 @@ def _actor(config: PretrainedConfig, shape: Shape, counter: HollowRun) -> FastWe
         inner = _OnGpu()
     elif shape.cuda and isinstance(inner, HybridAdapter):
         inner = _HybridOnGpu()
-    traces = isinstance(inner, TracingAdapter)
+    watched = _WatchedTracing if isinstance(inner, TracingAdapter) else _Watched
     with counter.fake:
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
     actor = make_actor(
         model,
-        adapter=(_WatchedTracing if traces else _Watched)(inner, counter),
+        adapter=(_WatchedRouting if isinstance(inner, RoutingAdapter) else watched)(inner, counter),
         autocast_dtype=torch.bfloat16 if shape.cuda else None,
         activation_checkpointing=shape.activation_checkpointing,
         reading=shape.reading,
+        balance_coef=shape.balance_coef,
     )
     actor.sentence_ends = (0,)  # which tokens these are costs nothing
     return actor
@@ -361,7 +391,7 @@ def _roll_out(actor: FastWeightActor, shape: Shape) -> None:
 
 def _fused(actor: FastWeightActor, shape: Shape) -> None:
     _, output = actor(mode="on_policy", **_how_to_write(shape, shape.update_rows))
-    (output["ntp_loss_sum"] + output["log_probs"].sum()).backward()
+    _loss(output).backward()
 
 
 def _update(actor: FastWeightActor, shape: Shape) -> None:
@@ -371,10 +401,11 @@ def _update(actor: FastWeightActor, shape: Shape) -> None:
         tokens = torch.zeros(rows, nsp.chunks, nsp.rollouts_per_position, nsp.longest_rollout, dtype=torch.int64)
         branches = Branches(_positions(shape).expand(rows, -1), tokens)
     output = actor(mode="update", documents=_documents(rows, shape), branches=branches, nsp=nsp)
-    loss = output["ntp_loss_sum"]
-    if branches is not None:
-        loss = loss + output["log_probs"].sum()
-    loss.backward()
+    _loss(output).backward()
+
+
+def _loss(output: dict[str, Tensor]) -> Tensor:
+    return sum((output[name].sum() for name in _TERMS if name in output), torch.zeros(()))
 
 
 def _state_size(config: PretrainedConfig, shape: Shape) -> int:

@@ -27,6 +27,7 @@ from refine_verl.config import (
     RefineSettings,
     RolloutLength,
 )
+from refine_verl.config.refusals import with_article
 from refine_verl.preflight.cluster import check_cluster, joins_cluster
 from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits
 from refine_verl.preflight.reward_function import load_reward_function
@@ -278,7 +279,7 @@ def check_balance(config: Any, model: ModelSettings, refine: RefineSettings) -> 
     key = "model.balance_coef"
     if not getattr(config, "num_experts", 0):
         raise ConfigError(
-            key, f"{model.balance_coef} has no effect: a {config.model_type} without experts. Leave it out."
+            key, f"{model.balance_coef} has no effect: {with_article(config.model_type)} without experts. Leave it out."
         )
     if model.activation_checkpointing == "segment":
         raise ConfigError(
@@ -305,7 +306,8 @@ def check_reading(model_type: str, adapter: ModelAdapter, nsp: NSPSettings) -> N
 
     if not isinstance(adapter, TracingAdapter):
         raise ConfigError(
-            "model.reading", f"segments has no effect: a {model_type} is read in segments anyway. Leave it out."
+            "model.reading",
+            f"segments has no effect: {with_article(model_type)} is read in segments anyway. Leave it out.",
         )
     if looks_at_writes(nsp):
         raise ConfigError(

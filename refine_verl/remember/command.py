@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from refine_verl.command.front import show
 from refine_verl.command.show import progress_bar, show_table
 from refine_verl.config import ConfigError, DataError, did_you_mean
+from refine_verl.config.refusals import with_article
 from refine_verl.data.prompts_tokenize import encode_prompts
 from refine_verl.data.sources import iterate_documents, resolve_sources
 from refine_verl.data.tokenizers import open_model_tokenizer
@@ -124,7 +125,7 @@ def list_documents(settings: ListSettings) -> None:
         show(json.dumps({"model": about, "documents": rows}, indent=2, ensure_ascii=False))
         return
     lines = [(each.document.name, each.document.positions, size_text(each.num_bytes)) for each in stored]
-    note = f"{len(stored)} documents, {size_text(total)}; of a {identity.model_type} in {identity.dtype}"
+    note = f"{len(stored)} documents, {size_text(total)}; of {with_article(identity.model_type)} in {identity.dtype}"
     show_table(str(settings.memory), ("document", "tokens", "state"), lines, [note])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from refine_verl.config import DataError, ModelError
+from refine_verl.config.refusals import with_article
 from refine_verl.data.tokenize import tokenizer_fingerprint
 
 _NOT_OF_THE_STATE = (
@@ -65,7 +66,10 @@ class Identity:
             DataError: another tokenizer.
         """
         if self.model_type != now.model_type:
-            raise ModelError(f"{where}: these are states of a {self.model_type}, and the model is a {now.model_type}.")
+            raise ModelError(
+                f"{where}: these are states of {with_article(self.model_type)}, and the model is "
+                f"{with_article(now.model_type)}."
+            )
         if self.configuration != now.configuration:
             names = [*dict.fromkeys((*self.configuration, *now.configuration))]
             there, here = self.configuration, now.configuration

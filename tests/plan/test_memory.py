@@ -75,7 +75,9 @@ def config_of(family: str, layers: int) -> Any:
 def measured(config: Any, shape: Shape) -> dict[str, int]:
     """Peak bytes of rollouts and update with real numbers, positions one after the other at both ends of two chunks."""
     actor = make_actor(
-        load_model(None, config=copy.deepcopy(config)), activation_checkpointing=shape.activation_checkpointing
+        load_model(None, config=copy.deepcopy(config)),
+        activation_checkpointing=shape.activation_checkpointing,
+        balance_coef=shape.balance_coef,
     )
     for parameter in actor.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -100,7 +102,8 @@ def measured(config: Any, shape: Shape) -> dict[str, int]:
     del rollouts
     with LiveBytes() as live:
         output = actor(mode="update", documents=documents, branches=branches, nsp=nsp)
-        (output["ntp_loss_sum"] + output["log_probs"].sum()).backward()
+        loss = output["ntp_loss_sum"] + output["log_probs"].sum()
+        (loss + output["balance_loss_sum"] if shape.balance_coef else loss).backward()
     return {"rollout": peak, "update": live.peak}
 
 
@@ -126,6 +129,16 @@ def test_within_fifteen_percent_of_real_passes(family: str, checkpointing: str, 
     estimated, real = pass_peaks(config, shape), measured(config, shape)
     for phase, value in real.items():
         assert sum(estimated[phase].values()) == pytest.approx(value, rel=0.15), phase
+
+
+def test_a_load_balance_loss_is_counted() -> None:
+    config = config_of("qwen3_next", 2)
+    config.num_experts, config.num_experts_per_tok = 64, 1
+    plain, balanced = (Shape(length=150, nsp=NSP, balance_coef=coef) for coef in (0.0, 0.1))
+    estimated, real = (pass_peaks(config, balanced)["update"], measured(config, balanced)["update"])
+    assert sum(estimated.values()) == pytest.approx(real, rel=0.15)
+    more = sum(estimated.values()) - sum(pass_peaks(config, plain)["update"].values())
+    assert more >= 2 * 150 * 64 * 4  # the probabilities of each router, float32
 
 
 def test_the_state_of_a_hybrid_grows_by_its_keys_and_values() -> None:

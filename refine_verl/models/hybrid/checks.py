@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 
+from refine_verl.config.refusals import with_article
 from refine_verl.models.hybrid.families import attention_layers
 
 TESTED = Version("5.10"), Version("5.11")
@@ -52,7 +53,7 @@ def why_not_supported(config: Any) -> str | None:
     first, after = TESTED
     if not first <= Version(transformers.__version__) < after:
         return (
-            f"a {kind} runs layers of transformers, and this package has been tried with transformers "
+            f"{with_article(kind)} runs layers of transformers, and this package has been tried with transformers "
             f">={first},<{after}; {transformers.__version__} is installed. Install one of these."
         )
     if unknown := sorted(set(layers) - KINDS):
@@ -73,16 +74,13 @@ def why_not_supported(config: Any) -> str | None:
     if getattr(config, "num_experts", 0) and config.num_experts_per_tok > config.num_experts:
         return f"num_experts_per_tok={config.num_experts_per_tok} is more than this {kind} has: {config.num_experts}."
     if config.attention_dropout:
-        return (
-            f"attention_dropout={config.attention_dropout} of config.json: a fork would differ from its prefix. Set it "
-            "to 0."
-        )
+        return f"attention_dropout={config.attention_dropout}: a fork would differ from its prefix. Set it to 0."
     if config.hidden_act != "silu":
-        return f"hidden_act={config.hidden_act} of config.json: short convolutions with silu alone are supported."
+        return f"hidden_act={config.hidden_act}: short convolutions with silu alone are supported."
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         return (
-            f"rope_type={rope} of config.json turns keys by the length of the whole text, which forks and prefixes of "
+            f"rope_type={rope} turns keys by the length of the whole text, which forks and prefixes of "
             "it do not share. Supported are rotations that depend on a token's own position."
         )
     return None

@@ -77,8 +77,10 @@ def balance_loss(logits: Sequence[Tensor], routes: int) -> Tensor:
     """
     count = logits[0].shape[-1]
     probabilities = torch.cat([part.softmax(-1, dtype=_precise(part)) for part in logits])
-    chosen = probabilities.topk(routes, dim=-1).indices
-    share = torch.bincount(chosen.flatten(), minlength=count).to(probabilities.dtype) / len(probabilities)
+    chosen = probabilities.topk(routes, dim=-1).indices.flatten()
+    # bincount would make the host wait for a GPU
+    times = probabilities.new_zeros(count).index_add(0, chosen, probabilities.new_ones(len(chosen)))
+    share = times / len(probabilities)
     return count * (share * probabilities.mean(0)).sum()
 
 
