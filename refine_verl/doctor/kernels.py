@@ -14,15 +14,24 @@ from torch import Tensor
 
 from refine_verl.doctor.findings import FAIL, OK, WARN, Finding
 from refine_verl.kernels.versions import Installed, doubt, installed, why_not_trainable
+from refine_verl.models.hybrid import SharedKeys
+from refine_verl.models.hybrid.attention import AttentionOfLayer, AttentionPlan
 
 LENGTHS = (150, 3)
 """More than two chunks with a ragged last one; and shorter than the convolution is wide."""
 LIMITS = {"cpu": 1e-4, "cuda": 3e-2}
 """Largest relative error (norm of the difference over norm): float32 on the CPU, bf16 inputs on a GPU."""
 BATCH, HEADS, WIDTH = 2, 2, 32
+FORKED_AT = (1, 37, 100)
+"""After so many tokens of a document the rows branch off that attend to its keys."""
 FIX = (
     'pip install --force-reinstall "flash-linear-attention>=0.6,<0.7" and a Triton that belongs to this torch. Do not '
     "train with wrong gradients: the loss goes down anyway, only not as far."
+)
+
+FIX_ATTENTION = (
+    "reinstall torch, in the build for this device: attention of hybrids is its scaled_dot_product_attention. Other "
+    "models do not use it."
 )
 
 Inputs = dict[str, Tensor]
@@ -57,6 +66,28 @@ def sequential_convolution(x: Inputs) -> tuple[Tensor, Tensor]:
     return torch.stack(rows, dim=1), padded[:, -width:].transpose(1, 2)
 
 
+def sequential_attention(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Rows one by one: row r sees the first ``FORKED_AT[r]`` tokens of a document, and its own up to the one that asks.
+
+    Args:
+        x: q [R T, H, D] and k, v [R T, H / 2, D] of the rows, keys and values [S, H / 2, D] of the document.
+
+    Returns:
+        [R T, H, D], and keys and values of the rows' tokens, as they are kept.
+    """
+    repeated = {name: x[name].repeat_interleave(2, dim=1) for name in ("k", "v", "keys", "values")}
+    asking, outputs = x["q"].unflatten(0, (len(FORKED_AT), -1)), []
+    for row, place in enumerate(FORKED_AT):
+        own = slice(row * asking.shape[1], (row + 1) * asking.shape[1])
+        keys = torch.cat([repeated["keys"][:place], repeated["k"][own]])
+        values = torch.cat([repeated["values"][:place], repeated["v"][own]])
+        for t, query in enumerate(asking[row]):
+            seen = place + t + 1
+            scores = torch.einsum("hd,shd->hs", query, keys[:seen]) * query.shape[-1] ** -0.5
+            outputs.append(torch.einsum("hs,shd->hd", scores.softmax(-1), values[:seen]))
+    return torch.stack(outputs), torch.stack([x["k"], x["v"]])
+
+
 def check_triton() -> Iterator[Finding]:
     """Whether fla trains gated models on these GPUs with the Triton that is here."""
     have = installed()
@@ -83,15 +114,16 @@ def check_kernels() -> Iterator[Finding]:
     """One finding per kernel."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, kernel, reference, make in _cases():
+        fix = FIX_ATTENTION if kernel is _attention else FIX
         try:
             error, where = largest_error(kernel, reference, make, device)
         except Exception as problem:  # a kernel that does not compile raises what its compiler raises
             detail = f"{type(problem).__name__}: {str(problem)[:200]}"
-            yield Finding(f"kernel {name}", FAIL, detail, FIX)
+            yield Finding(f"kernel {name}", FAIL, detail, fix)
             continue
         seen = f"largest relative error {error:.1e} ({where}) on {device}, limit {LIMITS[device]:.0e}"
         good = error <= LIMITS[device]  # a NaN is not
-        yield Finding(f"kernel {name}", OK if good else FAIL, seen, "" if good else FIX)
+        yield Finding(f"kernel {name}", OK if good else FAIL, seen, "" if good else fix)
 
 
 def largest_error(kernel: Rule, reference: Rule, make: Callable[[int], Inputs], device: str) -> tuple[float, str]:
@@ -142,6 +174,23 @@ def _convolution_inputs(length: int) -> Inputs:
     }
 
 
+def _attention_inputs(length: int) -> Inputs:
+    rows, before = len(FORKED_AT) * length, FORKED_AT[-1]
+    shapes = {"q": (rows, HEADS), "k": (rows, HEADS // 2), "v": (rows, HEADS // 2)}
+    shapes |= {"keys": (before, HEADS // 2), "values": (before, HEADS // 2)}
+    return {name: _random((*shape, WIDTH), seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+def _attention(x: Inputs) -> tuple[Tensor, Tensor]:
+    shared = SharedKeys(tuple(((0, 0, place),) for place in FORKED_AT), (((x["keys"], x["values"]),),))
+    length = len(x["q"]) // len(FORKED_AT)
+    plan = AttentionPlan.of(shared, [length] * len(FORKED_AT), x["q"].device)
+    layer = AttentionOfLayer(plan, shared.layers[0])
+    out = layer(x["q"][None], x["k"][None], x["v"][None], WIDTH**-0.5)
+    assert layer.made is not None
+    return out[0], torch.stack(layer.made)
+
+
 def _cases() -> Iterator[tuple[str, Rule, Rule, Callable[[int], Inputs]]]:
     """(name, kernel in use, reference, inputs). The names are looked up where the models look them up."""
     import fla.layers.delta_net as delta
@@ -168,3 +217,4 @@ def _cases() -> Iterator[tuple[str, Rule, Rule, Callable[[int], Inputs]]]:
     yield "delta rule", rules[0], sequential_delta_rule, _delta_inputs
     yield "gated delta rule", rules[1], sequential_delta_rule, lambda length: _delta_inputs(length, gated=True)
     yield "short convolution", short_convolution, sequential_convolution, _convolution_inputs
+    yield "attention of hybrids", _attention, sequential_attention, _attention_inputs

@@ -169,7 +169,7 @@ def test_a_host_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_kernels_in_use_are_right() -> None:
     findings = list(kernels.check_kernels())
-    assert [finding.status for finding in findings] == [OK] * 3
+    assert [finding.status for finding in findings] == [OK] * 4
 
 
 def spoil(what: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -195,6 +195,21 @@ def test_a_wrong_gradient_is_found(what: str, monkeypatch: pytest.MonkeyPatch) -
     found = {finding.name: finding for finding in kernels.check_kernels()}
     assert found["kernel delta rule"].status == FAIL and found["kernel short convolution"].status == OK
     assert f"gradient of {what.removeprefix('initial_')}," in found["kernel delta rule"].detail
+
+
+def test_wrong_gradients_of_attention_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from refine_verl.models.hybrid import attention
+
+    right = attention.scaled_dot_product_attention
+
+    def spoiled(query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return right(query, key * 0.5 + key.detach() * 0.5, *rest, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", spoiled)
+    monkeypatch.setattr(kernels, "LENGTHS", (3,))
+    *others, found = kernels.check_kernels()
+    assert found.name == "kernel attention of hybrids" and found.status == FAIL and "gradient of k" in found.detail
+    assert "torch" in found.fix and [finding.status for finding in others] == [OK] * 3
 
 
 def test_not_a_number_is_found() -> None:
