@@ -30,6 +30,8 @@ def test_the_names_users_type() -> None:
     phases = {"posttrain", "posttrain_nested_sft", "posttrain_sft", "ttt", "ttt_sft"}
     assert set(RECIPES) == {"midtrain", "midtrain_many_rollouts", "sft", "pretrain", "quickstart"} | phases
     hybrids = {
+        "gated_deltanet_hybrid",
+        "tiny_deltanet_hybrid",
         "olmo_hybrid_7b",
         "qwen3_5_9b",
         "qwen3_next_80b_a3b",
@@ -198,6 +200,7 @@ def test_presets_are_models_of_the_size_they_claim() -> None:
     assert 1.2e9 < sizes["gated_deltanet"] < 1.5e9
     assert 1e6 < sizes["tiny_deltanet"] < 3e6
     assert sizes["lact_760m"] == 797_625_312
+    assert 1.3e9 < sizes["gated_deltanet_hybrid"] < 1.6e9
     assert sizes["olmo_hybrid_7b"] == 7_430_870_688
     assert sizes["qwen3_5_9b"] == 8_953_803_264
     assert 79e9 < sizes["qwen3_next_80b_a3b"] < 81e9
