@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import glob
 import hashlib
 import logging
@@ -187,23 +188,53 @@ def _identity(source: DocumentSource) -> object:
     return identity_of(source.path) if isinstance(source, FileSource) else source.name
 
 
-def say_if_shared(settings: FileSettings) -> None:
-    """Warn where validation reads what training reads."""
-    if not settings.train_files or not settings.val_files:
-        return
+def say_if_counted_twice(settings: FileSettings) -> None:
+    """Warn where files of training have the same content, and where validation reads what training reads."""
     train, validation = (
-        {_identity(source): source.name for source in found}
-        for found in (split_sources(settings, "train"), split_sources(settings, "validation"))
+        split_sources(settings, split) if names else []
+        for split, names in (("train", settings.train_files), ("validation", settings.val_files))
     )
-    shared = [name for identity, name in validation.items() if identity in train]
+    if copies := _copies(train):
+        copy, first = copies[0]
+        logger.warning(
+            "data.train_files: %d of %d files have the content of others (%s that of %s): their documents count "
+            "several times",
+            len(copies),
+            len(train),
+            copy.name,
+            first.name,
+        )
+    identities = {_identity(source) for source in train}
+    copied = [copy for copy, first in _copies([*train, *validation]) if copy in validation and first in train]
+    shared = [source for source in validation if _identity(source) in identities or source in copied]
     if shared:
         logger.warning(
             "data.val_files: %d of %d files are in data.train_files as well (%s): the validation loss is one of "
             "documents that are trained on",
             len(shared),
             len(validation),
-            shared[0],
+            shared[0].name,
         )
+
+
+def _copies(sources: list[DocumentSource]) -> list[tuple[DocumentSource, DocumentSource]]:
+    """Files with the content of an earlier one, and that one; read no further than they are alike."""
+    sizes: dict[int, list[FileSource]] = {}
+    found: list[tuple[DocumentSource, DocumentSource]] = []
+    for source in sources:
+        if not isinstance(source, FileSource):
+            continue
+        alike = sizes.setdefault(source.path.stat().st_size, [])
+        first = next((other for other in alike if _same_content(other, source)), None)
+        if first is None:
+            alike.append(source)
+        else:
+            found.append((source, first))
+    return found
+
+
+def _same_content(one: FileSource, other: FileSource) -> bool:
+    return _identity(one) == _identity(other) or filecmp.cmp(one.path, other.path, shallow=False)
 
 
 def iterate_documents(sources: Iterable[DocumentSource], text_key: str) -> Iterator[dict[str, Any]]:

@@ -104,7 +104,7 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
         ConfigError, DataError, ModelError: a reward, a file, a
             tokenizer or a model that cannot be used.
     """
-    from refine_verl.data.sources import say_if_shared
+    from refine_verl.data.sources import say_if_counted_twice
     from refine_verl.models.weights import check_stored_numbers
     from refine_verl.nsp import sentence_ends
 
@@ -116,7 +116,7 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
     _say_where_weights_come_from(valid, info)
     _say_if_all_is_warm_up(valid)
     say_if_read_twice(valid)
-    say_if_shared(valid.data)
+    say_if_counted_twice(valid.data)
     tokenizer = load_run_tokenizer(valid, info)
     sentence_ends(tokenizer, valid.refine.nsp)  # refuses
     train: Prepared[Any]

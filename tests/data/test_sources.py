@@ -12,7 +12,7 @@ from refine_verl.data.sources import (
     iterate_documents,
     iterate_texts,
     resolve_sources,
-    say_if_shared,
+    say_if_counted_twice,
 )
 from refine_verl.data.tokenize import TEXT_SCHEMA, write_rows
 
@@ -241,9 +241,22 @@ class TestLinks:
 
     def test_validation_on_what_is_trained_on_is_said(self, linked, caplog):
         everything, part = (str(linked / "all"),), (str(linked / "elsewhere"),)
-        say_if_shared(DataSettings(train_files=everything, val_files=part))
+        say_if_counted_twice(DataSettings(train_files=everything, val_files=part))
         assert "data.val_files: 1 of 1 files are in data.train_files as well" in caplog.text
         caplog.clear()
-        say_if_shared(DataSettings(train_files=("python_stdlib",), val_files=part))
-        say_if_shared(DataSettings(train_files=everything))
+        say_if_counted_twice(DataSettings(train_files=("python_stdlib",), val_files=part))
+        say_if_counted_twice(DataSettings(train_files=everything))
         assert not caplog.text
+
+    def test_copies_are_said(self, linked, caplog):
+        for name in ("copy.txt", "other.txt"):
+            (linked / "elsewhere" / name).write_text({"copy.txt": "all/a.txt", "other.txt": "all/b.txt"}[name])
+        say_if_counted_twice(DataSettings(train_files=(str(linked / "all"),)))
+        assert f"others ({linked}/all/linked/copy.txt that of {linked}/all/a.txt)" in caplog.text
+        assert "1 of 5 files" in caplog.text
+        train = (str(linked / "all/a.txt"),)
+        for name, copied in (("copy", True), ("other", False)):
+            caplog.clear()
+            settings = DataSettings(train_files=train, val_files=(str(linked / f"elsewhere/{name}.txt"),))
+            say_if_counted_twice(settings)
+            assert ("data.val_files: 1 of 1 files are in data.train_files as well" in caplog.text) == copied
