@@ -6,6 +6,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from refine_verl.config import list_settings
 from refine_verl.inspect.settings import ROLLOUTS, InspectSettings
 from refine_verl.inspect.terminal import WHOLE_TEXT_TOKENS
@@ -18,7 +20,7 @@ def test_keys_and_defaults() -> None:
     shown = {
         info.key.removeprefix("inspect."): ""
         if info.default is dataclasses.MISSING
-        else f"`{str(info.default).replace('None', 'null')}`"
+        else f"`{OmegaConf.to_yaml({'is': info.default}).split(': ', 1)[1].strip()}`"
         for info in list_settings(InspectSettings)
         if info.key != "inspect.nsp"
     }
