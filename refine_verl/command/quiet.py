@@ -14,11 +14,14 @@ _SAYS_NOTHING_HERE = (
     "'set_vital' is deprecated",  # torchdata
 )
 
+_HYBRIDS = ("olmo_hybrid", "qwen3_5", "qwen3_next")
 _LOGGED_FOR_NOTHING = {
     # a run on one machine listens to that machine only, and Ray has just made its token
     "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
     # a tokenizer is loaded by the model's configuration, whose classes transformers does not all have
     "transformers.configuration_utils": "You are using a model of type",
+    # the linear layers of hybrids run through fla, or what stands in for it, and not through transformers' own ways
+    **{f"transformers.models.{kind}.modeling_{kind}": "The fast path is not available" for kind in _HYBRIDS},
 }
 
 

@@ -154,7 +154,7 @@ longer ones a longer way from a border to each position, half a piece on average
 FLA_VERIFIED_ON_CPU = ("delta_net", "gated_deltanet")
 FLA_THROUGH_THE_SAME_ADAPTER = ("gla", "hgrn2", "kda", "gated_deltaproduct")
 
-_ATTENTION = "it has softmax attention, whose cache grows with the text, so there is no state of fixed size to fork"
+_ATTENTION = "it has no linear layers, or attention of a kind whose keys and values forks do not share here"
 _POSITIONS = "it turns queries and keys by their position in the text, which forks would need beside their states"
 _GROWING = "its states become more with the length of the text"
 _UNKNOWN_OPERATOR = (

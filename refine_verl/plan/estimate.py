@@ -242,6 +242,11 @@ def find_warnings(plan: Plan, valid: ValidConfig, model: Any) -> Iterator[str]:
         )
     if plan.work.epochs > 4:
         yield f"the data is read {plan.work.epochs:.1f} times (trainer.total_training_steps={plan.work.steps})."
+    if (rising := int(valid.config.actor_rollout_ref.actor.optim.lr_warmup_steps)) > plan.work.steps:
+        yield (
+            f"the learning rate warms up for {rising} steps (actor_rollout_ref.actor.optim.lr_warmup_steps), and the "
+            f"run has {plan.work.steps}."
+        )
     yield from _resource_warnings(plan, valid)
     if valid.refine.nsp.rollout == "prefix":
         yield "refine.nsp.rollout=prefix recomputes every prefix: it is for comparisons; its cost is not planned here."

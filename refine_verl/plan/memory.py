@@ -33,7 +33,7 @@ from refine_verl.models.adapters import (
     has_attention_layers,
 )
 from refine_verl.models.head import chunk_elements
-from refine_verl.models.hybrid import HybridAdapter
+from refine_verl.models.hybrid import DeltaRuleHybridAdapter, HybridAdapter
 from refine_verl.models.hybrid.families import attention_layers
 from refine_verl.models.packing import Packed
 from refine_verl.models.state import FastWeightState
@@ -336,12 +336,17 @@ class _HybridOnGpu(HybridAdapter):
         return True
 
 
+class _DeltaRuleHybridOnGpu(DeltaRuleHybridAdapter):
+    def cuts_operators(self) -> bool:
+        return True
+
+
 def _actor(config: PretrainedConfig, shape: Shape, counter: HollowRun) -> FastWeightActor:
     inner = adapter_for(config)
     if shape.cuda and type(inner) in (FlaAdapter, DeltaRuleAdapter):
         inner = _OnGpu()
     elif shape.cuda and isinstance(inner, HybridAdapter):
-        inner = _HybridOnGpu()
+        inner = _DeltaRuleHybridOnGpu() if isinstance(inner, DeltaRuleHybridAdapter) else _HybridOnGpu()
     watched = _WatchedTracing if isinstance(inner, TracingAdapter) else _Watched
     with counter.fake:
         model = AutoModelForCausalLM.from_config(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -177,8 +178,11 @@ class RefineEngine(FSDPEngine):
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
+            config = copy.deepcopy(self.model_config.hf_config)
+            # verl has put its override there, and who loads the model would get that attention
+            vars(config).pop("attn_implementation", None)
             with torch.device("meta"):
-                shell = AutoModelForCausalLM.from_config(self.model_config.hf_config, dtype=torch.float32)
+                shell = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             shell.save_pretrained(folder, state_dict=state)
             if processing_class is not None:
                 processing_class.save_pretrained(folder)

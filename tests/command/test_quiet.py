@@ -32,6 +32,7 @@ def test_the_users_level_of_verls_log_stays(monkeypatch: pytest.MonkeyPatch) -> 
     ("name", "left_out"),
     [
         ("ray._private.authentication.authentication_token_setup", "Token authentication is enabled for this"),
+        ("transformers.models.qwen3_next.modeling_qwen3_next", "The fast path is not available because"),
         ("transformers.configuration_utils", "You are using a model of type `delta_net` to instantiate"),
     ],
 )

@@ -289,9 +289,11 @@ def test_rollouts_of_unequal_length_have_room_for_the_longest() -> None:
             assert sum(other[phase].values()) == pytest.approx(sum(parts.values()), rel=0.01), phase
 
 
-@pytest.mark.parametrize("cuda", [True, False])
-def test_what_is_asked_for_surprise_is_counted(cuda: bool) -> None:
-    config = config_of("gated_deltanet", 2)
+@pytest.mark.parametrize(
+    ("family", "cuda"), [("gated_deltanet", True), ("gated_deltanet", False), ("olmo_hybrid", True)]
+)
+def test_what_is_asked_for_surprise_is_counted(family: str, cuda: bool) -> None:
+    config = config_of(family, 2)
     plain, asked = (
         pass_peaks(config, Shape(length=300, nsp=NSPSettings(chunks=2, selection=selection), cuda=cuda))["rollout"]
         for selection in ("entropy", "surprise")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_a_run_on_the_cpu_learns(model: tuple[str, ...], tmp_path: Path) -> None
     assert not any(record.get("actor/skipped_updates") for record in steps.values())
     trained, report = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    # not the attention that the run had: its scores of all pairs would fill the memory of who goes on with the model
+    assert "attn_implementation" not in json.loads((tmp_path / "run/model/config.json").read_text())
     tokens = torch.arange(97, 123).repeat(3)[None, :60]  # the alphabet, over and over
     with cpu_kernels():
         _, correct = make_actor(trained)(mode="score", documents=Documents(tokens, (60,)))

@@ -114,7 +114,14 @@ def test_flas_attention_layers_are_made_without_flash_attn(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [("qwen3_5", "reads images"), ("kimi_linear", "transformers does not have it")]
+    ("kind", "why"),
+    [
+        ("qwen3_5", "reads images.*Save its text model and give that"),
+        ("qwen3_5_moe", "reads images, and its text model is none of those supported"),
+        ("qwen3_5_moe_text", "with experts have not been compared"),
+        ("lfm2_moe", "not delta rules"),
+        ("kimi_linear", "transformers does not have it"),
+    ],
 )
 def test_other_hybrids_are_refused_by_name(kind: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
