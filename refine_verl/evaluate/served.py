@@ -19,7 +19,7 @@ from refine_verl.evaluate.shared import batches
 from refine_verl.models.answers import end_tokens_of
 from refine_verl.models.loading import DTYPES
 from refine_verl.models.weights import stored_weights
-from refine_verl.serving.engine import Engine, EngineSettings, served_dtype
+from refine_verl.serving.engine import Engine, EngineSettings, require_memory, runs_on_cpu, served_dtype
 
 
 class ServedModel:
@@ -52,6 +52,7 @@ class ServedModel:
         self.found, self.tokenizer = found, found.tokenizer
         self.ttt = AdaptSettings(method="none")
         self.dtype = served_dtype(found.path, found.info.model_type, dtype, key=found.key)
+        require_memory(memory, key="gpu_memory_utilization")
         self.batch_size, self.memory, self.keep_states = batch_size, memory, keep_states
         self.max_model_len = max_model_len
         self._room = max_model_len or 0
@@ -74,9 +75,7 @@ class ServedModel:
     @property
     def device(self) -> torch.device:
         """Where vLLM runs."""
-        from vllm.platforms import current_platform
-
-        return torch.device("cpu" if current_platform.is_cpu() else "cuda")
+        return torch.device("cpu" if runs_on_cpu() else "cuda")
 
     @property
     def shares(self) -> bool:

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
-
 from refine_verl.config import ConfigError, ModelError, RunFailed
 from refine_verl.serving.distribution import VLLM_VERSION, installed_vllm
 
@@ -119,6 +117,43 @@ def _other_family(model_type: str) -> str:
         f"evaluation with vLLM is for {' and '.join(FAMILIES)}, whose answers were compared with this package's; this "
         f"is a {model_type}. Leave engine=vllm out."
     )
+
+
+def runs_on_cpu() -> bool:
+    """Whether this is vLLM's build for CPUs."""
+    _quiet()
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def require_memory(share: float | None, *, key: str) -> None:
+    """Refuse a share of a CPU's memory that is not free: vLLM finds out only in its last process.
+
+    Args:
+        share: see `EngineSettings.memory`.
+        key: what set it.
+
+    Raises:
+        ConfigError: less is free.
+    """
+    if share is None or not runs_on_cpu():
+        return
+    free, total = _cpu_memory()
+    if share * total > free:
+        raise ConfigError(
+            key,
+            f"={share} of {total / 2**30:.1f} GiB of memory is more than the {free / 2**30:.1f} GiB that are free. Set "
+            f"it to {math.floor(90 * free / total) / 100} or less, or leave it out.",
+        )
+
+
+def _cpu_memory() -> tuple[int, int]:
+    """Bytes that are free, and all of them, as vLLM counts them."""
+    from vllm.utils.cpu_resource_utils import get_memory_node_info
+
+    found = get_memory_node_info(0)
+    return int(found.available_memory), int(found.total_memory)
 
 
 @contextmanager
@@ -275,7 +310,8 @@ class Engine:
                 self._engine.abort_request([str(number) for number in flying])
 
     def _add(self, number: int, request: _Request) -> None:
-        self._engine.add_request(str(number), {"prompt_token_ids": request.tokens}, request.parameters)
+        (prompt,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": request.tokens}])
+        self._engine.add_request(str(number), prompt, request.parameters)
 
 
 @dataclasses.dataclass(eq=False)
@@ -308,7 +344,7 @@ def _no_numbers() -> ModelError:
 
 def _quiet() -> None:
     """vLLM's own log is for a server: what it does is said on standard error, and only if something is wrong."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -316,13 +352,12 @@ def _quiet() -> None:
 def _arguments(settings: EngineSettings, model_type: str) -> Any:
     _quiet()
     from vllm import EngineArgs
-    from vllm.platforms import current_platform
 
     memory: dict[str, Any] = {}
     if settings.memory is not None:
         memory["gpu_memory_utilization"] = settings.memory
-    elif current_platform.is_cpu():
-        memory["kv_cache_memory_bytes"] = max(psutil.virtual_memory().available // _CPU_SHARE, _LEAST_STATES)
+    elif runs_on_cpu():
+        memory["kv_cache_memory_bytes"] = max(_cpu_memory()[0] // _CPU_SHARE, _LEAST_STATES)
     if model_type in FAMILIES:  # a state has no positions; where fla was imported, vLLM takes its value for a limit
         memory["hf_overrides"] = {"max_position_embeddings": settings.tokens}
     return EngineArgs(
@@ -332,6 +367,6 @@ def _arguments(settings: EngineSettings, model_type: str) -> Any:
         max_num_seqs=settings.sequences,
         enable_prefix_caching=settings.keep_states,
         skip_tokenizer_init=True,
-        enforce_eager=current_platform.is_cpu(),  # compiling takes a CPU minutes, and its kernels are compiled already
+        enforce_eager=runs_on_cpu(),  # compiling takes a CPU minutes, and its kernels are compiled already
         **memory,
     )
