@@ -59,6 +59,7 @@ class EngineSettings:
         keep_states: whether prompts that begin alike are read once (prefix caching).
         memory: share of the device's memory for weights and states; None: vLLM's default on a GPU, and a quarter of
             what is free on a CPU.
+        eager: without torch.compile and CUDA graphs; None: on a CPU, where compiling takes minutes.
     """
 
     model: str
@@ -67,6 +68,7 @@ class EngineSettings:
     sequences: int = 8
     keep_states: bool = True
     memory: float | None = None
+    eager: bool | None = None
 
 
 def require_vllm(key: str) -> None:
@@ -367,6 +369,6 @@ def _arguments(settings: EngineSettings, model_type: str) -> Any:
         max_num_seqs=settings.sequences,
         enable_prefix_caching=settings.keep_states,
         skip_tokenizer_init=True,
-        enforce_eager=runs_on_cpu(),  # compiling takes a CPU minutes, and its kernels are compiled already
+        enforce_eager=runs_on_cpu() if settings.eager is None else settings.eager,
         **memory,
     )
