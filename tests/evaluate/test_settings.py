@@ -57,7 +57,7 @@ def test_a_group_has_the_papers_tasks() -> None:
         ([*GIVEN, "max_model_len=512"], "max_model_len: has no effect with engine=own"),
         ([*GIVEN, "engine=own", "gpu_memory_utilization=0.5"], "gpu_memory_utilization: has no effect with engine=own"),
         ([*GIVEN, "engine=vllm", "gpu_memory_utilization=1.5"], "gpu_memory_utilization: is a share .* at most 1"),
-        ([*GIVEN, "engine=vllm", "gpu_memory_utilization=0"], "gpu_memory_utilization: must be above 0"),
+        ([*GIVEN, "engine=vllm", "gpu_memory_utilization=0"], "gpu_memory_utilization: must be greater than 0"),
         ([*GIVEN, "engine=vllm", "max_model_len=1"], "max_model_len: must be at least 2"),
         ([*GIVEN, "limit=1", "limit=2"], "limit: is given twice"),
         ([*GIVEN, "adapt.lr=1", "adapt.lr=2"], "adapt.lr: is given twice"),
