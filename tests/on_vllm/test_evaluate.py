@@ -120,7 +120,7 @@ def test_answers_and_what_was_read(runs: dict[str, Path]) -> None:
     assert np.mean(same) > 0.7  # a near tie may go the other way; answers of other prompts agree in none
     assert (
         np.mean([one["prediction"][:1] == other["prediction"][:1] for one, other in zip(own, mine[1:], strict=False)])
-        < 0.3
+        < 0.5
     )
     # whole blocks of the context that all four begin with; the first three were asked before, by an engine of their own
     assert mine[3]["prompt_tokens"] == len(CONTEXT) + 2 and sum(r["read_tokens"] < 100 for r in mine[:4]) >= 2
