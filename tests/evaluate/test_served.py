@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -206,3 +207,20 @@ def test_room_of_the_harnesss_model(model_dir: Path) -> None:
     assert _room(str(model_dir), {"max_model_len": 512}) == {"hf_overrides": {"max_position_embeddings": 512}}
     assert _room(str(model_dir), {"max_length": "512"}) == {"hf_overrides": {"max_position_embeddings": 512}}
     assert _room(str(model_dir), {}) == {}
+
+
+def test_from_where_on_vllm_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    answers = importlib.import_module("benchmarks.answers")
+    size, other = answers.Size(8, 10), answers.Size(16, 10)
+
+    def timed(batch: int, own: float, vllm: float, at: Any = size) -> Any:
+        return answers.Timed(batch, at, [9.0, own, own], [vllm, 9.0, vllm], 1.0)
+
+    rows = [timed(1, 1.0, 0.5), timed(4, 1.0, 2.0), timed(8, 4.0, 2.0), timed(16, 4.0, 1.0), timed(1, 1.0, 2.0, other)]
+    assert answers.pays_from(rows, size) == 8  # it is slower at 4, so the 1 does not count
+    assert answers.pays_from(rows, other) is None
+    assert [row.ratio for row in rows] == [2.0, 0.5, 2.0, 4.0, 0.5]
+    # 80 tokens in 4 s and in 2 s: each saves 1/40 s
+    assert answers.tokens_until_start_is_paid(rows[2], 10.0) == pytest.approx(400)
+    assert answers.tokens_until_start_is_paid(rows[1], 10.0) is None

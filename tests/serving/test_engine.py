@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 import sys
 import types
@@ -213,20 +212,3 @@ def test_memory_of_a_cpu(share: float | None, refused: bool, monkeypatch: pytest
 def test_memory_of_a_gpu_is_its_own_business(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "runs_on_cpu", lambda: False)
     engine.require_memory(0.99, key="gpu_memory_utilization")
-
-
-def test_from_where_on_vllm_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    answers = importlib.import_module("benchmarks.answers")
-    size, other = answers.Size(8, 10), answers.Size(16, 10)
-
-    def timed(batch: int, own: float, vllm: float, at: Any = size) -> Any:
-        return answers.Timed(batch, at, [9.0, own, own], [vllm, 9.0, vllm], 1.0)
-
-    rows = [timed(1, 1.0, 0.5), timed(4, 1.0, 2.0), timed(8, 4.0, 2.0), timed(16, 4.0, 1.0), timed(1, 1.0, 2.0, other)]
-    assert answers.pays_from(rows, size) == 8  # it is slower at 4, so the 1 does not count
-    assert answers.pays_from(rows, other) is None
-    assert [row.ratio for row in rows] == [2.0, 0.5, 2.0, 4.0, 0.5]
-    # 80 tokens in 4 s and in 2 s: each saves 1/40 s
-    assert answers.tokens_until_start_is_paid(rows[2], 10.0) == pytest.approx(400)
-    assert answers.tokens_until_start_is_paid(rows[1], 10.0) is None
