@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from refine_verl.config import ConfigError, did_you_mean, require_choice
 from refine_verl.evaluate.model import EvaluatedModel, find_model, load_evaluated, ttt_settings
+from refine_verl.evaluate.served import ServedModel
 from refine_verl.evaluate.shared import batches
 from refine_verl.models.answers import answer_draws
 from refine_verl.models.loading import DTYPES
@@ -39,7 +40,7 @@ class RefineLM(TemplateLM):
     """A fast-weight model for lm-evaluation-harness: `--model refine --model_args pretrained=DIR`.
 
     Args:
-        pretrained: directory or hub id, or an `EvaluatedModel`.
+        pretrained: directory or hub id, or a model that was opened before.
         tokenizer, dtype, device: see `model.find_model` and `model.load_evaluated`.
         batch_size: requests read together.
         max_length: cut contexts to so many tokens from the left. None reads them whole, whatever the model was
@@ -57,7 +58,7 @@ class RefineLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | EvaluatedModel = "",
+        pretrained: str | EvaluatedModel | ServedModel = "",
         *,
         tokenizer: str | None = None,
         dtype: str = "auto",
@@ -81,7 +82,8 @@ class RefineLM(TemplateLM):
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         self.add_bos_token, self.seed = add_bos_token, seed
         settings = ttt_settings(ttt, adapt)
-        if isinstance(pretrained, EvaluatedModel):
+        self.evaluated: EvaluatedModel | ServedModel
+        if isinstance(pretrained, EvaluatedModel | ServedModel):
             self.evaluated = pretrained
         elif pretrained:
             found = find_model(str(pretrained), tokenizer, key="pretrained")
@@ -105,7 +107,7 @@ class RefineLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens in a window of a rolling log-likelihood."""
-        return int(self.window or getattr(self.evaluated.actor.config, "max_position_embeddings", None) or WINDOW)
+        return int(self.window or getattr(self.evaluated.config, "max_position_embeddings", None) or WINDOW)
 
     @property
     def tokenizer_name(self) -> str:
@@ -196,7 +198,7 @@ class RefineLM(TemplateLM):
         jobs.sort(key=lambda job: (job[3], job[4], -len(job[1])))
         with tqdm(total=len(jobs), desc="answers", disable=disable_tqdm) as progress:
             for _, same in itertools.groupby(jobs, key=lambda job: job[3:]):
-                alike, share = list(same), self.evaluated.ttt.method == "none"
+                alike, share = list(same), self.evaluated.shares
                 for batch in batches([job[1] for job in alike], self.batch_size, share=share):
                     chosen = [alike[row] for row in batch.rows]
                     for (index, *_), answer in zip(chosen, self._answers(chosen, batch.shared), strict=True):

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from refine_verl.adaptation import AdaptSettings, PromptError, adapt
 from refine_verl.adaptation.checks import check_settings
 from refine_verl.adaptation.settings import METHODS, read_settings
 from refine_verl.config import ConfigError, require_choice
 from refine_verl.data.tokenizers import open_model_tokenizer
+from refine_verl.evaluate.results import fingerprint
+from refine_verl.evaluate.shared import batches
 from refine_verl.models import (
     Documents,
     FastWeightActor,
@@ -46,6 +49,15 @@ class Likelihood:
     tokens: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The text that follows the prompt ``row`` of those that were given, of which ``read`` tokens were read."""
+
+    row: int
+    text: str
+    read: int
+
+
 class EvaluatedModel:
     """A model on its device with its tokenizer, read once and asked many times.
 
@@ -60,6 +72,25 @@ class EvaluatedModel:
         self.device = next(actor.parameters()).device
         self.stop_tokens = end_tokens_of(actor, tokenizer.eos_token_id)
         self._kept: tuple[tuple[int, ...], FastWeightState] | None = None
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Of the model."""
+        return self.actor.config
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, `float32` say."""
+        return str(next(self.actor.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def shares(self) -> bool:
+        """Whether prompts that begin alike can be read once; adapted weights are those of one prompt alone."""
+        return self.ttt.method == "none"
+
+    def fingerprint(self) -> str:
+        """sha256 of a part of every parameter."""
+        return fingerprint((name, parameter.detach()) for name, parameter in self.actor.named_parameters())
 
     def likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """Score what follows a context, all pairs in one pass (one by one with test-time training).
@@ -77,6 +108,23 @@ class EvaluatedModel:
             with self.adapted(context):
                 found.update(zip(indices, self._score([pairs[index] for index in indices]), strict=True))
         return [found[index] for index in range(len(pairs))]
+
+    def answers(
+        self, prompts: Sequence[np.ndarray], limits: Sequence[int], *, size: int, share: bool
+    ) -> Iterator[list[Answer]]:
+        """Answers to all prompts, those that are finished together at a time.
+
+        Args:
+            prompts: their ids, int [T] each.
+            limits: most tokens to write for each.
+            size: prompts that are read and continued together.
+            share: whether those that begin alike are read once.
+        """
+        for batch in batches(prompts, size, share=share):
+            rows = [prompts[row].tolist() for row in batch.rows]
+            texts = self.write(rows, [limits[row] for row in batch.rows], shared=batch.shared)
+            read = batch.read([len(row) for row in rows])
+            yield [Answer(*found) for found in zip(batch.rows, texts, read, strict=True)]
 
     def write(
         self,
@@ -108,7 +156,7 @@ class EvaluatedModel:
                 own = None if draws is None else draws[row : row + 1]
                 with self.adapted(prompt):
                     written += self._write([prompt], [limits[row]], stops, temperature, own)
-        return [_cut(self.decode(ids), stops) for ids in written]
+        return [cut(self.decode(ids), stops) for ids in written]
 
     @contextmanager
     def adapted(self, prompt: Sequence[int]) -> Iterator[None]:
@@ -185,18 +233,16 @@ class _Ends:
         self.model, self.stops = model, stops
         self.written: list[list[int]] = [[] for _ in range(rows)]
         self.ended = [False] * rows
-        # A byte is the least a token can add to a text: so many tokens back, and a stop that has just ended shows.
-        self.reach = max((len(stop.encode()) for stop in stops), default=0) + 2
 
     def __call__(self, tokens: Tensor) -> Tensor:
         for row, token in enumerate(tokens.tolist()):
             self.written[row].append(token)
-            self.ended[row] = self.ended[row] or token in self.model.stop_tokens or self._stops(row)
+            self.ended[row] = (
+                self.ended[row]
+                or token in self.model.stop_tokens
+                or has_stopped(self.model.decode, self.written[row], self.stops)
+            )
         return torch.tensor(self.ended, device=tokens.device)
-
-    def _stops(self, row: int) -> bool:
-        tail = self.model.decode(self.written[row][-self.reach :]) if self.stops else ""
-        return any(stop in tail for stop in self.stops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,7 +338,23 @@ def _require_numbers(values: Tensor) -> None:
         )
 
 
-def _cut(text: str, stops: Sequence[str]) -> str:
+def has_stopped(decode: Callable[[Sequence[int]], str], tokens: Sequence[int], stops: Sequence[str]) -> bool:
+    """Whether one of these texts has just been written.
+
+    Args:
+        decode: tokens to text.
+        tokens: of the answer so far.
+        stops: texts that end it.
+    """
+    if not stops:
+        return False
+    # A byte is the least a token can add to a text: so many tokens back, and a stop that has just ended shows.
+    tail = decode(tokens[-max(len(stop.encode()) for stop in stops) - 2 :])
+    return any(stop in tail for stop in stops)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first of what stops it."""
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text

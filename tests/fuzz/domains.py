@@ -211,6 +211,9 @@ EVALUATE: dict[str, Domain] = {
     "limit": _integer(1, null=True),
     "ttt": _text("none", "sft", "refine"),
     "tokenizer": _text(null=True),
+    "engine": _text("own", "vllm"),
+    "max_model_len": _integer(2, null=True),
+    "gpu_memory_utilization": Domain(kind="number", above=0, most=1, null=True),
 }
 
 INSPECT: dict[str, Domain] = {

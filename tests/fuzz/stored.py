@@ -22,6 +22,7 @@ MODEL_COMMANDS = {
     "plan": ("model.path={inputs}/model", "model.tokenizer=null"),
     "evaluate": ("model={inputs}/model",),
     "inspect": ("model={inputs}/model",),
+    "remember": ("model={inputs}/model",),
 }
 """Every command that reads a model, with what names it."""
 

@@ -61,7 +61,7 @@ def judge(case: Case, world: World, checks: Checks | None = None) -> str:
     return found
 
 
-@pytest.mark.parametrize("base", [*BASES, "plan", "evaluate", "inspect"])
+@pytest.mark.parametrize("base", [*BASES, "plan", "evaluate", "inspect", "remember"])
 def test_what_nothing_is_wrong_with_acts(base: str, world: World) -> None:
     assert judge(Case(id=base, base=base, must_act=True), world) == ""
 

@@ -50,6 +50,8 @@ class World:
             return self._prompts(kind)
         if kind == "evaluate":
             return [f"model={self.model}", "tasks=ntp", f"data_dir={self.root / 'data'}", "out=results", "lengths=32"]
+        if kind == "remember":
+            return ["read", f"model={self.model}", f"files={self.root / 'story.txt'}", "out=states"]
         if kind == "inspect":
             return [f"model={self.model}", f"text={self.root / 'story.txt'}", "refine.nsp.chunks=2", "out=page.html"]
         return []
