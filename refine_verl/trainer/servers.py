@@ -1,0 +1,245 @@
+"""vLLM servers beside the training workers, which write answers: started, sent weights, asked, and ended.
+
+verl's `LLMServerManager` starts them, its `CheckpointEngineManager` sends weights and lets them sleep, its
+`LLMServerClient` asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from omegaconf import DictConfig, open_dict
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from verl.single_controller.ray import RayWorkerGroup
+
+from refine_verl.config import RunFailed
+from refine_verl.workers.weight_link import ServerGone, first_line
+
+logger = logging.getLogger(__name__)
+
+Request = tuple[str, list[int], dict[str, Any]]
+"""Which prompt, its tokens, and what `vllm.SamplingParams` takes."""
+
+
+class ServerLost(RunFailed):
+    """A server died, or wrote with other weights than it should have, once more than restarts are allowed."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One answer of a server.
+
+    Attributes:
+        tokens: of the answer, a stop token included.
+        log_probs: of each, of the distribution it was drawn from.
+        version: of the weights that wrote it.
+        cached: tokens of the prompt that the server had read before.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    version: int | None
+    cached: int
+
+
+class AnswerServers:
+    """The servers of a run.
+
+    Args:
+        config: the run's, resolved.
+        group: the training workers, which send the weights.
+        limit: tokens of the longest prompt with its answer.
+        restarts: so many losses of a server are made good.
+        start: starts the servers and returns verl's manager; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        group: RayWorkerGroup,
+        limit: int,
+        restarts: int,
+        start: Callable[[DictConfig, RayWorkerGroup], Any] | None = None,
+    ) -> None:
+        self.config, self.group = server_config(config, limit), group
+        self.left = self.allowed = restarts
+        self._start = start or _start
+        self.version: int | None = None  # of the weights that all servers have
+        self.manager: Any = None
+        self.sender: Any = None
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether servers give their memory back between uses."""
+        return bool(self.config.actor_rollout_ref.rollout.free_cache_engine)
+
+    def start(self) -> None:
+        """Start a server for each replica; it waits for weights.
+
+        Raises:
+            RunFailed: one did not come up.
+        """
+        from verl.checkpoint_engine.base import CheckpointEngineManager
+        from verl.utils.config import omega_conf_to_dataclass
+
+        rollout = self.config.actor_rollout_ref.rollout
+        try:
+            self.manager = self._start(self.config, self.group)
+        except RayError as error:
+            raise RunFailed(
+                f"vLLM's server did not start ({first_line(error)}). Its log is in Ray's session directory; "
+                "refine.answers.engine=own does without it."
+            ) from error
+        self.sender = CheckpointEngineManager(
+            omega_conf_to_dataclass(rollout.checkpoint_engine), self.group, self.manager.get_replicas()
+        )
+        self.group.connect_servers(rollout, self.manager.server_handles)
+        self.version = None
+        if self.sleeps:
+            self.sender.sleep_replicas()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Servers keep their memory for as long as this lasts."""
+        try:
+            yield
+        finally:
+            if self.sleeps and self.version is not None:
+                self.version = None  # a sleeping server forgets its weights
+                try:
+                    self.sender.sleep_replicas()
+                except RayError as error:
+                    logger.warning("vLLM's servers do not give their memory back (%s)", first_line(error))
+
+    def write(self, requests: Sequence[Request], version: int) -> list[Written]:
+        """Answers to all requests, written with the weights that the workers have.
+
+        Args:
+            requests: see `Request`; equal names go to one server, which reads the prompt once.
+            version: of the workers' weights; they are sent first where the servers have others.
+
+        Raises:
+            ServerLost: after as many restarts as are allowed.
+        """
+        while True:
+            try:
+                self._bring_up_to_date(version)
+                return self._ask(requests, version)
+            except ServerLost as lost:
+                if self.left == 0:
+                    tried = f" after {self.allowed} restart(s)" if self.allowed else ""
+                    raise ServerLost(f"{lost}{tried} (trainer.max_restarts={self.allowed})") from lost
+                self.left -= 1
+                logger.warning("%s. It is started again (%d more times)", lost, self.left)
+                self._restart()
+
+    def _restart(self) -> None:
+        self.end()
+        try:
+            self.start()
+        except RunFailed as error:
+            raise ServerLost(f"{error}") from error
+
+    def _bring_up_to_date(self, version: int) -> None:
+        if self.version == version:
+            return
+        try:
+            self.sender.update_weights(global_steps=version)
+        except RayTaskError as error:
+            if isinstance(error.cause, ServerGone):
+                raise ServerLost(f"a vLLM server was lost while it was sent weights: {error.cause}") from error
+            raise
+        self.version = version
+
+    def _ask(self, requests: Sequence[Request], version: int) -> list[Written]:
+        try:
+            outputs = asyncio.run(_all_answers(self.manager.get_client(), requests))
+        except RayError as error:
+            raise ServerLost(f"a vLLM server was lost: {_how(error)}") from error
+        written = [_written(output) for output in outputs]
+        other = sorted({str(answer.version) for answer in written if answer.version != version})
+        if other:
+            self.version = None
+            raise ServerLost(
+                f"a vLLM server is stale: it wrote with version {', '.join(other)} of the weights, and the workers "
+                f"have version {version}"
+            )
+        return written
+
+    def end(self) -> None:
+        """End all servers' processes."""
+        manager, self.manager = self.manager, None
+        if manager is None or not ray.is_initialized():
+            return
+        balancer = getattr(manager, "global_load_balancer", None)
+        replicas = getattr(manager, "rollout_replicas", ())
+        for actor in [*(server for replica in replicas for server in replica.servers), balancer]:
+            if actor is not None:
+                ray.kill(actor, no_restart=True)
+
+
+def server_config(config: DictConfig, limit: int) -> DictConfig:
+    """The run's configuration as verl's servers are to read it.
+
+    Args:
+        config: the run's, resolved. Not changed.
+        limit: tokens of the longest prompt with its answer.
+    """
+    config = copy.deepcopy(config)
+    rollout = config.actor_rollout_ref.rollout
+    with open_dict(config):
+        rollout.name, rollout.mode, rollout.load_format = "vllm", "async", "dummy"
+        rollout.max_model_len = rollout.max_model_len or limit
+        rollout.n_gpus_per_node = config.trainer.n_gpus_per_node
+        rollout.seed = config.data.seed
+        # of each answer, what it was drawn with is said: these are only vLLM's defaults
+        rollout.temperature, rollout.n = 1.0, 1
+        rollout.prompt_length = rollout.response_length = rollout.max_model_len
+        engine = dict(rollout.engine_kwargs.vllm or {})
+        engine.setdefault("tokenizer", config.actor_rollout_ref.model.tokenizer_path)
+        rollout.engine_kwargs.vllm = engine
+        if config.trainer.device == "cpu":
+            rollout.free_cache_engine = rollout.enable_sleep_mode = False
+        else:
+            rollout.enable_sleep_mode = rollout.free_cache_engine
+    return config
+
+
+def _start(config: DictConfig, group: RayWorkerGroup) -> Any:
+    from refine_verl.workers.vllm_server import AnswerServerManager
+
+    return AnswerServerManager.create(config=config, worker_group=group)
+
+
+async def _all_answers(client: Any, requests: Sequence[Request]) -> list[Any]:
+    asked = [
+        asyncio.ensure_future(client.generate(name, prompt_ids=tokens, sampling_params=parameters))
+        for name, tokens, parameters in requests
+    ]
+    try:
+        return list(await asyncio.gather(*asked))
+    except BaseException:
+        for one in asked:
+            one.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        raise
+
+
+def _written(output: Any) -> Written:
+    return Written(
+        tokens=list(output.token_ids),
+        log_probs=list(output.log_probs or []),
+        version=output.extra_fields.get("global_steps"),
+        cached=int(output.extra_fields.get("num_cached_tokens") or 0),
+    )
+
+
+def _how(error: RayError) -> str:
+    return "its process has ended" if isinstance(error, RayActorError) else first_line(error)
