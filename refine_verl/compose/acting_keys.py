@@ -68,7 +68,7 @@ ACTING: dict[str, str] = {
     f"{_SERVER}.enable_chunked_prefill": "a vLLM server reads long prompts in pieces",
     f"{_SERVER}.enforce_eager": "vLLM servers without torch.compile and CUDA graphs",
     f"{_SERVER}.cudagraph_capture_sizes": "batch sizes for which vLLM servers record CUDA graphs",
-    f"{_SERVER}.checkpoint_engine.update_weights_bucket_megabytes": "MB of weights that are sent to a vLLM server at a time",
+    f"{_SERVER}.checkpoint_engine.update_weights_bucket_megabytes": "MB of weights sent to a vLLM server at a time",
     f"{_SERVER}.engine_kwargs.vllm": "more arguments of `vllm serve`",
     "actor_rollout_ref.actor.strategy": "how parameters are sharded; one of `fsdp2`",
     f"{_FSDP}.fsdp_size": "workers that share one copy of the parameters; -1: all",

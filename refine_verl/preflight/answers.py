@@ -1,4 +1,4 @@
-"""Whether vLLM can write a run's answers (`refine.answers.engine=vllm`): said before anything is tokenised or started."""
+"""Whether vLLM can write a run's answers (`refine.answers.engine=vllm`): asked before anything is started."""
 
 from __future__ import annotations
 
@@ -204,13 +204,15 @@ def _check_memory(config: DictConfig) -> None:
         fits = int(100 * memory.available / memory.total / config.trainer.n_gpus_per_node) / 100
         raise ConfigError(
             f"{ROLLOUT}.gpu_memory_utilization",
-            f"{share:g} of this machine's memory for each of {config.trainer.n_gpus_per_node} vLLM server(s) is more "
-            f"than is free ({memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GB). Set it below {fits:g}, or "
-            "VLLM_CPU_KVCACHE_SPACE to the GB for states.",
+            f"{share:g} of this machine's memory for each of {config.trainer.n_gpus_per_node} vLLM server(s) is "
+            f"more than is free ({memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GB). Set it below "
+            f"{fits:g}, or VLLM_CPU_KVCACHE_SPACE to the GB for states.",
         )
 
 
-def answered_splits(refine: RefineSettings, train: Iterable[str | Path], validation: Iterable[str | Path]) -> list[Path]:
+def answered_splits(
+    refine: RefineSettings, train: Iterable[str | Path], validation: Iterable[str | Path]
+) -> list[Path]:
     """The prepared directories whose prompts are answered."""
     return [Path(path) for path in (*(train if refine.outer == "grpo" else ()), *validation)]
 

@@ -58,15 +58,18 @@ class _Mixer(QwenGatedDeltaNetAttention):
         super().__init__(settings, vllm_config, prefix, gqa_interleaved_layout=False)
         self.conv1d.weight.weight_loader = self._load_convolution
 
-    def _load_convolution(self, weight: nn.Parameter, loaded: Tensor, part: int) -> None:
-        """Put the weights [channels, 1, width] of queries (0), keys (1) or values (2) in their place."""
+    def _load_convolution(self, param: nn.Parameter, loaded: Tensor, part: int) -> None:
+        """Put the weights [channels, 1, width] of queries (0), keys (1) or values (2) in their place.
+
+        vLLM's reloading hands over the parameter as ``param``, and would fill another one under any other name.
+        """
         sizes = [size // self.tp_size for size in (self.key_dim, self.key_dim, self.value_dim)]
         expected = (sizes[part] * self.tp_size, 1, self.conv_kernel_size)
         if tuple(loaded.shape) != expected:
             raise ValueError(f"a convolution of {self.prefix} has the shape {tuple(loaded.shape)}, not {expected}")
         start = sum(sizes[:part])
         share = loaded[self.tp_rank * sizes[part] : (self.tp_rank + 1) * sizes[part]]
-        weight.data[start : start + sizes[part]].copy_(share)
+        param.data[start : start + sizes[part]].copy_(share)
 
 
 class _Block(nn.Module):

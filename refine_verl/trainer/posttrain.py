@@ -36,8 +36,8 @@ class PosttrainTrainer(PromptTrainer):
 
     Attributes:
         servers: those that write answers with ``refine.answers.engine=vllm``; None: the training workers do.
-        weights_version: counts the changes of the workers' weights since this start of the run; every answer of a server
-            says with which of them it was written.
+        weights_version: counts the changes of the workers' weights since this start of the run; every answer of a
+            server says with which of them it was written.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -173,10 +173,10 @@ class PosttrainTrainer(PromptTrainer):
 
     def _warn_of_gap(self, metrics: dict[str, float]) -> None:
         gap, bound = metrics.get("answers/log_prob_gap/mean", 0.0), self.settings.answers.gap_warning
-        if gap > bound and self.servers_lost is None:
+        if not gap <= bound and self.servers_lost is None:  # NaN is not
             logger.warning(
-                "step %d: vLLM's log-probabilities of its answers are %.3f from the trainer's on average (largest %.3f), "
-                "above refine.answers.gap_warning=%g: it samples from another distribution than the one that is trained",
+                "step %d: vLLM's log-probabilities of its answers are %.3f (at most %.3f) from the trainer's on average, "
+                "above refine.answers.gap_warning=%g: it draws from another distribution than the trained one",
                 self.global_steps,
                 gap,
                 metrics["answers/log_prob_gap/max"],

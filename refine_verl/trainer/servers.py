@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,6 +214,8 @@ def server_config(config: DictConfig, limit: int) -> DictConfig:
 
 
 def _start(config: DictConfig, group: RayWorkerGroup) -> Any:
+    # of this process; servers keep their own level, and their logs are in Ray's session directory
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from refine_verl.workers.vllm_server import AnswerServerManager
 
     return AnswerServerManager.create(config=config, worker_group=group)

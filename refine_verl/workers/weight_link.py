@@ -108,6 +108,8 @@ class WeightLink:
         why_gone = Watch(received, self.server).why_gone
 
         class Sender(BucketedWeightSender):
+            socket: Any
+
             def _init_socket(self) -> None:
                 super()._init_socket()
                 self.socket = PatientSocket(self.socket, why_gone)
