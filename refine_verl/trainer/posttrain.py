@@ -175,7 +175,7 @@ class PosttrainTrainer(PromptTrainer):
         gap, bound = metrics.get("answers/log_prob_gap/mean", 0.0), self.settings.answers.gap_warning
         if not gap <= bound and self.servers_lost is None:  # NaN is not
             logger.warning(
-                "step %d: vLLM's log-probabilities of its answers are %.3f (at most %.3f) from the trainer's on average, "
+                "step %d: vLLM's log-probabilities of its answers are %.3f from the trainer's (at most %.3f), "
                 "above refine.answers.gap_warning=%g: it draws from another distribution than the trained one",
                 self.global_steps,
                 gap,

@@ -58,7 +58,7 @@ class AnswerServers:
         group: the training workers, which send the weights.
         limit: tokens of the longest prompt with its answer.
         restarts: so many losses of a server are made good.
-        start: starts the servers and returns verl's manager; replaced in tests.
+        start: starts servers and returns verl's two managers, of servers and of weights; replaced in tests.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AnswerServers:
         group: RayWorkerGroup,
         limit: int,
         restarts: int,
-        start: Callable[[DictConfig, RayWorkerGroup], Any] | None = None,
+        start: Callable[[DictConfig, RayWorkerGroup], tuple[Any, Any]] | None = None,
     ) -> None:
         self.config, self.group = server_config(config, limit), group
         self.left = self.allowed = restarts
@@ -87,21 +87,14 @@ class AnswerServers:
         Raises:
             RunFailed: one did not come up.
         """
-        from verl.checkpoint_engine.base import CheckpointEngineManager
-        from verl.utils.config import omega_conf_to_dataclass
-
-        rollout = self.config.actor_rollout_ref.rollout
         try:
-            self.manager = self._start(self.config, self.group)
+            self.manager, self.sender = self._start(self.config, self.group)
         except RayError as error:
             raise RunFailed(
                 f"vLLM's server did not start ({first_line(error)}). Its log is in Ray's session directory; "
                 "refine.answers.engine=own does without it."
             ) from error
-        self.sender = CheckpointEngineManager(
-            omega_conf_to_dataclass(rollout.checkpoint_engine), self.group, self.manager.get_replicas()
-        )
-        self.group.connect_servers(rollout, self.manager.server_handles)
+        self.group.connect_servers(self.config.actor_rollout_ref.rollout, self.manager.server_handles)
         self.version = None
         if self.sleeps:
             self.sender.sleep_replicas()
@@ -213,12 +206,17 @@ def server_config(config: DictConfig, limit: int) -> DictConfig:
     return config
 
 
-def _start(config: DictConfig, group: RayWorkerGroup) -> Any:
+def _start(config: DictConfig, group: RayWorkerGroup) -> tuple[Any, Any]:
     # of this process; servers keep their own level, and their logs are in Ray's session directory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from verl.checkpoint_engine.base import CheckpointEngineManager
+    from verl.utils.config import omega_conf_to_dataclass
+
     from refine_verl.workers.vllm_server import AnswerServerManager
 
-    return AnswerServerManager.create(config=config, worker_group=group)
+    manager = AnswerServerManager.create(config=config, worker_group=group)
+    transfer = omega_conf_to_dataclass(config.actor_rollout_ref.rollout.checkpoint_engine)
+    return manager, CheckpointEngineManager(transfer, group, manager.get_replicas())
 
 
 async def _all_answers(client: Any, requests: Sequence[Request]) -> list[Any]:
