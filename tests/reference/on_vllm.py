@@ -65,14 +65,14 @@ def prompts() -> list[list[int]]:
     return [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
 
 
-def write_model(directory: Path, **config: Any) -> Path:
+def write_model(directory: Path, seed: int = 3, **config: Any) -> Path:
     """A random model in float32, as `save_pretrained` writes it."""
     from transformers import AutoConfig
 
     from refine_verl.models.loading import load_model
 
     values = COMMON | config
-    model = load_model(None, config=AutoConfig.for_model(values.pop("model_type"), **values), seed=3)
+    model = load_model(None, config=AutoConfig.for_model(values.pop("model_type"), **values), seed=seed)
     with torch.no_grad():  # initialised as a constant, which would hide that it is lost
         for name, parameter in model.named_parameters():
             if "norm" in name:
