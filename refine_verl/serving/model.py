@@ -156,8 +156,6 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree):
         parameters = dict(self.named_parameters())
         given: dict[str, set[int | None]] = {}
         for name, weight in self._completed(weights):
-            if self.config.tie_word_embeddings and name == "lm_head.weight":
-                continue
             place, part = _place(name)
             if place not in parameters:
                 raise ValueError(f"{name}: a {self.config.model_type} as vLLM computes it has no such weight")
@@ -173,7 +171,12 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree):
     def _completed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The weights, and constants for those of vLLM's layer that this model does not have."""
         settings = layer_settings(self.config)
+        tied = self.config.tie_word_embeddings
         for name, weight in weights:
+            if tied and name == "lm_head.weight":
+                continue
+            if tied and name == "model.embeddings.weight" and "lm_head.weight" in dict(self.named_parameters()):
+                yield "lm_head.weight", weight  # while vLLM reloads, it takes the two apart
             yield name, 2 * weight if name.endswith(".attn.o_norm.weight") and not self.config.use_gate else weight
         heads, width = settings.linear_num_value_heads, settings.hidden_size
         for index in range(self.config.num_hidden_layers):

@@ -21,7 +21,7 @@ from refine_verl.preflight.answers import answered_splits, longest_answered
 from refine_verl.preflight.reward_function import RewardFunction, load_reward_function
 from refine_verl.record.predictions import mean_scores
 from refine_verl.trainer.prompts import Columns, PromptTrainer
-from refine_verl.trainer.servers import AnswerServers, Request, ServerLost, Written
+from refine_verl.trainer.servers import AnswerServers, Request, ServerLost, Written, sampling_parameters
 from refine_verl.workers.advantage import answer_advantages
 from refine_verl.workers.objective import Objective
 
@@ -85,14 +85,12 @@ class PosttrainTrainer(PromptTrainer):
         batch = collate_columns(columns)
         limits, ids = batch["max_new_tokens"].tolist(), batch["document_id"].tolist()
         prompts = [row[:length].tolist() for row, length in zip(batch["tokens"], batch["lengths"], strict=True)]
-        # a stop token ends an answer here as in the workers, whatever the server's tokenizer takes for the end
-        common = {"logprobs": True, "detokenize": False, "ignore_eos": True, "stop_token_ids": list(self.stop_tokens)}
         requests: list[Request] = []
         for prompt, limit, number in zip(prompts, limits, ids, strict=True):
             name = f"{self.weights_version}-{number}"
             for seed in generation_seeds(self.config.data.seed, self.global_steps, number, samples):
-                drawn = {"temperature": temperature, "max_tokens": limit, "seed": seed}
-                requests.append((name, prompt, {**common, **drawn}))
+                drawn = sampling_parameters(self.stop_tokens, temperature=temperature, limit=limit, seed=seed)
+                requests.append((name, prompt, drawn))
         written = self.servers.write(requests, self.weights_version)
         read = sum(len(tokens) - answer.cached for (_, tokens, _), answer in zip(requests, written, strict=True))
         forward_tokens = read + sum(len(answer.tokens) - 1 for answer in written)

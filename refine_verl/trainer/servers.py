@@ -206,14 +206,31 @@ def server_config(config: DictConfig, limit: int) -> DictConfig:
     return config
 
 
+def sampling_parameters(stop_tokens: Sequence[int], *, temperature: float, limit: int, seed: int) -> dict[str, Any]:
+    """What verl's server is told of one answer.
+
+    Args:
+        stop_tokens: ids that end it, as in the workers, whatever the server's tokenizer takes for the end.
+        temperature: 0 takes the most likely token.
+        limit: most tokens.
+        seed: of its random numbers.
+    """
+    ends = {"ignore_eos": True, "stop_token_ids": list(stop_tokens), "max_tokens": limit}
+    return {**ends, "temperature": temperature, "seed": seed, "logprobs": True, "detokenize": False}
+
+
 def _start(config: DictConfig, group: RayWorkerGroup) -> tuple[Any, Any]:
     # of this process; servers keep their own level, and their logs are in Ray's session directory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from transformers.utils import logging as transformers_logging
     from verl.checkpoint_engine.base import CheckpointEngineManager
     from verl.utils.config import omega_conf_to_dataclass
 
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # vLLM imports processors of images, which ask for torchvision
     from refine_verl.workers.vllm_server import AnswerServerManager
 
+    transformers_logging.set_verbosity(before)
     manager = AnswerServerManager.create(config=config, worker_group=group)
     transfer = omega_conf_to_dataclass(config.actor_rollout_ref.rollout.checkpoint_engine)
     return manager, CheckpointEngineManager(transfer, group, manager.get_replicas())

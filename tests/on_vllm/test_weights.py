@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from refine_verl.models.loading import load_model
 from refine_verl.serving.distribution import answer_to_vllm, installed_vllm
+from refine_verl.trainer.servers import sampling_parameters
 
 answer_to_vllm()
 
@@ -53,7 +54,7 @@ def send(llm: Any, weights: list[tuple[str, torch.Tensor]], address: str) -> int
 
 @pytest.mark.parametrize("name", ["delta_gate_tied", "gated_grouped"])
 def test_weights_that_change(name: str, directories: dict[str, Path], tmp_path: Path) -> None:
-    """A server that starts with random weights follows one model, then another; each time the other model is far off."""
+    """A server with random weights follows one model, then another; the other one is far off each time."""
     second = write_model(tmp_path / "second", **MODELS[name], seed=4)
     with engine(directories[name], load_format="dummy", worker_extension_cls=EXTENSION, seed=1) as llm:
         [address] = llm.collective_rpc("_get_zmq_handle")
@@ -63,6 +64,24 @@ def test_weights_that_change(name: str, directories: dict[str, Path], tmp_path: 
             assert send(llm, weights, address) > 2
             answers = generate(llm, prompts())
             assert gap(answers, models[directory]) < BOUND < gap(answers, models[other]) / 5
+        check_sampling(llm)
+
+
+def check_sampling(llm: Any) -> None:
+    """As servers are asked: up to the limit, or to a stop token, which counts; the same seed writes the same."""
+    from vllm import SamplingParams
+
+    def answer(*stop_tokens: int, **how: Any) -> list[int]:
+        told = sampling_parameters(stop_tokens, **{"temperature": 1.0, "limit": 9, "seed": 1, **how}) | {"logprobs": 0}
+        [output] = llm.generate([{"prompt_token_ids": prompts()[1]}], SamplingParams(**told), use_tqdm=False)
+        assert len(output.outputs[0].logprobs) == len(output.outputs[0].token_ids)
+        return list(output.outputs[0].token_ids)
+
+    first = answer()
+    assert len(first) == 9 and answer(limit=4) == first[:4] and answer() == first != answer(seed=2)
+    end = first.index(first[3]) + 1
+    assert answer(first[3]) == first[:end]
+    assert answer(temperature=0.0) == answer(temperature=0.0, seed=2)
 
 
 def test_verl_finds_a_vllm() -> None:
