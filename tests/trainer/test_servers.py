@@ -17,6 +17,7 @@ import zmq
 from omegaconf import DictConfig, OmegaConf
 from ray.exceptions import RayActorError, RayTaskError
 
+from refine_verl.compose.acting_keys import SERVER_KEYS
 from refine_verl.compose.composition import compose_config
 from refine_verl.config import RunFailed
 from refine_verl.nsp import generation_seeds
@@ -203,6 +204,42 @@ def test_what_verl_is_told() -> None:
     told = server_config(composed("trainer.device=cpu", "actor_rollout_ref.rollout.max_model_len=99"), limit=48)
     rollout = told.actor_rollout_ref.rollout
     assert not rollout.enable_sleep_mode and not rollout.free_cache_engine and rollout.max_model_len == 99
+
+
+KEYS_OF_SERVERS = {
+    "tensor_model_parallel_size": 2,
+    "gpu_memory_utilization": 0.25,
+    "free_cache_engine": False,
+    "max_model_len": 99,
+    "max_num_seqs": 7,
+    "max_num_batched_tokens": 512,
+    "enable_prefix_caching": False,
+    "enable_chunked_prefill": False,
+    "enforce_eager": True,
+    "cudagraph_capture_sizes": [1, 2],
+    "checkpoint_engine.update_weights_bucket_megabytes": 3,
+    "engine_kwargs.vllm": {"kv_cache_memory_bytes": 100},
+}
+
+
+def test_every_key_of_servers_arrives() -> None:
+    """As verl reads them. The control: none of them is a default."""
+    from verl.utils.config import omega_conf_to_dataclass
+
+    assert set(SERVER_KEYS) == {f"actor_rollout_ref.rollout.{name}" for name in KEYS_OF_SERVERS}
+    config = composed("trainer.device=cuda")
+    plain = OmegaConf.select(config, "actor_rollout_ref.rollout")
+    assert all(OmegaConf.select(plain, name) != value for name, value in KEYS_OF_SERVERS.items())
+    for name, value in KEYS_OF_SERVERS.items():
+        OmegaConf.update(config, f"actor_rollout_ref.rollout.{name}", value, force_add=True)
+    told = omega_conf_to_dataclass(server_config(config, limit=48).actor_rollout_ref.rollout)
+    for name, value in KEYS_OF_SERVERS.items():
+        found: Any = told
+        for part in name.split("."):
+            found = found[part] if isinstance(found, dict) else getattr(found, part)
+        if name == "engine_kwargs.vllm":
+            found = {key: found[key] for key in value}
+        assert found == value, name
 
 
 # The trainer
