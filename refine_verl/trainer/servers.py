@@ -7,7 +7,9 @@ verl's `LLMServerManager` starts them, its `CheckpointEngineManager` sends weigh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,9 @@ from refine_verl.config import RunFailed
 from refine_verl.workers.weight_link import ServerGone, first_line
 
 logger = logging.getLogger(__name__)
+
+SECONDS_TO_END = 30.0
+"""So long a killed server may take before others are started in its place."""
 
 Request = tuple[str, list[int], dict[str, Any]]
 """Which prompt, its tokens, and what `vllm.SamplingParams` takes."""
@@ -135,7 +140,8 @@ class AnswerServers:
                 self._restart()
 
     def _restart(self) -> None:
-        self.end()
+        for actor in self.end():
+            _wait_until_gone(actor)  # or the next ones would find its memory taken
         try:
             self.start()
         except RunFailed as error:
@@ -167,16 +173,16 @@ class AnswerServers:
             )
         return written
 
-    def end(self) -> None:
-        """End all servers' processes."""
-        manager, self.manager = self.manager, None
+    def end(self) -> list[Any]:
+        """Kill all servers' processes, and return what Ray knows them by."""
+        manager, self.manager, self.version = self.manager, None, None
         if manager is None or not ray.is_initialized():
-            return
-        balancer = getattr(manager, "global_load_balancer", None)
-        replicas = getattr(manager, "rollout_replicas", ())
-        for actor in [*(server for replica in replicas for server in replica.servers), balancer]:
-            if actor is not None:
-                ray.kill(actor, no_restart=True)
+            return []
+        actors = [server for replica in manager.get_replicas() for server in replica.servers]
+        actors.append(manager.global_load_balancer)
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+        return actors
 
 
 def server_config(config: DictConfig, limit: int) -> DictConfig:
@@ -196,6 +202,8 @@ def server_config(config: DictConfig, limit: int) -> DictConfig:
         # of each answer, what it was drawn with is said: these are only vLLM's defaults
         rollout.temperature, rollout.n = 1.0, 1
         rollout.prompt_length = rollout.response_length = rollout.max_model_len
+        if not rollout.enable_chunked_prefill:  # a prompt is read at once
+            rollout.max_num_batched_tokens = max(rollout.max_num_batched_tokens, rollout.max_model_len)
         engine = dict(rollout.engine_kwargs.vllm or {})
         engine.setdefault("tokenizer", config.actor_rollout_ref.model.tokenizer_path)
         rollout.engine_kwargs.vllm = engine
@@ -219,6 +227,13 @@ def sampling_parameters(stop_tokens: Sequence[int], *, temperature: float, limit
     return {**ends, "temperature": temperature, "seed": seed, "logprobs": True, "detokenize": False}
 
 
+def _wait_until_gone(actor: Any) -> None:
+    try:
+        ray.get(actor.__ray_ready__.remote(), timeout=SECONDS_TO_END)
+    except RayError:  # that it is dead; or a timeout, and the start says what is missing
+        return
+
+
 def _start(config: DictConfig, group: RayWorkerGroup) -> tuple[Any, Any]:
     # of this process; servers keep their own level, and their logs are in Ray's session directory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -231,7 +246,8 @@ def _start(config: DictConfig, group: RayWorkerGroup) -> tuple[Any, Any]:
     from refine_verl.workers.vllm_server import AnswerServerManager
 
     transformers_logging.set_verbosity(before)
-    manager = AnswerServerManager.create(config=config, worker_group=group)
+    with contextlib.redirect_stdout(io.StringIO()):  # verl prints addresses
+        manager = AnswerServerManager.create(config=config, worker_group=group)
     transfer = omega_conf_to_dataclass(config.actor_rollout_ref.rollout.checkpoint_engine)
     return manager, CheckpointEngineManager(transfer, group, manager.get_replicas())
 

@@ -182,6 +182,34 @@ def test_a_lost_training_worker_is_no_lost_server() -> None:
         assert raised.value is error
 
 
+def test_lost_servers_are_gone_before_others_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them and the balancer; ended a second time, there is nothing to end."""
+
+    class Actor(SimpleNamespace):
+        @property
+        def __ray_ready__(self) -> Any:
+            return SimpleNamespace(remote=lambda: self.name)
+
+    def get(name: str, timeout: float) -> None:
+        world.events.append(f"{name} is gone")
+        raise dead()
+
+    world = World(failures=[dead()])
+    world.get_replicas = lambda: [
+        SimpleNamespace(servers=[Actor(name="a")]),
+        SimpleNamespace(servers=[Actor(name="b")]),
+    ]
+    world.global_load_balancer = Actor(name="c")
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.ray, "kill", lambda actor, no_restart: world.events.append(f"kill {actor.name}"))
+    monkeypatch.setattr(module.ray, "get", get)
+    servers = made(world, "trainer.device=cpu", restarts=1)
+    servers.write(REQUESTS, 1)
+    ends = ["kill a", "kill b", "kill c", "a is gone", "b is gone", "c is gone"]
+    assert world.events == ["start", "weights 1", *ends, "start", "weights 1"]
+    assert len(servers.end()) == 3 and servers.end() == []
+
+
 def test_servers_that_do_not_start() -> None:
     failing = remote(ValueError("Available memory on node 0 is less than desired"))
     with pytest.raises(RunFailed, match="did not start .ValueError: Available memory .* refine.answers.engine=own"):
