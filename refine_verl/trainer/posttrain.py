@@ -21,7 +21,14 @@ from refine_verl.preflight.answers import answered_splits, longest_answered
 from refine_verl.preflight.reward_function import RewardFunction, load_reward_function
 from refine_verl.record.predictions import mean_scores
 from refine_verl.trainer.prompts import Columns, PromptTrainer
-from refine_verl.trainer.servers import AnswerServers, Request, ServerLost, Written, sampling_parameters
+from refine_verl.trainer.servers import (
+    AnswerServers,
+    Request,
+    ServerLost,
+    Written,
+    logging_as_it_is,
+    sampling_parameters,
+)
 from refine_verl.workers.advantage import answer_advantages
 from refine_verl.workers.objective import Objective
 
@@ -47,7 +54,8 @@ class PosttrainTrainer(PromptTrainer):
         self.weights_version = 1
 
     def _setup(self) -> None:
-        super()._setup()
+        with logging_as_it_is() if self.settings.answers.engine == "vllm" else contextlib.nullcontext():
+            super()._setup()
         if self.settings.answers.engine == "vllm":
             data = self.config.data
             limit = longest_answered(answered_splits(self.settings, data.train_files, data.val_files))

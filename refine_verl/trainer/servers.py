@@ -227,6 +227,26 @@ def sampling_parameters(stop_tokens: Sequence[int], *, temperature: float, limit
     return {**ends, "temperature": temperature, "seed": seed, "logprobs": True, "detokenize": False}
 
 
+@contextmanager
+def logging_as_it_is() -> Iterator[None]:
+    """What vLLM says and changes while it is imported stays within; servers keep levels of their own.
+
+    Importing it sets the level of the root logger and its handlers to ERROR, and asks for torchvision.
+    """
+    from transformers.utils import logging as of_transformers
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    levels = [(item, item.level) for item in (logging.root, *logging.root.handlers)]
+    verbosity = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()
+    try:
+        yield
+    finally:
+        of_transformers.set_verbosity(verbosity)
+        for item, level in levels:
+            item.setLevel(level)
+
+
 def _wait_until_gone(actor: Any) -> None:
     try:
         ray.get(actor.__ray_ready__.remote(), timeout=SECONDS_TO_END)
@@ -235,17 +255,12 @@ def _wait_until_gone(actor: Any) -> None:
 
 
 def _start(config: DictConfig, group: RayWorkerGroup) -> tuple[Any, Any]:
-    # of this process; servers keep their own level, and their logs are in Ray's session directory
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from transformers.utils import logging as transformers_logging
-    from verl.checkpoint_engine.base import CheckpointEngineManager
-    from verl.utils.config import omega_conf_to_dataclass
+    with logging_as_it_is():
+        from verl.checkpoint_engine.base import CheckpointEngineManager
+        from verl.utils.config import omega_conf_to_dataclass
 
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # vLLM imports processors of images, which ask for torchvision
-    from refine_verl.workers.vllm_server import AnswerServerManager
+        from refine_verl.workers.vllm_server import AnswerServerManager
 
-    transformers_logging.set_verbosity(before)
     with contextlib.redirect_stdout(io.StringIO()):  # verl prints addresses
         manager = AnswerServerManager.create(config=config, worker_group=group)
     transfer = omega_conf_to_dataclass(config.actor_rollout_ref.rollout.checkpoint_engine)

@@ -25,7 +25,7 @@ VLLM = (
     f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes=1",  # of 2 MB in all
 )
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-# a model of two layers that has learnt for two steps; with the weights of the step before it is above 0.02
+# bfloat16 alone: 0.002 was seen; what wrong weights do is in test_weights.py
 BOUND = 0.01
 
 

@@ -210,6 +210,20 @@ def test_lost_servers_are_gone_before_others_start(monkeypatch: pytest.MonkeyPat
     assert len(servers.end()) == 3 and servers.end() == []
 
 
+def test_what_an_import_does_to_logging_is_undone() -> None:
+    """vLLM's sets levels to ERROR, and warnings of lost servers would not be seen."""
+    handler = logging.StreamHandler()
+    logging.root.addHandler(handler)
+    before = logging.root.level
+    try:
+        with module.logging_as_it_is():
+            logging.root.setLevel(logging.CRITICAL)
+            handler.setLevel(logging.CRITICAL)
+        assert (logging.root.level, handler.level) == (before, logging.NOTSET)
+    finally:
+        logging.root.removeHandler(handler)
+
+
 def test_servers_that_do_not_start() -> None:
     failing = remote(ValueError("Available memory on node 0 is less than desired"))
     with pytest.raises(RunFailed, match="did not start .ValueError: Available memory .* refine.answers.engine=own"):
