@@ -236,14 +236,15 @@ def logging_as_it_is() -> Iterator[None]:
     from transformers.utils import logging as of_transformers
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    levels = [(item, item.level) for item in (logging.root, *logging.root.handlers)]
+    loud: list[Any] = [logging.root, *logging.root.handlers]
+    levels = [item.level for item in loud]
     verbosity = of_transformers.get_verbosity()
     of_transformers.set_verbosity_error()
     try:
         yield
     finally:
         of_transformers.set_verbosity(verbosity)
-        for item, level in levels:
+        for item, level in zip(loud, levels, strict=True):
             item.setLevel(level)
 
 
