@@ -14,6 +14,9 @@ door                                                   used by
 ``TrainingWorker`` (subclass)                          ``workers.worker.NSPRolloutWorker``
 ``PPOTrainer`` of trainer v1 (subclass)                ``trainer.refine_trainer.RefineTrainer``
 ``RayResourcePool``, ``RayWorkerGroup`` (called)       ``trainer.refine_trainer``
+``LLMServerManager``, ``CheckpointEngineManager``      ``trainer.servers``, ``workers.vllm_server``
+``vLLMHttpServer`` and its extension (subclasses)      ``workers.vllm_server``, ``workers.vllm_extension``
+``ServerAdapter`` (called)                             ``workers.weight_link``
 ``data.custom_cls``                                    ``data.verl_dataset``
 advantage and policy-loss registries (called)          ``workers.advantage``, ``workers.loss``
 =====================================================  =====================================================

@@ -16,6 +16,7 @@ from refine_verl.config import ConfigError, DataSettings, PromptSettings, list_s
 _OPTIM = "actor_rollout_ref.actor.optim"
 _FSDP = "actor_rollout_ref.actor.fsdp_config"
 _POLICY = "actor_rollout_ref.actor.policy_loss"
+_SERVER = "actor_rollout_ref.rollout"
 
 ACTING: dict[str, str] = {
     "data.train_batch_size": "sequences per step, over all workers",
@@ -57,6 +58,18 @@ ACTING: dict[str, str] = {
     "actor_rollout_ref.actor.ppo_epochs": "passes over a batch of rollouts",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": "documents per forward and backward pass and worker",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": "documents per pass and worker without gradients",
+    f"{_SERVER}.tensor_model_parallel_size": "devices that a vLLM server has",
+    f"{_SERVER}.gpu_memory_utilization": "share of the memory that a vLLM server takes",
+    f"{_SERVER}.free_cache_engine": "vLLM servers give their memory back between uses; on CPUs they do not",
+    f"{_SERVER}.max_model_len": "tokens of a prompt with its answer that a vLLM server takes",
+    f"{_SERVER}.max_num_seqs": "answers that a vLLM server writes at a time",
+    f"{_SERVER}.max_num_batched_tokens": "tokens that a vLLM server reads at a time",
+    f"{_SERVER}.enable_prefix_caching": "a vLLM server keeps what prompts begin with",
+    f"{_SERVER}.enable_chunked_prefill": "a vLLM server reads long prompts in pieces",
+    f"{_SERVER}.enforce_eager": "vLLM servers without torch.compile and CUDA graphs",
+    f"{_SERVER}.cudagraph_capture_sizes": "batch sizes for which vLLM servers record CUDA graphs",
+    f"{_SERVER}.checkpoint_engine.update_weights_bucket_megabytes": "MB of weights sent to a vLLM server at a time",
+    f"{_SERVER}.engine_kwargs.vllm": "more arguments of `vllm serve`",
     "actor_rollout_ref.actor.strategy": "how parameters are sharded; one of `fsdp2`",
     f"{_FSDP}.fsdp_size": "workers that share one copy of the parameters; -1: all",
     f"{_FSDP}.param_offload": "keep parameters on the CPU between uses",
@@ -113,6 +126,11 @@ ACTING: dict[str, str] = {
 }
 """verl's keys and sections that act, and what they do; `docs/recipes.md` says more."""
 
+SERVER_KEYS = (
+    *(key for key in ACTING if key.startswith(f"{_SERVER}.") and not key.endswith("log_prob_micro_batch_size_per_gpu")),
+)
+"""Those of vLLM servers, `refine.answers.engine=vllm`."""
+
 _COSINE = ((f"{_OPTIM}.lr_scheduler_type", "cosine"), (f"{_OPTIM}.warmup_style", "cosine"))
 ONLY_WITH: dict[str, tuple[tuple[str, object], ...]] = {
     **dict.fromkeys(
@@ -134,8 +152,9 @@ ONLY_WITH: dict[str, tuple[tuple[str, object], ...]] = {
         ("actor_rollout_ref.actor.loss_agg_mode", "seq-mean-token-sum-norm"),
     ),
     f"{_FSDP}.seed": ((f"{_FSDP}.full_determinism", True),),
+    **dict.fromkeys(SERVER_KEYS, (("refine.answers.engine", "vllm"),)),
 }
-"""Keys that act with one of these choices of another key only."""
+"""Keys and sections that act with one of these choices of another key only."""
 VERLS_LOSSES = (
     *("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"),
     "bypass_mode",
@@ -214,11 +233,12 @@ def check_acting(config: DictConfig) -> None:
     for key, value in _inert(config):
         if (key in defaults and _same(value, defaults[key])) or _follows(config, key, value):
             continue
-        if key in ONLY_WITH and value is None:  # verl's own default
+        condition = _condition(key)
+        if condition and value is None:  # verl's own default
             continue
         reason = INSTEAD.get(next(filter(INSTEAD.__contains__, _upwards(key)), ""), "REFINE does not read this key")
-        if key in ONLY_WITH:
-            other, choice = ONLY_WITH[key][0]
+        if condition:
+            other, choice = condition[0]
             reason = f"it is read with {other}={str(choice).lower() if choice is True else choice} only"
         shown = str(value).lower() if isinstance(value, bool) else value
         raise ConfigError(key, f"{shown} would have no effect: {reason}. Leave it out.")
@@ -263,9 +283,15 @@ def acts(key: str, config: DictConfig) -> bool:
         # and rollouts of the prompts, which it compares too, have one outcome each: nothing to discount
         reinforced = refine.phase == "posttrain" and refine.outer == "grpo" and refine.inner != "refine"
         return bool(reinforced and config.algorithm.adv_estimator == "reinforce_plus_plus")
-    if key in ONLY_WITH and not any(_may_be(config, *choice) for choice in ONLY_WITH[key]):
+    condition = _condition(key)
+    if condition and not any(_may_be(config, *choice) for choice in condition):
         return False
     return any(place in ACTING for place in _upwards(key))
+
+
+def _condition(key: str) -> tuple[tuple[str, object], ...]:
+    """With which choices a key, or the section it is in, acts; none: always."""
+    return next((ONLY_WITH[place] for place in _upwards(key) if place in ONLY_WITH), ())
 
 
 def _may_be(config: DictConfig, key: str, choice: object) -> bool:

@@ -60,6 +60,10 @@ _INTEGERS = {
     f"{ACTOR}.ppo_epochs": 1,
     f"{ACTOR}.ppo_micro_batch_size_per_gpu": 1,
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 1,
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    "actor_rollout_ref.rollout.max_num_seqs": 1,
+    "actor_rollout_ref.rollout.max_num_batched_tokens": 1,
+    "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes": 1,
 }
 """Keys of verl that hold an integer, and the smallest it may be."""
 _LARGEST = 2**63 - 1

@@ -28,6 +28,7 @@ _PRECISIONS = (*_FLOAT32, *_BFLOAT16, "fp16", "float16", "16")
 ACTOR = "actor_rollout_ref.actor"
 _OPTIM = f"{ACTOR}.optim"
 _FSDP = f"{ACTOR}.fsdp_config"
+_SERVER = "actor_rollout_ref.rollout"
 _OVERRIDES = "actor_rollout_ref.model.override_config"
 
 
@@ -117,6 +118,10 @@ def check_verl_keys(config: DictConfig) -> None:
     for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high"):
         if actor[name] is not None:
             require_number(f"{ACTOR}.{name}", actor[name], at_least=0)
+    server = config.actor_rollout_ref.rollout
+    require_number(f"{_SERVER}.gpu_memory_utilization", server.gpu_memory_utilization, above=0, at_most=1)
+    if server.max_model_len is not None:
+        require_number(f"{_SERVER}.max_model_len", server.max_model_len, whole=True, at_least=2)
     for name in ("save_contents", "load_contents"):
         _check_contents(f"{ACTOR}.checkpoint.{name}", actor.checkpoint[name])
     _check_dtypes(actor.fsdp_config, config.trainer.device)

@@ -21,6 +21,7 @@ INNER = ("none", "sft", "refine")
 OUTER = ("none", "sft", "grpo")
 CONVENTIONS = ("paper", "lm_eval", "official")
 OLD_LOG_PROBS = ("rollout", "recomputed")
+ENGINES = ("own", "vllm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,22 @@ class LossSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerSettings(Settings):
-    """`refine.answers`: how answers to prompts are sampled for `refine.outer=grpo`, and how they are scored."""
+    """`refine.answers`: who writes answers to prompts, how they are sampled for `refine.outer=grpo`, and scored."""
 
     SECTION: ClassVar[str] = "refine.answers"
+
+    engine: str = option(
+        "own",
+        "who writes the answers of refine.phase=posttrain, those of its validation included: the training workers "
+        "(own), or vLLM servers beside them, which are sent the weights before (vllm)",
+        choices=ENGINES,
+    )
+    gap_warning: float = option(
+        0.15,
+        "mean distance between vLLM's log-probabilities of sampled answers and the trainer's above which a step is "
+        "warned about; only for engine=vllm",
+        above=0,
+    )
 
     samples: int = option(
         8, "n: answers sampled for each prompt and compared with each other; only for refine.outer=grpo", at_least=2
@@ -248,8 +262,25 @@ class RefineSettings(Settings):
             raise ConfigError("refine.loss.sft_coef", "0 leaves refine.inner=sft nothing to learn from. Raise it.")
         if self.phase != "ttt" and self.ttt != TTTSettings():
             raise ConfigError("refine.ttt", f"has no effect with refine.phase={self.phase}: leave it out.")
-        unused = AnswerSettings(convention=self.answers.convention)
-        if self.outer != "grpo" and self.answers != unused:
+        self._check_answers()
+
+    def _check_answers(self) -> None:
+        answers, default = self.answers, AnswerSettings()
+        if answers.engine != "own" and self.phase != "posttrain":
+            raise ConfigError(
+                "refine.answers.engine",
+                f"{answers.engine} has no effect with refine.phase={self.phase}: vLLM writes the answers of "
+                "refine.phase=posttrain; at test time a model is adapted for each batch and answers in the training "
+                "workers. Leave it out.",
+            )
+        if answers.gap_warning != default.gap_warning and (answers.engine == "own" or self.outer != "grpo"):
+            raise ConfigError(
+                "refine.answers.gap_warning",
+                f"{answers.gap_warning} has no effect with refine.answers.engine={answers.engine} "
+                f"refine.outer={self.outer}: answers that vLLM sampled are compared. Leave it out.",
+            )
+        unused = dataclasses.replace(answers, samples=default.samples, temperature=default.temperature)
+        if self.outer != "grpo" and answers != unused:
             raise ConfigError(
                 "refine.answers",
                 f"samples and temperature have no effect with refine.outer={self.outer}: leave them out.",

@@ -38,6 +38,7 @@ from refine_verl.nsp.rewards import (
 )
 from refine_verl.nsp.sampling import (
     end_tokens,
+    generation_seeds,
     generation_uniforms,
     position_uniforms,
     rollout_uniforms,

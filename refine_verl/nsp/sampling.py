@@ -100,6 +100,17 @@ def generation_uniforms(seed: int, step: int, document_id: int, answers: int, le
     return np.stack([_stream(key, rollout=r).random(length) for r in range(answers)])
 
 
+def generation_seeds(seed: int, step: int, document_id: int, answers: int) -> list[int]:
+    """A seed below 2**53 for each answer to a prompt, for a sampler that has random numbers of its own.
+
+    Entry r is a pure function of (seed, step, document, r).
+
+    Raises:
+        ValueError: as `uniforms`.
+    """
+    return [int(number * _UNITS) for number in generation_uniforms(seed, step, document_id, answers, 1)[:, 0]]
+
+
 def scaled_log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """`log_softmax(logits / temperature)` over the last dimension, in float32 (float64 for float64 logits).
 

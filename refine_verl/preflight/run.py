@@ -28,6 +28,7 @@ from refine_verl.config import (
     RolloutLength,
 )
 from refine_verl.config.refusals import with_article
+from refine_verl.preflight.answers import answered_splits, check_lengths, check_servers
 from refine_verl.preflight.cluster import check_cluster, joins_cluster
 from refine_verl.preflight.prompts import PROMPT_DATASET, prepare_prompt_splits
 from refine_verl.preflight.reward_function import load_reward_function
@@ -126,6 +127,9 @@ def prepare_run(valid: ValidConfig, *, starts_here: bool = False) -> PreparedRun
         validation = _prepare_validation(valid.data, tokenizer)
     else:
         train, validation = prepare_prompt_splits(valid, tokenizer)
+        if valid.refine.answers.engine == "vllm":
+            splits = ([train.path], [] if validation is None else [validation.path])
+            check_lengths(valid.config, answered_splits(valid.refine, *splits))
     return PreparedRun(valid=valid, model=info, tokenizer=tokenizer, train=train, validation=validation)
 
 
@@ -167,6 +171,8 @@ def check_run(valid: ValidConfig) -> ModelInfo:
     if valid.refine.uses_rollouts:
         check_selection(valid.refine.nsp, adapter)
     check_checkpoint(valid.config, info.config)
+    if valid.refine.answers.engine == "vllm":
+        check_servers(valid, info.config)
     _find_documents(valid.data)
     return info
 

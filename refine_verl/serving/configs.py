@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 CPU_HEADS = (64, 128)
 """The widths of heads that vLLM's CPU kernels take, keys as wide as values."""
@@ -89,6 +90,16 @@ class LaCTConfig(_ServedConfig):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
+
+
+CONFIGS: tuple[type[PretrainedConfig], ...] = (DeltaNetConfig, GatedDeltaNetConfig, LaCTConfig)
+
+
+def register_configs() -> None:
+    """Make the families' configurations known to transformers, where fla has not done so; may be called again."""
+    for config in CONFIGS:
+        if config.model_type not in CONFIG_MAPPING:
+            AutoConfig.register(config.model_type, config)
 
 
 @dataclass(frozen=True)

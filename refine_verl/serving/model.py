@@ -58,15 +58,18 @@ class _Mixer(QwenGatedDeltaNetAttention):
         super().__init__(settings, vllm_config, prefix, gqa_interleaved_layout=False)
         self.conv1d.weight.weight_loader = self._load_convolution
 
-    def _load_convolution(self, weight: nn.Parameter, loaded: Tensor, part: int) -> None:
-        """Put the weights [channels, 1, width] of queries (0), keys (1) or values (2) in their place."""
+    def _load_convolution(self, param: nn.Parameter, loaded: Tensor, part: int) -> None:
+        """Put the weights [channels, 1, width] of queries (0), keys (1) or values (2) in their place.
+
+        vLLM's reloading hands over the parameter as ``param``, and would fill another one under any other name.
+        """
         sizes = [size // self.tp_size for size in (self.key_dim, self.key_dim, self.value_dim)]
         expected = (sizes[part] * self.tp_size, 1, self.conv_kernel_size)
         if tuple(loaded.shape) != expected:
             raise ValueError(f"a convolution of {self.prefix} has the shape {tuple(loaded.shape)}, not {expected}")
         start = sum(sizes[:part])
         share = loaded[self.tp_rank * sizes[part] : (self.tp_rank + 1) * sizes[part]]
-        weight.data[start : start + sizes[part]].copy_(share)
+        param.data[start : start + sizes[part]].copy_(share)
 
 
 class _Block(nn.Module):
@@ -153,8 +156,6 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree):
         parameters = dict(self.named_parameters())
         given: dict[str, set[int | None]] = {}
         for name, weight in self._completed(weights):
-            if self.config.tie_word_embeddings and name == "lm_head.weight":
-                continue
             place, part = _place(name)
             if place not in parameters:
                 raise ValueError(f"{name}: a {self.config.model_type} as vLLM computes it has no such weight")
@@ -170,7 +171,12 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree):
     def _completed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The weights, and constants for those of vLLM's layer that this model does not have."""
         settings = layer_settings(self.config)
+        tied = self.config.tie_word_embeddings
         for name, weight in weights:
+            if tied and name == "lm_head.weight":
+                continue
+            if tied and name == "model.embeddings.weight" and "lm_head.weight" in dict(self.named_parameters()):
+                yield "lm_head.weight", weight  # while vLLM reloads, it takes the two apart
             yield name, 2 * weight if name.endswith(".attn.o_norm.weight") and not self.config.use_gate else weight
         heads, width = settings.linear_num_value_heads, settings.hidden_size
         for index in range(self.config.num_hidden_layers):

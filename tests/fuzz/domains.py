@@ -194,6 +194,8 @@ PROMPTS: dict[str, Domain] = {
     "data.max_answer_length": _integer(1, null=True),
     "data.overlong_prompts": _text("error", "middle", "left", "right"),
     "data.max_new_tokens": _integer(1),
+    "refine.answers.engine": _text("own", "vllm"),
+    "refine.answers.gap_warning": _POSITIVE,
     "refine.answers.samples": _integer(2),
     "refine.answers.temperature": _POSITIVE,
     "refine.answers.convention": _text("paper", "lm_eval", "official"),

@@ -7,8 +7,9 @@ import json
 import os
 import random
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,9 +167,42 @@ def posttrain(session: Session) -> dict[str, Any]:
     results["sampled"] = {name: value.clone() for name, value in session.group.last["answer"].items()}
     session.configure(inner="none")
     results["grpo_alone"] = session.step(rows)
+    session.configure(inner="none")
+    with served(session):
+        results["served"] = session.step(rows)
+    session.configure(inner="none")
     session.trainer.val_dataloader = [columns(rows[:3]), columns(rows[3:5])]
     results["validation"] = [row for batch in session.trainer.val_dataloader for row in session.trainer.answered(batch)]
     return results
+
+
+GAP, LARGEST_GAP = 0.125, 0.5
+
+
+@contextmanager
+def served(session: Session) -> Any:
+    """The worker's answers with the log-probabilities that a server with other rounding might have given them."""
+    trainer = session.trainer
+    own = trainer.answer
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        servers, trainer.servers = trainer.servers, None
+        answers, tokens = own(*args, **kwargs)
+        trainer.servers = servers
+        answers = answers.clone()
+        written = torch.arange(answers["answer_tokens"].shape[-1]) < answers["answer_lengths"][..., None]
+        answers["old_log_probs"] = answers["old_log_probs"] - GAP * written
+        answers["old_log_probs"][0, 0, 0] -= LARGEST_GAP - GAP
+        return answers, tokens
+
+    answering = trainer.settings.answers
+    trainer.answer, trainer.servers = answer, SimpleNamespace(in_use=nullcontext)
+    object.__setattr__(answering, "engine", "vllm")
+    try:
+        yield
+    finally:
+        object.__setattr__(answering, "engine", "own")
+        trainer.answer, trainer.servers = own, None
 
 
 def same(a: Any, b: Any) -> bool:

@@ -22,7 +22,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.tracking import Tracking
 from verl.workers.config.optimizer import build_optimizer
 
-from refine_verl.compose.acting_keys import ACTING
+from refine_verl.compose.acting_keys import ACTING, SERVER_KEYS
 from refine_verl.compose.composition import compose_config
 from refine_verl.compose.validate import validate
 from refine_verl.compose.verl_keys import STRATEGIES
@@ -48,6 +48,7 @@ TESTED_IN: dict[str, str] = {
     "trainer.nnodes": "cluster/test_capacity.py",
     "actor_rollout_ref.model.external_lib": "docs/test_new_model.py",
     "reward.custom_reward_function": "trainer/test_reward_function.py",
+    **dict.fromkeys(SERVER_KEYS, "trainer/test_servers.py"),
 }
 """Keys that need more than a look at one object, and where they are seen to act."""
 ONE_VALUE = {

@@ -63,7 +63,7 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
             "load_checkpoint",
         },
     ),
-    "posttrain": (PosttrainTrainer, PPOTrainer, {"step", "_validate"}),
+    "posttrain": (PosttrainTrainer, PPOTrainer, {"__init__", "_setup", "step", "_validate"}),
     "prompts": (PromptTrainer, PPOTrainer, {"fit"}),
     "ttt": (TTTTrainer, PPOTrainer, {"step"}),
     "worker": (NSPRolloutWorker, TrainingWorker, {"__init__", "save_checkpoint"}),

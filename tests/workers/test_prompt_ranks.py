@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference.prompt_ranks import TTT_RUNS
+from reference.prompt_ranks import GAP, LARGEST_GAP, TTT_RUNS
 from reference.prompt_runs import prompt_overrides, write_prompts
 from reference.ranks import run_ranks
 from torch import Tensor
@@ -71,14 +71,14 @@ def test_the_inner_phase_never_sees_an_answer(results: Results, world: int, inne
     assert not any(equal(*pair) for pair in zip(given[steps:], other[steps:], strict=True))
 
 
-@pytest.mark.parametrize("name", ["refine", "refine_twice", "sft", "none", "grpo", "grpo_alone"])
+@pytest.mark.parametrize("name", ["refine", "refine_twice", "sft", "none", "grpo", "grpo_alone", "served"])
 def test_one_rank_and_two_learn_the_same(results: Results, name: str) -> None:
     one, two = results["posttrain", 1][name], results["posttrain", 2][name]
     for got, wanted in zip(two["gradients"], one["gradients"], strict=True):
         assert worst(got, wanted) < SUMMED_IN_ANOTHER_ORDER
     assert worst(two["parameters"], one["parameters"]) < SUMMED_IN_ANOTHER_ORDER
     for metric, value in one["metrics"].items():
-        if metric.startswith(("actor/", "answer/", "nsp/")):
+        if metric.startswith(("actor/", "answer/", "answers/", "nsp/")):
             assert two["metrics"][metric] == pytest.approx(value, rel=1e-4, abs=1e-5), metric
     # the control: another step has other gradients
     assert worst(one["gradients"][-1], results["posttrain", 1]["sft_twice"]["gradients"][-1]) > 0.01
@@ -99,6 +99,20 @@ def test_what_each_phase_measures(results: Results) -> None:
     assert {"answer/pg_loss", "answer/ppo_kl", "answer/reward/mean"} <= grpo and "answer/ntp_loss" not in grpo
     costs = {name: found[name]["metrics"]["perf/forward_tokens_per_token"] for name in ("none", "sft", "refine")}
     assert costs["none"] == 1 and costs["none"] < costs["sft"] < costs["refine"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_log_probabilities_of_a_server_are_compared_and_not_trained_with(results: Results, world: int) -> None:
+    """`refine.answers.engine=vllm`: those of the trained pass are the old ones, whatever the server said."""
+    found = results["posttrain", world]
+    served, own = found["served"], found["grpo_alone"]
+    tokens = int(found["sampled"]["answer_lengths"].sum())  # sampled before: of as many answers, but for the weights
+    mean, largest = (served["metrics"][f"answers/log_prob_gap/{name}"] for name in ("mean", "max"))
+    assert largest == pytest.approx(LARGEST_GAP, abs=1e-4)
+    assert mean == pytest.approx(GAP + (LARGEST_GAP - GAP) / tokens, abs=0.2 / tokens) and mean > GAP
+    assert not any(name.startswith("answers/") for name in own["metrics"])
+    for got, wanted in zip(served["gradients"], own["gradients"], strict=True):
+        assert worst(got, wanted) < SUMMED_IN_ANOTHER_ORDER
 
 
 def test_sampled_answers_do_not_depend_on_the_ranks(results: Results) -> None:
