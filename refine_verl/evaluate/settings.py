@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from refine_verl.config import CONVENTIONS, INNER, ConfigError, Settings, option, require_choice
+from refine_verl.config.sections import ENGINES
 
 _GIVEN = dataclasses.MISSING
 
@@ -62,7 +63,6 @@ OTHERS: dict[str, tuple[str, ...]] = {
 """Tasks that belong to a group but are not in the paper's tables; by name only."""
 ADAPTS = ("ruler_niah", "ruler_qa", "longbench")
 """Groups whose samples have a prompt to adapt to."""
-ENGINES = ("own", "vllm")
 OF_VLLM = ("max_model_len", "gpu_memory_utilization")
 """Keys that mean something to vLLM only."""
 USED_BY: dict[str, tuple[str, ...]] = {
