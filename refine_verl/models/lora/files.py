@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from refine_verl.config import DataError, ModelError
+from refine_verl.config import ConfigError, DataError, ModelError
 from refine_verl.models.lora.layers import _PART, ADAPTER, adapter_parameters, finish, has_adapters
 from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
 from refine_verl.record.files import write_atomically
@@ -101,9 +101,12 @@ def write_adapter(
         tensors: their whole values, where the model has shards only; None: the model's.
 
     Raises:
+        ConfigError: there is something else at ``directory``.
         OSError: it cannot be written.
     """
     final = Path(directory).expanduser().absolute()
+    if final.exists() and not (final / CONFIG).is_file() and not (final.is_dir() and not any(final.iterdir())):
+        raise ConfigError("directory", f"{final} is there already, and is no adapter. Give a new or empty one.")
     found = adapter_parameters(model) if tensors is None else tensors
     whole = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
     config = dataclasses.replace(model.peft_config[ADAPTER], inference_mode=True)
@@ -123,7 +126,11 @@ def write_adapter(
         record = flushed(folder / WEIGHTS)
         note: dict[str, Any] = {
             "format": FORMAT,
-            "base": {"model_type": model.config.model_type, "name": config.base_model_name_or_path, "sha256": fingerprint},
+            "base": {
+                "model_type": model.config.model_type,
+                "name": config.base_model_name_or_path,
+                "sha256": fingerprint,
+            },
             "file_bytes": record.bytes,
             "file_sha256": record.sha256,
             **(about or {}),

@@ -51,7 +51,9 @@ def target_names(model: nn.Module, settings: LoraSettings, section: str = LoraSe
         chosen = _matching(wanted, linear, key)
         for name in chosen:
             if name in without:
-                cure = " (config.json: fuse_swiglu=false makes it an ordinary layer)" if "fused" in without[name] else ""
+                cure = (
+                    " (config.json: fuse_swiglu=false makes it an ordinary layer)" if "fused" in without[name] else ""
+                )
                 raise ConfigError(key, f"{name} can have no adapter: {without[name]}{cure}. Leave it out.")
     if settings.exclude_modules is not None:
         left_out = set(_matching(settings.exclude_modules, linear, f"{section}.exclude_modules"))

@@ -71,7 +71,11 @@ def test_what_cannot_be_forked_is_refused(why: str, tmp_path: Path) -> None:
     changes, said = REFUSED[why]
     hybrid_config("qwen3_5_text").save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    values = {**json.loads(file.read_text()), "num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+    values = {
+        **json.loads(file.read_text()),
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    }
     file.write_text(json.dumps(values))
     inspect_model(tmp_path)
     file.write_text(json.dumps({**values, **changes}))
