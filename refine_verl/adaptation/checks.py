@@ -36,8 +36,8 @@ def check_model(model: object, trains: bool, caller: str = "refine_verl.adapt", 
 
     Raises:
         ModelError: not a Hugging Face model, no adapter, quantised, no linear head, weights spread over devices or
-            processes, no numbers, made in inference mode, all frozen, sharing memory, with adapters already, or one that fla
-            refuses to train on this GPU.
+            processes, no numbers, made in inference mode, all frozen, sharing memory, with LoRA adapters already, or
+            one that fla refuses to train on this GPU.
     """
     with naming(caller):
         _check(model, trains, adapters)
@@ -63,8 +63,8 @@ def _check(model: object, trains: bool, adapters: bool) -> None:
         )
     if adapters and has_adapters(model):
         raise Unusable(
-            "the model has adapters already (peft_config), which adaptation without lora_rank trains as they are. Leave "
-            "lora_rank out, or merge them first (merge_and_unload, or python -m refine_verl.export)."
+            "the model has adapters already (peft_config), which adaptation without lora_rank trains as they are. "
+            "Leave lora_rank out, or merge them first (merge_and_unload, or python -m refine_verl.export)."
         )
     if trains:
         if not adapters:

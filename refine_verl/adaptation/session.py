@@ -125,8 +125,8 @@ class Adapted:
         if not self.settings.lora_rank:
             raise ConfigError(
                 "adapt.lora_rank",
-                "is 0: all weights were trained, and there is no adapter to save. Set lora_rank, or keep the whole model "
-                "with adapted.model.save_pretrained.",
+                "is 0: all weights were trained, and there is no adapter to save. Set lora_rank, or keep the whole "
+                "model with adapted.model.save_pretrained.",
             )
         about = {"settings": dataclasses.asdict(self.settings), "prompts": len(self._prompts)}
         return write_adapter(directory, self.model, base_fingerprint(self.model), about=about)

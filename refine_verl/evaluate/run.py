@@ -39,6 +39,7 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     words = json.dumps(tokenizer_fingerprint(model.tokenizer), sort_keys=True)
     identity = {
         "model": settings.model,
+        **({} if settings.adapter is None else {"adapter": settings.adapter}),
         "model_sha256": model_fingerprint(model.actor),
         "tokenizer": settings.tokenizer or settings.model,
         "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest(),
@@ -52,7 +53,8 @@ def evaluate(settings: EvaluateSettings) -> list[Table]:
     units = [*plan.needles(), *units]
     finished = _finished(units, results, ttt)
     rows = results.earlier(finished)
-    label = settings.model if settings.ttt == "none" else f"{settings.model} + {settings.ttt} at test time"
+    label = settings.model if settings.adapter is None else f"{settings.model} with {settings.adapter}"
+    label = label if settings.ttt == "none" else f"{label} + {settings.ttt} at test time"
     tables: list[Table] = []
     for unit in units:
         run = short_context.run if unit.group == "short_context" else _run
@@ -96,7 +98,7 @@ class _Plan:
     def __init__(self, settings: EvaluateSettings) -> None:
         self.settings, self.groups = settings, settings.by_group()
         self.short = self.groups.get("short_context", [])
-        self.model = find_model(settings.model, settings.tokenizer)
+        self.model = find_model(settings.model, settings.tokenizer, adapter=settings.adapter)
         self.tokenizer = self.model.tokenizer
         check_data_dir(settings, self.groups)
         missing = needles.missing_files(settings, self.groups.get("ruler_niah", []), self.tokenizer)

@@ -103,7 +103,7 @@ class CheckpointingTrainer(PPOTrainer):
 
     @property
     def _result(self) -> Path:
-        """Where what was trained is written to in the end: ``adapter/`` of a run that trains adapters, else ``model/``."""
+        """Where what was trained is written to in the end: ``model/``, or ``adapter/`` where that is trained."""
         return self.run_dir / ("adapter" if self.config.actor_rollout_ref.model.lora_rank else "model")
 
     def _export(self) -> None:

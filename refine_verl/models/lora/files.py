@@ -1,7 +1,7 @@
 """Adapters in files: directories as PEFT writes and reads them, and beside them what they belong to.
 
-`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `refine_adapter.json` says which base they were trained
-on and what for. Directories that PEFT wrote without it are read, too. No pickle is written or read.
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `refine_adapter.json` says which base they were
+trained on and what for. Directories that PEFT wrote without it are read, too. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -237,8 +237,8 @@ def refuse_other_base(adapter: Adapter, model: Any, fingerprint: Callable[[], st
     if about["sha256"] != (base_fingerprint(model) if fingerprint is None else fingerprint()):
         named = f" ({about['name']})" if about.get("name") else ""
         raise ModelError(
-            f"{where}: it was trained on other weights{named}: another checkpoint, or the model has been trained since. "
-            "Give the model that it was trained on."
+            f"{where}: it was trained on other weights{named}: another checkpoint, or the model has been trained "
+            "since. Give the model that it was trained on."
         )
 
 

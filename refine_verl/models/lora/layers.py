@@ -20,8 +20,8 @@ ADAPTER = "default"
 _PART = "lora_"
 """What the names of PEFT's parameters and modules of LoRA begin with."""
 _FUSED = (
-    "its weight is read by a fused kernel past the layer itself, so that an adapter would be ignored, here and wherever "
-    "PEFT loads it"
+    "its weight is read by a fused kernel past the layer itself, so that an adapter would be ignored, here and "
+    "wherever PEFT loads it"
 )
 
 
@@ -40,8 +40,8 @@ def target_names(model: nn.Module, settings: LoraSettings, section: str = LoraSe
     Raises:
         ConfigError: names that no linear layer has, layers that can have no adapter, or none left.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    linear: dict[str, nn.Linear] = {n: each for n, each in model.named_modules() if isinstance(each, nn.Linear)}
     without = {name: "it is computed in chunks from its weight" for name, module in linear.items() if module is head}
     without.update(_read_around(model))
     wanted, key = settings.target_modules, f"{section}.target_modules"
