@@ -146,7 +146,13 @@ def test_test_time_training_keeps_each_prompt_and_forgets_it(results: Results) -
 
 @pytest.mark.parametrize(
     ("row", "name"),
-    [("a-1", "a-1"), ("../x/y", "%2E.%2Fx%2Fy"), (".", "%2E"), ("prompts.jsonl:0", "prompts.jsonl%3A0"), ("ü", "%C3%BC")],
+    [
+        ("a-1", "a-1"),
+        ("../x/y", "%2E.%2Fx%2Fy"),
+        (".", "%2E"),
+        ("prompts.jsonl:0", "prompts.jsonl%3A0"),
+        ("ü", "%C3%BC"),
+    ],
 )
 def test_names_of_directories(row: str, name: str) -> None:
     assert directory_name(row) == name

@@ -109,7 +109,13 @@ def _listing(linear: dict[str, Any]) -> str:
 
 
 def add_adapters(
-    model: nn.Module, settings: LoraSettings, *, seed: int, section: str = LoraSettings.SECTION, base: str | None = None
+    model: nn.Module,
+    settings: LoraSettings,
+    *,
+    seed: int,
+    section: str = LoraSettings.SECTION,
+    base: str | None = None,
+    empty: bool = False,
 ) -> None:
     """Put adapters into a model, in place; they alone are trainable afterwards, and change nothing yet.
 
@@ -121,6 +127,7 @@ def add_adapters(
         seed: of their random half; torch's own random state is not touched.
         section: of the keys, for messages.
         base: directory or hub id of the model, to be noted in files.
+        empty: leave them on the meta device.
 
     Raises:
         ConfigError: see `target_names`.
@@ -137,7 +144,7 @@ def add_adapters(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(config, model, ADAPTER)
+        peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=empty)
     finish(model)
 
 
