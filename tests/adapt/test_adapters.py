@@ -354,3 +354,21 @@ def test_a_model_with_adapters_is_trained_as_it_is(kept: Path) -> None:
         changed = {n for n, each in adapted.model.named_parameters() if bits(each) != before[f"{n}:bits"]}
     assert changed == {name for name, _ in model.named_parameters() if "lora_" in name}
     assert fingerprint(model) == before
+
+
+def test_a_state_of_an_adapted_model_belongs_to_model_and_adapter(tmp_path: Path) -> None:
+    """Read inside the block, asked later of the same model with the kept adapter; without it refused."""
+    documents, questions = [list(range(40))], [[3, 4]]
+    with refine_verl.adapt(build(), prompts(), LORA) as adapted:
+        memory = refine_verl.remember(adapted.model, documents)
+        wanted = memory.ask(questions, max_new_tokens=5, stop_tokens=())[0]
+        memory.save(tmp_path / "states")
+        adapted.save(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="weights have changed"):
+        memory.ask(questions, max_new_tokens=5)
+    with pytest.raises(ModelError, match="other weights"):
+        refine_verl.remember.load(tmp_path / "states", build())
+    model = build()
+    lora.apply_adapter(model, lora.open_adapter(tmp_path / "adapter"))
+    again = refine_verl.remember.load(tmp_path / "states", model).ask(questions, max_new_tokens=5, stop_tokens=())[0]
+    assert torch.equal(again.tokens, wanted.tokens) and torch.equal(again.log_probs, wanted.log_probs)
