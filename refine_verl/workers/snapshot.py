@@ -30,9 +30,9 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all tensors that are kept."""
+        """Size of all tensors that are kept, this rank's part."""
         kept = [*self._tensors, *tree_leaves(self._optimizer)]
-        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+        return sum(_local(value).nbytes for value in kept if isinstance(value, Tensor))
 
     @torch.no_grad()
     def restore(self, engine: RefineEngine) -> None:

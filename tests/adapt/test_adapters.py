@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from reference.hybrid import hybrid_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,7 +21,7 @@ from refine_verl.adaptation import training
 from refine_verl.adaptation.guard import SavedModel
 from refine_verl.config import ConfigError, DataError, LoraSettings, ModelError
 from refine_verl.kernels import cpu_kernels
-from refine_verl.models import FastWeightActor, lora, make_actor
+from refine_verl.models import FastWeightActor, load_model, lora, make_actor
 from refine_verl.models.lora import files
 
 from .conftest import CONFIG, bits, build, fingerprint, prompts
@@ -372,3 +373,25 @@ def test_a_state_of_an_adapted_model_belongs_to_model_and_adapter(tmp_path: Path
     lora.apply_adapter(model, lora.open_adapter(tmp_path / "adapter"))
     again = refine_verl.remember.load(tmp_path / "states", model).ask(questions, max_new_tokens=5, stop_tokens=())[0]
     assert torch.equal(again.tokens, wanted.tokens) and torch.equal(again.log_probs, wanted.log_probs)
+
+
+@pytest.mark.parametrize("kind", ["olmo_hybrid", "qwen3_next"])
+def test_hybrids(kind: str, tmp_path: Path) -> None:
+    """Layers of attention get adapters, too. In Qwen3-Next PEFT would take those of an MLP for the experts'."""
+
+    def make() -> Any:
+        return load_model(None, config=hybrid_config(kind), dtype=torch.float64, seed=1)
+
+    model, row = make(), prompts()[0]
+    before = fingerprint(model)
+    with refine_verl.adapt(model, prompts(), {**LORA, "activation_checkpointing": "layer"}) as adapted:
+        parameters = lora.adapter_parameters(adapted.model)
+        assert all(each.any() for each in parameters.values())
+        adapted.save(tmp_path)
+        wanted = logits(adapted.model, row)
+    names = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in parameters}
+    assert {"q_proj", "o_proj"} <= names and ("down_proj" in names) == (kind == "olmo_hybrid")
+    assert "lm_head" not in names
+    assert fingerprint(model) == before
+    theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path))
+    assert torch.equal(logits(theirs, row), wanted) and not torch.equal(logits(make(), row), wanted)

@@ -25,12 +25,16 @@ _FUSED = (
 )
 
 
+_EXPERTS, _OF_EXPERTS = ("qwen3_next",), ("gate_proj", "up_proj", "down_proj")
+"""Families in which PEFT makes these names, wherever they stand, those of the experts' weights."""
+
+
 def target_names(model: nn.Module, settings: LoraSettings, section: str = LoraSettings.SECTION) -> list[str]:
     """Names of the linear layers that get an adapter, in the order of the model.
 
     The rules are PEFT's: a name in a list stands for every layer whose dotted name ends with it, a text for a regular
     expression that matches the whole dotted name. `all-linear` leaves out the LM head, which is computed in chunks from
-    its weight, and layers whose weight is read past them.
+    its weight, layers whose weight is read past them, and those that PEFT takes for others.
 
     Args:
         model: without adapters; may be on the meta device.
@@ -63,10 +67,13 @@ def target_names(model: nn.Module, settings: LoraSettings, section: str = LoraSe
     return chosen
 
 
-def _read_around(model: nn.Module) -> dict[str, str]:
-    """Linear layers whose forward pass is never called, and why."""
+def _read_around(model: Any) -> dict[str, str]:
+    """Linear layers that no adapter reaches, and why."""
     found = {}
+    experts = getattr(getattr(model, "config", None), "model_type", "") in _EXPERTS
     for name, module in model.named_modules():
+        if experts and isinstance(module, nn.Linear) and name.rpartition(".")[2] in _OF_EXPERTS:
+            found[name] = "in this family PEFT takes its name for that of weights of the experts"
         children = []
         if getattr(module, "fuse_swiglu", False):  # GatedMLP of fla
             children.append("down_proj")
@@ -146,6 +153,13 @@ def add_adapters(
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=empty)
     finish(model)
+    if missed := set(names).symmetric_difference(lora_layers(model)):
+        put_back(model)
+        raise ConfigError(
+            f"{section}.target_modules",
+            f"PEFT understands these names otherwise for a {model.config.model_type} ({sorted(missed)[0]}). Leave such "  # type: ignore[union-attr]
+            "layers out with exclude_modules.",
+        )
 
 
 def finish(model: nn.Module) -> None:
