@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ from refine_verl.evaluate.model import find_model, load_evaluated, ttt_settings
 from refine_verl.export.__main__ import main
 from refine_verl.inspect.source import load_actor
 from refine_verl.kernels import cpu_kernels
-from refine_verl.models import load_model, lora, open_model
+from refine_verl.models import load_model, lora, make_actor, open_model
 from refine_verl.preflight.checkpoints import _check_adapters
 from refine_verl.preflight.run import check_adapters
+from refine_verl.workers.engine import RefineEngine
 
 TEXT = list(b"The grass is green, and Ann has seven apples.")
 
@@ -201,3 +203,39 @@ def test_a_checkpoint_with_other_adapters_is_not_resumed(tmp_path: Path) -> None
     for other in (LoraSettings(), LoraSettings(lora_rank=8), LoraSettings(lora_rank=4, lora_alpha=8)):
         with pytest.raises(ConfigError, match="has adapters of rank 4 and alpha 16"):
             _check_adapters(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"target_modules": ["q_proj", "o_proj"]}, {"q_proj", "o_proj"}),
+        ({"target_modules": r".*\.attn\..*", "exclude_modules": ["b_proj"]}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    ],
+)
+def test_which_layers_a_worker_trains(base: Path, keys: dict[str, Any], expected: set[str]) -> None:
+    module = _built(base, lora_rank=4, **keys)
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert {name.partition(".lora_")[0].rpartition(".")[2] for name in names} == expected
+    assert all("lora_" in name for name in names)
+
+
+def test_a_worker_goes_on_from_an_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
+    module = _built(base, lora_rank=4, lora_adapter_path=str(adapter))
+    stored = lora.open_adapter(adapter)
+    found = lora.adapter_parameters(module)
+    assert found.keys() == stored.tensors.keys()
+    assert all(torch.equal(found[name], value) and found[name].requires_grad for name, value in stored.tensors.items())
+    assert {name for name, each in module.named_parameters() if each.requires_grad} == {
+        name for name, _ in module.named_parameters() if "lora_" in name
+    }
+    with pytest.raises(ModelError, match="lora_adapter_path=.*trained on other weights"):
+        _built(make_model(tmp_path, seed=2), lora_rank=4, lora_adapter_path=str(adapter))
+
+
+def _built(base: Path, **keys: Any) -> Any:
+    """What the engine makes of a model before it is sharded."""
+    engine: Any = RefineEngine.__new__(RefineEngine)
+    engine.model_config, engine.seed, engine.rank = SimpleNamespace(path=str(base), **keys), 1, 0
+    module = engine._build_lora_module(make_actor(load_model(base)))
+    assert engine.base_fingerprint == lora.base_fingerprint(load_model(base))
+    return module
