@@ -115,7 +115,7 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
     check_verl_keys(config)
     lora = LoraSettings.of(_section(config.actor_rollout_ref, "model"))
     check_acting(config)
-    _check_adapters(lora, refine)
+    _check_adapters(lora, refine, config.actor_rollout_ref.actor.checkpoint.save_contents)
     _make_paths_absolute(config)
     model = dataclasses.replace(model, path=config.model.path, tokenizer=config.model.tokenizer)
     refine = dataclasses.replace(refine, ttt=dataclasses.replace(refine.ttt, keep=config.refine.ttt.keep))
@@ -248,11 +248,20 @@ def _check_reading(model: ModelSettings, refine: RefineSettings) -> None:
         )
 
 
-def _check_adapters(lora: LoraSettings, refine: RefineSettings) -> None:
-    if refine.ttt.keep is not None and not lora.lora_rank:
+def _check_adapters(lora: LoraSettings, refine: RefineSettings, saved: Iterable[str]) -> None:
+    if lora.lora_rank and "hf_model" in saved:
+        raise ConfigError(
+            f"{ACTOR}.checkpoint.save_contents",
+            f"hf_model would write layers under the names they have with adapters ({lora.SECTION}.lora_rank="
+            f"{lora.lora_rank}). Leave it out: the run writes its adapter, which python -m refine_verl.export merges.",
+        )
+    keep = refine.ttt.keep
+    if keep is not None and lora.lora_rank and (problem := why_not_writable(Path(keep).expanduser())):
+        raise ConfigError("refine.ttt.keep", f"{keep}: {problem}. Name another place.")
+    if keep is not None and not lora.lora_rank:
         raise ConfigError(
             "refine.ttt.keep",
-            f"{refine.ttt.keep} keeps adapters, and there are none with {lora.SECTION}.lora_rank=0. Set lora_rank=16, "
+            f"{keep} keeps adapters, and there are none with {lora.SECTION}.lora_rank=0. Set lora_rank=16, "
             "say, or leave it out.",
         )
 

@@ -157,6 +157,10 @@ MODEL = "actor_rollout_ref.model"
         ),
         ((f"{MODEL}.lora_rank=-1",), "lora_rank: must be at least 0"),
         ((f"{MODEL}.lora_rank=4", f"{MODEL}.target_modules='('"), "no regular expression"),
+        (
+            (f"{MODEL}.lora_rank=4", "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"),
+            "save_contents: hf_model would write layers under the names they have with adapters",
+        ),
         (("refine.ttt.keep=x",), "refine.ttt: has no effect with refine.phase=documents"),
     ],
 )
@@ -170,6 +174,8 @@ def test_keeping_needs_adapters(base: Path, tmp_path: Path) -> None:
     keys = ["recipe=ttt", f"model.path={base}", "data.val_files=[a]", f"trainer.default_local_dir={tmp_path}"]
     with pytest.raises(ConfigError, match="refine.ttt.keep: .*Set lora_rank=16"):
         validate(compose_config([*keys, "refine.ttt.keep=adapters"]))
+    with pytest.raises(ConfigError, match="refine.ttt.keep: /dev/null/x: /dev/null is no directory"):
+        validate(compose_config([*keys, "refine.ttt.keep=/dev/null/x", f"{MODEL}.lora_rank=4"]))
     valid = validate(compose_config([*keys, "refine.ttt.keep=adapters", f"{MODEL}.lora_rank=4"]))
     assert valid.refine.ttt.keep == valid.config.refine.ttt.keep == str(Path("adapters").absolute())
     HydraConfig.instance().cfg = None
