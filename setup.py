@@ -26,6 +26,8 @@ CORE = [
     "datasets>=3,<6",
     "tokenizers>=0.21,<1",
     "safetensors>=0.4,<1",
+    # verl asks for it, too; adapters and their files are its.
+    "peft>=0.19,<0.22",
     "numpy>=2,<3",
     "pyarrow>=19,<27",
     "zstandard>=0.22,<1",

@@ -124,6 +124,7 @@ def _written_files(run_dir: Path) -> str:
     contents = {
         "report.html": "curves of the run",
         "model": "the trained model, for AutoModelForCausalLM.from_pretrained",
+        "adapter": "the trained LoRA adapter, for PeftModel.from_pretrained",
         "predictions.jsonl": "every generated answer with its scores",
         "metrics.jsonl": "every metric of every step",
         "config.yaml": "the resolved configuration",
@@ -138,6 +139,13 @@ def _written_files(run_dir: Path) -> str:
         lines += [
             "Next: train this model on documents of your own (parquet, jsonl, txt or a directory of them)",
             f"  python -m refine_verl.main recipe=midtrain {model} data.train_files=FILES",
+        ]
+    elif (run_dir / "adapter").is_dir():
+        from refine_verl.command.show import typed
+
+        lines += [
+            "Next: evaluate it (adapter=DIR), or merge it into a model that every command takes",
+            f"  python -m refine_verl.export {typed('adapter', run_dir / 'adapter')} out=DIR",
         ]
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.kernels.versions import installed, why_not_trainable
 from refine_verl.models import FastWeightActor
 from refine_verl.models.loading import check_family
+from refine_verl.models.lora import has_adapters
 from refine_verl.models.weights import Unusable, check_numbers, naming
 from refine_verl.nsp import check_functions
 
@@ -24,24 +25,25 @@ def check_settings(settings: AdaptSettings) -> None:
     check_functions(settings.nsp)
 
 
-def check_model(model: object, trains: bool, caller: str = "refine_verl.adapt") -> None:
+def check_model(model: object, trains: bool, caller: str = "refine_verl.adapt", adapters: bool = False) -> None:
     """Check that a model can be adapted here.
 
     Args:
         model: what the user gave.
         trains: whether weights will be changed (not with method=none).
         caller: what was called, for messages.
+        adapters: whether it is LoRA adapters that are trained, and not the weights themselves.
 
     Raises:
         ModelError: not a Hugging Face model, no adapter, quantised, no linear head, weights spread over devices or
-            processes, no numbers, made in inference mode, all frozen, sharing memory, or one that fla
-            refuses to train on this GPU.
+            processes, no numbers, made in inference mode, all frozen, sharing memory, with LoRA adapters already, or
+            one that fla refuses to train on this GPU.
     """
     with naming(caller):
-        _check(model, trains)
+        _check(model, trains, adapters)
 
 
-def _check(model: object, trains: bool) -> None:
+def _check(model: object, trains: bool, adapters: bool) -> None:
     if torch.is_inference_mode_enabled():
         raise Unusable(
             "torch.inference_mode() is on, and tensors made under it can never have gradients. Leave that "
@@ -59,8 +61,14 @@ def _check(model: object, trains: bool) -> None:
             "the model's own gradient checkpointing drops the fast-weight state. Call "
             "model.gradient_checkpointing_disable(), and set activation_checkpointing='layer' instead."
         )
+    if adapters and has_adapters(model):
+        raise Unusable(
+            "the model has adapters already (peft_config), which adaptation without lora_rank trains as they are. "
+            "Leave lora_rank out, or merge them first (merge_and_unload, or python -m refine_verl.export)."
+        )
     if trains:
-        _check_trainable(model)
+        if not adapters:
+            _check_trainable(model)
         device = next(model.parameters()).device
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         if refused := why_not_trainable(model.config, capability, installed()):

@@ -53,15 +53,26 @@ class SavedModel:
         self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
         self._training = [(module, module.training) for module in model.modules()]
         self._forward = model.__dict__.get("forward", _MISSING)
+        self._adapters = model.__dict__.get("peft_config", _MISSING)
+        self._layers = [(module, dict(module._modules)) for module in model.modules()]
         self.widened = False
 
-    def save(self, backup: str) -> None:
+    def save(self, backup: str, *, fixed: bool = False) -> None:
         """Copy what will change to ``backup``, ``cpu`` or ``device``, and widen low precision.
 
         After an error, `restore` undoes what was done.
+
+        Args:
+            backup: where to.
+            fixed: no parameter that is there now will be written to, so that none is copied or widened.
         """
         for parameter in self._model.parameters():
             data, low = parameter.data, parameter.dtype in LOW_PRECISION
+            if fixed:
+                flag, grad = parameter.requires_grad, parameter.grad
+                self._parameters.append(_Saved(parameter, data, None, data.device, grad, flag))
+                parameter.grad = None
+                continue
             place = data.device if backup == "device" else torch.device("cpu")
             # a low-precision tensor is its own copy, as training writes to another one; it may have to wait elsewhere
             tensor = data.to(place) if low else data
@@ -71,13 +82,13 @@ class SavedModel:
             parameter.grad = None
             if low:
                 parameter.data, self.widened = data.float(), True
-        self._save_buffers()
+        self._save_buffers(fixed)
         if self.widened and next(self._model.parameters()).device.type == "cuda":
             # fla's kernels want low-precision activations, which these weights no longer give them by themselves
             in_autocast = torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
             self._model.__dict__["forward"] = in_autocast(self._model.forward)
 
-    def _save_buffers(self) -> None:
+    def _save_buffers(self, fixed: bool) -> None:
         working: dict[int, Tensor] = {}
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
@@ -85,7 +96,8 @@ class SavedModel:
                 if buffer is None:
                     continue
                 if id(buffer) not in working:
-                    working[id(buffer)] = buffer.float() if buffer.dtype in LOW_PRECISION else buffer.clone()
+                    widens = buffer.dtype in LOW_PRECISION and not fixed
+                    working[id(buffer)] = buffer.float() if widens else buffer.clone()
                 module._buffers[name] = working[id(buffer)]
 
     def restore(self) -> None:
@@ -102,6 +114,9 @@ class SavedModel:
 
     @torch.no_grad()
     def _restore(self) -> None:
+        for module, children in self._layers:
+            for name, child in children.items():
+                module._modules[name] = child  # without the adapters around it
         for saved in self._parameters:
             saved.restore()
         for module, name, buffer in self._buffers:
@@ -109,6 +124,7 @@ class SavedModel:
         for module, training in self._training:
             module.training = training
         _put(self._model, "forward", self._forward)
+        _put(self._model, "peft_config", self._adapters)
         torch.clear_autocast_cache()  # an autocast block of the caller may have cached the adapted weights
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from refine_verl.adaptation.guard import SavedModel, TemporaryActor, set_trainin
 from refine_verl.adaptation.prompts import PromptError, Prompts, vocabulary_of
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
+from refine_verl.config import ConfigError
 from refine_verl.models import Documents, FastWeightActor
 from refine_verl.models.adapters import ModelAdapter, adapter_for, check_selection
 from refine_verl.models.answers import Answers, answer_draws, end_tokens_of
+from refine_verl.models.lora import add_adapters, base_fingerprint, target_names, write_adapter
 
 
 def adapt(
@@ -32,17 +36,20 @@ def adapt(
     Args:
         model: a fast-weight causal language model of transformers in any floating dtype, on the CPU or one GPU, or
             a `FastWeightActor`. bf16 and fp16 weights are float32 inside the block. Frozen parameters stay frozen.
+            With ``lora_rank`` no weight changes: LoRA adapters around the model's layers are trained.
         input_ids: the prompts: int [T] or [B, T] without padding, or a list of rows of unequal length; on any device.
         config: `AdaptSettings`, or a mapping with its keys; None takes the paper's settings.
 
     Raises:
-        ConfigError: unknown key or a value that cannot be used.
+        ConfigError: unknown key or a value that cannot be used, or layers to adapt that the model does not have.
         PromptError: no prompts, a prompt too short, a token id out of range.
         ModelError: a model that cannot be adapted here. All three before anything is touched.
     """
     settings = read_settings(config)
-    check_model(model, trains=settings.method != "none")
+    check_model(model, trains=settings.method != "none", adapters=settings.lora_rank > 0)
     check_settings(settings)
+    if settings.lora_rank:
+        target_names(model, settings.lora, AdaptSettings.SECTION)
     if settings.reinforces:
         check_selection(settings.nsp, _adapter(model))
     prompts = Prompts.read(
@@ -57,7 +64,10 @@ def _session(model: nn.Module, prompts: Prompts, settings: AdaptSettings) -> Ite
     adapted: Adapted | None = None
     try:
         if settings.method != "none":
-            saved.save(settings.backup)
+            saved.save(settings.backup, fixed=settings.lora_rank > 0)
+        if settings.lora_rank:
+            name = getattr(model, "name_or_path", None) or None
+            add_adapters(model, settings.lora, seed=settings.seed, section=AdaptSettings.SECTION, base=name)
         actor = TemporaryActor(model, activation_checkpointing=settings.activation_checkpointing, widened=saved.widened)
         adapted = Adapted(actor, prompts, settings)
         adapted._train()
@@ -93,6 +103,33 @@ class Adapted:
             documents = self._prompts.documents(range(len(self._prompts)), self._actor.device)
             self.history = Loop(actor, self.settings).run(documents, self._prompts.ids)
         torch.clear_autocast_cache()  # an autocast block of the caller may have cached the original weights
+
+    def save(self, directory: str | Path) -> Path:
+        """Keep what was learned: a directory that ``PeftModel.from_pretrained`` loads onto the same model.
+
+        Args:
+            directory: new or empty, or an adapter that is to be replaced. All of it is written, or nothing.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ConfigError: all weights were trained (``lora_rank=0``), or the directory holds other things.
+            RuntimeError: the block has ended, and the adapters with it.
+            OSError: it cannot be written.
+        """
+        if self._closed:
+            raise RuntimeError(
+                "adapted.save: the with block has ended, and the adapters with it. Save inside the block."
+            )
+        if not self.settings.lora_rank:
+            raise ConfigError(
+                "adapt.lora_rank",
+                "is 0: all weights were trained, and there is no adapter to save. Set lora_rank, or keep the whole "
+                "model with adapted.model.save_pretrained.",
+            )
+        about = {"settings": dataclasses.asdict(self.settings), "prompts": len(self._prompts)}
+        return write_adapter(directory, self.model, base_fingerprint(self.model), about=about)
 
     def generate(
         self,

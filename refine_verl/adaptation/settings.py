@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 
 from refine_verl.config import (
     ACTIVATION_CHECKPOINTING,
+    ALL_LINEAR,
+    LORA_ALPHA,
     ConfigError,
+    LoraSettings,
     LossSettings,
     NSPSettings,
     RefineSettings,
@@ -16,6 +19,7 @@ from refine_verl.config import (
     Settings,
     option,
 )
+from refine_verl.config.lora import check_names
 
 METHODS = ("refine", "sft", "none")
 BACKUPS = ("cpu", "device")
@@ -51,6 +55,16 @@ class AdaptSettings(Settings):
     clip_grad: float = option(1.0, "largest norm of a step's gradient", above=0, paper="1.0 (the authors' code)")
     clip_ratio: float = option(0.2, "epsilon of PPO-clip (Eq. 10)", above=0, paper="0.2 (Tab. D.1)")
     norm_adv_by_std_in_grpo: bool = option(True, "divide advantages by their group's standard deviation", paper="true")
+    lora_rank: int = option(
+        0, "rank of LoRA adapters, which alone are trained, and can be saved; 0: all weights are trained", at_least=0
+    )
+    lora_alpha: int = option(LORA_ALPHA, "adapters count lora_alpha / lora_rank", at_least=1)
+    target_modules: str | tuple[str, ...] = option(
+        ALL_LINEAR, "linear layers that get an adapter: all-linear, a list of names, or a pattern", empty=False
+    )
+    exclude_modules: str | tuple[str, ...] | None = option(
+        None, "linear layers that get none: a list of names, or a pattern", empty=False
+    )
     seed: int = option(0, "of positions, rollouts and sampled answers", at_least=0)
     on_policy: bool = option(
         False,
@@ -92,10 +106,31 @@ class AdaptSettings(Settings):
             RefineSettings(
                 nsp=self.nsp, loss=self.loss, ppo_mini_batch_size=self.mini_batch_size, on_policy=self.on_policy
             )
+        self._check_adapters()
         if not self.reinforces:
             self.nsp.check_without_rollouts("adapt.nsp")
         if self.method != "refine" and self.on_policy:
             raise ConfigError("adapt.on_policy", f"true has no effect with method={self.method}: leave it out.")
+
+    def _check_adapters(self) -> None:
+        names = [field.name for field in dataclasses.fields(LoraSettings) if field.name in _fields(self)]
+        for name in names[1:]:
+            if not self.lora_rank and getattr(self, name) != _fields(self)[name]:
+                raise ConfigError(
+                    f"adapt.{name}",
+                    f"{getattr(self, name)!r} has no effect with lora_rank=0: there are no adapters. Leave it out, or "
+                    "set lora_rank.",
+                )
+        if self.lora_rank and self.method == "none":
+            raise ConfigError("adapt.lora_rank", f"{self.lora_rank} has no effect with method=none: leave it out.")
+        for name in ("target_modules", "exclude_modules"):
+            check_names("adapt", name, getattr(self, name))
+
+    @property
+    def lora(self) -> LoraSettings:
+        """The keys of adapters."""
+        names = [field.name for field in dataclasses.fields(LoraSettings) if field.name in _fields(self)]
+        return LoraSettings(**{name: getattr(self, name) for name in names})
 
     @property
     def reinforces(self) -> bool:
@@ -108,6 +143,10 @@ class AdaptSettings(Settings):
         if self.method == "none":
             return 1
         return max(2, self.nsp.shortest_document) if self.reinforces else 2
+
+
+def _fields(settings: AdaptSettings) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(settings)}
 
 
 def read_settings(config: AdaptSettings | Mapping[str, Any] | None) -> AdaptSettings:

@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "benchmarks of a trained model, and comparisons of their results",
     "remember": "documents read once into states of a model, and asked without reading them again",
     "inspect": "where REFINE looks in a text and what it would write there, on a page or in the terminal",
+    "export": "merge a LoRA adapter into a model directory that every command takes",
     "prepare": "make data sets ready: question answering at a length, LongBench, long documents",
     "report": "curves of a run, or of several runs on one page",
     "doctor": "whether this machine is ready to train, and if not, what to do",

@@ -17,6 +17,7 @@ _OPTIM = "actor_rollout_ref.actor.optim"
 _FSDP = "actor_rollout_ref.actor.fsdp_config"
 _POLICY = "actor_rollout_ref.actor.policy_loss"
 _SERVER = "actor_rollout_ref.rollout"
+LORA = "actor_rollout_ref.model"
 
 ACTING: dict[str, str] = {
     "data.train_batch_size": "sequences per step, over all workers",
@@ -87,6 +88,11 @@ ACTING: dict[str, str] = {
     "actor_rollout_ref.actor.checkpoint.save_contents": "what a checkpoint holds",
     "actor_rollout_ref.actor.checkpoint.load_contents": "what is taken from a checkpoint",
     "actor_rollout_ref.actor.profiler": "verl's profiler of the workers",
+    f"{LORA}.lora_rank": "rank of LoRA adapters, which alone are trained; 0: all weights are",
+    f"{LORA}.lora_alpha": "adapters count lora_alpha / lora_rank",
+    f"{LORA}.target_modules": "linear layers that get an adapter: all-linear, a list of names, or a pattern",
+    f"{LORA}.exclude_modules": "linear layers that get none: a list of names, or a pattern",
+    f"{LORA}.lora_adapter_path": "a PEFT adapter to go on from",
     "actor_rollout_ref.model.external_lib": "a package that registers a model and its adapter",
     "actor_rollout_ref.model.override_config.attn_implementation": "of a hybrid's own forward function",
     "actor_rollout_ref.model.use_shm": "workers read the model from a copy in shared memory",
@@ -155,6 +161,9 @@ ONLY_WITH: dict[str, tuple[tuple[str, object], ...]] = {
     **dict.fromkeys(SERVER_KEYS, (("refine.answers.engine", "vllm"),)),
 }
 """Keys and sections that act with one of these choices of another key only."""
+ONLY_WITH_ADAPTERS = tuple(
+    f"{LORA}.{name}" for name in ("lora_alpha", "target_modules", "exclude_modules", "lora_adapter_path")
+)
 VERLS_LOSSES = (
     *("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"),
     "bypass_mode",
@@ -203,7 +212,8 @@ INSTEAD: dict[str, str] = {
     "actor_rollout_ref.model.trust_remote_code": "set actor_rollout_ref.model.external_lib for code of a model",
     "actor_rollout_ref.model.custom_chat_template": "put the template into the tokenizer's directory",
     "actor_rollout_ref.model.enable_activation_offload": "set model.activation_checkpointing=layer",
-    "actor_rollout_ref.model.lora": "all weights are trained",
+    f"{LORA}.lora": f"it is of verl's Megatron engine. Set {LORA}.lora_rank, lora_alpha and target_modules",
+    f"{LORA}.target_parameters": f"adapters go to linear layers, which {LORA}.target_modules names",
     "actor_rollout_ref.model.use_fused_kernels": (
         "the LM head is computed in chunks anyway; for less memory, set "
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
@@ -237,6 +247,8 @@ def check_acting(config: DictConfig) -> None:
         if condition and value is None:  # verl's own default
             continue
         reason = INSTEAD.get(next(filter(INSTEAD.__contains__, _upwards(key)), ""), "REFINE does not read this key")
+        if key in ONLY_WITH_ADAPTERS:
+            reason = f"there are no adapters with {LORA}.lora_rank=0"
         if condition:
             other, choice = condition[0]
             reason = f"it is read with {other}={str(choice).lower() if choice is True else choice} only"
@@ -283,6 +295,8 @@ def acts(key: str, config: DictConfig) -> bool:
         # and rollouts of the prompts, which it compares too, have one outcome each: nothing to discount
         reinforced = refine.phase == "posttrain" and refine.outer == "grpo" and refine.inner != "refine"
         return bool(reinforced and config.algorithm.adv_estimator == "reinforce_plus_plus")
+    if key in ONLY_WITH_ADAPTERS and not config.actor_rollout_ref.model.lora_rank:
+        return False
     condition = _condition(key)
     if condition and not any(_may_be(config, *choice) for choice in condition):
         return False

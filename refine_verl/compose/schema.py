@@ -26,6 +26,10 @@ NUMBER_OR_SECTION = ("refine.nsp.rollout_length",)
 """Numbers in whose place there may be a section; the typed settings know its keys."""
 
 
+TEXT_OR_LIST = ("actor_rollout_ref.model.target_modules",)
+"""Texts in whose place there may be a list of names."""
+
+
 def check_keys(config: DictConfig, schema: DictConfig, files: Iterable[ConfigFile] = ()) -> None:
     """Refuse keys that do not exist and values of the wrong kind, also in verl's sections.
 
@@ -126,7 +130,9 @@ def _differences(given: Container, known: Container, prefix: str) -> Iterator[tu
                 yield from _differences(value, expected, f"{key}.")
             elif not _is_interpolation(value) and not (value is None and key in NULL_SECTIONS):
                 yield key, value, expected
-        elif key in NUMBER_OR_SECTION and isinstance(value, dict):
+        elif (key in NUMBER_OR_SECTION and isinstance(value, dict)) or (
+            key in TEXT_OR_LIST and isinstance(value, list)
+        ):
             continue
         elif not _same_kind(value, expected) or (value is None and expected and key in OPEN_SECTIONS):
             yield key, value, expected

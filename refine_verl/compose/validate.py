@@ -36,6 +36,7 @@ from refine_verl.compose.verl_keys import (
 from refine_verl.config import (
     ConfigError,
     DataSettings,
+    LoraSettings,
     ModelSettings,
     PromptSettings,
     RefineSettings,
@@ -77,6 +78,7 @@ class ValidConfig:
     Attributes:
         config: resolved, without Hydra's section; run directory and local models are absolute paths.
         refine, model, data: its typed sections.
+        lora: verl's keys of adapters.
         workers: number of training processes over all nodes.
     """
 
@@ -84,6 +86,7 @@ class ValidConfig:
     refine: RefineSettings
     model: ModelSettings
     data: DataSettings | PromptSettings
+    lora: LoraSettings
     workers: int
 
 
@@ -114,10 +117,14 @@ def validate(config: DictConfig, files: Iterable[ConfigFile] = ()) -> ValidConfi
     _check_batches(config, refine, workers)
     check_fixed(config)
     check_verl_keys(config)
+    lora = LoraSettings.of(_section(config.actor_rollout_ref, "model"))
     check_acting(config)
+    _check_adapters(lora, refine, config.actor_rollout_ref.actor.checkpoint.save_contents)
     _make_paths_absolute(config)
     model = dataclasses.replace(model, path=config.model.path, tokenizer=config.model.tokenizer)
-    return ValidConfig(config=config, refine=refine, model=model, data=data, workers=workers)
+    refine = dataclasses.replace(refine, ttt=dataclasses.replace(refine.ttt, keep=config.refine.ttt.keep))
+    lora = dataclasses.replace(lora, lora_adapter_path=config.actor_rollout_ref.model.lora_adapter_path)
+    return ValidConfig(config=config, refine=refine, model=model, data=data, lora=lora, workers=workers)
 
 
 def check_against_verl(config: DictConfig) -> None:
@@ -242,6 +249,24 @@ def _check_reading(model: ModelSettings, refine: RefineSettings) -> None:
             key,
             f"{model.reading} has no effect with refine.on_policy=true and model.activation_checkpointing=none, where "
             "documents are read in the pass that is trained. Leave it out, or set activation_checkpointing=layer.",
+        )
+
+
+def _check_adapters(lora: LoraSettings, refine: RefineSettings, saved: Iterable[str]) -> None:
+    if lora.lora_rank and "hf_model" in saved:
+        raise ConfigError(
+            f"{ACTOR}.checkpoint.save_contents",
+            f"hf_model would write layers under the names they have with adapters ({lora.SECTION}.lora_rank="
+            f"{lora.lora_rank}). Leave it out: the run writes its adapter, which python -m refine_verl.export merges.",
+        )
+    keep = refine.ttt.keep
+    if keep is not None and lora.lora_rank and (problem := why_not_writable(Path(keep).expanduser())):
+        raise ConfigError("refine.ttt.keep", f"{keep}: {problem}. Name another place.")
+    if keep is not None and not lora.lora_rank:
+        raise ConfigError(
+            "refine.ttt.keep",
+            f"{keep} keeps adapters, and there are none with {lora.SECTION}.lora_rank=0. Set lora_rank=16, "
+            "say, or leave it out.",
         )
 
 
@@ -385,6 +410,9 @@ def _make_paths_absolute(config: DictConfig) -> None:
         if isinstance(value, str) and Path(value).expanduser().is_dir():
             config.model[key] = str(Path(value).expanduser().absolute())
     config.actor_rollout_ref.model.path = config.model.path
+    for section, key in ((config.refine.ttt, "keep"), (config.actor_rollout_ref.model, "lora_adapter_path")):
+        if section[key] is not None:
+            section[key] = str(Path(str(section[key])).expanduser().absolute())
     function = config.reward.custom_reward_function
     if function.path is not None and Path(function.path).expanduser().is_file():
         function.path = str(Path(function.path).expanduser().absolute())

@@ -85,8 +85,10 @@ FIXED: dict[str, tuple[Any, str]] = {
         "it drops the carried state; set model.activation_checkpointing=layer instead",
     ),
     "actor_rollout_ref.model.use_remove_padding": (False, "REFINE packs documents itself"),
-    "actor_rollout_ref.model.lora_rank": (0, "all weights are trained"),
-    "actor_rollout_ref.model.lora.rank": (0, "all weights are trained"),
+    "actor_rollout_ref.model.lora.rank": (
+        0,
+        "it is of verl's Megatron engine. Set actor_rollout_ref.model.lora_rank",
+    ),
     "reward.reward_manager.name": ("naive", ONE_BY_ONE),
     "actor_rollout_ref.rollout.top_k": (-1, "rollouts are drawn from the whole distribution"),
     "actor_rollout_ref.rollout.top_p": (1, "rollouts are drawn from the whole distribution"),

@@ -5,6 +5,7 @@ the rest of `refine:` and `model:`, `data` has `data:`, of documents and of prom
 """
 
 from refine_verl.config.data import DataSettings, FileSettings, PromptSettings, split_key
+from refine_verl.config.lora import ALL_LINEAR, LORA_ALPHA, LoraSettings
 from refine_verl.config.nsp import REWARDS, SELECTIONS, NSPSettings, RolloutLength
 from refine_verl.config.options import Settings, did_you_mean, nearest, option, require_choice, require_names
 from refine_verl.config.refusals import ConfigError, DataError, ModelError, Refusal, RunFailed

@@ -104,6 +104,12 @@ class TTTSettings(Settings):
         True,
         "record the prompts' next-token loss around every step, for one more forward pass each; false: rewards only",
     )
+    keep: str | None = option(
+        None,
+        "a directory for what was learned of each batch, or sample, as a LoRA adapter; needs "
+        "actor_rollout_ref.model.lora_rank",
+        empty=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

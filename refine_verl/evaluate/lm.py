@@ -41,6 +41,7 @@ class RefineLM(TemplateLM):
 
     Args:
         pretrained: directory or hub id, or a model that was opened before.
+        adapter: directory of a LoRA adapter of the model.
         tokenizer, dtype, device: see `model.find_model` and `model.load_evaluated`.
         batch_size: requests read together.
         max_length: cut contexts to so many tokens from the left. None reads them whole, whatever the model was
@@ -60,6 +61,7 @@ class RefineLM(TemplateLM):
         self,
         pretrained: str | EvaluatedModel | ServedModel = "",
         *,
+        adapter: str | None = None,
         tokenizer: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
@@ -86,7 +88,7 @@ class RefineLM(TemplateLM):
         if isinstance(pretrained, EvaluatedModel | ServedModel):
             self.evaluated = pretrained
         elif pretrained:
-            found = find_model(str(pretrained), tokenizer, key="pretrained")
+            found = find_model(str(pretrained), tokenizer, key="pretrained", adapter=adapter)
             self.evaluated = load_evaluated(found, dtype=dtype, device=_available(device), ttt=settings)
         else:
             raise ConfigError("pretrained", "is missing: --model_args pretrained=DIR names the model.")

@@ -35,6 +35,7 @@ from refine_verl.models import (
 from refine_verl.models.adapters import adapter_for, check_selection
 from refine_verl.models.answers import end_tokens_of
 from refine_verl.models.loading import device_of, dtype_of
+from refine_verl.models.lora import Adapter, apply_adapter, open_adapter
 
 Rows = Sequence[Sequence[int]]
 _SEGMENT = 2048  # tokens of a shared context in one pass
@@ -253,28 +254,34 @@ class FoundModel:
         key, path: what named it, and how.
         info: what is known before its weights are read.
         tokenizer: fits its vocabulary.
+        adapter: that is put into it.
     """
 
     key: str
     path: str
     info: ModelInfo
     tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter | None = None
 
 
-def find_model(path: str, tokenizer: str | None = None, *, key: str = "model") -> FoundModel:
+def find_model(
+    path: str, tokenizer: str | None = None, *, key: str = "model", adapter: str | None = None
+) -> FoundModel:
     """Check a model and its tokenizer before anything else is done.
 
     Args:
         path: directory or hub id of a fast-weight model with weights.
         tokenizer: directory or hub id, or `bytes`; None takes the model's.
         key: what names the model, for messages.
+        adapter: directory of a LoRA adapter of the model.
 
     Raises:
         ModelError, DataError: what cannot be used.
     """
     info = open_model(path, key=key)
     words = open_model_tokenizer(tokenizer, path, info.vocab_size, keys=("tokenizer", key))
-    return FoundModel(key=key, path=path, info=info, tokenizer=words)
+    found = None if adapter is None else open_adapter(adapter)
+    return FoundModel(key=key, path=path, info=info, tokenizer=words, adapter=found)
 
 
 def load_evaluated(
@@ -293,8 +300,17 @@ def load_evaluated(
     """
     if ttt is not None and ttt.reinforces:
         check_selection(ttt.nsp, adapter_for(found.info.config))
+    if ttt is not None and ttt.lora_rank and found.adapter is not None:
+        raise ConfigError(
+            "adapt.lora_rank",
+            f"{ttt.lora_rank} would train an adapter beside the one of adapter={found.adapter.path}. Merge that one "
+            "first (python -m refine_verl.export), or leave lora_rank out.",
+        )
     place = device_of(device)
-    model = load_model(found.path, dtype=dtype_of(dtype, place), key=found.key).to(place).eval()
+    model = load_model(found.path, dtype=dtype_of(dtype, place), key=found.key)
+    if found.adapter is not None:
+        apply_adapter(model, found.adapter)
+    model = model.to(place).eval()
     # fla's chunked kernels take no float32 on a GPU, which is what adapted weights are.
     actor = make_actor(model, autocast_dtype=torch.bfloat16 if place.type == "cuda" else None)
     return EvaluatedModel(actor, found.tokenizer, ttt)

@@ -51,6 +51,7 @@ def _evaluate(
     identity = {
         "engine": settings.engine,
         "model": settings.model,
+        **({} if settings.adapter is None else {"adapter": settings.adapter}),
         "model_sha256": model.fingerprint(),
         "tokenizer": settings.tokenizer or settings.model,
         "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest(),
@@ -66,7 +67,8 @@ def _evaluate(
     if isinstance(model, ServedModel):
         _require_room(units, finished, model)
     rows = results.earlier(finished)
-    label = settings.model if settings.ttt == "none" else f"{settings.model} + {settings.ttt} at test time"
+    label = settings.model if settings.adapter is None else f"{settings.model} with {settings.adapter}"
+    label = label if settings.ttt == "none" else f"{label} + {settings.ttt} at test time"
     tables: list[Table] = []
     for unit in units:
         run = short_context.run if unit.group == "short_context" else _run
@@ -138,7 +140,7 @@ class _Plan:
         self.short = self.groups.get("short_context", [])
         if settings.engine == "vllm":
             require_vllm("engine")
-        self.model = find_model(settings.model, settings.tokenizer)
+        self.model = find_model(settings.model, settings.tokenizer, adapter=settings.adapter)
         self.tokenizer = self.model.tokenizer
         check_data_dir(settings, self.groups)
         missing = needles.missing_files(settings, self.groups.get("ruler_niah", []), self.tokenizer)

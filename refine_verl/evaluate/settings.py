@@ -112,6 +112,7 @@ class EvaluateSettings(Settings):
     share_contexts: bool = option(
         True, "read a context that several prompts of a task begin with once; false: with every prompt"
     )
+    adapter: str | None = option(None, "directory of a LoRA adapter of the model, as PEFT writes one", empty=False)
     tokenizer: str | None = option(None, "directory or hub id, or bytes; null: the model's", empty=False)
     seed: int = option(0, "of the needles that are made", at_least=0)
     niah_samples: int = option(500, "needles that are made per task and length", at_least=1)

@@ -13,6 +13,7 @@ from refine_verl.inspect.source import check_out, load_actor, read_inputs
 from refine_verl.inspect.terminal import show
 from refine_verl.inspect.view import View
 from refine_verl.models.answers import end_tokens_of
+from refine_verl.models.lora import open_adapter
 from refine_verl.nsp import sentence_ends
 from refine_verl.report.page import write_page
 
@@ -24,8 +25,9 @@ def inspect_text(settings: InspectSettings) -> View:
         ConfigError, DataError, ModelError: what cannot be used; nothing is computed then.
     """
     info, text = read_inputs(settings)
+    adapter = None if settings.adapter is None else open_adapter(settings.adapter)
     ends = sentence_ends(text.tokenizer, settings.nsp)
-    actor = load_actor(settings.model, info)
+    actor = load_actor(settings.model, info, adapter)
     actor.end_tokens, actor.sentence_ends = end_tokens_of(actor, text.tokenizer.eos_token_id), ends
     return View(
         name=text.name,

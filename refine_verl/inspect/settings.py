@@ -30,6 +30,7 @@ class InspectSettings(Settings):
     )
     text: str = option(dataclasses.MISSING, "a UTF-8 text file, or - for standard input")
     out: str | None = option(None, "the HTML page to write; without it only the terminal shows the result")
+    adapter: str | None = option(None, "directory of a LoRA adapter of the model, as PEFT writes one", empty=False)
     tokenizer: str | None = option(None, "directory or hub id, or bytes; null: the model's own", empty=False)
     external_lib: str | None = option(None, "package to import first: one that registers a model and its adapter")
     max_length: int = option(16384, "tokens that are read; what follows is left out", at_least=2)

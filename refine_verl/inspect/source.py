@@ -16,6 +16,7 @@ from refine_verl.inspect.settings import STDIN, InspectSettings
 from refine_verl.models import FastWeightActor, ModelInfo, load_model, make_actor, open_model
 from refine_verl.models.adapters import adapter_for, check_selection
 from refine_verl.models.loading import import_external
+from refine_verl.models.lora import Adapter, apply_adapter
 from refine_verl.nsp import check_functions
 
 
@@ -123,8 +124,15 @@ def read_inputs(settings: InspectSettings) -> tuple[ModelInfo, Text]:
     return info, tokenize(name, content, tokenizer, settings.max_length, settings.nsp)
 
 
-def load_actor(model: str, info: ModelInfo) -> FastWeightActor:
-    """The model as training sees it: float32 weights, and on a GPU bf16 matrix products."""
+def load_actor(model: str, info: ModelInfo, adapter: Adapter | None = None) -> FastWeightActor:
+    """The model as training sees it: float32 weights, and on a GPU bf16 matrix products.
+
+    Raises:
+        ModelError: an adapter of another model.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = load_model(model, config=info.config, key="model").to(device).eval()
+    module = load_model(model, config=info.config, key="model")
+    if adapter is not None:
+        apply_adapter(module, adapter)
+    module = module.to(device).eval()
     return make_actor(module, autocast_dtype=torch.bfloat16 if device.type == "cuda" else None)

@@ -104,7 +104,7 @@ def make_plan(valid: ValidConfig, composed: DictConfig, command: CommandLine, se
         seconds_per_step=work.tokens_per_step / speed if speed else None,
         throughput=speed,
         throughput_from=speed_from,
-        disk=disk_of(valid.config, memory.parameters, work.steps),
+        disk=disk_of(valid.config, memory.parameters, memory.trained, work.steps),
         warnings=[],
     )
     return dataclasses.replace(plan, warnings=list(find_warnings(plan, valid, info.config)))

@@ -110,6 +110,8 @@ def shape_of(valid: ValidConfig, longest: int) -> Shape:
         reading=valid.model.reading,
         cuda=valid.config.trainer.device == "cuda",
         reshard=bool(actor.fsdp_config.reshard_after_forward),
+        lora=valid.lora,
+        resets=valid.refine.phase == "ttt" and valid.refine.ttt.reset != "none",
         gradients_held=(1 + valid.refine.gradient_cosine) if valid.refine.gradient_snr_every else 0,
         balance_coef=valid.model.balance_coef,
     )
@@ -193,20 +195,20 @@ def forward_tokens(shape: Shape, length: float, traced: bool) -> float | None:
     return read + rollouts * nsp.longest_rollout / length + trained
 
 
-def disk_of(config: DictConfig, parameters: int, steps: int) -> Disk:
-    """Checkpoints are float32 parameters and, where they are saved, AdamW's two moments."""
+def disk_of(config: DictConfig, parameters: int, trained: int, steps: int) -> Disk:
+    """Checkpoints are float32 parameters and, where they are saved, AdamW's two moments of those that are trained."""
     trainer = config.trainer
     contents = config.actor_rollout_ref.actor.checkpoint.save_contents
-    numbers = ("model" in contents) + 2 * ("optimizer" in contents)
+    numbers = parameters * ("model" in contents) + 2 * trained * ("optimizer" in contents)
     saves = -(-steps // int(trainer.save_freq)) if trainer.save_freq > 0 else 0
     kept = min(saves, int(trainer.max_actor_ckpt_to_keep or saves))
     place = existing(Path(trainer.default_local_dir))
     return Disk(
         place=str(place),
-        checkpoint=parameters * FP32 * numbers,
+        checkpoint=FP32 * numbers,
         checkpoints_kept=kept,
         checkpoints_at_once=min(saves, kept + 1),
-        final_model=parameters * FP32,
+        final_model=FP32 * (trained if config.actor_rollout_ref.model.lora_rank else parameters),
         free=shutil.disk_usage(place).free,
     )
 

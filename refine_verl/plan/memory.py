@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from refine_verl.config import NSPSettings
+from refine_verl.config import LoraSettings, NSPSettings
 from refine_verl.kernels.patch import cpu_kernels
 from refine_verl.models import Branches, Documents, FastWeightActor, RolloutDraws, adapters, make_actor, snapshot_count
 from refine_verl.models.adapters import (
@@ -35,6 +35,7 @@ from refine_verl.models.adapters import (
 from refine_verl.models.head import chunk_elements
 from refine_verl.models.hybrid import DeltaRuleHybridAdapter, HybridAdapter
 from refine_verl.models.hybrid.families import attention_layers
+from refine_verl.models.lora import add_adapters, trainable_numbers
 from refine_verl.models.packing import Packed
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import Trace
@@ -69,6 +70,8 @@ class Shape:
         gradients_held: further gradients that are held while those of a mini-batch are measured
             (``refine.gradient_snr_every``).
         balance_coef: ``model.balance_coef``.
+        lora: the adapters that are trained, if any; all else is frozen then.
+        resets: whether what is trained is kept aside to return to (``refine.ttt.reset``).
     """
 
     length: int
@@ -86,6 +89,8 @@ class Shape:
     reshard: bool = True
     gradients_held: int = 0
     balance_coef: float = 0.0
+    lora: LoraSettings = dataclasses.field(default_factory=LoraSettings)
+    resets: bool = False
 
     @property
     def writes_in_update(self) -> bool:
@@ -95,11 +100,21 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes per worker by part, in each phase of a step. ``parameters`` counts the whole model's numbers."""
+    """Bytes per worker by part, in each phase of a step.
+
+    Attributes:
+        parameters: numbers of the whole model, adapters included.
+        state_bytes: of the state of one document.
+        phases: bytes by phase and part.
+        trained: those of the parameters that are trained.
+        snapshot: bytes of host memory in which they are kept aside to return to, if they are.
+    """
 
     parameters: int
     state_bytes: int
     phases: dict[str, dict[str, int]]
+    trained: int = 0
+    snapshot: int = 0
 
     @property
     def peak_phase(self) -> str:
@@ -127,23 +142,35 @@ def estimate_memory(config: PretrainedConfig, shape: Shape, passes: Peaks | None
     passes = passes or pass_peaks(config, shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    own = -(-total // shape.workers)
-    held = {"parameters": own * FP32, "gradients": own * FP32, "optimiser": 2 * own * FP32}
+    trained = trainable_numbers(model, shape.lora)
+    adapters = trained if shape.lora.lora_rank else 0
+    total = sum(parameter.numel() for parameter in model.parameters()) + adapters
+    held = {"parameters": -(-total // shape.workers) * FP32}
+    own = -(-trained // shape.workers)
+    held.update({"gradients": own * FP32, "optimiser": 2 * own * FP32})
     unit = _largest_unit(model)
     phases = {}
     if "rollout" in passes:
         # gathered(): every layer stays whole while rollouts are written; gradients are gone by then
         phases["rollout"] = {**held, "gradients": 0, "gathered": total * FP32, **passes["rollout"]}
     # the layer at work and the one fetched ahead, and their gradients before they are summed over the workers
-    kept = 4 * unit if shape.reshard and not shape.writes_in_update else total + 2 * unit
+    held_of_unit = round(2 * unit * trained / total)  # gradients; of frozen parameters there are none
+    kept = 2 * unit if shape.reshard and not shape.writes_in_update else total
+    kept += held_of_unit
     phases["update"] = {**held, "gathered": kept * FP32, **passes["update"]}
     if shape.gradients_held:
         phases["measured"] = {**phases["update"], "gradients": (1 + shape.gradients_held) * own * FP32}
     # torch's fused-by-loop AdamW makes temporaries as large as its parameters on a GPU, and one tensor's on a CPU
-    scratch = own if shape.cuda else max(parameter.numel() for parameter in model.parameters()) // shape.workers
+    largest = max(parameter.numel() for parameter in model.parameters()) // shape.workers
+    scratch = own if shape.cuda else min(own, largest)
     phases["optimiser"] = {**held, "scratch": scratch * FP32}
-    return MemoryEstimate(parameters=total, state_bytes=_state_size(config, shape), phases=phases)
+    return MemoryEstimate(
+        parameters=total,
+        state_bytes=_state_size(config, shape),
+        phases=phases,
+        trained=trained,
+        snapshot=own * FP32 if shape.resets else 0,  # taken before there is an optimiser state
+    )
 
 
 def pass_peaks(config: PretrainedConfig, shape: Shape) -> Peaks:
@@ -350,8 +377,15 @@ def _actor(config: PretrainedConfig, shape: Shape, counter: HollowRun) -> FastWe
     watched = _WatchedTracing if isinstance(inner, TracingAdapter) else _Watched
     with counter.fake:
         model = AutoModelForCausalLM.from_config(config)
+    if shape.lora.lora_rank:
+        add_adapters(model, shape.lora, seed=0, empty=True)
+    with counter.fake:
+        for module in model.modules():
+            for name, own in module._parameters.items():
+                if own is not None and own.is_meta:
+                    module._parameters[name] = nn.Parameter(torch.zeros(own.shape))
         for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     actor = make_actor(
         model,
         adapter=(_WatchedRouting if isinstance(inner, RoutingAdapter) else watched)(inner, counter),

@@ -92,10 +92,18 @@ def _memory(plan: Plan) -> Table:
     rows.append(("sum", *(cell(sum(phase.values())) for phase in phases.values())))
     kind = "GPU" if plan.shape.cuda else "process"
     title = (
-        f"Peak memory per {kind}, {name}: {memory.parameters:,} parameters over {plan.shape.workers} workers, "
+        f"Peak memory per {kind}, {name}: {memory.parameters:,} parameters{_trained(plan)} over "
+        f"{plan.shape.workers} workers, "
         f"documents of {plan.shape.length:,} tokens, a state of {size_text(memory.state_bytes)}"
     )
     return _table(title, ("part", *phases), rows)
+
+
+def _trained(plan: Plan) -> str:
+    memory = plan.memory
+    aside = f", {size_text(memory.snapshot)} kept aside per worker to return to" if memory.snapshot else ""
+    alone = f", of which {memory.trained:,} are trained ({memory.trained / memory.parameters:.2%})"
+    return f"{alone if plan.shape.lora.lora_rank else ''}{aside}"
 
 
 def _disk(plan: Plan) -> Table:

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
-from refine_verl.config import ConfigError, require_choice
+from refine_verl.config import ConfigError, LoraSettings, require_choice
 from refine_verl.models.stored_types import only_safe_types, unsafe_content
 from refine_verl.record.checkpoint_files import MANIFEST, STEP, TRACKER, candidates, damage
 
@@ -125,12 +125,13 @@ def _warn_without_manifest(folder: Path) -> None:
         )
 
 
-def check_checkpoint(config: DictConfig, model: PretrainedConfig) -> Path | None:
+def check_checkpoint(config: DictConfig, model: PretrainedConfig, lora: LoraSettings | None = None) -> Path | None:
     """Check that the run can resume from its checkpoint, if it has one.
 
     Args:
         config: the resolved configuration.
         model: configuration of the model the run would train.
+        lora: the adapters it would train; None: none.
 
     Returns:
         The checkpoint directory, None for a fresh run.
@@ -146,6 +147,7 @@ def check_checkpoint(config: DictConfig, model: PretrainedConfig) -> Path | None
     _check_world_size(config, folder, _read_json(actor / "fsdp_config.json", folder).get("world_size"))
     _check_shards(config, folder)
     wanted = json.loads(model.to_json_string(use_diff=False))
+    _check_adapters(folder, lora or LoraSettings())
     _check_model(folder, _read_json(actor / "huggingface" / "config.json", folder), wanted)
     return folder
 
@@ -178,6 +180,20 @@ def _check_shards(config: DictConfig, folder: Path) -> None:
             _check_content(folder, file)
     if (folder / "data.pt").is_file():
         _check_content(folder, folder / "data.pt")
+
+
+def _check_adapters(folder: Path, lora: LoraSettings) -> None:
+    """verl notes the rank of adapters in a checkpoint that has some."""
+    note = folder / "actor" / "lora_train_meta.json"
+    saved = _read_json(note, folder) if note.is_file() else {"r": 0}
+    alpha = lora.lora_alpha if lora.lora_rank and lora.lora_adapter_path is None else saved.get("lora_alpha")
+    if (saved.get("r"), saved.get("lora_alpha")) != (lora.lora_rank, alpha):
+        there = f"adapters of rank {saved['r']} and alpha {saved.get('lora_alpha')}" if saved["r"] else "no adapters"
+        raise ConfigError(
+            f"{lora.SECTION}.lora_rank",
+            f"this run has lora_rank={lora.lora_rank} lora_alpha={lora.lora_alpha}, and the checkpoint {folder}, which "
+            f"it would resume, has {there}. Ask for the same, or {_START_OVER}.",
+        )
 
 
 def _check_content(folder: Path, file: Path) -> None:

@@ -19,6 +19,8 @@ from omegaconf import DictConfig
 
 from refine_verl.compose.validate import ValidConfig, check_against_verl
 from refine_verl.config import (
+    ALL_LINEAR,
+    LORA_ALPHA,
     ConfigError,
     DataSettings,
     ModelSettings,
@@ -170,7 +172,9 @@ def check_run(valid: ValidConfig) -> ModelInfo:
         check_reading(info.model_type, adapter, valid.refine.nsp)
     if valid.refine.uses_rollouts:
         check_selection(valid.refine.nsp, adapter)
-    check_checkpoint(valid.config, info.config)
+    if valid.lora.lora_rank:
+        check_adapters(valid, info)
+    check_checkpoint(valid.config, info.config, valid.lora)
     if valid.refine.answers.engine == "vllm":
         check_servers(valid, info.config)
     _find_documents(valid.data)
@@ -274,6 +278,47 @@ def check_recomputed_layers(adapter: ModelAdapter) -> None:
 
     if not isinstance(adapter, RecomputingAdapter):
         raise ConfigError("model.activation_checkpointing", NO_LAYERS)
+
+
+def check_adapters(valid: ValidConfig, info: ModelInfo) -> None:
+    """Check that the model has the layers that are to get adapters, from its configuration.
+
+    Raises:
+        ConfigError: no such layers; random weights; or an adapter to go on from that contradicts the keys.
+        DataError, ModelError: an adapter to go on from that cannot be read, or is of another model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from refine_verl.models.lora import apply_adapter, open_adapter, target_names
+
+    lora, key = valid.lora, f"{valid.lora.SECTION}.lora_rank"
+    if not info.has_weights:
+        raise ConfigError(
+            key,
+            f"{lora.lora_rank} trains adapters of a model, and this one has random weights, which are not kept: an "
+            "adapter would belong to nothing. Set model.path to a model with weights, or lora_rank=0.",
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(info.config)
+    if lora.lora_adapter_path is None:
+        target_names(model, lora)
+        return
+    adapter = open_adapter(lora.lora_adapter_path, f"{lora.SECTION}.lora_adapter_path")
+    if adapter.config.r != lora.lora_rank:
+        raise ConfigError(
+            key,
+            f"{lora.lora_rank}, and the adapter to go on from ({lora.lora_adapter_path}) has the rank "
+            f"{adapter.config.r}. Set lora_rank={adapter.config.r}.",
+        )
+    for name, default in (("lora_alpha", LORA_ALPHA), ("target_modules", ALL_LINEAR), ("exclude_modules", None)):
+        given = getattr(lora, name)
+        if given != default:
+            raise ConfigError(
+                f"{lora.SECTION}.{name}",
+                f"{given} has no effect with lora_adapter_path: that adapter's are kept. Leave it out.",
+            )
+    apply_adapter(model, adapter, trains=True, check=False)
 
 
 def check_balance(config: Any, model: ModelSettings, refine: RefineSettings) -> None:

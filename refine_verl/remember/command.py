@@ -22,6 +22,7 @@ from refine_verl.data.sources import iterate_documents, resolve_sources
 from refine_verl.data.tokenizers import open_model_tokenizer
 from refine_verl.models import load_model, open_model
 from refine_verl.models.loading import device_of, dtype_of, import_external
+from refine_verl.models.lora import apply_adapter, open_adapter
 from refine_verl.record.files import AlreadyLockedError, locked
 from refine_verl.record.format import size_text
 from refine_verl.remember.files import Document, Stored, find, refuse_others, write
@@ -47,7 +48,7 @@ def read(settings: ReadSettings) -> None:
     stored = _stored(out)
     waiting = _waiting(settings, tokenizer, stored)
     device = device_of(settings.device)
-    model = load_model(settings.model, dtype=dtype_of(settings.dtype, device), key="model").to(device).eval()
+    model = _model(settings, dtype_of(settings.dtype, device), device)
     nothing = memory_of(model, tokenizer, segment=settings.segment, batch_size=settings.batch_size)
     refuse_others(stored, nothing.identity)
     for start in range(0, len(waiting), settings.batch_size):  # all of it, before the first one is read
@@ -88,7 +89,7 @@ def ask(settings: AskSettings) -> None:
         raise ConfigError("document", f"{settings.document} is none of the {len(names)} that were read.{near}")
     tokenizer, device = _tokenizer(settings), device_of(settings.device)
     kind = getattr(torch, stored[0].identity.dtype)
-    model = load_model(settings.model, dtype=kind, key="model").to(device).eval()
+    model = _model(settings, kind, device)
     memory = load(directory, model, tokenizer, only=chosen)
     answers = memory.ask(
         questions,
@@ -136,6 +137,15 @@ def _tokenizer(settings: ReadSettings | AskSettings) -> PreTrainedTokenizerBase:
         import_external(settings.external_lib)
     info = open_model(settings.model, key="model")
     return open_model_tokenizer(settings.tokenizer, settings.model, info.vocab_size, keys=("tokenizer", "model"))
+
+
+def _model(settings: ReadSettings | AskSettings, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """With its adapter, if there is one."""
+    adapter = None if settings.adapter is None else open_adapter(settings.adapter)
+    model = load_model(settings.model, dtype=dtype, key="model")
+    if adapter is not None:
+        apply_adapter(model, adapter)
+    return model.to(device).eval()
 
 
 def _stored(out: Path) -> list[Stored]:

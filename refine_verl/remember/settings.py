@@ -12,6 +12,7 @@ _MODEL = "directory or hub id of a Hugging Face checkpoint with weights"
 _TOKENIZER = "directory or hub id, or bytes; null: the model's own"
 _LIBRARY = "package to import first: one that registers a model and its adapter"
 _DEVICE = "auto, cpu or cuda[:N]"
+_ADAPTER = "directory of a LoRA adapter of the model, as PEFT writes one"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class ReadSettings(Settings):
     model: str = option(_GIVEN, _MODEL, empty=False)
     files: tuple[str, ...] = option(_GIVEN, "text, parquet or jsonl files, directories, globs, or hub dataset ids")
     out: str = option(_GIVEN, "directory for the states; documents that are in it are not read again", empty=False)
+    adapter: str | None = option(None, _ADAPTER, empty=False)
     tokenizer: str | None = option(None, _TOKENIZER, empty=False)
     text_key: str = option("text", "column with the text", empty=False)
     external_lib: str | None = option(None, _LIBRARY)
@@ -49,6 +51,7 @@ class AskSettings(Settings):
     temperature: float = option(0.0, "0 takes the most likely token", at_least=0)
     seed: int = option(0, "of sampled tokens", at_least=0)
     batch_size: int = option(8, "pairs of document and question that are read and answered together", at_least=1)
+    adapter: str | None = option(None, f"{_ADAPTER}: the one that it read them with", empty=False)
     tokenizer: str | None = option(None, _TOKENIZER, empty=False)
     external_lib: str | None = option(None, _LIBRARY)
     device: str = option("auto", _DEVICE)

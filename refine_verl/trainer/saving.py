@@ -101,20 +101,28 @@ class CheckpointingTrainer(PPOTrainer):
             return f"the file system of {self.run_dir} is full: {what}. {cure}; {left} ({reason})"
         return f"{what} to {self.run_dir} ({reason}); {left}. {cure}."
 
+    @property
+    def _result(self) -> Path:
+        """Where what was trained is written to in the end: ``model/``, or ``adapter/`` where that is trained."""
+        return self.run_dir / ("adapter" if self.config.actor_rollout_ref.model.lora_rank else "model")
+
     def _export(self) -> None:
-        """Write the trained model to ``model/``.
+        """Write the trained model to ``model/``; of a run that trains adapters these alone, to ``adapter/``.
 
         Raises:
             CheckpointError: with the free space.
         """
-        final = self.run_dir / "model"
+        what, final = self._result.name, self._result
         try:
-            self.actor_rollout_wg.export(str(final))
+            if what == "adapter":
+                self.actor_rollout_wg.save_adapter(str(final))
+            else:
+                self.actor_rollout_wg.export(str(final))
         except CheckpointError as error:
             reason = getattr(error, "cause", error)
             full = f"the file system of {self.run_dir} is full: " if isinstance(reason, DiskFullError) else ""
             raise CheckpointError(
-                f"{full}the trained model could not be written to {final}. Free some space; the same command resumes "
+                f"{full}the trained {what} could not be written to {final}. Free some space; the same command resumes "
                 f"from the last checkpoint and writes it ({reason})"
             ) from error
 
@@ -129,10 +137,10 @@ class CheckpointingTrainer(PPOTrainer):
         if self.global_steps > self.total_training_steps:
             logger.warning(
                 "the checkpoint of step %d is past the %d steps asked for (trainer.total_training_steps): nothing is "
-                "trained, and %s is the model of step %d",
+                "trained, and %s is that of step %d",
                 self.global_steps,
                 self.total_training_steps,
-                self.run_dir / "model",
+                self._result,
                 self.global_steps,
             )
 

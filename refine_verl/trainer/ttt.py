@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from tensordict import TensorDict
@@ -19,6 +22,8 @@ from refine_verl.trainer.prompts import Columns, PromptTrainer
 from refine_verl.trainer.refine_trainer import Record
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_NAME = 120
 
 
 class TTTTrainer(PromptTrainer):
@@ -105,6 +110,9 @@ class TTTTrainer(PromptTrainer):
         try:
             curves = self._adapt(columns, metrics, timing_raw)
             after = self._timed_answers("answer", columns, timing_raw)
+            if self.settings.ttt.keep is not None:
+                with marked_timer("keep", timing_raw):
+                    self._keep(Path(self.settings.ttt.keep), [str(name) for name in columns["id"]])
         finally:
             if self.resets:
                 self.actor_rollout_wg.restore()
@@ -116,6 +124,12 @@ class TTTTrainer(PromptTrainer):
                 row["prediction_before"], row["scores_before"] = before[index]["prediction"], before[index]["scores"]
             self.answers.append(row)
         return sum(map(len, columns["prompt_ids"]))
+
+    def _keep(self, directory: Path, ids: list[str]) -> None:
+        """Write what was learned from the prompts of a batch as an adapter; one that is there already is replaced."""
+        alone = self.settings.ttt.reset == "sample"
+        name = directory_name(ids[0]) if alone else f"batch_{self.global_steps:05}"
+        self.actor_rollout_wg.save_adapter(str(directory / name), {"rows": ids, "batch": self.global_steps})
 
     def _timed_answers(self, name: str, columns: Columns, timing: dict[str, float]) -> list[dict[str, Any]]:
         with marked_timer(name, timing):
@@ -180,6 +194,18 @@ def filled_mini_batches(columns: Columns, size: int, workers: int) -> tuple[list
         order += rows + [dummy] * (width - len(rows))
         weight += [1.0] * len(rows) + [0.0] * (width - len(rows))
     return order, torch.tensor(weight)
+
+
+def directory_name(row: str) -> str:
+    """A name for a directory that says which row it is of: its id, as in a URL where characters cannot be in names.
+
+    Long ones are cut and end with a checksum of the whole; none begins with a dot.
+    """
+    name = quote(row, safe=" ()[]=,+@")
+    name = f"%2E{name[1:]}" if name.startswith(".") else name
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(row.encode()).hexdigest()[:16]}"
 
 
 def running_means(rows: list[dict[str, Any]]) -> dict[str, float]:

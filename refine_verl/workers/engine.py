@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from verl.utils import tensordict_utils as tu
@@ -21,9 +22,17 @@ from verl.utils.fsdp_utils import get_fsdp_full_state_dict, get_init_weight_cont
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
-from refine_verl.config import ModelSettings, NSPSettings
+from refine_verl.config import LoraSettings, ModelSettings, NSPSettings
 from refine_verl.models import Branches, Documents, FastWeightActor, load_model, make_actor
 from refine_verl.models.answers import end_tokens_of
+from refine_verl.models.lora import (
+    adapter_parameters,
+    add_adapters,
+    apply_adapter,
+    base_fingerprint,
+    open_adapter,
+    write_adapter,
+)
 from refine_verl.models.stored_types import only_safe_types
 from refine_verl.nsp import sentence_ends
 from refine_verl.plugin import ENGINE_MODEL_TYPE
@@ -47,6 +56,8 @@ class RefineEngine(FSDPEngine):
     on_policy_pass: Callable[[TensorDict], dict[str, Tensor]]
     # a training step may make several updates, but the schedule moves once per step: with the last of them
     hold_learning_rate = False
+    # of the model without adapters, on rank 0 of a run that trains adapters
+    base_fingerprint = ""
 
     def configure(self, nsp: NSPSettings, model: ModelSettings, seed: int) -> None:
         """Settings verl's engine constructor has no place for. ``seed``: of random weights."""
@@ -76,6 +87,20 @@ class RefineEngine(FSDPEngine):
         actor.end_tokens = end_tokens_of(actor, tokenizer.eos_token_id)
         actor.sentence_ends = sentence_ends(tokenizer, self.nsp)
         return actor
+
+    def _build_lora_module(self, module: nn.Module) -> nn.Module:
+        """With adapters, before it is sharded. verl would wrap the model in another one, which is no actor."""
+        section, name = self.model_config, self.model_config.path
+        settings = LoraSettings.of({key: getattr(section, key) for key in vars(section)})
+        if settings.lora_adapter_path is not None:
+            adapter = open_adapter(settings.lora_adapter_path, "actor_rollout_ref.model.lora_adapter_path")
+            real = not any(parameter.is_meta for parameter in module.parameters())
+            apply_adapter(module, adapter, trains=True, check=real)
+        else:
+            add_adapters(module, settings, seed=self.seed, base=name)
+        if self.rank == 0:  # the others may have no weights yet
+            self.base_fingerprint = base_fingerprint(module)
+        return module
 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False
@@ -163,6 +188,14 @@ class RefineEngine(FSDPEngine):
         """
         with only_safe_types():
             super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+
+    def save_adapter(self, directory: str, about: dict[str, Any] | None = None) -> None:
+        """Write the adapters to a PEFT directory, as `export` writes a model. Call on all ranks."""
+        parts = adapter_parameters(self.module)
+        whole = {name: (each.full_tensor() if isinstance(each, DTensor) else each) for name, each in parts.items()}
+        if self.rank == 0:
+            write_adapter(directory, self.module, self.base_fingerprint, about=about, tensors=whole)
+        torch.distributed.barrier()
 
     def export(self, directory: str, processing_class: Any = None) -> None:
         """Write a Hugging Face model directory in the dtype of the parameters (float32). Call on all ranks.

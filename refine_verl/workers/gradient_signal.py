@@ -87,6 +87,8 @@ def _gradient(engine: RefineEngine, loss: RefineLoss, alone: LossSettings, rows:
     engine.forward_backward_batch(rows, dataclasses.replace(loss, settings=alone))
     shards = []
     for parameter in engine.module.parameters():
+        if not parameter.requires_grad:
+            continue
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         shards.append(gradient.detach().clone())

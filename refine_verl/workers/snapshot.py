@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 if TYPE_CHECKING:
@@ -15,23 +15,29 @@ if TYPE_CHECKING:
 
 
 class Snapshot:
-    """Parameters, buffers, optimiser, schedule and random state of one rank, on the CPU.
+    """Trainable parameters, buffers, optimiser, schedule and random state of one rank, on the CPU.
 
-    Costs the host memory of this rank's shards: 4 bytes per parameter before the first optimiser step, 12 after it
-    (AdamW keeps two more numbers for each).
+    Costs the host memory of this rank's shards: 4 bytes per trainable parameter before the first optimiser step, 12
+    after it (AdamW keeps two more numbers for each). Of a run with adapters these are the adapters' alone.
     """
 
     def __init__(self, engine: RefineEngine) -> None:
         with torch.no_grad():
-            self._tensors = [_local(tensor).to("cpu", copy=True) for tensor in _tensors(engine)]
+            self._tensors = [_local(tensor).to("cpu", copy=True) for tensor in _trained(engine)]
         self._optimizer = _copied(engine.optimizer.state_dict(), "cpu")
         self._schedule = copy.deepcopy(engine.lr_scheduler.state_dict())
         self._random = BaseCheckpointManager.get_rng_state()
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors that are kept, this rank's part."""
+        kept = [*self._tensors, *tree_leaves(self._optimizer)]
+        return sum(_local(value).nbytes for value in kept if isinstance(value, Tensor))
+
     @torch.no_grad()
     def restore(self, engine: RefineEngine) -> None:
         """Put everything back. Gradients are dropped. May be called any number of times."""
-        for tensor, saved in zip(_tensors(engine), self._tensors, strict=True):
+        for tensor, saved in zip(_trained(engine), self._tensors, strict=True):
             _local(tensor).copy_(saved)
         engine.optimizer.zero_grad(set_to_none=True)
         engine.optimizer.state.clear()  # frees its memory before the old state takes as much
@@ -46,6 +52,11 @@ def shard_bytes(engine: RefineEngine) -> int:
     states = (value for state in engine.optimizer.state.values() for value in state.values())
     tensors = [*_tensors(engine), *(value for value in states if isinstance(value, Tensor))]
     return sum(_local(tensor).nbytes for tensor in tensors)
+
+
+def _trained(engine: RefineEngine) -> list[Tensor]:
+    """What training changes: frozen parameters it does not."""
+    return [*(each for each in engine.module.parameters() if each.requires_grad), *engine.module.buffers()]
 
 
 def _tensors(engine: RefineEngine) -> list[Tensor]:

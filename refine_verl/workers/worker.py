@@ -361,6 +361,20 @@ class NSPRolloutWorker(TrainingWorker):
         with self._writing(directory):
             self.engine.export(directory, self.model_config.get_processor())
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_adapter(self, directory: str, about: dict[str, Any] | None = None) -> None:
+        """Write the adapters as a directory that ``PeftModel.from_pretrained`` loads.
+
+        Args:
+            directory: replaced if it is there.
+            about: what they were trained on, for `refine_adapter.json`.
+
+        Raises:
+            CheckpointError: the disk refuses; a DiskFullError if it is full.
+        """
+        with self._writing(directory):
+            self.engine.save_adapter(directory, about)
+
     @contextmanager
     def _writing(self, directory: str) -> Iterator[None]:
         try:

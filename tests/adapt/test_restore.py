@@ -126,7 +126,7 @@ def test_an_interrupt_between_optimiser_steps(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_that_runs_out_while_saving(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: SavedModel) -> None:
+    def full(self: SavedModel, fixed: bool) -> None:
         raise torch.OutOfMemoryError
 
     model = build(dtype=dtype)

@@ -23,7 +23,7 @@ from refine_verl.config import ConfigError, NSPSettings, Refusal, RunFailed, Set
 PREFIX = {
     "prepare": ["documents"],
     "remember": ["read"],
-    **{name: [] for name in ("evaluate", "main", "plan", "inspect", "report", "doctor")},
+    **{name: [] for name in ("evaluate", "export", "main", "plan", "inspect", "report", "doctor")},
 }
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "verl", "ray", "fla", "datasets"}

@@ -152,6 +152,7 @@ COMMON: dict[str, Domain] = {
     "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": _text("fp32", "float32"),
     "actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype": _text("fp32", "bf16", "fp16"),
     "actor_rollout_ref.model.external_lib": Domain(kind="names", null=True),
+    "actor_rollout_ref.model.lora_rank": _integer(0),
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": _integer(1),
     "algorithm.adv_estimator": _text("grpo", "rloo", "reinforce_plus_plus"),
     "algorithm.norm_adv_by_std_in_grpo": _BOOL,
@@ -206,6 +207,7 @@ TTT: dict[str, Domain] = {
     "refine.ttt.steps": _integer(1),
     "refine.ttt.baseline": _BOOL,
     "refine.ttt.curve": _BOOL,
+    "refine.ttt.keep": _text(null=True),
 }
 
 EVALUATE: dict[str, Domain] = {
@@ -237,6 +239,10 @@ NOT_JUDGED = (
     "actor_rollout_ref.model.override_config",
     "actor_rollout_ref.model.hf_config_path",
     "actor_rollout_ref.model.use_shm",
+    "actor_rollout_ref.model.lora_alpha",
+    "actor_rollout_ref.model.target_modules",
+    "actor_rollout_ref.model.exclude_modules",
+    "actor_rollout_ref.model.lora_adapter_path",
     "actor_rollout_ref.model.custom_chat_template",
     "actor_rollout_ref.actor.profiler",
     "actor_rollout_ref.actor.policy_loss",

@@ -10,10 +10,11 @@ import pytest
 import torch
 from reference.live_bytes import LiveBytes
 from reference.toy import InSegments
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from refine_verl.config import NSPSettings, RolloutLength
+from refine_verl.config import LoraSettings, NSPSettings, RolloutLength
 from refine_verl.models import Branches, Documents, RolloutDraws, load_model, make_actor, snapshot_count
+from refine_verl.models.lora import add_adapters, trainable_numbers
 from refine_verl.plan.hollow import STATES
 from refine_verl.plan.memory import Shape, _probe, _state_size, estimate_memory, pass_peaks
 
@@ -79,8 +80,10 @@ def measured(config: Any, shape: Shape) -> dict[str, int]:
         activation_checkpointing=shape.activation_checkpointing,
         balance_coef=shape.balance_coef,
     )
+    if shape.lora.lora_rank:
+        add_adapters(actor, shape.lora, seed=0)
     for parameter in actor.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     rows, nsp = shape.update_rows, shape.nsp
     documents = Documents.from_tensors(torch.randint(0, 300, (rows, shape.length)), (shape.length,) * rows)
     written = Documents.from_tensors(
@@ -139,6 +142,39 @@ def test_a_load_balance_loss_is_counted() -> None:
     assert sum(estimated.values()) == pytest.approx(real, rel=0.15)
     more = sum(estimated.values()) - sum(pass_peaks(config, plain)["update"].values())
     assert more >= 2 * 150 * 64 * 4  # the probabilities of each router, float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "checkpointing"), [("delta_net", "none"), ("olmo_hybrid", "layer")])
+def test_with_adapters_too(family: str, checkpointing: str) -> None:
+    shape = Shape(length=450, nsp=NSP, activation_checkpointing=checkpointing, lora=LoraSettings(lora_rank=4))
+    config = config_of(family, 6 if family in HYBRIDS else 3)
+    estimated, real = pass_peaks(config, shape), measured(config, shape)
+    for phase, value in real.items():
+        assert sum(estimated[phase].values()) == pytest.approx(value, rel=0.15), phase
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_adapters_leave_of_the_optimiser_and_of_a_snapshot(family: str) -> None:
+    config, lora = config_of(family, 2), LoraSettings(lora_rank=2)
+    full = estimate_memory(config, Shape(length=64, nsp=NSP, workers=2, resets=True))
+    small = estimate_memory(config, Shape(length=64, nsp=NSP, workers=2, resets=True, lora=lora))
+    model = load_model(None, config=copy.deepcopy(config))
+    add_adapters(model, lora, seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert small.trained == trained and small.parameters == full.parameters + trained
+    own = -(-trained // 2) * 4
+    assert small.snapshot == own and full.snapshot == -(-full.parameters // 2) * 4
+    assert small.phases["optimiser"]["optimiser"] == 2 * own and small.phases["update"]["gradients"] == own
+
+
+def test_a_snapshot_of_adapters_is_two_percent_of_a_full_one_at_most() -> None:
+    """DeltaNet-1.3B with adapters of rank 16: what is kept aside to return to."""
+    config = AutoConfig.for_model("delta_net", hidden_size=2048, num_hidden_layers=24, num_heads=16, vocab_size=32000)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    full = trainable_numbers(model, LoraSettings())
+    assert full > 1.3e9 and trainable_numbers(model, LoraSettings(lora_rank=16)) < 0.02 * full
 
 
 def test_the_state_of_a_hybrid_grows_by_its_keys_and_values() -> None:

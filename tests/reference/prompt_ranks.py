@@ -28,6 +28,9 @@ class Group(LocalGroup):
     def restore(self) -> None:
         self.worker.restore()
 
+    def save_adapter(self, directory: str, about: dict[str, Any]) -> None:
+        self.worker.save_adapter(directory, about)
+
 
 class Rows:
     """A test set as verl's dataset class hands it out."""
@@ -95,7 +98,7 @@ class Session:
 
         def recording() -> float:
             named = self.worker.engine.module.named_parameters()
-            self.gradients.append(full({name: p.grad for name, p in named}))
+            self.gradients.append(full({name: p.grad for name, p in named if p.requires_grad}))
             return step()
 
         self.worker.engine.optimizer_step = recording

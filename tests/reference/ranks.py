@@ -160,7 +160,8 @@ class Session:
         step = engine.optimizer_step
 
         def recording() -> float:
-            self.gradients.append(full({name: p.grad for name, p in engine.module.named_parameters()}))
+            trained = ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+            self.gradients.append(full({name: p.grad for name, p in trained}))
             return step()
 
         engine.optimizer_step = recording

@@ -47,6 +47,14 @@ TESTED_IN: dict[str, str] = {
     "ray_kwargs.ray_init": "trainer/test_launch.py",
     "trainer.nnodes": "cluster/test_capacity.py",
     "actor_rollout_ref.model.external_lib": "docs/test_new_model.py",
+    **dict.fromkeys(
+        (f"actor_rollout_ref.model.{name}" for name in ("lora_rank", "lora_alpha", "exclude_modules")),
+        "reference/adapter_ranks.py",
+    ),
+    **dict.fromkeys(
+        (f"actor_rollout_ref.model.{name}" for name in ("target_modules", "lora_adapter_path")),
+        "export/test_export.py",
+    ),
     "reward.custom_reward_function": "trainer/test_reward_function.py",
     **dict.fromkeys(SERVER_KEYS, "trainer/test_servers.py"),
 }

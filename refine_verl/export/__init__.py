@@ -1,0 +1,1 @@
+"""A LoRA adapter merged into a model directory: `python -m refine_verl.export` (docs/keep.md)."""
