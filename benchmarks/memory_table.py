@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory_table
 
-Planned, not measured: fake tensors are counted, so it needs no GPU, and about ten minutes. Replaces what stands between
+Planned, not measured: fake tensors are counted, so it needs no GPU, and some twenty minutes. Replaces what stands between
 the two marks there.
 """
 

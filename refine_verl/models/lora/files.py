@@ -21,6 +21,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from refine_verl.config import ConfigError, DataError, ModelError
+from refine_verl.config.refusals import with_article
 from refine_verl.models.lora.layers import _PART, ADAPTER, adapter_parameters, finish, has_adapters
 from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
 from refine_verl.record.files import write_atomically
@@ -233,7 +234,9 @@ def refuse_other_base(adapter: Adapter, model: Any, fingerprint: Callable[[], st
         return
     kind = model.config.model_type
     if about["model_type"] != kind:
-        raise ModelError(f"{where}: it was trained on a {about['model_type']}, and the model is a {kind}.")
+        raise ModelError(
+            f"{where}: it was trained on {with_article(about['model_type'])}, and the model is {with_article(kind)}."
+        )
     if about["sha256"] != (base_fingerprint(model) if fingerprint is None else fingerprint()):
         named = f" ({about['name']})" if about.get("name") else ""
         raise ModelError(

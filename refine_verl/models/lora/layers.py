@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from refine_verl.config import ALL_LINEAR, ConfigError, LoraSettings, did_you_mean
+from refine_verl.config.refusals import with_article
 
 ADAPTER = "default"
 """PEFT's name of the one adapter that a model has here."""
@@ -155,10 +156,11 @@ def add_adapters(
     finish(model)
     if missed := set(names).symmetric_difference(lora_layers(model)):
         put_back(model)
+        kind: str = model.config.model_type  # type: ignore[union-attr, assignment]
         raise ConfigError(
             f"{section}.target_modules",
-            f"PEFT understands these names otherwise for a {model.config.model_type} ({sorted(missed)[0]}). Leave such "  # type: ignore[union-attr]
-            "layers out with exclude_modules.",
+            f"PEFT understands these names otherwise for {with_article(kind)} ({sorted(missed)[0]}). Leave such layers "
+            "out with exclude_modules.",
         )
 
 
