@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory_table
 
-Planned, not measured: fake tensors are counted, so it needs no GPU, and some twenty minutes. Replaces what stands between
-the two marks there.
+Planned, not measured: fake tensors are counted, so it needs no GPU, and some twenty minutes. Replaces what stands
+between the two marks there.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ token earned depends on it and the tokens before it. A run names a function of y
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -160,6 +161,12 @@ def try_reward(name: str, length: int, per_token: bool) -> None:
     hidden = torch.linspace(-1, 1, 2 * length * 8).view(2, length, 8)
     inputs = RewardInputs(predicted_hidden=hidden, target_hidden=hidden, predicted_tokens=tokens, target_tokens=tokens)
     function = REWARDS.find(name)
+    try:
+        inspect.signature(function).bind(inputs)
+    except TypeError as error:
+        raise TypeError(f"reward {name!r} cannot be called with one argument, RewardInputs ({error})") from error
+    except ValueError:  # one written in C says nothing of its arguments
+        pass
     try:
         earned = function(inputs)
     except Exception:  # a user's function may need the model's own width

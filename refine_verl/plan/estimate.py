@@ -270,7 +270,7 @@ def _resource_warnings(plan: Plan, valid: ValidConfig) -> Iterator[str]:
             cures.append("lower actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu")
         nsp, shape = valid.refine.nsp, plan.shape
         rollouts = max(shape.update_rows, shape.rollouts_of) * nsp.chunks * nsp.rollouts_per_position
-        forks = min(nsp.rollouts_together, rollouts) * memory.state_bytes
+        forks = min(nsp.rollouts_together, rollouts) * (memory.state_bytes - memory.shared_bytes)
         if shape.with_rollouts and nsp.rollout == "fork" and forks > 0.1 * memory.peak:
             cures.append(f"lower refine.nsp.rollouts_together ({nsp.rollouts_together})")
         cures += ["use more workers", "lower data.max_length"]

@@ -106,6 +106,7 @@ class MemoryEstimate:
         parameters: numbers of the whole model, adapters included.
         state_bytes: of the state of one document.
         phases: bytes by phase and part.
+        shared_bytes: of the state, keys and values of attention layers, which forks do not copy.
         trained: those of the parameters that are trained.
         snapshot: bytes of host memory in which they are kept aside to return to, if they are.
     """
@@ -113,6 +114,7 @@ class MemoryEstimate:
     parameters: int
     state_bytes: int
     phases: dict[str, dict[str, int]]
+    shared_bytes: int = 0
     trained: int = 0
     snapshot: int = 0
 
@@ -164,9 +166,11 @@ def estimate_memory(config: PretrainedConfig, shape: Shape, passes: Peaks | None
     largest = max(parameter.numel() for parameter in model.parameters()) // shape.workers
     scratch = own if shape.cuda else min(own, largest)
     phases["optimiser"] = {**held, "scratch": scratch * FP32}
+    fixed, shared = _state_parts(config, shape)
     return MemoryEstimate(
         parameters=total,
-        state_bytes=_state_size(config, shape),
+        state_bytes=fixed + shared,
+        shared_bytes=shared,
         phases=phases,
         trained=trained,
         snapshot=own * FP32 if shape.resets else 0,  # taken before there is an optimiser state
@@ -447,13 +451,15 @@ def _loss(output: dict[str, Tensor]) -> Tensor:
     return sum((output[name].sum() for name in _TERMS if name in output), torch.zeros(()))
 
 
-def _state_size(config: PretrainedConfig, shape: Shape) -> int:
-    """Bytes of the state of one document; keys and values that grow with it are those of its real length."""
+def _state_parts(config: PretrainedConfig, shape: Shape) -> tuple[int, int]:
+    """Bytes of the state of one document: of fixed size, and keys and values, which grow with it, at its length."""
     lengths = [length for length in (TOKENS_PER_SEGMENT // 2, TOKENS_PER_SEGMENT) if length <= shape.length]
     sizes = {length: _state_after(config, shape, length) for length in lengths or [shape.length]}
     if not isinstance(adapter_for(config), HybridAdapter):
-        return sizes[max(sizes)]
-    return round(_linear({length: float(size) for length, size in sizes.items()}, shape.length))
+        return sizes[max(sizes)], 0
+    grows = {length: float(size) for length, size in sizes.items()}
+    fixed = round(_linear(grows, 0)) if len(grows) > 1 else 0
+    return fixed, round(_linear(grows, shape.length)) - fixed
 
 
 def _state_after(config: PretrainedConfig, shape: Shape, length: int) -> int:

@@ -96,6 +96,8 @@ def _memory(plan: Plan) -> Table:
         f"{plan.shape.workers} workers, "
         f"documents of {plan.shape.length:,} tokens, a state of {size_text(memory.state_bytes)}"
     )
+    if memory.shared_bytes:
+        title += f", of which {size_text(memory.shared_bytes)} are keys and values that forks share"
     return _table(title, ("part", *phases), rows)
 
 

@@ -174,6 +174,9 @@ def broken_token(inputs):
 def wide(inputs):
     return inputs.predicted_hidden @ torch.ones(16)
 
+def of_two(first, second):
+    return first
+
 def broken(inputs):
     return torch.tensor([1.0, float("nan")])
 
@@ -286,6 +289,7 @@ def test_credit_per_token_needs_what_tokens_earned(user_module: str) -> None:
         ("too_many", r"returned shape \[2, 7\]; expected \[2, 3\]"),
         ("broken_token", "returned NaN or infinity for 2 of 2 rollouts"),
         ("listed", "returned a list"),
+        ("of_two", "cannot be called with one argument, RewardInputs .*missing a required argument: 'second'"),
     ],
 )
 @pytest.mark.parametrize("credit", ["token", "rollout"])

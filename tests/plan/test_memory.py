@@ -16,7 +16,7 @@ from refine_verl.config import LoraSettings, NSPSettings, RolloutLength
 from refine_verl.models import Branches, Documents, RolloutDraws, load_model, make_actor, snapshot_count
 from refine_verl.models.lora import add_adapters, trainable_numbers
 from refine_verl.plan.hollow import STATES
-from refine_verl.plan.memory import Shape, _probe, _state_size, estimate_memory, pass_peaks
+from refine_verl.plan.memory import Shape, _probe, _state_parts, estimate_memory, pass_peaks
 
 NSP = NSPSettings(chunks=2, rollout_length=3, rollouts_per_position=2)
 WIDTH = {"hidden_size": 64, "num_heads": 2, "vocab_size": 300, "hidden_ratio": 4, "fuse_cross_entropy": False}
@@ -180,10 +180,11 @@ def test_a_snapshot_of_adapters_is_two_percent_of_a_full_one_at_most() -> None:
 def test_the_state_of_a_hybrid_grows_by_its_keys_and_values() -> None:
     """One layer of attention of two: 2 x 2 heads of 16 numbers for each token."""
     config = config_of("olmo_hybrid", 2)
-    short, long = (_state_size(config, Shape(length=length, nsp=NSP)) for length in (100, 300))
-    assert long - short == 200 * 2 * 2 * 16 * 4
-    fixed = short - 100 * 2 * 2 * 16 * 4
-    assert fixed == (4 * 16 * 32 + 4 * (16 + 16 + 32) * 4) * 4  # recurrent states, and four inputs of convolutions
+    (fixed, short), (same, long) = (_state_parts(config, Shape(length=length, nsp=NSP)) for length in (100, 300))
+    assert (short, long) == (100 * 2 * 2 * 16 * 4, 300 * 2 * 2 * 16 * 4)
+    assert (
+        fixed == same == (4 * 16 * 32 + 4 * (16 + 16 + 32) * 4) * 4
+    )  # recurrent states, and four inputs of convolutions
 
 
 def test_more_documents_per_pass() -> None:

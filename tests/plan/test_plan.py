@@ -106,8 +106,9 @@ def test_forks_that_do_not_fit_have_a_cure(
     from refine_verl.plan import memory
 
     write_documents([64] * 8)
-    for state, said in ((GIB // 8, True), (1, False)):
-        found = MemoryEstimate(parameters=GIB, state_bytes=state, phases={"update": {"states": 10 * GIB}})
+    for state, shared, said in ((GIB // 8, 0, True), (GIB // 8, GIB // 8, False), (1, 0, False)):
+        phases = {"update": {"states": 10 * GIB}}
+        found = MemoryEstimate(parameters=GIB, state_bytes=state, shared_bytes=shared, phases=phases)
         monkeypatch.setattr(memory, "estimate_memory", lambda *_, found=found: found)
         warnings = "\n".join(plan_of(capsys, "memory=8", "refine.nsp.rollouts_per_position=2")["warnings"])
         assert ("lower refine.nsp.rollouts_together (64), or" in warnings) is said
