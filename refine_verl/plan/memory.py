@@ -106,16 +106,16 @@ class MemoryEstimate:
         parameters: numbers of the whole model, adapters included.
         state_bytes: of the state of one document.
         phases: bytes by phase and part.
-        shared_bytes: of the state, keys and values of attention layers, which forks do not copy.
         trained: those of the parameters that are trained.
+        shared_bytes: of the state, keys and values of attention layers, which forks do not copy.
         snapshot: bytes of host memory in which they are kept aside to return to, if they are.
     """
 
     parameters: int
     state_bytes: int
     phases: dict[str, dict[str, int]]
+    trained: int
     shared_bytes: int = 0
-    trained: int = 0
     snapshot: int = 0
 
     @property

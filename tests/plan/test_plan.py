@@ -64,7 +64,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from refine_verl.plan import memory
 
     phases = {"update": {"parameters": 4 * GIB, "activations": 6 * GIB}, "optimiser": {"parameters": 4 * GIB}}
-    found = MemoryEstimate(parameters=GIB, state_bytes=1, phases=phases)
+    found = MemoryEstimate(parameters=GIB, trained=GIB, state_bytes=1, phases=phases)
     monkeypatch.setattr(memory, "estimate_memory", lambda *_: found)
 
 
@@ -108,7 +108,7 @@ def test_forks_that_do_not_fit_have_a_cure(
     write_documents([64] * 8)
     for state, shared, said in ((GIB // 8, 0, True), (GIB // 8, GIB // 8, False), (1, 0, False)):
         phases = {"update": {"states": 10 * GIB}}
-        found = MemoryEstimate(parameters=GIB, state_bytes=state, shared_bytes=shared, phases=phases)
+        found = MemoryEstimate(parameters=GIB, trained=GIB, state_bytes=state, shared_bytes=shared, phases=phases)
         monkeypatch.setattr(memory, "estimate_memory", lambda *_, found=found: found)
         warnings = "\n".join(plan_of(capsys, "memory=8", "refine.nsp.rollouts_per_position=2")["warnings"])
         assert ("lower refine.nsp.rollouts_together (64), or" in warnings) is said
@@ -211,7 +211,9 @@ def test_warnings_of_resources(
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from refine_verl.plan import memory
 
-    found = MemoryEstimate(parameters=KIB, state_bytes=2 * KIB, phases={"update": {"states": KIB, "rest": 3 * MIB}})
+    found = MemoryEstimate(
+        parameters=KIB, trained=KIB, state_bytes=2 * KIB, phases={"update": {"states": KIB, "rest": 3 * MIB}}
+    )
     monkeypatch.setattr(memory, "estimate_memory", lambda *_: found)
     monkeypatch.setattr(estimate, "memory_here", lambda *_: 2 * MIB)
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 40 * KIB}))
@@ -271,7 +273,7 @@ def test_neither_ray_nor_a_gpu_is_touched() -> None:
     write_documents([64] * 8)
     script = (
         "import sys; from refine_verl.plan import memory, __main__ as plan\n"
-        "found = memory.MemoryEstimate(parameters=1, state_bytes=1, phases={'a': {'b': 1}})\n"
+        "found = memory.MemoryEstimate(parameters=1, trained=1, state_bytes=1, phases={'a': {'b': 1}})\n"
         "memory.estimate_memory = lambda *_: found\n"
         "code = plan.main(sys.argv[1:])\n"
         "import ray; assert not ray.is_initialized(); sys.exit(code)"

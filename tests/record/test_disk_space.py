@@ -103,9 +103,11 @@ def test_the_same_goes_for_the_model(tmp_path: Path) -> None:
     def export(_: str) -> None:
         raise DiskFullError("rank 0 on a: 0.00 GiB are free in b; Error: c")
 
-    trainer = SimpleNamespace(run_dir=tmp_path, actor_rollout_wg=SimpleNamespace(export=export))
-    with pytest.raises(CheckpointError, match="^the file system of .* is full: the trained model .*; Error: c"):
-        CheckpointingTrainer._export(trainer)  # type: ignore[arg-type]
+    for name in ("model", "adapter"):
+        workers = SimpleNamespace(export=export, save_adapter=export)
+        trainer = SimpleNamespace(run_dir=tmp_path, _result=tmp_path / name, actor_rollout_wg=workers)
+        with pytest.raises(CheckpointError, match=f"^the file system of .* is full: the trained {name} .*; Error: c"):
+            CheckpointingTrainer._export(trainer)  # type: ignore[arg-type]
 
 
 def test_what_a_worker_said_is_asked_again_with_the_size_of_a_checkpoint(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def test_fewer_steps_than_the_checkpoint_has(
     trainer.fit()
     assert trainer.actor_rollout_wg.calls == [] and trainer.actor_rollout_wg.exported == [str(tmp_path / "model")]
     past = "the checkpoint of step 4 is past the 3 steps asked for (trainer.total_training_steps): nothing is trained"
-    said = f"{past}, and {tmp_path / 'model'} is the model of step 4"
+    said = f"{past}, and {tmp_path / 'model'} is that of step 4"
     assert (said in caplog.text) == (start > 3)
 
 

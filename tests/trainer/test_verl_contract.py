@@ -56,6 +56,7 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
         FSDPEngine,
         {
             "_build_module",
+            "_build_lora_module",
             "_build_lr_scheduler",
             "forward_backward_batch",
             "forward_step",
