@@ -105,6 +105,7 @@ def inspect_model(
     with naming("model.config" if path is None else f"{key}={path}"):
         loaded = _config_from_values(overrides) if path is None else _config_from_path(str(path), overrides)
         check_family(loaded, on_gpu=torch.cuda.is_available())
+        _check_attention(loaded)
     if not loaded.architectures:  # a configuration made from values; verl and transformers export by this name
         loaded.architectures = [AutoModelForCausalLM._model_mapping[type(loaded)].__name__]
     has_weights = path is not None and (
@@ -256,6 +257,17 @@ def check_family(config: PretrainedConfig, on_gpu: bool) -> None:
         raise Unusable(
             f"the kernels of {kind} need a GPU, and it would run on the CPU here. These run without a GPU: "
             f"{', '.join(FLA_VERIFIED_ON_CPU)}."
+        )
+
+
+def _check_attention(config: PretrainedConfig) -> None:
+    """Refuse what transformers would, in words that help; models of a user's may have any."""
+    wanted = getattr(config, "_attn_implementation", None)
+    ours = (*MIXERS, *FLA_VERIFIED_ON_CPU, *FLA_THROUGH_THE_SAME_ADAPTER)
+    if config.model_type in ours and wanted not in (None, "eager", "sdpa"):
+        raise Unusable(
+            f"attn_implementation={wanted} of config.json: the passes here have an attention of their own, and for the "
+            "model's own forward function eager and sdpa can be had. Remove it from config.json, or set one of them."
         )
 
 

@@ -59,6 +59,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"layer_types": ["linear_attention", "sliding_attention"] * 2},
         "layers of the kind sliding_att",
     ),
+    "another attention": (
+        {"attn_implementation": "flash_attention_2"},
+        "attn_implementation=flash_attention_2 of config.json: .* eager and sdpa can be had. Remove it",
+    ),
     "no linear layer": ({"layer_types": ["full_attention"] * 4}, "no linear layer"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu"),
