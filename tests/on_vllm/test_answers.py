@@ -94,7 +94,7 @@ def killed(files: Path) -> tuple[Path, int, str, int]:
             engine.kill()
         output, _ = process.communicate(timeout=TIMEOUT)
         left = sum(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in seen)
-    assert len(seen) >= 4
+    assert len(seen) >= 2  # two engines, and those of their processes that were there by then
     return run, process.returncode, output, left
 
 
