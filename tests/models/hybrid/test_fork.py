@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.answers import plain_log_probs
+from reference.answers import compare_answers
 from reference.hybrid import InPieces, InSegments
 from reference.toy import NSP, documents_of, draws_for, gradients, one_by_one, relative, share_of_loss
 from torch import Tensor
@@ -196,27 +196,6 @@ def test_wrong_keys_are_caught(make: Make, fault: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("segments", [1, 5])
 def test_answers_are_those_of_plain_passes(make: Make, segments: int) -> None:
     """Written from one read prompt each, of unequal length; log-probabilities and gradients."""
-    lengths, limits, copies, width = (3, 17, 24), (11, 2, 9), 2, 11
-    actor, plain, prompts = make(activation_checkpointing="segment"), make(), documents_of(lengths)
-    draws = torch.rand(3, copies, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    written = actor(
-        mode="generate", prompts=prompts, limits=limits, length=width, copies=copies, temperature=1.0, draws=draws
-    )
-    assert actor.forward_tokens == sum(lengths) + (width - 1) * 3 * copies
-    got = actor(
-        mode="answer_log_probs",
-        prompts=prompts,
-        tokens=written.tokens,
-        lengths=written.lengths,
-        temperature=1.0,
-        segments=segments,
-    )["log_probs"]
-    assert relative(got, written.log_probs.flatten(0, 1)) < RELATIVE
-    got.sum().backward()
-    for b, prompt in enumerate(one_by_one(prompts)):
-        for r in range(copies):
-            answer = written.tokens[b, r, : limits[b]]
-            wanted = plain_log_probs(plain, prompt.tokens[0], answer, 1.0)
-            assert relative(got.view(3, copies, width)[b, r, : limits[b]], wanted) < RELATIVE
-            wanted.sum().backward()
-    assert worst(gradients(actor), gradients(plain)) < RELATIVE
+    actor, plain = make(activation_checkpointing="segment"), make()
+    how = {"copies": 2, "width": 11, "segments": segments, "tolerance": RELATIVE}
+    compare_answers(actor, plain, documents_of((3, 17, 24)), (11, 2, 9), **how)
