@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
-from reference.toy import NSP, documents_of, draws_for, relative
+from reference.toy import NSP, documents_of, draws_for, loss_of, relative
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,7 +30,6 @@ from refine_verl.models import (
     load_model,
     make_actor,
 )
-from refine_verl.nsp import refine_objective
 from refine_verl.preflight.run import prepare_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,18 +83,7 @@ def update(actor: FastWeightActor, documents: Documents, how: str, grad_scope: s
     advantages = torch.randn(rows, generator=generator, dtype=torch.float64)
     nsp = replace(NSP, rollout=how, grad_scope=grad_scope)
     output = actor(mode="update", documents=documents, branches=branches, nsp=nsp)
-    tokens = documents.total - len(documents)
-    loss, _ = refine_objective(
-        output["ntp_loss_sum"],
-        tokens,
-        output["log_probs"],
-        old,
-        advantages,
-        rl_coef=0.7,
-        sft_coef=1.0,
-        global_tokens=tokens,
-        global_rollouts=rows,
-    )
+    loss = loss_of(output, documents, old, advantages)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in actor.named_parameters()}
     return {"loss": loss.detach(), "log_probs": output["log_probs"].detach(), **gradients}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.toy import loss_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,7 +20,6 @@ from refine_verl.nsp import (
     group_standardise,
     position_uniforms,
     ppo_clip_loss,
-    refine_objective,
     rollout_uniforms,
 )
 
@@ -77,20 +77,10 @@ def draws() -> RolloutDraws:
 def step(actor: FastWeightActor, branches: Branches, old: Tensor, how: str) -> dict[str, Tensor]:
     """Losses, log-probabilities and the gradient of every parameter."""
     actor.zero_grad()
-    given, tokens = documents(), sum(LENGTHS) - len(LENGTHS)
+    given = documents()
     output = actor(mode="update", documents=given, branches=branches, nsp=replace(NSP, rollout=how))
     advantages = group_standardise(torch.arange(4.0).view(2, 2, 1)).flatten()
-    loss, _ = refine_objective(
-        output["ntp_loss_sum"],
-        tokens,
-        output["log_probs"],
-        old,
-        advantages,
-        rl_coef=0.7,
-        sft_coef=1.0,
-        global_tokens=tokens,
-        global_rollouts=len(old),
-    )
+    loss = loss_of(output, given, old, advantages)
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in actor.named_parameters()}
     return {"loss": loss.detach(), **{name: value.detach() for name, value in output.items()}, **gradients}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.toy import InPieces, InSegments
+from reference.toy import InPieces, InSegments, loss_of
 from torch import Tensor
 
 from refine_verl.config import ConfigError, NSPSettings
@@ -24,7 +24,6 @@ from refine_verl.nsp import (
     get_reward,
     group_standardise,
     position_uniforms,
-    refine_objective,
     rollout_uniforms,
 )
 
@@ -74,18 +73,7 @@ def step(
     """Outputs and parameter gradients of one update pass."""
     actor.zero_grad()
     output = actor(mode="update", documents=documents, branches=branches, nsp=nsp)
-    tokens = documents.total - len(documents)
-    loss, _ = refine_objective(
-        output["ntp_loss_sum"],
-        tokens,
-        output["log_probs"],
-        old,
-        advantages,
-        rl_coef=0.7,
-        sft_coef=1.0,
-        global_tokens=tokens,
-        global_rollouts=len(old),
-    )
+    loss = loss_of(output, documents, old, advantages)
     loss.backward()
     return (
         {"loss": loss.detach(), **{name: value.detach() for name, value in output.items()}},

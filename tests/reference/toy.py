@@ -90,19 +90,32 @@ def share_of_loss(
         old: `[N * c * n, k]`; advantages: `[N * c * n]`; totals: tokens and rollouts of the mini-batch.
     """
     output = actor(mode="update", documents=documents, branches=branches, nsp=nsp)
+    loss = loss_of(output, documents, old, advantages, totals)
+    loss.backward()
+    return loss.detach()
+
+
+def loss_of(
+    output: dict[str, Tensor],
+    documents: Documents,
+    old: Tensor,
+    advantages: Tensor,
+    totals: tuple[int, int] | None = None,
+) -> Tensor:
+    """The REFINE loss of what an `update` pass returned; ``totals`` as of `share_of_loss`, None: these documents'."""
+    tokens = documents.total - len(documents)
     loss, _ = refine_objective(
         output["ntp_loss_sum"],
-        documents.total - len(documents),
+        tokens,
         output["log_probs"],
         old,
         advantages,
         rl_coef=0.7,
         sft_coef=1.0,
-        global_tokens=totals[0],
-        global_rollouts=totals[1],
+        global_tokens=totals[0] if totals else tokens,
+        global_rollouts=totals[1] if totals else len(old),
     )
-    loss.backward()
-    return loss.detach()
+    return loss
 
 
 def gradients(actor: FastWeightActor) -> dict[str, Tensor]:
