@@ -30,11 +30,11 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def configurations_parsed_once() -> Iterator[None]:
+def configurations_composed_once() -> Iterator[None]:
     """Two thousand configurations are composed here, of the same files."""
-    from reference.configurations import shared_parsing
+    from reference.configurations import shared_work
 
-    with shared_parsing():
+    with shared_work():
         yield
 
 
