@@ -1,5 +1,6 @@
 # make quickstart   install, then train a small DeltaNet with REFINE on this machine
-# make test         the tests that need no GPU (ARGS="tests/nsp -k entropy" narrows them)
+# make test         the tests that need no GPU, but for those of test-runs (ARGS="tests/nsp -k entropy" narrows them)
+# make test-runs    the rest of them: clusters of Ray, faults and resumed runs, trajectories
 # make test-kernels fla's own Triton kernels, interpreted on the CPU: operators and whole models
 # make test-vllm    vLLM's CPU build with the package, in an environment of its own (.venv-vllm): docs/vllm.md
 # make test-pythons a fast part of them on each other Python 3.10, 3.11 and 3.12 that is found
@@ -34,7 +35,7 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Files in parallel, one thread each; what needs several processes or Ray takes its share.
 TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
 
-.PHONY: help quickstart test test-kernels test-vllm test-pythons gpu-check check venv clean
+.PHONY: help quickstart test test-runs test-kernels test-vllm test-pythons gpu-check check venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -43,9 +44,14 @@ quickstart: $(VENV)/.package
 	@# One thread: the operations of so small a model are too short to share.
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m refine_verl.main recipe=quickstart $(ARGS)
 
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q \
+  -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
+
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m "not gpu" \
-	  -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+	$(PYTEST) -m "not gpu and not runs" $(ARGS)
+
+test-runs: $(VENV)/.dev
+	$(PYTEST) -m runs $(ARGS)
 
 # A process of its own: Triton is told when it is imported that it is to interpret.
 test-kernels: $(VENV)/.dev

@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from reference.ray_cluster import Cluster, finish, two_nodes, wait_for
 from reference.runs import last_step, read_steps, toy_overrides, write_corpus
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.runs]
 
 TWO_NODES = ("trainer.nnodes=2", "trainer.n_gpus_per_node=1")
 # what the job brings along: a recipe, and a reward that writes down where it was called

@@ -20,7 +20,7 @@ from reference.runs import (
     write_corpus,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.runs]
 
 NOTICED_SOON = {
     "RAY_health_check_initial_delay_ms": "1000",

@@ -151,6 +151,7 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.runs
 def test_it_trains_through_the_command_line(tmp_path: Path) -> None:
     """With the example of a reward of one's own, too: both are found by their import paths, in every process."""
     import new_model  # noqa: F401

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.models import load_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.runs]
 
 SWEEPS = Path(__file__).parents[2] / "examples" / "sweeps"
 SMALL = (

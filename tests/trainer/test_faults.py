@@ -28,7 +28,7 @@ from reference.shared import TWO_WORKERS, shared_run
 
 from refine_verl.record.checkpoint_files import TRACKER, damage, steps_of, tracked_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.runs]
 
 STEPS = 8
 EVERY = ("trainer.n_gpus_per_node=2", "trainer.test_freq=1")

@@ -18,7 +18,7 @@ from reference.runs import (
     write_corpus,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.runs]
 LAST = 8
 
 

@@ -26,6 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.runs
 def test_a_run_on_the_cpu_learns(finished: Path) -> None:
     steps = read_steps(finished)
     assert list(steps) == list(range(LAST + 1))
@@ -40,6 +41,7 @@ def test_a_run_on_the_cpu_learns(finished: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.runs
 def test_what_it_exports_is_the_published_form(finished: Path) -> None:
     from reference.lact import parameter_shapes
     from safetensors.torch import load_file

@@ -17,7 +17,7 @@ from reference.runs import last_step, read_steps, repeatable, run_and_stop, run_
 from refine_verl.main import main
 from refine_verl.trainer import launch
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.runs]
 
 TTT = (
     "data.train_batch_size=3",

@@ -19,6 +19,7 @@ DONE = 3
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.runs
 def test_an_old_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", this_checkout())
     unpack_old_run(tmp_path)

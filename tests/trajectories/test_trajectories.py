@@ -44,6 +44,7 @@ def runs() -> Iterator[dict[str, Future[dict[str, Any]]]]:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.runs
 @pytest.mark.parametrize("name", HELD)
 def test_a_run_does_what_it_did(runs: dict[str, Future[dict[str, Any]]], name: str) -> None:
     assert_same(runs[name].result()["run"], recorded(name)["run"])
@@ -59,6 +60,7 @@ def run_killed_and_again(module: str, arguments: Sequence[str], cwd: Path, scrat
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.runs
 def test_a_killed_fused_run_goes_on_as_if_nothing_had_happened(runs: dict[str, Future[dict[str, Any]]]) -> None:
     """Bit for bit, metrics and weights."""
     whole, resumed = (runs[name].result()["run"] for name in (MANY, KILLED))
