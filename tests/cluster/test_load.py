@@ -77,7 +77,7 @@ def test_a_short_run(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     toy = toy_overrides(tmp_path, tmp_path / "run")
     overrides = [item for item in toy if not item.startswith(("recipe=", "trainer."))]
-    command = [sys.executable, "-m", "benchmarks.load", "--steps", "12", "--save-every", "6", "--validate-every", "5"]
+    command = [sys.executable, "-m", "benchmarks.load", "--steps", "24", "--save-every", "12", "--validate-every", "8"]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "load.json"), *overrides],
         cwd=tmp_path,
@@ -100,9 +100,9 @@ def test_a_short_run(tmp_path: Path) -> None:
         "step",
         "processor",
     } <= series.keys()
-    assert series["step"]["step"] == list(range(1, 13)) and min(series["step"]["value"]) > 0
+    assert series["step"]["step"] == list(range(1, 25)) and min(series["step"]["value"]) > 0
     for name in ("driver", "worker 0", "worker 1"):
-        assert len(series[name]["value"]) > 8 and min(series[name]["value"]) > 50, name
+        assert len(series[name]["value"]) > 16 and min(series[name]["value"]) > 50, name
     assert max(series["store"]["value"]) < 1 and seen["created_mb_per_step"] < 1  # contract: less than 1 MB a step
     assert seen["trends"]["driver"]["low"] <= seen["trends"]["driver"]["slope"] <= seen["trends"]["driver"]["high"]
     assert sorted(item.name for item in tmp_path.iterdir()) == ["cache", "load.json", "train.jsonl", "validation.jsonl"]
