@@ -8,7 +8,7 @@ from typing import Any
 from examples.miniature.figures import Row
 from examples.miniature.results import table
 from examples.miniature.statistics import estimate
-from examples.recall.arms import MANY_LAMBDA, SIGNAL, Arm, many
+from examples.recall.arms import MANY_ABLATIONS, MANY_LAMBDA, SIGNAL, Arm, many
 from examples.recall.bases import STATES
 from examples.recall.noise import ESTIMATORS, REFERENCE_DRAWS
 from examples.recall.records import Records, difference, mean, shown
@@ -110,6 +110,58 @@ def _bound(records: Records, seen: Records, model: str, state: str) -> str:
         f"\n\n*Upper bound*, a nearly exact policy gradient (n = {n}): after {steps} steps, {len(runs)} seeds; SFT's "
         f"scores, and the others minus SFT.\n\n{table(header, rows)}"
     )
+
+
+MANY_TABLES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "lambda": ("Weight of the policy loss", ((f"λ = {MANY_LAMBDA:g}", "many_binary"),)),
+    "selection": ("Where rollouts start", ()),
+    "reward": ("Reward", (("binary reward", "many_binary"), ("cosine reward", "many_cosine"))),
+    "k": ("Length of rollouts", (("5 tokens", "many_binary"),)),
+}
+"""By name in `MANY_ABLATIONS`: title, and what the comparison ``signal`` has trained already, with labels."""
+
+
+def many_ablations(records: Records, model: str) -> str:
+    """What is changed about the arm with many rollouts, from every state it was trained from."""
+    seen, steps = records.showing("signal"), records.results["amount"]["ablation_steps"]
+    parts = []
+    for state in STATES:
+        tables = [_many_table(records, seen, model, state, name) for name in MANY_TABLES]
+        if any(tables):
+            title = STATE_NAMES[state]
+            parts += [f"#### {title[0].upper()}{title[1:]}", *(text for text in tables if text)]
+    if not parts:
+        return ""
+    about = (
+        f"DeltaNet, {steps} steps. c = 32, n = 8, groups per position, credit per token, no division, binary reward, k = "
+        f"5, λ = {MANY_LAMBDA:g}, and one of them changed. SFT's scores, and the others minus SFT on the same seed."
+    )
+    return "\n\n".join(["### Ablations of many rollouts", about, *parts])
+
+
+def _many_table(records: Records, seen: Records, model: str, state: str, name: str) -> str:
+    title, known = MANY_TABLES[name]
+    steps = records.results["amount"]["ablation_steps"]
+    runs = {arm.label: records.of("ablation", model, state, arm.name) for arm in MANY_ABLATIONS[name]}
+    runs = {label: found for label, found in runs.items() if found}
+    seeds = set.intersection(*(set(found) for found in runs.values())) if runs else set()
+    if not seeds:
+        return ""
+    arms = {label: seen.arm(model, state, arm) for label, arm in (("SFT", "sft"), *known)}
+    rows = []
+    for label, found in {**arms, **runs}.items():
+        cells = []
+        for score in SIGNAL_GAINS:
+            values, baseline = (
+                {seed: run["scores"][str(steps)][score] for seed, run in one.items() if seed in seeds}
+                for one in (found, arms["SFT"])
+            )
+            cells.append(mean(values, 4) if label == "SFT" else shown(difference(values, baseline), 4))
+        rows.append([label, *cells])
+    if name == "lambda":
+        rows[1:] = sorted(rows[1:], key=lambda row: float(row[0].split()[-1]))
+    header = [f"{len(seeds)} seeds", *(LONG_NAMES[score] for score in SIGNAL_GAINS)]
+    return f"##### {title}\n\n{table(header, rows)}"
 
 
 def noise(records: Records, model: str, figure: str) -> str:

@@ -12,7 +12,7 @@ import torch
 import refine_verl
 from examples.miniature.training import Loop
 from examples.recall import noise
-from examples.recall.arms import ABLATIONS, BATCH, HEADLINE, SIGNAL, Arm, many
+from examples.recall.arms import ABLATIONS, BATCH, HEADLINE, MANY_ABLATIONS, SIGNAL, Arm, many
 from examples.recall.bases import MODELS, STATES, BaseSpec, train_base
 from examples.recall.scores import batches, held_out, score
 
@@ -160,9 +160,14 @@ def all_jobs(models: Sequence[str], amount: Amount) -> list[Job]:
 
 
 def signal_jobs(model: str, seeds: range) -> list[Job]:
-    """Training with less noise from the under-trained bases, and the upper bound."""
-    jobs = [Job("signal", model, seed, "under") for seed in seeds]
-    return jobs + [Job("bound", model, seed, "under", "binary") for seed in seeds]
+    """Training with less noise, the upper bound, and what is changed about it, seed by seed."""
+    jobs = []
+    for seed in seeds:
+        for state in STATES:
+            jobs += [Job("signal", model, seed, state), Job("bound", model, seed, state, "binary")]
+        arms = [(state, arm) for name, states in MANY_STATES.items() for state in states for arm in MANY_ABLATIONS[name]]
+        jobs += [Job("ablation", model, seed, state, arm.name) for state, arm in arms]
+    return jobs
 
 
 TABLE_STATES = {
@@ -174,9 +179,13 @@ TABLE_STATES = {
     "c": ("under",),
     "lr": STATES,
 }
+MANY_STATES = {"lambda": STATES, "selection": ("under",), "reward": ("under",), "k": ("under",)}
 NOISE = ("cosine", "binary")
 COMPARED = {"headline": HEADLINE, "signal": SIGNAL}
-ARMS = {arm.name: arm for arm in [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table)]}
+ARMS = {
+    arm.name: arm
+    for arm in [*HEADLINE, *(arm for tables in (ABLATIONS, MANY_ABLATIONS) for table in tables.values() for arm in table)]
+}
 
 
 def run_job(job: Job, amount: Amount, weights: dict[str, Weights]) -> dict[str, Any]:
