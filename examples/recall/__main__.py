@@ -79,8 +79,7 @@ def collect(records: Sequence[dict[str, Any]], amount: Amount, models: Sequence[
             },
             "processor_minutes": sum(record["processor_seconds"] for record in records) / 60,
             "jobs": [
-                {name: value for name, value in record.items() if name != "processor_seconds"}
-                for record in records
+                {name: value for name, value in record.items() if name != "processor_seconds"} for record in records
             ],
         }
     )
@@ -171,7 +170,9 @@ def missing(jobs: Sequence[Job], amount: Amount, known: Mapping[str, Any] | None
     have = {} if known is None else {name_of(record): record.get("fingerprint") for record in known["jobs"]}
     found = [job for job in jobs if have.get(job.name) != fingerprint(job, amount)]
     if not found:
-        raise SystemExit("error: --missing: results.json has all jobs, of these settings. Leave it out to run them again.")
+        raise SystemExit(
+            "error: --missing: results.json has all jobs, of these settings. Leave it out to run all again."
+        )
     return found
 
 

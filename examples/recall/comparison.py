@@ -133,8 +133,8 @@ def many_ablations(records: Records, model: str) -> str:
     if not parts:
         return ""
     about = (
-        f"DeltaNet, {steps} steps. c = 32, n = 8, groups per position, credit per token, no division, binary reward, k = "
-        f"5, λ = {MANY_LAMBDA:g}, and one of them changed. SFT's scores, and the others minus SFT on the same seed."
+        f"DeltaNet, {steps} steps. c = 32, n = 8, groups per position, credit per token, no division, binary reward, "
+        f"k = 5, λ = {MANY_LAMBDA:g}, and one of them changed. SFT's scores, and the others minus SFT on the same seed."
     )
     return "\n\n".join(["### Ablations of many rollouts", about, *parts])
 

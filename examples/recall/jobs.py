@@ -165,8 +165,8 @@ def signal_jobs(model: str, seeds: range) -> list[Job]:
     for seed in seeds:
         for state in STATES:
             jobs += [Job("signal", model, seed, state), Job("bound", model, seed, state, "binary")]
-        arms = [(state, arm) for name, states in MANY_STATES.items() for state in states for arm in MANY_ABLATIONS[name]]
-        jobs += [Job("ablation", model, seed, state, arm.name) for state, arm in arms]
+        tables = [(state, MANY_ABLATIONS[name]) for name, states in MANY_STATES.items() for state in states]
+        jobs += [Job("ablation", model, seed, state, arm.name) for state, table in tables for arm in table]
     return jobs
 
 
@@ -182,10 +182,8 @@ TABLE_STATES = {
 MANY_STATES = {"lambda": STATES, "selection": ("under",), "reward": ("under",), "k": ("under",)}
 NOISE = ("cosine", "binary")
 COMPARED = {"headline": HEADLINE, "signal": SIGNAL}
-ARMS = {
-    arm.name: arm
-    for arm in [*HEADLINE, *(arm for tables in (ABLATIONS, MANY_ABLATIONS) for table in tables.values() for arm in table)]
-}
+TABLES = (*ABLATIONS.values(), *MANY_ABLATIONS.values())
+ARMS = {arm.name: arm for arm in [*HEADLINE, *(arm for table in TABLES for arm in table)]}
 
 
 def run_job(job: Job, amount: Amount, weights: dict[str, Weights]) -> dict[str, Any]:

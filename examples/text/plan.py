@@ -56,7 +56,7 @@ class Plan:
     lr_sweep: tuple[float, ...] = (1e-3,)
     temperatures: tuple[float, ...] = (0.99, 0.98, 0.97)
     signal_batches: int = 16
-    many_steps: int = 80
+    many_steps: int = 48
     many_seeds: int = 5
 
 

@@ -474,7 +474,7 @@ def test_a_strategy_is_tried_out_before_a_run(strategies: str, name: str, messag
     """It is refused with its key, its name and path, what is wrong with it, and what to do."""
     nsp = NSPSettings(chunks=2, rollout_length=3, selection=f"{strategies}.{name}")
     path = rf"selection strategy '{strategies}.{name}' \({strategies}.{name}\)"
-    cure = "when it was tried out on a made-up document. Return refine.nsp.chunks=2 .*, or name another strategy: entropy"
+    cure = "tried out on a made-up document. Return refine.nsp.chunks=2 .*, or name another strategy: entropy"
     with pytest.raises(ConfigError, match=f"refine.nsp.selection: {path} {message}.*{cure}") as caught:
         check_functions(nsp, hidden_size=16)
     assert caught.value.key == "refine.nsp.selection"

@@ -15,7 +15,6 @@ import torch
 from omegaconf import OmegaConf
 from reference.prompt_runs import TEST, prompt_overrides, write_prompts
 from reference.runs import last_step, read_steps, repeatable, run_and_stop, run_to_the_end
-
 from safetensors.torch import load_file
 
 from refine_verl.main import main
