@@ -170,9 +170,7 @@ def missing(jobs: Sequence[Job], amount: Amount, known: Mapping[str, Any] | None
     have = {} if known is None else {name_of(record): record.get("fingerprint") for record in known["jobs"]}
     found = [job for job in jobs if have.get(job.name) != fingerprint(job, amount)]
     if not found:
-        raise SystemExit(
-            "error: --missing: results.json has all jobs, of these settings. Leave it out to run all again."
-        )
+        raise SystemExit("error: --missing: results.json has all jobs, of these settings. Leave it out to run all.")
     return found
 
 

@@ -211,10 +211,10 @@ def _many(results: Results) -> list[str]:
     if not pairs:
         return []
     anew = "a base model trained anew with the same settings" if "many_bases" in results else "the same base model"
+    cost = _runs(seen, lr, MANY_METHODS[1].name)[0]["passes"]
     about = (
-        f"{plan['many_steps']} optimiser steps at learning rate {lr:g} from {anew}, {len(pairs)} pairs of base and seed; a "
-        f"step costs {_runs(seen, lr, MANY_METHODS[1].name)[0]['passes']:.1f} times one of SFT here, which is why "
-        "these runs are shorter."
+        f"{plan['many_steps']} optimiser steps at learning rate {lr:g} from {anew}, {len(pairs)} pairs of base and "
+        f"seed; a step costs {cost:.1f} times one of SFT here, which is why these runs are shorter."
     )
     return ["### Many rollouts", about, _means(seen, lr), _differences(seen, lr)]
 
