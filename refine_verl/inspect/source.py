@@ -115,9 +115,10 @@ def read_inputs(settings: InspectSettings) -> tuple[ModelInfo, Text]:
     """
     if settings.external_lib is not None:
         import_external(settings.external_lib)
+    check_functions(settings.nsp)
     content = read_text(settings.text)
     info = open_model(settings.model, key="model")
-    check_functions(settings.nsp, *sizes(info.config))
+    check_functions(settings.nsp, *sizes(info.config))  # once more, at the model's width
     check_selection(settings.nsp, adapter_for(info.config))
     tokenizer = open_model_tokenizer(settings.tokenizer, settings.model, info.vocab_size, keys=("tokenizer", "model"))
     name = "standard input" if settings.text == STDIN else Path(settings.text).name
