@@ -182,26 +182,8 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
 }
 """Arms of each table; the paper's own settings (cosine, entropy, k=5, c=8, lambda 0.2) are the headline's arm."""
 
-
-def _many_with(name: str, label: str, weight: float = MANY_LAMBDA, **nsp: Any) -> Arm:
-    """The arm with many rollouts and the binary reward, but for this."""
-    arm = many("binary")
-    return replace(arm, name=name, label=label, nsp={**arm.nsp, **nsp}, loss={"rl_coef": weight})
-
-
-def _few_positions(selection: str, **nsp: Any) -> Arm:
-    """As many rollouts of eight positions: where 32 are chosen of 85, every strategy chooses nearly the same."""
-    shape = {"chunks": 8, "rollouts_per_position": 32}
-    return _many_with(f"many_{selection}", f"c = 8, n = 32, {selection}", selection=selection, **shape, **nsp)
-
-
-MANY_ABLATIONS: dict[str, tuple[Arm, ...]] = {
-    "lambda": tuple(_many_with(f"many_rl{weight:g}", f"λ = {weight:g}", weight) for weight in (1.0, 2.5, 10.0, 25.0)),
-    "selection": (
-        *(_few_positions(selection) for selection in ("entropy", "uniform", "surprise")),
-        _few_positions("query", question_tokens=QUESTION),
-    ),
-    "reward": (_many_with("many_edit", "edit reward", reward="edit"),),
-    "k": (_many_with("many_1to5", "1 to 5 tokens, by entropy", rollout_length=_lengths()[0].nsp["rollout_length"]),),
-}
-"""Of the arm with many rollouts and the binary reward (`SIGNAL`), whose gradient can tell settings apart."""
+MANY_WEIGHTS = tuple(
+    replace(many("binary"), name=f"many_rl{weight:g}", label=f"λ = {weight:g}", loss={"rl_coef": weight})
+    for weight in (1.0, 25.0)
+)
+"""Other weights of the policy loss than `MANY_LAMBDA`, with many rollouts and the binary reward."""

@@ -8,7 +8,7 @@ from typing import Any
 from examples.miniature.figures import Row
 from examples.miniature.results import table
 from examples.miniature.statistics import estimate
-from examples.recall.arms import MANY_ABLATIONS, MANY_LAMBDA, SIGNAL, Arm, many
+from examples.recall.arms import MANY_LAMBDA, MANY_WEIGHTS, SIGNAL, Arm, many
 from examples.recall.bases import STATES
 from examples.recall.noise import ESTIMATORS, REFERENCE_DRAWS
 from examples.recall.records import Records, difference, mean, shown
@@ -112,44 +112,17 @@ def _bound(records: Records, seen: Records, model: str, state: str) -> str:
     )
 
 
-MANY_TABLES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "lambda": ("Weight of the policy loss", ((f"λ = {MANY_LAMBDA:g}", "many_binary"),)),
-    "selection": ("Where rollouts start", ()),
-    "reward": ("Reward", (("binary reward", "many_binary"), ("cosine reward", "many_cosine"))),
-    "k": ("Length of rollouts", (("5 tokens", "many_binary"),)),
-}
-"""By name in `MANY_ABLATIONS`: title, and what the comparison ``signal`` has trained already, with labels."""
-
-
-def many_ablations(records: Records, model: str) -> str:
-    """What is changed about the arm with many rollouts, from every state it was trained from."""
+def many_weights(records: Records, model: str) -> str:
+    """Other weights of the policy loss with many rollouts, beside that of the comparison ``signal``."""
     seen, steps = records.showing("signal"), records.results["amount"]["ablation_steps"]
-    parts = []
-    for state in STATES:
-        tables = [_many_table(records, seen, model, state, name) for name in MANY_TABLES]
-        if any(tables):
-            title = STATE_NAMES[state]
-            parts += [f"#### {title[0].upper()}{title[1:]}", *(text for text in tables if text)]
-    if not parts:
-        return ""
-    about = (
-        f"DeltaNet, {steps} steps. c = 32, n = 8, groups per position, credit per token, no division, binary reward, "
-        f"k = 5, λ = {MANY_LAMBDA:g}, and one of them changed. SFT's scores, and the others minus SFT on the same seed."
-    )
-    return "\n\n".join(["### Ablations of many rollouts", about, *parts])
-
-
-def _many_table(records: Records, seen: Records, model: str, state: str, name: str) -> str:
-    title, known = MANY_TABLES[name]
-    steps = records.results["amount"]["ablation_steps"]
-    runs = {arm.label: records.of("ablation", model, state, arm.name) for arm in MANY_ABLATIONS[name]}
-    runs = {label: found for label, found in runs.items() if found}
-    seeds = set.intersection(*(set(found) for found in runs.values())) if runs else set()
+    runs = {arm.label: records.of("ablation", model, "under", arm.name) for arm in MANY_WEIGHTS}
+    seeds = set.intersection(*(set(found) for found in runs.values()))
     if not seeds:
         return ""
-    arms = {label: seen.arm(model, state, arm) for label, arm in (("SFT", "sft"), *known)}
+    runs[f"λ = {MANY_LAMBDA:g}"] = seen.arm(model, "under", "many_binary")
+    arms = {"SFT": seen.arm(model, "under", "sft"), **dict(sorted(runs.items(), key=lambda arm: float(arm[0][3:])))}
     rows = []
-    for label, found in {**arms, **runs}.items():
+    for label, found in arms.items():
         cells = []
         for score in SIGNAL_GAINS:
             values, baseline = (
@@ -158,10 +131,12 @@ def _many_table(records: Records, seen: Records, model: str, state: str, name: s
             )
             cells.append(mean(values, 4) if label == "SFT" else shown(difference(values, baseline), 4))
         rows.append([label, *cells])
-    if name == "lambda":
-        rows[1:] = sorted(rows[1:], key=lambda row: float(row[0].split()[-1]))
-    header = [f"{len(seeds)} seeds", *(LONG_NAMES[score] for score in SIGNAL_GAINS)]
-    return f"##### {title}\n\n{table(header, rows)}"
+    header = ["", *(LONG_NAMES[score] for score in SIGNAL_GAINS)]
+    return (
+        "### Weight of the policy loss with many rollouts\n\n"
+        f"DeltaNet, under-trained, {steps} steps, {len(seeds)} seeds: c = 32, n = 8, credit per token, binary reward. "
+        f"SFT's scores, and the others minus SFT.\n\n{table(header, rows)}"
+    )
 
 
 def noise(records: Records, model: str, figure: str) -> str:

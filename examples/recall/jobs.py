@@ -12,7 +12,7 @@ import torch
 import refine_verl
 from examples.miniature.training import Loop
 from examples.recall import noise
-from examples.recall.arms import ABLATIONS, BATCH, HEADLINE, MANY_ABLATIONS, SIGNAL, Arm, many
+from examples.recall.arms import ABLATIONS, BATCH, HEADLINE, MANY_WEIGHTS, SIGNAL, Arm, many
 from examples.recall.bases import MODELS, STATES, BaseSpec, train_base
 from examples.recall.scores import batches, held_out, score
 
@@ -160,14 +160,10 @@ def all_jobs(models: Sequence[str], amount: Amount) -> list[Job]:
 
 
 def signal_jobs(model: str, seeds: range) -> list[Job]:
-    """Training with less noise, the upper bound, and what is changed about it, seed by seed."""
-    jobs = []
-    for seed in seeds:
-        for state in STATES:
-            jobs += [Job("signal", model, seed, state), Job("bound", model, seed, state, "binary")]
-        tables = [(state, MANY_ABLATIONS[name]) for name, states in MANY_STATES.items() for state in states]
-        jobs += [Job("ablation", model, seed, state, arm.name) for state, table in tables for arm in table]
-    return jobs
+    """Training with less noise, the upper bound from the under-trained bases, and other weights of the policy loss."""
+    jobs = [Job("signal", model, seed, state) for state in STATES for seed in seeds]
+    jobs += [Job("bound", model, seed, "under", "binary") for seed in seeds]
+    return jobs + [Job("ablation", model, seed, "under", arm.name) for seed in seeds for arm in MANY_WEIGHTS]
 
 
 TABLE_STATES = {
@@ -179,11 +175,9 @@ TABLE_STATES = {
     "c": ("under",),
     "lr": STATES,
 }
-MANY_STATES = {"lambda": STATES, "selection": ("under",), "reward": ("under",), "k": ("under",)}
 NOISE = ("cosine", "binary")
 COMPARED = {"headline": HEADLINE, "signal": SIGNAL}
-TABLES = (*ABLATIONS.values(), *MANY_ABLATIONS.values())
-ARMS = {arm.name: arm for arm in [*HEADLINE, *(arm for table in TABLES for arm in table)]}
+ARMS = {arm.name: arm for arm in [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table), *MANY_WEIGHTS]}
 
 
 def run_job(job: Job, amount: Amount, weights: dict[str, Weights]) -> dict[str, Any]:

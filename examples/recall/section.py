@@ -17,7 +17,7 @@ from examples.recall.comparison import (
     STATE_NAMES,
     comparison,
     costs,
-    many_ablations,
+    many_weights,
     noise,
     noise_rows,
     with_a_signal,
@@ -52,7 +52,7 @@ def section(results: Mapping[str, Any], figures_in: str = ".") -> str:
         _ablations(records, figures_in),
         noise(records, RECALL[0], f"{figures_in}/{NOISE_FIGURE}"),
         with_a_signal(records, RECALL[0], "### Training with a gradient that has a signal"),
-        many_ablations(records, RECALL[0]),
+        many_weights(records, RECALL[0]),
         _test_time(records),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

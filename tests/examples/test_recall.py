@@ -13,7 +13,7 @@ import torch
 
 from examples.recall import __main__ as command
 from examples.recall import runner
-from examples.recall.arms import ABLATIONS, HEADLINE, MANY_ABLATIONS, PAPER, QUESTION, Arm, many
+from examples.recall.arms import ABLATIONS, HEADLINE, MANY_WEIGHTS, PAPER, QUESTION, Arm, many
 from examples.recall.bases import MODELS, RECALL, BaseSpec, train_base
 from examples.recall.jobs import ARMS, Amount, Job, all_jobs, run_job
 from examples.recall.noise import ESTIMATORS, alignment, signal_to_noise
@@ -147,8 +147,7 @@ def test_settings_are_those_of_the_recipe(arm: Arm, name: str) -> None:
 def test_ablations_cover_what_they_should() -> None:
     """Every arm has a name of its own and settings that are allowed."""
     arms = [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table)]
-    many_arms = [arm for table in MANY_ABLATIONS.values() for arm in table]
-    assert len(ARMS) == len(arms) + len(many_arms)
+    assert len(ARMS) == len(arms) + len(MANY_WEIGHTS)
     settings = {arm.name: arm.settings("under", 0) for arm in arms}
     assert {s.nsp.reward for s in settings.values()} == set(REWARDS)
     assert {s.nsp.selection for s in settings.values()} == set(SELECTIONS)
@@ -161,17 +160,11 @@ def test_ablations_cover_what_they_should() -> None:
     assert found >= wanted | {(1, "sequence", True), (1, "sequence", False)}
 
 
-def test_ablations_of_many_rollouts_change_one_setting() -> None:
-    """Beside c and n of the strategies: equal rollouts, credit and grouping; a weight of its own in one table only."""
+def test_weights_with_many_rollouts_change_nothing_else() -> None:
     one = many("binary").settings("under", 0)
-    for name, table in MANY_ABLATIONS.items():
-        for arm in table:
-            changed = arm.settings("under", 0)
-            assert changed.nsp.chunks * changed.nsp.rollouts_per_position == 256
-            assert (changed.nsp.credit, changed.nsp.group) == ("token", "position")
-            assert (changed.loss != one.loss) == (name == "lambda")
-    strategies = {arm.settings("under", 0).nsp.selection for arm in MANY_ABLATIONS["selection"]}
-    assert strategies == {"entropy", "uniform", "surprise", "query"}
+    others = [arm.settings("under", 0) for arm in MANY_WEIGHTS]
+    assert {other.loss.rl_coef for other in others} == {1.0, 25.0} and one.loss.rl_coef == 5.0
+    assert all(dataclasses.replace(other, loss=one.loss) == one for other in others)
 
 
 def test_the_question_is_the_last_round() -> None:
@@ -222,7 +215,7 @@ KINDS = [
     Job("bound", "deltanet", 0, "under", "binary"),
     Job("ablation", "deltanet", 0, "under", "chunks_2"),
     Job("ablation", "deltanet", 0, "under", "many_rl25"),
-    Job("ablation", "deltanet", 0, "under", "many_1to5"),
+    Job("ablation", "deltanet", 0, "under", "many_rl1"),
     Job("test_time", "deltanet", 0, "under", "none"),
     Job("test_time", "deltanet", 0, "under", "sft"),
     Job("test_time", "deltanet", 0, "under", "refine"),
@@ -258,11 +251,11 @@ def test_every_kind_of_job_ends_on_the_page(tmp_path: Path, monkeypatch: pytest.
         "Places",
         "How noisy",
         "Training with a gradient",
-        "Ablations of many rollouts",
+        "Weight of the policy loss with many",
         "Test-time training",
     ):
         assert f"## {heading}" in text, heading
-    assert "| λ = 5 |" in text and "| λ = 25 |" in text and "| 1 to 5 tokens, by entropy |" in text
+    assert "| λ = 5 |" in text and "| λ = 25 |" in text
     assert "*Upper bound*, a nearly exact policy gradient (n = 2)" in text
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "recall_headline.svg",
