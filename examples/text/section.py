@@ -129,9 +129,9 @@ def _runs(results: Results, lr: float, method: str) -> list[dict[str, Any]]:
 def _about(results: Results) -> str:
     plan, corpus, bases = results["plan"], results["corpus"], results["bases"]
     training, base = plan["training"], plan["base"]
-    seconds = sum(one["processor_seconds"] for one in bases) + sum(
-        run["processor_seconds"] for kind in ("runs", "sweep") for run in results[kind]
-    )
+    known = [*bases, *results.get("many_bases", ())]
+    known += [run for kind in ("runs", "sweep", "many") for run in results.get(kind, ())]
+    seconds = sum(one["processor_seconds"] for one in known)
     scope = ", over orders of the windows and random draws, not over base models" if len(bases) == 1 else ""
     return (
         f"The Python standard library as text: {corpus['train']:,} training windows of {plan['length']} tokens (a BPE "
@@ -264,8 +264,9 @@ def _signal(results: Results) -> str:
             most = "" if method.name == "sft" else f"{attenuation(one['signal'], plain, batches):.2g}"
             share = f"{one['with_signal']:.0%}" if method.rl_coef else ""
             rows.append([method.name, *(f"{one[key]:.3g}" for key in SIGNAL[:3]), most, share])
+    which = " of the runs with many rollouts" if "many_bases" in results else ""
     note = (
-        f"At the base models, over {batches} mini-batches, of the policy loss alone (for SFT of the next-token loss): "
+        f"At the base models{which}, over {batches} mini-batches, of the policy loss alone (for SFT of the next-token loss): "
         "squared length of the mean gradient over the variance of one, mean length of one, cosine between the mean and "
         "SFT's mean on the same windows, about what that cosine would be if the expected gradients pointed the same "
         "way (both means are noisy), share of groups whose rewards differ."
