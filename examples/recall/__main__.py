@@ -3,6 +3,7 @@
     python -m examples.recall              # five seeds: docs/results.md and its figures, under an hour on two cores
     python -m examples.recall --fast       # two seeds, fewer steps, DeltaNet only: below outputs/recall/fast
     python -m examples.recall --kinds noise,signal,bound   # these only, with the bases they need; the rest stays
+    python -m examples.recall --missing    # only jobs that results.json lacks or has of other settings; the rest stays
 
 A run that was cut resumes where it was; ``--report`` writes a page from what there is, beside the jobs unless all are.
 """
@@ -15,7 +16,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from examples.miniature.results import ROOT, assemble, project_sources
 from examples.recall.arms import BATCH, LEARNING_RATES
 from examples.recall.bases import MODELS, RECALL
 from examples.recall.jobs import Amount, Job, all_jobs
-from examples.recall.runner import read_record, rounded, run_all
+from examples.recall.runner import fingerprint, read_record, rounded, run_all
 
 FULL = Amount()
 FAST = Amount(
@@ -78,8 +79,7 @@ def collect(records: Sequence[dict[str, Any]], amount: Amount, models: Sequence[
             },
             "processor_minutes": sum(record["processor_seconds"] for record in records) / 60,
             "jobs": [
-                {name: value for name, value in record.items() if name not in ("fingerprint", "processor_seconds")}
-                for record in records
+                {name: value for name, value in record.items() if name != "processor_seconds"} for record in records
             ],
         }
     )
@@ -106,6 +106,9 @@ def arguments(example: Example, argv: Sequence[str] | None = None) -> argparse.N
         help="write the page from finished jobs, into --out unless all are; run nothing",
     )
     parser.add_argument("--kinds", help="jobs of these kinds only, by commas: signal,bound,noise")
+    parser.add_argument(
+        "--missing", action="store_true", help="only jobs that results.json lacks, or has of other settings"
+    )
     parser.add_argument("--seeds", type=int, help="instead of the default")
     parser.add_argument("--processes", type=int, default=2, help="jobs at a time, one thread each (default: 2)")
     parser.add_argument("--out", type=Path, help="where finished jobs are kept (default: outputs/EXAMPLE/full or fast)")
@@ -119,7 +122,13 @@ def main(argv: Sequence[str] | None = None, example: Example | None = None) -> N
     out = options.out or Path("outputs") / example.name / ("fast" if options.fast else "full")
     amount = dataclasses.replace(amount, seeds=options.seeds or amount.seeds)
     kinds = options.kinds.split(",") if options.kinds else None
-    jobs = chosen(example.jobs(example.models[: 1 if options.fast else None], amount), kinds)
+    every = example.jobs(example.models[: 1 if options.fast else None], amount)
+    file, docs = destination(out, not options.fast, example.name)
+    known = json.loads(file.read_text()) if file.is_file() and (kinds or options.missing) else None
+    wanted = chosen(every, kinds)
+    if options.missing:
+        wanted = missing(wanted, amount, known)
+    jobs = with_bases(wanted, every)
     started = time.monotonic()
     if options.report:
         records = [record for job in jobs if (record := read_record(job, amount, out)) is not None]
@@ -128,15 +137,16 @@ def main(argv: Sequence[str] | None = None, example: Example | None = None) -> N
             raise SystemExit(f"error: no finished jobs below {out}. Leave out --report to run them, or name --out DIR.")
     else:
         records = run_all(jobs, amount, out, options.processes)
-    file, docs = destination(out, not options.fast and len(records) == len(jobs), example.name)
+    if len(records) < len(jobs):
+        (file, docs), known = destination(out, False, example.name), None
     results = collect(records, amount, example.models)
-    if kinds and file.is_file() and docs == ROOT / "docs":
-        results = added_to(json.loads(file.read_text()), results, kinds)
+    if known is not None:
+        results = added_to(known, results, [job.name for job in wanted], kinds if kinds and not options.missing else ())
     print(f"{write(results, file, docs, example.name)} after {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 def chosen(jobs: Sequence[Job], kinds: Sequence[str] | None) -> list[Job]:
-    """Jobs of these kinds, and the base models that they start from (None: all).
+    """Jobs of these kinds (None: all).
 
     Raises:
         SystemExit: a kind that no job has.
@@ -148,26 +158,55 @@ def chosen(jobs: Sequence[Job], kinds: Sequence[str] | None) -> list[Job]:
         raise SystemExit(
             f"error: --kinds: there are no jobs of the kind {', '.join(unknown)}. Known: {', '.join(known)}."
         )
-    found = [job for job in jobs if job.kind in kinds]
-    needed = {(job.model, job.seed) for job in found}
-    return [job for job in jobs if job in found or job.kind == "base" and (job.model, job.seed) in needed]
+    return [job for job in jobs if job.kind in kinds]
 
 
-def added_to(known: dict[str, Any], new: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
-    """Results of a whole run with jobs of ``kinds`` in place of those they had; the page says when these ran."""
-    wanted = [job for job in new["jobs"] if job["kind"] in kinds]
+def missing(jobs: Sequence[Job], amount: Amount, known: Mapping[str, Any] | None) -> list[Job]:
+    """Those of ``jobs`` that the results ``known`` lack, or have of other settings.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    have = {} if known is None else {name_of(record): record.get("fingerprint") for record in known["jobs"]}
+    found = [job for job in jobs if have.get(job.name) != fingerprint(job, amount)]
+    if not found:
+        raise SystemExit("error: --missing: results.json has all jobs, of these settings. Leave it out to run all.")
+    return found
+
+
+def with_bases(wanted: Sequence[Job], every: Sequence[Job]) -> list[Job]:
+    """With the base models that they start from, which are not kept and are trained anew."""
+    needed, names = {(job.model, job.seed) for job in wanted}, {job.name for job in wanted}
+    return [job for job in every if job.name in names or job.kind == "base" and (job.model, job.seed) in needed]
+
+
+def name_of(record: Mapping[str, Any]) -> str:
+    """Of the job that a record in ``results.json`` is of."""
+    return Job(record["kind"], record["model"], record["seed"], record["state"], record["what"]).name
+
+
+def added_to(
+    known: dict[str, Any], new: dict[str, Any], names: Sequence[str], kinds: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Results of a whole run with the jobs called ``names`` in place of those they had; the page says when these ran.
+
+    Of ``kinds`` no other jobs than these are left.
+    """
+    wanted = [job for job in new["jobs"] if name_of(job) in names]
+    stay = [job for job in known["jobs"] if name_of(job) not in names and job["kind"] not in kinds]
     later = {
-        "kinds": list(kinds),
+        "jobs": [name_of(job) for job in wanted],
         "date": new["date"],
         "processor_minutes": new["processor_minutes"],
         "torch": new["environment"]["torch"],
     }
-    left = [{**run, "kinds": [kind for kind in run["kinds"] if kind not in kinds]} for run in known.get("later", [])]
+    kept = {name_of(job) for job in stay}
+    earlier = [{**run, "jobs": [name for name in run["jobs"] if name in kept]} for run in known.get("later", [])]
     return {
         **known,
         "amount": {**new["amount"], "seeds": known["amount"]["seeds"]},
-        "jobs": [*(job for job in known["jobs"] if job["kind"] not in kinds), *wanted],
-        "later": [*(earlier for earlier in left if earlier["kinds"]), later],
+        "jobs": [*stay, *wanted],
+        "later": [*(run for run in earlier if run["jobs"]), later],
     }
 
 

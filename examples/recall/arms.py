@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from refine_verl.adaptation.settings import AdaptSettings
-from refine_verl.config import LossSettings, NSPSettings
+from refine_verl.config import LossSettings, NSPSettings, RolloutLength
 
 BATCH = 8
 LEARNING_RATES = {"under": 5e-4, "plateau": 2e-4}
@@ -74,7 +74,12 @@ def many(reward: str, rollouts: int = 8) -> Arm:
     return Arm(
         name,
         f"REFINE, c = 32, n = {rollouts}, credit per token, {reward}",
-        nsp={**MANY, "rollouts_per_position": rollouts, "reward": reward},
+        nsp={
+            **MANY,
+            "rollouts_per_position": rollouts,
+            "reward": reward,
+            "rollouts_together": BATCH * 32 * rollouts,  # memory is plenty, so that nothing is computed twice
+        },
         loss={"rl_coef": MANY_LAMBDA},
         divide_by_std=False,
     )
@@ -86,6 +91,23 @@ SIGNAL = (SFT, PAPER, many("binary"), many("cosine"))
 
 def _one(key: str, values: tuple[Any, ...]) -> tuple[Arm, ...]:
     return tuple(Arm(f"{key}_{value}", f"{value}", nsp={key: value}) for value in values)
+
+
+QUESTION = 30
+"""Tokens of the recall task's last round, which is what `query` takes for a question: every key of the store is asked
+for in it, and what resembles it is all that came before."""
+
+
+def _lengths() -> tuple[Arm, ...]:
+    """Rollouts that end where the document becomes predictable, as short as one token or around the paper's five."""
+    return tuple(
+        Arm(
+            f"rollout_length_{least}to{most}",
+            f"{least} to {most}",
+            nsp={"rollout_length": RolloutLength(min=least, max=most, by="entropy")},
+        )
+        for least, most in ((1, 5), (3, 7))
+    )
 
 
 def _groups() -> tuple[Arm, ...]:
@@ -135,7 +157,7 @@ def _weights() -> tuple[Arm, ...]:
 
 ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "reward": (
-        *_one("reward", ("binary", "hybrid")),
+        *_one("reward", ("binary", "hybrid", "edit")),
         Arm(
             "grouped_binary",
             "binary, grouped by position",
@@ -144,8 +166,11 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
             divide_by_std=False,
         ),
     ),
-    "selection": _one("selection", ("uniform", "max_entropy", "min_entropy")),
-    "k": _one("rollout_length", (1, 3, 7)),
+    "selection": (
+        *_one("selection", ("uniform", "max_entropy", "min_entropy", "surprise")),
+        Arm("selection_query", "query", nsp={"selection": "query", "question_tokens": QUESTION}),
+    ),
+    "k": (*_one("rollout_length", (1, 3, 7)), *_lengths()),
     "c": _one("chunks", (2, 4)),
     "n": _groups(),
     "lambda": _weights(),
@@ -156,3 +181,9 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
     ),
 }
 """Arms of each table; the paper's own settings (cosine, entropy, k=5, c=8, lambda 0.2) are the headline's arm."""
+
+MANY_WEIGHTS = tuple(
+    replace(many("binary"), name=f"many_rl{weight:g}", label=f"λ = {weight:g}", loss={"rl_coef": weight})
+    for weight in (1.0, 25.0)
+)
+"""Other weights of the policy loss than `MANY_LAMBDA`, with many rollouts and the binary reward."""

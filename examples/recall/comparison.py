@@ -8,7 +8,7 @@ from typing import Any
 from examples.miniature.figures import Row
 from examples.miniature.results import table
 from examples.miniature.statistics import estimate
-from examples.recall.arms import MANY_LAMBDA, SIGNAL, Arm, many
+from examples.recall.arms import MANY_LAMBDA, MANY_WEIGHTS, SIGNAL, Arm, many
 from examples.recall.bases import STATES
 from examples.recall.noise import ESTIMATORS, REFERENCE_DRAWS
 from examples.recall.records import Records, difference, mean, shown
@@ -109,6 +109,33 @@ def _bound(records: Records, seen: Records, model: str, state: str) -> str:
     return (
         f"\n\n*Upper bound*, a nearly exact policy gradient (n = {n}): after {steps} steps, {len(runs)} seeds; SFT's "
         f"scores, and the others minus SFT.\n\n{table(header, rows)}"
+    )
+
+
+def many_weights(records: Records, model: str) -> str:
+    """Other weights of the policy loss with many rollouts, beside that of the comparison ``signal``."""
+    seen, steps = records.showing("signal"), records.results["amount"]["ablation_steps"]
+    runs = {arm.label: records.of("ablation", model, "under", arm.name) for arm in MANY_WEIGHTS}
+    seeds = set.intersection(*(set(found) for found in runs.values()))
+    if not seeds:
+        return ""
+    runs[f"λ = {MANY_LAMBDA:g}"] = seen.arm(model, "under", "many_binary")
+    arms = {"SFT": seen.arm(model, "under", "sft"), **dict(sorted(runs.items(), key=lambda arm: float(arm[0][3:])))}
+    rows = []
+    for label, found in arms.items():
+        cells = []
+        for score in SIGNAL_GAINS:
+            values, baseline = (
+                {seed: run["scores"][str(steps)][score] for seed, run in one.items() if seed in seeds}
+                for one in (found, arms["SFT"])
+            )
+            cells.append(mean(values, 4) if label == "SFT" else shown(difference(values, baseline), 4))
+        rows.append([label, *cells])
+    header = ["", *(LONG_NAMES[score] for score in SIGNAL_GAINS)]
+    return (
+        "### Weight of the policy loss with many rollouts\n\n"
+        f"DeltaNet, under-trained, {steps} steps, {len(seeds)} seeds: c = 32, n = 8, credit per token, binary reward. "
+        f"SFT's scores, and the others minus SFT.\n\n{table(header, rows)}"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import refine_verl
 from examples.miniature.training import Loop
 from examples.recall import noise
-from examples.recall.arms import ABLATIONS, BATCH, HEADLINE, SIGNAL, Arm, many
+from examples.recall.arms import ABLATIONS, BATCH, HEADLINE, MANY_WEIGHTS, SIGNAL, Arm, many
 from examples.recall.bases import MODELS, STATES, BaseSpec, train_base
 from examples.recall.scores import batches, held_out, score
 
@@ -160,9 +160,10 @@ def all_jobs(models: Sequence[str], amount: Amount) -> list[Job]:
 
 
 def signal_jobs(model: str, seeds: range) -> list[Job]:
-    """Training with less noise from the under-trained bases, and the upper bound."""
-    jobs = [Job("signal", model, seed, "under") for seed in seeds]
-    return jobs + [Job("bound", model, seed, "under", "binary") for seed in seeds]
+    """Training with less noise, the upper bound from the under-trained bases, and other weights of the policy loss."""
+    jobs = [Job("signal", model, seed, state) for state in STATES for seed in seeds]
+    jobs += [Job("bound", model, seed, "under", "binary") for seed in seeds]
+    return jobs + [Job("ablation", model, seed, "under", arm.name) for seed in seeds for arm in MANY_WEIGHTS]
 
 
 TABLE_STATES = {
@@ -176,7 +177,7 @@ TABLE_STATES = {
 }
 NOISE = ("cosine", "binary")
 COMPARED = {"headline": HEADLINE, "signal": SIGNAL}
-ARMS = {arm.name: arm for arm in [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table)]}
+ARMS = {arm.name: arm for arm in [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table), *MANY_WEIGHTS]}
 
 
 def run_job(job: Job, amount: Amount, weights: dict[str, Weights]) -> dict[str, Any]:

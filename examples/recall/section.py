@@ -11,9 +11,17 @@ from typing import Any
 from examples.miniature.figures import Row, forest
 from examples.miniature.results import table
 from examples.miniature.statistics import Estimate
-from examples.recall.arms import ABLATIONS, GROUPED_LAMBDA, HEADLINE, Arm
+from examples.recall.arms import ABLATIONS, GROUPED_LAMBDA, HEADLINE, QUESTION, Arm
 from examples.recall.bases import RECALL, STATES
-from examples.recall.comparison import STATE_NAMES, comparison, costs, noise, noise_rows, with_a_signal
+from examples.recall.comparison import (
+    STATE_NAMES,
+    comparison,
+    costs,
+    many_weights,
+    noise,
+    noise_rows,
+    with_a_signal,
+)
 from examples.recall.records import Records, difference, mean, shown
 
 NAMES = {"deltanet": "DeltaNet", "lact": "LaCT"}
@@ -44,6 +52,7 @@ def section(results: Mapping[str, Any], figures_in: str = ".") -> str:
         _ablations(records, figures_in),
         noise(records, RECALL[0], f"{figures_in}/{NOISE_FIGURE}"),
         with_a_signal(records, RECALL[0], "### Training with a gradient that has a signal"),
+        many_weights(records, RECALL[0]),
         _test_time(records),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -116,8 +125,8 @@ interval leaves zero out.{_later(results)}"""
 def _later(results: Mapping[str, Any]) -> str:
     """What was measured at another time than the rest."""
     return "".join(
-        f" Jobs of the kinds {', '.join(run['kinds'])} are of {run['date']}, "
-        f"{run['processor_minutes']:.0f} processor minutes with torch {run['torch']}."
+        f" {len(run['jobs'])} jobs ({', '.join(sorted({name.split('-')[0] for name in run['jobs']}))}) are of "
+        f"{run['date']}, {run['processor_minutes']:.0f} processor minutes with torch {run['torch']}."
         for run in results.get("later", [])
     )
 
@@ -206,8 +215,16 @@ def _difference_rows(records: Records, model: str, state: str, equal_compute: bo
 COLORS = {arm.name: color for color, arm in enumerate(HEADLINE[1:], start=1)}
 TABLES: dict[str, tuple[str, str]] = {
     "reward": ("Reward", "cosine is the paper's in mid-training."),
-    "selection": ("Where rollouts start", "entropy is the paper's."),
-    "k": ("Length of rollouts, k", "5 is the paper's."),
+    "selection": (
+        "Where rollouts start",
+        "entropy is the paper's. *surprise*: where the fast weights are rewritten most; *query*: where the text "
+        f"resembles its last {QUESTION} tokens, the last round, which asks for every key.",
+    ),
+    "k": (
+        "Length of rollouts, k",
+        "5 is the paper's. *1 to 5*, *3 to 7*: a rollout ends where the next token is predicted with less entropy than "
+        "the sequence's mean.",
+    ),
     "c": ("Places per sequence, c", "8 is the paper's."),
     "n": (
         "Rollouts per position, groups, and the division by the standard deviation",
@@ -266,7 +283,7 @@ def _with_headline(name: str) -> list[tuple[str, Arm]]:
     if name == "lr":
         return [("SFT", HEADLINE[0]), (HEADLINE[1].label, HEADLINE[1]), *_named(name)]
     arms = [(PAPERS[name], HEADLINE[1]), *_named(name)]
-    return sorted(arms, key=lambda pair: int(pair[0])) if name in ("k", "c") else arms
+    return sorted(arms, key=lambda pair: (len(pair[0]), pair[0])) if name in ("k", "c") else arms
 
 
 def _ablation_rows(records: Records, state: str, arms: Sequence[tuple[str, Arm]]) -> list[list[str]]:

@@ -72,8 +72,14 @@ POSITION = Method("grouped", "REFINE grouped: n=8, groups of a position, no divi
 # The weight that the sweep on the validation text found best for writing whole sequences.
 HEAVY = replace(POSITION, name="grouped5", label="the same with λ 5", rl_coef=5.0)
 METHODS = (SFT, PAPER, POSITION, HEAVY)
+# In one piece for a mini-batch: there is memory enough, and nothing is computed twice.
+MANY: Mapping[str, Any] = {**GROUPED, "chunks": 32, "credit": "token", "rollouts_together": 8 * 32 * 8}
+# Compared in shorter runs of their own (`Plan.many`): a step costs seven times one of SFT.
+MANY_METHODS = (
+    SFT,
+    Method("many5", "REFINE, c=32, n=8, groups of a position, credit per token, no division, λ 5", MANY, 5.0, False),
+)
 # Whose gradients are measured, each with its reward.
-MANY: Mapping[str, Any] = {**GROUPED, "chunks": 32, "credit": "token"}
 ESTIMATORS = (
     SFT,
     PAPER,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from examples.recall.runner import rounded
-from examples.text.arms import ESTIMATORS, METHODS, PAPER, POSITION, SFT, Method, Training, run
+from examples.text.arms import ESTIMATORS, MANY_METHODS, METHODS, PAPER, POSITION, SFT, Method, Training, run
 from examples.text.base import Base, BaseSettings, load_base, save_base, train_base
 from examples.text.corpus import Corpus, load_corpus
 from examples.text.scores import all_scores
@@ -40,6 +40,8 @@ class Plan:
         lr_sweep: learning rates of SFT and of REFINE with the paper's other settings, the same way.
         temperatures: at which base models are scored on the test text: what sharper predictions alone are worth.
         signal_batches: mini-batches from which the signal in gradients is measured.
+        many_steps: optimiser steps of the runs with many rollouts and of SFT beside them.
+        many_seeds: of these runs from each base.
     """
 
     base: BaseSettings
@@ -54,6 +56,8 @@ class Plan:
     lr_sweep: tuple[float, ...] = (1e-3,)
     temperatures: tuple[float, ...] = (0.99, 0.98, 0.97)
     signal_batches: int = 16
+    many_steps: int = 48
+    many_seeds: int = 5
 
 
 PLANS = {
@@ -69,21 +73,24 @@ PLANS = {
         sweep=(0.2, 1.0),
         lr_sweep=(),
         signal_batches=4,
+        many_steps=8,
+        many_seeds=2,
     ),
 }
 
 
-def collect(plan: Plan, out: Path, corpus: Corpus | None = None) -> dict[str, Any]:
+def collect(plan: Plan, out: Path, corpus: Corpus | None = None, only_many: bool = False) -> dict[str, Any]:
     """Run what is not there yet and write ``results.json`` anew after every piece.
 
     Args:
         plan: what to run.
         out: directory for tokens, weights, records and results.
         corpus: the text; default: the standard library's sources.
+        only_many: leave out all but the runs with many rollouts and the gradients.
 
     Returns:
-        ``plan``, ``versions``, ``corpus``, ``bases``, ``runs``, ``sweep``, ``sharpened``, ``signal``, as in
-        ``results.json``.
+        ``plan``, ``versions``, ``corpus``, ``bases``, ``runs``, ``sweep``, ``sharpened``, ``signal``, ``many`` (runs),
+        as in ``results.json``.
     """
     out.mkdir(parents=True, exist_ok=True)
     corpus = corpus or load_corpus(out, plan.base.vocabulary, plan.length, plan.held_out)
@@ -99,10 +106,15 @@ def collect(plan: Plan, out: Path, corpus: Corpus | None = None) -> dict[str, An
         "sweep": [],
         "sharpened": [],
         "signal": [],
+        "many": [],
     }
     work = _Work(plan, corpus, out, results)
     for index in range(plan.bases):
         work.base(index)
+    if only_many:
+        work.many()
+        work.signals()
+        return results
     for place, lr in enumerate(plan.lrs):
         for seed in range(plan.seeds):
             for index in range(plan.bases):
@@ -111,6 +123,7 @@ def collect(plan: Plan, out: Path, corpus: Corpus | None = None) -> dict[str, An
             work.signals()
             work.sharpen()
             work.sweeps()
+            work.many()
     return results
 
 
@@ -144,11 +157,24 @@ class _Work:
 
     def compare(self, index: int, seed: int, lr: float) -> None:
         """All methods from one base with one seed; SFT goes on until it has cost what each of the others did."""
+        self._compare(METHODS, self.plan.training, "runs", index, seed, lr)
+
+    def many(self) -> None:
+        """The same with many rollouts, for fewer steps, at the first learning rate."""
+        training = replace(self.plan.training, steps=self.plan.many_steps)
+        for seed in range(self.plan.many_seeds):
+            for index in range(self.plan.bases):
+                self._compare(MANY_METHODS, training, "many", index, seed, self.plan.lrs[0])
+
+    def _compare(
+        self, methods: tuple[Method, ...], training: Training, kind: str, index: int, seed: int, lr: float
+    ) -> None:
         marks: set[int] = set()
-        for method in (*(one for one in METHODS if one.rl_coef), SFT):
-            record = self.run(method, index, seed, lr, "test", () if method.rl_coef else sorted(marks))
-            marks.add(round(record["passes"] * self.plan.training.steps))
-            self.add("runs", record)
+        for method in (*(one for one in methods if one.rl_coef), SFT):
+            score_at = () if method.rl_coef else sorted(marks)
+            record = self.run(method, index, seed, lr, "test", score_at, training)
+            marks.add(round(record["passes"] * training.steps))
+            self.add(kind, record)
 
     def sweeps(self) -> None:
         """lambda_RL for both kinds of REFINE, and learning rates, on the validation text."""
@@ -187,17 +213,26 @@ class _Work:
                 self.add("signal", {"base": index, "method": method.name, **found})
 
     def run(
-        self, method: Method, index: int, seed: int, lr: float, part: str, score_at: list[int] | tuple[int, ...] = ()
+        self,
+        method: Method,
+        index: int,
+        seed: int,
+        lr: float,
+        part: str,
+        score_at: list[int] | tuple[int, ...] = (),
+        training: Training | None = None,
     ) -> dict[str, Any]:
-        """One mid-training run, scored on ``part`` of the corpus."""
+        """One mid-training run, scored on ``part`` of the corpus; ``training``: None for the plan's."""
+        training = training or self.plan.training
 
         def train() -> dict[str, Any]:
             held_out = getattr(self.corpus, part)
             args = (self.plan.base, self.bases[index].weights, self.corpus, held_out, score_at)
-            return run(method, self.plan.training, lr, seed, *args)
+            return run(method, training, lr, seed, *args)
 
-        name = f"{part}-{method.name}-lambda{method.rl_coef:g}-lr{lr:g}-base{index}-seed{seed}"
-        settings = (self._key(index), repr(method), self.plan.training, lr, seed, part, sorted(score_at))
+        shorter = "" if training == self.plan.training else f"-steps{training.steps}"
+        name = f"{part}-{method.name}-lambda{method.rl_coef:g}-lr{lr:g}{shorter}-base{index}-seed{seed}"
+        settings = (self._key(index), repr(method), training, lr, seed, part, sorted(score_at))
         about = {"method": method.name, "rl_coef": method.rl_coef, "lr": lr, "base": index, "seed": seed}
         return {**about, **self.piece(name, settings, train)}
 

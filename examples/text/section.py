@@ -12,7 +12,7 @@ from typing import Any
 from examples.miniature.figures import Row, Series, curves, forest
 from examples.miniature.results import table
 from examples.miniature.statistics import Estimate, estimate, paired
-from examples.text.arms import ESTIMATORS, METHODS
+from examples.text.arms import ESTIMATORS, MANY_METHODS, METHODS, Method
 
 # Name, heading, whether less is better (None: neither is).
 SCORES: tuple[tuple[str, str, bool | None], ...] = (
@@ -49,6 +49,7 @@ def section(results: Results, figures_in: str = ".") -> str:
             parts += [heading, _means(results, lr), _differences(results, lr)]
     if results["runs"]:
         parts.append(f"![Differences from SFT]({figures_in}/{DIFFERENCE_FIGURE})")
+    parts += _many(results)
     if results["sharpened"]:
         parts += ["### Sharper predictions alone", _sharpened(results)]
     if results["sweep"]:
@@ -111,8 +112,14 @@ def _steps(results: Results, lr: float, method: str) -> int:
 
 def _pairs(results: Results, lr: float) -> set[tuple[int, int]]:
     """Base and seed of what all methods have finished: a run that was cut has more of some."""
-    done = [{(run["base"], run["seed"]) for run in _runs(results, lr, method.name)} for method in METHODS]
+    done = [{(run["base"], run["seed"]) for run in _runs(results, lr, one.name)} for one in _compared(results)]
     return set.intersection(*done)
+
+
+def _compared(results: Results) -> tuple[Method, ...]:
+    """The methods that the runs are of, SFT first."""
+    methods: tuple[Method, ...] = results.get("compared", METHODS)
+    return methods
 
 
 def _runs(results: Results, lr: float, method: str) -> list[dict[str, Any]]:
@@ -122,9 +129,9 @@ def _runs(results: Results, lr: float, method: str) -> list[dict[str, Any]]:
 def _about(results: Results) -> str:
     plan, corpus, bases = results["plan"], results["corpus"], results["bases"]
     training, base = plan["training"], plan["base"]
-    seconds = sum(one["processor_seconds"] for one in bases) + sum(
-        run["processor_seconds"] for kind in ("runs", "sweep") for run in results[kind]
-    )
+    known = [*bases, *results.get("many_bases", ())]
+    known += [run for kind in ("runs", "sweep", "many") for run in results.get(kind, ())]
+    seconds = sum(one["processor_seconds"] for one in known)
     scope = ", over orders of the windows and random draws, not over base models" if len(bases) == 1 else ""
     return (
         f"The Python standard library as text: {corpus['train']:,} training windows of {plan['length']} tokens (a BPE "
@@ -140,7 +147,8 @@ def _about(results: Results) -> str:
 
 def runs_digest(results: Results) -> str:
     """Of all mid-training runs: ``reading.md`` names its runs by it."""
-    return hashlib.sha256(json.dumps(results["runs"], sort_keys=True).encode()).hexdigest()[:12]
+    runs = [*results["runs"], *results.get("many", [])]
+    return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _reading(results: Results) -> list[str]:
@@ -161,9 +169,9 @@ def _means(results: Results, lr: float) -> str:
         ]
     ]
     marks = [("sft", "SFT", steps)]
-    marks += [(method.name, method.label, steps) for method in METHODS[1:]]
+    marks += [(method.name, method.label, steps) for method in _compared(results)[1:]]
     cost: dict[int, list[str]] = {}
-    for method in METHODS[1:]:
+    for method in _compared(results)[1:]:
         cost.setdefault(_steps(results, lr, method.name), []).append(method.name)
     marks += [("sft", f"SFT, at the cost of {' and '.join(names)}", count) for count, names in cost.items()]
     for arm, label, count in marks:
@@ -181,12 +189,34 @@ def _differences(results: Results, lr: float) -> str:
         gains = estimate([value - base[key.split(".")[0]][name] for key, value in values.items()])
         cells.append(_signed(gains, name, less))
     rows.append(["SFT minus base", *cells])
-    for method in METHODS[1:]:
+    for method in _compared(results)[1:]:
         for equal, words in ((False, "same steps"), (True, "same compute")):
             found = [_signed(difference(results, lr, method.name, name, equal), name, less) for name, _, less in SCORES]
             rows.append([f"{method.name} minus SFT, {words}", *found])
     note = "Paired differences; **bold** where the interval leaves out 0 in favour of the first, *italic* against it."
     return f"{table(['difference', *_headings(results)], rows)}\n\n{note}"
+
+
+def _many(results: Results) -> list[str]:
+    """The runs with many rollouts, which are shorter and may have a base model of their own."""
+    plan, lr = results["plan"], results["plan"]["lrs"][0]
+    seen = {
+        **results,
+        "runs": results.get("many", []),
+        "bases": results.get("many_bases", results["bases"]),
+        "plan": {**plan, "training": {**plan["training"], "steps": plan.get("many_steps", 0)}},
+        "compared": MANY_METHODS,
+    }
+    pairs = _pairs(seen, lr)
+    if not pairs:
+        return []
+    anew = "a base model trained anew with the same settings" if "many_bases" in results else "the same base model"
+    cost = _runs(seen, lr, MANY_METHODS[1].name)[0]["passes"]
+    about = (
+        f"{plan['many_steps']} optimiser steps at learning rate {lr:g} from {anew}, {len(pairs)} pairs of base and "
+        f"seed; a step costs {cost:.1f} times one of SFT here, which is why these runs are shorter."
+    )
+    return ["### Many rollouts", about, _means(seen, lr), _differences(seen, lr)]
 
 
 def _sweeps(results: Results) -> str:
@@ -234,8 +264,9 @@ def _signal(results: Results) -> str:
             most = "" if method.name == "sft" else f"{attenuation(one['signal'], plain, batches):.2g}"
             share = f"{one['with_signal']:.0%}" if method.rl_coef else ""
             rows.append([method.name, *(f"{one[key]:.3g}" for key in SIGNAL[:3]), most, share])
+    which = " of the runs with many rollouts" if "many_bases" in results else ""
     note = (
-        f"At the base models, over {batches} mini-batches, of the policy loss alone (for SFT of the next-token loss): "
+        f"At the base models{which}, over {batches} mini-batches, of the policy loss alone (for SFT of the next-token loss): "
         "squared length of the mean gradient over the variance of one, mean length of one, cosine between the mean and "
         "SFT's mean on the same windows, about what that cosine would be if the expected gradients pointed the same "
         "way (both means are noisy), share of groups whose rewards differ."

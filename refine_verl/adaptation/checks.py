@@ -10,19 +10,24 @@ from transformers import PreTrainedModel
 from refine_verl.adaptation.settings import AdaptSettings
 from refine_verl.kernels.versions import installed, why_not_trainable
 from refine_verl.models import FastWeightActor
+from refine_verl.models.adapters import sizes
 from refine_verl.models.loading import check_family
 from refine_verl.models.lora import has_adapters
 from refine_verl.models.weights import Unusable, check_numbers, naming
 from refine_verl.nsp import check_functions
 
 
-def check_settings(settings: AdaptSettings) -> None:
-    """Check that the reward and the selection strategy exist.
+def check_settings(settings: AdaptSettings, config: object = None) -> None:
+    """Check that the reward and the selection strategy exist and return what can be used.
+
+    Args:
+        settings: what names them.
+        config: of the model, if it is known.
 
     Raises:
         ConfigError: names the key, and the nearest known name.
     """
-    check_functions(settings.nsp)
+    check_functions(settings.nsp, *sizes(config))
 
 
 def check_model(model: object, trains: bool, caller: str = "refine_verl.adapt", adapters: bool = False) -> None:

@@ -47,7 +47,7 @@ def adapt(
     """
     settings = read_settings(config)
     check_model(model, trains=settings.method != "none", adapters=settings.lora_rank > 0)
-    check_settings(settings)
+    check_settings(settings, model.config)
     if settings.lora_rank:
         target_names(model, settings.lora, AdaptSettings.SECTION)
     if settings.reinforces:

@@ -14,7 +14,7 @@ from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.data.tokenizers import open_model_tokenizer
 from refine_verl.inspect.settings import STDIN, InspectSettings
 from refine_verl.models import FastWeightActor, ModelInfo, load_model, make_actor, open_model
-from refine_verl.models.adapters import adapter_for, check_selection
+from refine_verl.models.adapters import adapter_for, check_selection, sizes
 from refine_verl.models.loading import import_external
 from refine_verl.models.lora import Adapter, apply_adapter
 from refine_verl.nsp import check_functions
@@ -118,6 +118,7 @@ def read_inputs(settings: InspectSettings) -> tuple[ModelInfo, Text]:
     check_functions(settings.nsp)
     content = read_text(settings.text)
     info = open_model(settings.model, key="model")
+    check_functions(settings.nsp, *sizes(info.config))  # once more, at the model's width
     check_selection(settings.nsp, adapter_for(info.config))
     tokenizer = open_model_tokenizer(settings.tokenizer, settings.model, info.vocab_size, keys=("tokenizer", "model"))
     name = "standard input" if settings.text == STDIN else Path(settings.text).name

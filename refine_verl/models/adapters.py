@@ -233,6 +233,11 @@ def has_attention_layers(config: Any) -> bool:
     return config.model_type in _WITH_ATTENTION and bool(getattr(config, "attn", None))
 
 
+def sizes(config: object) -> tuple[int | None, int]:
+    """Width of a model's hidden states (None: its configuration does not say) and number of its layers."""
+    return getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", 2)
+
+
 def check_selection(nsp: NSPSettings, adapter: ModelAdapter) -> None:
     """Check that what the selection strategy looks at is known of a model.
 

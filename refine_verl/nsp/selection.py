@@ -262,9 +262,45 @@ def select_positions(
     """
     inputs = selection_inputs(entropy, nsp, uniforms, hidden=hidden, tokens=tokens, write_norms=write_norms)
     choose = SELECTIONS.find(nsp.selection)
-    positions = torch.as_tensor(choose(inputs)).cpu()
-    _check_positions(positions, inputs, f"selection strategy {nsp.selection!r} ({path_of(choose)})")
-    return positions.to(torch.int64)
+    return _checked_positions(choose(inputs), inputs, f"selection strategy {nsp.selection!r} ({path_of(choose)})")
+
+
+TRIED_TOKENS = 1024
+"""Of the made-up document that `try_selection` shows a strategy; more where c positions and k tokens need more."""
+
+
+def try_selection(nsp: NSPSettings, hidden_size: int | None, layers: int = 2) -> None:
+    """Let the strategy of `nsp` choose positions in a made-up document, with all that a run would show it.
+
+    Args:
+        nsp: whose strategy, c and k are tried.
+        hidden_size: d of the model; None: unknown. Then 8 is taken, and what the function itself raises is not its
+            fault.
+        layers: of the model's fast weights.
+
+    Raises:
+        ValueError: there is no such strategy, it raised an exception, or it returned something else than c valid
+            positions in increasing order.
+    """
+    length = max(TRIED_TOKENS, 4 * nsp.shortest_document)
+    generator = torch.Generator().manual_seed(0)
+    entropy = 4 * torch.rand(length, generator=generator)
+    uniforms = torch.rand(nsp.chunks, generator=generator, dtype=torch.float64)
+    about = {
+        "hidden": torch.randn(length, hidden_size or 8, generator=generator),
+        "tokens": torch.arange(length),
+        "write_norms": torch.rand(layers, length, generator=generator) if looks_at_writes(nsp) else None,
+    }
+    inputs = selection_inputs(entropy, nsp, uniforms, **about)
+    choose = SELECTIONS.find(nsp.selection)
+    where = f"selection strategy {nsp.selection!r} ({path_of(choose)})"
+    try:
+        chosen = choose(inputs)
+    except Exception as error:  # a user's function may fail in any way
+        if hidden_size is None:
+            return
+        raise ValueError(f"{where} raised {type(error).__name__}: {error}") from error
+    _checked_positions(chosen, inputs, where)
 
 
 def selection_inputs(
@@ -307,9 +343,22 @@ def selection_inputs(
     )
 
 
-def _check_positions(positions: Tensor, inputs: SelectionInputs, where: str) -> None:
+def _checked_positions(chosen: object, inputs: SelectionInputs, where: str) -> Tensor:
+    """Positions int64 `[c]` on the CPU.
+
+    Raises:
+        ValueError: they are none, or not as many, or not increasing and valid.
+    """
     chunks, num_valid = len(inputs.chunks), len(inputs.weights)
-    if positions.shape != (chunks,) or positions.is_floating_point():
+    try:
+        positions = torch.as_tensor(chosen).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{where} returned a {type(chosen).__name__} that is no tensor of numbers ({error}); expected [{chunks}] "
+            "positions"
+        ) from error
+    no_index = positions.is_floating_point() or positions.is_complex() or positions.dtype is torch.bool
+    if positions.shape != (chunks,) or no_index:
         raise ValueError(
             f"{where} returned {positions.dtype} of shape {list(positions.shape)}; expected [{chunks}] positions"
         )
@@ -318,3 +367,4 @@ def _check_positions(positions: Tensor, inputs: SelectionInputs, where: str) -> 
         raise ValueError(
             f"{where} returned {positions.tolist()}; expected increasing positions in 0 ... {num_valid - 1}"
         )
+    return positions.to(torch.int64)

@@ -142,7 +142,7 @@ def check_run(valid: ValidConfig) -> ModelInfo:
         ConfigError, DataError, ModelError: see `prepare_run`.
     """
     from refine_verl.kernels.versions import installed, oldest_capability
-    from refine_verl.models.adapters import adapter_for, check_selection
+    from refine_verl.models.adapters import adapter_for, check_selection, sizes
     from refine_verl.models.loading import import_external, open_model
     from refine_verl.nsp import check_functions
     from refine_verl.preflight.checkpoints import check_checkpoint
@@ -154,7 +154,7 @@ def check_run(valid: ValidConfig) -> ModelInfo:
     info = open_model(valid.model.path, valid.model.init_config)
     if valid.config.trainer.device == "cuda":
         check_gpu_kernels(info.config, oldest_capability(), installed())
-    check_functions(valid.refine.nsp)
+    check_functions(valid.refine.nsp, *sizes(info.config))
     check_against_verl(valid.config)
     check_loggers(valid.config.trainer.logger)
     check_callback(valid.config.trainer.checkpoint_callback_class)

@@ -93,6 +93,11 @@ RecipeFile = Callable[..., Path]
             "refine.on_policy: true with rollouts of unequal lengths",
         ),
         (["recipe=quickstart", "refine.nsp.selection=max_entopy"], "Did you mean 'max_entropy'?"),
+        (
+            ["recipe=quickstart", "refine.nsp.selection=torch.zeros_like"],
+            "refine.nsp.selection: selection strategy 'torch.zeros_like' (torch._VariableFunctionsClass.zeros_like) "
+            "raised TypeError: ",
+        ),
         (["recipe=quickstart", "refine.nsp.selection=no name"], "refine.nsp.selection: 'no name' is no name"),
         (["recipe=quickstart", "data.train_files=nowhere.jsonl", "model.tokenizer=bytes"], "nowhere.jsonl"),
         (

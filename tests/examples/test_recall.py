@@ -13,7 +13,7 @@ import torch
 
 from examples.recall import __main__ as command
 from examples.recall import runner
-from examples.recall.arms import ABLATIONS, HEADLINE, PAPER, Arm, many
+from examples.recall.arms import ABLATIONS, HEADLINE, MANY_WEIGHTS, PAPER, QUESTION, Arm, many
 from examples.recall.bases import MODELS, RECALL, BaseSpec, train_base
 from examples.recall.jobs import ARMS, Amount, Job, all_jobs, run_job
 from examples.recall.noise import ESTIMATORS, alignment, signal_to_noise
@@ -23,6 +23,7 @@ from examples.recall.scores import batches, held_out, score
 from examples.recall.section import figures, section
 from examples.recall.task import Task
 from refine_verl.compose.composition import compose_config
+from refine_verl.config import REWARDS, SELECTIONS
 from refine_verl.models import make_actor
 
 TINY = Amount(
@@ -146,15 +147,29 @@ def test_settings_are_those_of_the_recipe(arm: Arm, name: str) -> None:
 def test_ablations_cover_what_they_should() -> None:
     """Every arm has a name of its own and settings that are allowed."""
     arms = [*HEADLINE, *(arm for table in ABLATIONS.values() for arm in table)]
-    assert len(ARMS) == len(arms)
-    settings = {name: arm.settings("under", 0) for name, arm in ARMS.items()}
-    assert {s.nsp.reward for s in settings.values()} == {"cosine", "binary", "hybrid"}
-    assert {s.nsp.selection for s in settings.values()} == {"entropy", "uniform", "max_entropy", "min_entropy"}
-    assert {s.nsp.rollout_length for s in settings.values()} == {1, 3, 5, 7}
+    assert len(ARMS) == len(arms) + len(MANY_WEIGHTS)
+    settings = {arm.name: arm.settings("under", 0) for arm in arms}
+    assert {s.nsp.reward for s in settings.values()} == set(REWARDS)
+    assert {s.nsp.selection for s in settings.values()} == set(SELECTIONS)
+    numbers = [s.nsp.rollout_length for s in settings.values()]
+    assert {k for k in numbers if isinstance(k, int)} == {1, 3, 5, 7}
+    assert {(k.min, k.max) for k in numbers if not isinstance(k, int)} == {(1, 5), (3, 7)}
     assert {s.nsp.chunks for s in settings.values()} == {2, 4, 8}
     found = {(s.nsp.rollouts_per_position, s.nsp.group, s.norm_adv_by_std_in_grpo) for s in settings.values()}
     wanted = {(n, group, std) for n in (4, 8, 16) for group in ("sequence", "position") for std in (True, False)}
     assert found >= wanted | {(1, "sequence", True), (1, "sequence", False)}
+
+
+def test_weights_with_many_rollouts_change_nothing_else() -> None:
+    one = many("binary").settings("under", 0)
+    others = [arm.settings("under", 0) for arm in MANY_WEIGHTS]
+    assert {other.loss.rl_coef for other in others} == {1.0, 25.0} and one.loss.rl_coef == 5.0
+    assert all(dataclasses.replace(other, loss=one.loss) == one for other in others)
+
+
+def test_the_question_is_the_last_round() -> None:
+    task = MODELS["deltanet"].task
+    assert task.entries * task.entry_length == QUESTION and task.length == 3 * QUESTION
 
 
 # Noise
@@ -199,6 +214,8 @@ KINDS = [
     Job("signal", "deltanet", 0, "under"),
     Job("bound", "deltanet", 0, "under", "binary"),
     Job("ablation", "deltanet", 0, "under", "chunks_2"),
+    Job("ablation", "deltanet", 0, "under", "many_rl25"),
+    Job("ablation", "deltanet", 0, "under", "many_rl1"),
     Job("test_time", "deltanet", 0, "under", "none"),
     Job("test_time", "deltanet", 0, "under", "sft"),
     Job("test_time", "deltanet", 0, "under", "refine"),
@@ -234,9 +251,11 @@ def test_every_kind_of_job_ends_on_the_page(tmp_path: Path, monkeypatch: pytest.
         "Places",
         "How noisy",
         "Training with a gradient",
+        "Weight of the policy loss with many",
         "Test-time training",
     ):
         assert f"## {heading}" in text, heading
+    assert "| λ = 5 |" in text and "| λ = 25 |" in text
     assert "*Upper bound*, a nearly exact policy gradient (n = 2)" in text
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "recall_headline.svg",
@@ -263,7 +282,7 @@ def test_every_kind_of_job_ends_on_the_page(tmp_path: Path, monkeypatch: pytest.
 def test_kinds_of_jobs() -> None:
     """With the bases they start from; what is not a kind is refused."""
     jobs = all_jobs(list(RECALL), command.FULL)
-    found = command.chosen(jobs, ["bound"])
+    found = command.with_bases(command.chosen(jobs, ["bound"]), jobs)
     assert {job.kind for job in found} == {"base", "bound"} and command.chosen(jobs, None) == jobs
     bases = {(job.model, job.seed) for job in found if job.kind == "base"}
     assert bases == {(job.model, job.seed) for job in found if job.kind == "bound"}
@@ -271,17 +290,42 @@ def test_kinds_of_jobs() -> None:
         command.chosen(jobs, ["nosie"])
 
 
+def test_what_is_missing() -> None:
+    """What results do not have, and what they have of other settings; nothing is refused."""
+    have = [{**dataclasses.asdict(job), "fingerprint": runner.fingerprint(job, TINY)} for job in KINDS]
+    assert command.missing(KINDS, TINY, {"jobs": have[1:]}) == KINDS[:1]
+    assert command.missing(KINDS, TINY, None) == KINDS
+    del have[2]["fingerprint"]
+    assert command.missing(KINDS, TINY, {"jobs": have}) == KINDS[2:3]
+    longer = dataclasses.replace(TINY, ablation_steps=2)  # of all but base models
+    assert command.missing(KINDS, longer, {"jobs": have}) == KINDS[1:]
+    with pytest.raises(SystemExit, match="--missing: results.json has all jobs"):
+        command.missing(KINDS[:1], TINY, {"jobs": have})
+
+
+def test_the_committed_results_lack_nothing() -> None:
+    """Or there are arms that nobody has trained, and the page does not say so."""
+    results = json.loads((Path(command.__file__).parent / "results.json").read_text())
+    with pytest.raises(SystemExit, match="has all jobs"):
+        command.missing(all_jobs(list(RECALL), command.FULL), command.FULL, results)
+
+
+def results(date: str, *names: str, **more: Any) -> dict[str, Any]:
+    """Made-up ones of jobs called ``kind-what``."""
+    about = {"amount": {"seeds": 5}, "environment": {"torch": "2"}, "processor_minutes": 3.0}
+    jobs = []
+    for name in names:
+        kind, _, what = name.partition("-")
+        jobs.append({**dataclasses.asdict(Job(kind, "m", 0, "", what)), "date": date})
+    return {"date": date, "jobs": jobs, **about, **more}
+
+
 def test_what_is_measured_later_takes_the_place_of_what_was() -> None:
-    """Jobs of other kinds stay, and so does what the page says of their run."""
-
-    def results(date: str, *kinds: str, **more: Any) -> dict[str, Any]:
-        about = {"amount": {"seeds": 5}, "environment": {"torch": "2"}, "processor_minutes": 3.0}
-        jobs = [{"kind": kind, "date": date} for kind in kinds]
-        return {"date": date, "jobs": jobs, **about, **more}
-
-    old = results("monday", "base", "headline", "noise")
-    new = results("tuesday", "base", "noise", "signal", amount={"seeds": 3})
-    both = command.added_to(old, new, ["noise", "signal"])
+    """Other jobs stay, and so does what the page says of their run; of whole kinds nothing old is left."""
+    old = results("monday", "base", "headline", "noise-a", "noise-b")
+    new = results("tuesday", "base", "noise-a", "signal", amount={"seeds": 3})
+    names = ["noise-m-a-seed0", "signal-m-seed0"]
+    both = command.added_to(old, new, names, ["noise", "signal"])
     assert [(job["kind"], job["date"]) for job in both["jobs"]] == [
         ("base", "monday"),
         ("headline", "monday"),
@@ -289,9 +333,11 @@ def test_what_is_measured_later_takes_the_place_of_what_was() -> None:
         ("signal", "tuesday"),
     ]
     assert both["date"] == "monday" and both["amount"]["seeds"] == 5
-    assert [(run["date"], run["kinds"]) for run in both["later"]] == [("tuesday", ["noise", "signal"])]
-    again = command.added_to(both, results("friday", "noise"), ["noise"])
-    assert [run["kinds"] for run in again["later"]] == [["signal"], ["noise"]]
+    assert [(run["date"], run["jobs"]) for run in both["later"]] == [("tuesday", names)]
+    again = command.added_to(both, results("friday", "noise-a"), names[:1])
+    assert [run["jobs"] for run in again["later"]] == [names[1:], names[:1]]
+    kept = command.added_to(old, results("friday", "noise-a"), names[:1])
+    assert [(job["what"], job["date"]) for job in kept["jobs"][2:]] == [("b", "monday"), ("a", "friday")]
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ PLAN = Plan(
     sweep=(1.0,),
     lr_sweep=(),
     signal_batches=3,
+    many_steps=2,
+    many_seeds=2,
 )
 
 
@@ -178,6 +180,42 @@ def test_a_plan_runs_to_tables(results: dict[str, Any]) -> None:
     assert difference(results, 1e-3, "paper", "ntp_loss").count == 2
 
 
+def test_many_rollouts_are_compared_in_runs_of_their_own(results: dict[str, Any]) -> None:
+    """Shorter ones, with SFT that costs as much; their base may be another one than that of the other runs."""
+    assert [(run_["method"], run_["seed"]) for run_ in results["many"]] == [
+        (name, seed) for seed in range(2) for name in ("many5", "sft")
+    ]
+    passes = results["many"][0]["passes"]
+    c, n, k, length = 32, 8, TRAINING.rollout_length, PLAN.length
+    assert passes == pytest.approx(((1 + c * n * k / length) + 3 * (1 + c * n * (k - 1) / length)) / 3, rel=1e-4)
+    assert list(results["many"][1]["scores"]) == ["2", str(round(2 * passes))]
+    text = section(results)
+    _, _, part = text.partition("### Many rollouts")
+    part, _, _ = part.partition("###")
+    assert "2 optimiser steps at learning rate 0.001 from the same base model, 2 pairs" in part
+    assert "| many5 minus SFT, same compute |" in part and "grouped" not in part
+    other = {**results, "bases": [{**results["bases"][0], "base": 0}], "many_bases": results["bases"]}
+    assert "from a base model trained anew with the same settings" in section(other)
+    cut = {**results, "many": results["many"][:1]}  # SFT, the last, has not run
+    assert "### Many rollouts" not in section(cut)
+
+
+def test_only_what_is_new_can_be_run(
+    results: dict[str, Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into the results that are there: the runs with many rollouts, with their base, and the gradients."""
+    ran = []
+    monkeypatch.setattr(plan_module, "run", lambda *args: (ran.append(args[0].name), {"passes": 2.0, "scores": {}})[1])
+    monkeypatch.setattr(plan_module, "gradient_signal", lambda *args: {"signal": 1.0})
+    new = collect(PLAN, tmp_path, corpus, only_many=True)
+    assert ran == ["many5", "sft", "many5", "sft"] and not new["runs"] and not new["sweep"]
+    known = {**results, "plan": {**results["plan"], "many_steps": 1}}
+    both = command.with_many(known, new)
+    assert both["runs"] == results["runs"] and both["bases"] == results["bases"]
+    assert both["many"] == new["many"] and both["many_bases"] == new["bases"] and both["signal"] == new["signal"]
+    assert both["plan"] == results["plan"]
+
+
 def test_a_run_goes_on_where_it_was_cut(
     finished: Path, results: dict[str, Any], tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +239,7 @@ def test_bold_stands_for_intervals_on_one_side(results: dict[str, Any]) -> None:
         for scores in run_["scores"].values():
             shift = {"sft": 0.0, "paper": 1.0, "grouped": -1.0, "grouped5": 0.0}[run_["method"]]
             scores.update(ntp_loss=2.0 + shift, ntp_accuracy=0.5 + shift, reward_binary=0.1 * run_["seed"] * shift)
-    rows = [line for line in section(results).splitlines() if "minus SFT, same steps" in line]
+    rows = [line for line in section({**results, "many": []}).splitlines() if "minus SFT, same steps" in line]
     paper, grouped, _ = ([cell.strip() for cell in line.split("|")] for line in rows)
     assert paper[2] == "*+1.0000 ± 0.0000*" and grouped[2] == "**-1.0000 ± 0.0000**"
     assert paper[3].startswith("**+1") and grouped[3].startswith("*-1") and not paper[7].startswith("*")
@@ -221,8 +259,8 @@ def test_what_was_read_from_other_runs_is_not_shown(
 def test_the_command(results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fast run makes a page of its own; the project's is for full runs."""
 
-    def collected(plan: Plan, out: Path) -> None:
-        out.mkdir()
+    def collected(plan: Plan, out: Path, only_many: bool) -> None:
+        out.mkdir(exist_ok=True)
         (out / "results.json").write_text(json.dumps(results))
 
     monkeypatch.setattr(command, "collect", collected)
@@ -237,6 +275,8 @@ def test_the_command(results: dict[str, Any], tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(command, "project_sources", lambda: {"text": tmp_path / "text.json"})
     assert command.publish(tmp_path / "out", whole=True) == tmp_path / "docs/results.md"
     assert json.loads((tmp_path / "text.json").read_text()) == results
+    command.publish(tmp_path / "out", whole=True, only_many=True)
+    assert json.loads((tmp_path / "text.json").read_text()) == {**results, "many_bases": results["bases"]}
 
 
 def test_a_run_that_was_cut_is_shown_for_the_pairs_that_all_have(results: dict[str, Any]) -> None:

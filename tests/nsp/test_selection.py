@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +10,12 @@ import torch
 from reference import nsp as reference
 from scipy.stats import chisquare
 
-from refine_verl.config import NSPSettings
+from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.nsp import (
     SCORES,
     STRATEGIES,
     SelectionInputs,
+    check_functions,
     chunk_bounds,
     drawn_by,
     looks_at_writes,
@@ -378,3 +381,118 @@ def test_users_ask_for_writes(registry: None) -> None:
     norms = torch.rand(2, LENGTH)
     found = select_positions(torch.rand(LENGTH), strategy="most_written", uniforms=np.zeros(8), write_norms=norms)
     assert found.tolist() == [start + int(norms[0, start:stop].argmax()) for start, stop in chunk_bounds(35, 8)]
+
+
+# Before a run
+
+MODULE = "my_selections_for_test"
+STRATEGIES_OF_A_USER = """
+import math
+import torch
+
+from refine_verl.nsp import needs_writes
+
+
+def first_of_each(inputs):
+    return [start for start, _ in inputs.chunks]
+
+
+@needs_writes
+def most_written(inputs):
+    assert inputs.write_norms.shape[1] == len(inputs.tokens) == len(inputs.hidden)
+    return torch.stack([start + inputs.write_norms[:, start:stop].sum(dim=0).argmax() for start, stop in inputs.chunks])
+
+
+def wide(inputs):
+    return torch.sort((inputs.hidden @ torch.ones(24)).topk(len(inputs.chunks)).indices.clamp(max=900)).values
+
+
+def too_few(inputs):
+    return first_of_each(inputs)[:-1]
+
+
+def floats(inputs):
+    return torch.tensor(first_of_each(inputs)).float()
+
+
+def not_a_number(inputs):
+    return torch.full((len(inputs.chunks),), math.nan)
+
+
+def truths(inputs):
+    return torch.ones(len(inputs.chunks), dtype=torch.bool)
+
+
+def behind_the_end(inputs):
+    return [*first_of_each(inputs)[:-1], len(inputs.entropy) - inputs.rollout_length]
+
+
+def before_the_start(inputs):
+    return [-1, *first_of_each(inputs)[1:]]
+
+
+def twice_the_same(inputs):
+    return [3] * len(inputs.chunks)
+
+
+def names(inputs):
+    return ["first", "second"]
+
+
+def nothing(inputs):
+    pass
+
+
+def without_arguments():
+    return [0, 1]
+"""
+
+
+@pytest.fixture
+def strategies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / f"{MODULE}.py").write_text(STRATEGIES_OF_A_USER)
+    monkeypatch.syspath_prepend(tmp_path)
+    return MODULE
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("too_few", r"returned torch.int64 of shape \[1\]; expected \[2\] positions"),
+        ("floats", r"returned torch.float32 of shape \[2\]; expected"),
+        ("not_a_number", r"returned torch.float32 of shape \[2\]; expected"),
+        ("truths", r"returned torch.bool of shape \[2\]; expected"),
+        ("behind_the_end", r"returned \[0, 1021\]; expected increasing positions in 0 ... 1020"),
+        ("before_the_start", r"returned \[-1, 510\]; expected increasing positions"),
+        ("twice_the_same", r"returned \[3, 3\]; expected increasing positions"),
+        ("names", r"returned a list that is no tensor of numbers"),
+        ("nothing", r"returned a NoneType that is no tensor of numbers"),
+        ("without_arguments", r"raised TypeError: without_arguments\(\) takes 0 positional arguments"),
+    ],
+)
+def test_a_strategy_is_tried_out_before_a_run(strategies: str, name: str, message: str) -> None:
+    """It is refused with its key, its name and path, what is wrong with it, and what to do."""
+    nsp = NSPSettings(chunks=2, rollout_length=3, selection=f"{strategies}.{name}")
+    path = rf"selection strategy '{strategies}.{name}' \({strategies}.{name}\)"
+    cure = "tried out on a made-up document. Return refine.nsp.chunks=2 .*, or name another strategy: entropy"
+    with pytest.raises(ConfigError, match=f"refine.nsp.selection: {path} {message}.*{cure}") as caught:
+        check_functions(nsp, hidden_size=16)
+    assert caught.value.key == "refine.nsp.selection"
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 1), (600, 5)])
+@pytest.mark.parametrize("name", ["first_of_each", "most_written"])
+def test_a_good_strategy_is_not_refused(strategies: str, name: str, shape: tuple[int, int]) -> None:
+    chunks, length = shape
+    check_functions(NSPSettings(chunks=chunks, rollout_length=length, selection=f"{strategies}.{name}"), 16, layers=3)
+
+
+def test_a_strategy_may_need_the_models_own_width(strategies: str) -> None:
+    """It gets it where the model is known, and is not blamed for what it raises where it is not."""
+    nsp = NSPSettings(chunks=2, rollout_length=3, selection=f"{strategies}.wide")
+    check_functions(nsp, hidden_size=24)
+    check_functions(nsp)
+    with pytest.raises(ConfigError, match="wide.* raised RuntimeError"):
+        check_functions(nsp, hidden_size=16)
+    with pytest.raises(ConfigError, match="no tensor of numbers"):
+        check_functions(replace(nsp, selection=f"{strategies}.nothing"))

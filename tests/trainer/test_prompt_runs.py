@@ -11,23 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 from reference.prompt_runs import TEST, prompt_overrides, write_prompts
 from reference.runs import last_step, read_steps, repeatable, run_and_stop, run_to_the_end
+from safetensors.torch import load_file
 
 from refine_verl.main import main
+from refine_verl.models.pieces import piece_count
 from refine_verl.trainer import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.runs]
 
+MANY = (
+    "refine.nsp.reward=hybrid",
+    "refine.nsp.credit=token",
+    "refine.nsp.group=position",
+    "refine.nsp.rollouts_per_position=3",
+    "refine.nsp.rollouts_together=4",
+    "refine.nsp.rollout_length={min:1,max:3,by:entropy}",
+)
+"""Credit per token of rollouts of unequal lengths, which are written and trained in pieces. The recipe's binary reward
+is 0 with random weights."""
 TTT = (
+    *MANY,
     "data.train_batch_size=3",
     "refine.ppo_mini_batch_size=3",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
 )
 FUSED = "refine.on_policy=true"
 GRPO = ("refine.outer=grpo", "refine.answers.samples=3", FUSED)
-ONLINE = (*TTT, "refine.ttt.reset=none", "trainer.save_freq=1", "refine.nsp.reward=hybrid", FUSED)
-"""The recipe's binary reward is 0 with random weights."""
+ONLINE = (*TTT, "refine.ttt.reset=none", "trainer.save_freq=1", FUSED)
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
@@ -101,6 +115,7 @@ class Runs:
     def _resumed_online(self) -> Path:
         copy = self._interrupted(self.online, "online_resumed", kept=5)
         (copy / "latest_checkpointed_iteration.txt").write_text("1")
+        shutil.rmtree(copy / "model")  # of the run that was copied
         return self.run("ttt", "online_resumed", *ONLINE)
 
 
@@ -162,6 +177,18 @@ def test_test_time_training_answers_every_prompt_twice(runs: Runs) -> None:
     assert not (run / "model").exists()  # nothing was trained that outlives the run
 
 
+def test_rollouts_come_in_pieces_and_end_where_the_text_is_predictable(runs: Runs) -> None:
+    """What the runs that resume below have to do again to the bit."""
+    settings = dict(item.removeprefix("refine.nsp.").split("=", 1) for item in MANY)
+    config = OmegaConf.load(runs.ttt.result() / "config.yaml").refine.nsp
+    rollouts = (config.chunks, config.rollouts_per_position)
+    assert config.credit == settings["credit"] == "token"
+    assert piece_count(*rollouts, int(settings["rollouts_together"])) > 1
+    for run in (runs.ttt, runs.online):
+        lengths = [record["nsp/rollout_length/mean"] for record in read_steps(run.result()).values()]
+        assert all(1 < length < 3 for length in lengths) and len(set(lengths)) > 1
+
+
 def test_test_time_training_goes_on_behind_the_last_answer(runs: Runs) -> None:
     whole, resumed = read_rows(runs.ttt.result()), read_rows(runs.ttt_resumed.result())
     assert resumed == whole
@@ -172,7 +199,9 @@ def test_online_adaptation_resumes_from_its_checkpoint(runs: Runs) -> None:
     whole, resumed = runs.online.result(), runs.online_resumed.result()
     assert read_rows(whole) == read_rows(resumed)
     assert [row["id"] for row in read_rows(whole)] == [f"test_prompts.jsonl:{row}" for row in range(TEST)]
-    assert (whole / "model").is_dir()
+    assert without_moment(read_steps(whole)) == without_moment(read_steps(resumed))
+    weights, again = (load_file(run / "model" / "model.safetensors") for run in (whole, resumed))
+    assert weights.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in weights.items())
 
 
 def test_answers_of_other_settings_are_not_mixed(
