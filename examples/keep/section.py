@@ -74,13 +74,17 @@ def _about(results: Results) -> str:
     return f"""A document is a list of facts, each a key and {length} random tokens; a question is a key, and its answer
 is right if all {length} tokens are (**exact**). DeltaNets of {base["parameters"]:,} parameters learn on sequences of
 {reader["facts"]} facts and questions about them; documents of {_listed(_lengths(results))} facts are then asked for all
-of theirs. {len(results["bases"])} seeds, each with a base of its own, {plan["documents"]} documents of each length for
-each of them. Either document and question are *read again*, or the *kept state* is asked (`refine_verl.remember`), or
-the document is trained into a *LoRA adapter* by the next-token loss (SFT) or by REFINE (`refine_verl.adapt`, the
-paper's settings for test time, rollouts of {length} tokens), and the model is asked without document and state; or the adapted
-model reads the document, and its *state* is asked with the *adapter* in place. *The question alone* says what can be
-guessed. Adapters are trained on passages of {results["passage"]} facts: each fact begins one, with others in random
-order behind it; {results["batch"]} passages in an optimiser step ({training}).
+of theirs. {len(results["bases"])} seeds, each with a base of its own and {plan["documents"]} documents of each length.
+
+- *Read again*: document and question go through the model for each question.
+- *Kept state*: `refine_verl.remember`; the state is asked.
+- *Into LoRA*: the document is trained into an adapter by the next-token loss (SFT) or by REFINE (`refine_verl.adapt`,
+  the paper's settings for test time, rollouts of {length} tokens); the model is asked without document and state.
+- *State and adapter*: the model with that adapter reads the document, and its state is asked with the adapter in place.
+- *The question alone* says what can be guessed.
+
+Adapters are trained on passages of {results["passage"]} facts: each fact begins one, with others in random order behind
+it, and {results["batch"]} passages make an optimiser step. {training}.
 
 Run {runs_digest(results)} of {results["date"]} on {results["machine"]} with torch {results["versions"]["torch"]}, one
 thread; the bases took {spent:.0f} processor minutes. Token passes: a backward pass counts as two forward ones. Bold
@@ -109,7 +113,16 @@ def _scores(results: Results) -> str:
             cells.append("" if arm == "reading" else figure(one, signed=True))
         rows.append([label, *cells])
     header = ["", *(f"{facts} facts" for facts in lengths), *(f"{facts} facts, minus reading" for facts in lengths)]
-    return table(header, rows)
+    return f"{table(header, rows)}\n\nREFINE minus SFT on the same seeds: {_methods(results)}."
+
+
+def _methods(results: Results) -> str:
+    parts = []
+    for suffix, what in (("", "alone"), ("_state", "with the state")):
+        for facts in _lengths(results):
+            pair = (scores(results, method + suffix, facts) for method in ("refine", "sft"))
+            parts.append(f"{figure(paired(*pair), signed=True)} ({facts} facts, {what})")
+    return ", ".join(parts)
 
 
 def _costs(results: Results, facts: int) -> str:
