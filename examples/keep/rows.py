@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -143,5 +144,5 @@ def _front(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return _tensor(encode_prompts(tokenizer, [text], special_tokens=True)[0][0])
 
 
-def _tensor(ids: Sequence[int]) -> Tensor:
+def _tensor(ids: np.ndarray) -> Tensor:
     return torch.as_tensor(ids, dtype=torch.int64)

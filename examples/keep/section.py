@@ -120,8 +120,8 @@ def _methods(results: Results) -> str:
     parts = []
     for suffix, what in (("", "alone"), ("_state", "with the state")):
         for facts in _lengths(results):
-            pair = (scores(results, method + suffix, facts) for method in ("refine", "sft"))
-            parts.append(f"{figure(paired(*pair), signed=True)} ({facts} facts, {what})")
+            refine, sft = (scores(results, method + suffix, facts) for method in ("refine", "sft"))
+            parts.append(f"{figure(paired(refine, sft), signed=True)} ({facts} facts, {what})")
     return ", ".join(parts)
 
 
