@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = ("recall", "paths", "text")
+EXAMPLES = ("recall", "paths", "text", "keep")
 ROOT = Path(__file__).resolve().parents[2]
 INTRODUCTION = """# Results in miniature
 

@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from refine_verl.config import ConfigError, did_you_mean, require_choice
-from refine_verl.evaluate.model import EvaluatedModel, find_model, load_evaluated, ttt_settings
+from refine_verl.evaluate.model import EvaluatedModel, Likelihood, find_model, load_evaluated, ttt_settings
 from refine_verl.evaluate.served import ServedModel
 from refine_verl.evaluate.shared import batches
 from refine_verl.models.answers import answer_draws
@@ -128,15 +128,28 @@ class RefineLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
+        pairs = [self._fit(requests[row][1], requests[row][2]) for row in order]
+        # vLLM has a cache of its own for what contexts begin with
+        share = isinstance(self.evaluated, EvaluatedModel) and self.evaluated.shares
         found: dict[int, tuple[float, bool]] = {}
-        for start in tqdm(range(0, len(order), self.batch_size), desc="log-likelihoods", disable=disable_tqdm):
-            rows = order[start : start + self.batch_size]
-            pairs = [self._fit(requests[row][1], requests[row][2]) for row in rows]
-            for row, result in zip(rows, self.evaluated.likelihoods(pairs), strict=True):
-                found[row] = (result.log_prob, result.correct == result.tokens)
-                if requests[row][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[row][0], found[row])
+        asked = read = 0
+        with tqdm(total=len(order), desc="log-likelihoods", disable=disable_tqdm) as progress:
+            for batch in batches([context for context, _ in pairs], self.batch_size, share=share):
+                chosen = [pairs[place] for place in batch.rows]
+                for place, result in zip(batch.rows, self._likelihoods(chosen, batch.shared), strict=True):
+                    row = order[place]
+                    found[row] = (result.log_prob, result.correct == result.tokens)
+                    if requests[row][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[row][0], found[row])
+                lengths = [len(context) + len(following) for context, following in chosen]
+                asked, read = asked + sum(lengths), read + sum(batch.read(lengths))
+                _tell(progress, len(chosen), read, asked)
         return [found[index] for index in range(len(requests))]
+
+    def _likelihoods(self, pairs: list[tuple[list[int], list[int]]], shared: int) -> list[Likelihood]:
+        if isinstance(self.evaluated, EvaluatedModel):
+            return self.evaluated.likelihoods(pairs, shared=shared)
+        return self.evaluated.likelihoods(pairs)
 
     def _fit(self, context: list[int], following: list[int]) -> tuple[list[int], list[int]]:
         """Cut to `max_length` tokens that are read, as `hf` does."""
@@ -208,9 +221,7 @@ class RefineLM(TemplateLM):
                         self.cache_hook.add_partial("generate_until", requests[index].args, answer)
                     lengths = [len(job[1]) for job in chosen]
                     asked, read = asked + sum(lengths), read + sum(batch.read(lengths))
-                    if read < asked:
-                        progress.set_postfix_str(f"{read:,} of {asked:,} prompt tokens read", refresh=False)
-                    progress.update(len(chosen))
+                    _tell(progress, len(chosen), read, asked)
         return [found[index] for index in range(len(requests))]
 
     def _answers(self, batch: list[tuple[int, list[int], int, tuple[str, ...], float]], shared: int) -> list[str]:
@@ -227,6 +238,13 @@ class RefineLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
         return str(text)
+
+
+def _tell(progress: Any, requests: int, read: int, asked: int) -> None:
+    """More requests are done; how many tokens of theirs were read so far, where contexts were shared."""
+    if read < asked:
+        progress.set_postfix_str(f"{read:,} of {asked:,} prompt tokens read", refresh=False)
+    progress.update(requests)
 
 
 def _available(device: str | None) -> str:

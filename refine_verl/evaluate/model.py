@@ -93,14 +93,16 @@ class EvaluatedModel:
         """sha256 of a part of every parameter."""
         return fingerprint((name, parameter.detach()) for name, parameter in self.actor.named_parameters())
 
-    def likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+    def likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, shared: int = 0) -> list[Likelihood]:
         """Score what follows a context, all pairs in one pass (one by one with test-time training).
 
         Args:
             pairs: ids of a context and of what follows it, at least one each.
+            shared: how many first tokens are the same in all contexts; see `write`.
         """
         if self.ttt.method == "none":
-            return self._score(pairs)
+            beginning = self._after(tuple(pairs[0][0][:shared])) if shared else None
+            return self._score([(context[shared:], following) for context, following in pairs], beginning)
         found: dict[int, Likelihood] = {}
         contexts: dict[tuple[int, ...], list[int]] = {}
         for index, (context, _) in enumerate(pairs):
@@ -179,10 +181,13 @@ class EvaluatedModel:
         """Text of generated ids, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+    def _score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], beginning: FastWeightState | None = None
+    ) -> list[Likelihood]:
         rows = [[*context, *following] for context, following in pairs]
         documents = self._documents(rows, tuple(len(context) for context, _ in pairs))
-        loss, correct = FastWeightActor.forward(self.actor, mode="score", documents=documents)
+        state = None if beginning is None else beginning.fork(len(pairs))
+        loss, correct = FastWeightActor.forward(self.actor, mode="score", documents=documents, state=state)
         _require_numbers(loss)
         return [
             Likelihood(-total, right, len(following))

@@ -96,3 +96,25 @@ def test_the_harness(model_dir: Path, counted: list[int]) -> None:
     together = lm.generate_until(requests, disable_tqdm=True)
     assert sum(counted) == len(TEXT) * 2 + len("Question ") + 3 * 2 + len("Else?")
     assert together == [lm.generate_until([request], disable_tqdm=True)[0] for request in requests]
+
+
+def test_log_likelihoods_of_the_harness(model_dir: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices of one question, and questions behind the same examples: read once, and scored as if read each time."""
+    from lm_eval.api.instance import Instance
+
+    lm = RefineLM(pretrained=str(model_dir), batch_size=2, dtype="float32")
+    lm.evaluated.actor.double()  # type: ignore[union-attr]
+    contexts = [TEXT * 2 + f"Question {n}?" for n in range(2)] + ["Else?"]
+    pairs = [(context, choice) for context in contexts for choice in (" yes", " no", " neither")]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    together = lm.loglikelihood(requests, disable_tqdm=True)
+    # the two questions differ in the token before their last one
+    behind = sum(len(choice) for _, choice in pairs) + 6 * len("0?") + 3 * len("Else?")
+    assert sum(counted) == len(TEXT) * 2 + len("Question ") + behind
+    monkeypatch.setattr(shared, "LEAST", 10_000)
+    counted.clear()
+    each = lm.loglikelihood(requests, disable_tqdm=True)
+    assert sum(counted) == sum(len(context) + len(choice) for context, choice in pairs)
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in each], rel=0, abs=1e-9)
+    assert [greedy for _, greedy in together] == [greedy for _, greedy in each]
+    assert len({round(value, 6) for value, _ in each}) == len(pairs)  # the comparison can fail

@@ -16,7 +16,7 @@ import refine_verl
 from refine_verl.adaptation import PromptError
 from refine_verl.config import ConfigError, DataError, ModelError
 from refine_verl.data.tokenizers import load_tokenizer
-from refine_verl.models import make_actor
+from refine_verl.models import Documents, FastWeightActor, make_actor
 from refine_verl.remember import Answer, Memory, load
 
 from .conftest import DOCUMENTS, QUESTIONS, WRITTEN, build, rows_of
@@ -206,3 +206,27 @@ def test_refused(call: Any, error: type[Exception], said: str, two: Memory) -> N
 @pytest.fixture(scope="module")
 def two() -> Memory:
     return refine_verl.remember(build(), rows_of((5, 6), 3))
+
+
+def test_scores_from_a_state(family: str) -> None:
+    """Log-likelihoods of texts behind a document, from its state, are those of both read together."""
+    model = build(family)
+    (document, other), texts = rows_of(DOCUMENTS[:2], 1), rows_of((7, 2, 4), 2)
+    memory, actor = refine_verl.remember(model, [document, other]), make_actor(model)
+
+    def scored(front: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
+        rows = [torch.cat([front, text]) for text in texts]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        # the first token of a text is read, and those behind it are predicted
+        documents = Documents(padded, tuple(map(len, rows)), (len(front) + 1,) * len(rows))
+        with torch.no_grad():
+            found: tuple[Tensor, Tensor] = FastWeightActor.forward(
+                actor, mode="score", documents=documents, state=state
+            )
+        return found
+
+    wanted, right = scored(document)
+    none = torch.zeros(0, dtype=torch.int64)
+    loss, correct = scored(none, memory.states[0].fork(len(texts)))
+    assert relative(loss, wanted) < RELATIVE and torch.equal(correct, right)
+    assert relative(scored(none, memory.states[1].fork(len(texts)))[0], wanted) > 1e-3
