@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from refine_verl.config import ConfigError, ModelError, RunFailed
+from refine_verl.serving.adapters import room_for
 from refine_verl.serving.distribution import VLLM_VERSION, installed_vllm
 
 FAMILIES = ("delta_net", "gated_deltanet")
@@ -60,6 +61,8 @@ class EngineSettings:
         memory: share of the device's memory for weights and states; None: vLLM's default on a GPU, and a quarter of
             what is free on a CPU.
         eager: without torch.compile and CUDA graphs; None: on a CPU, where compiling takes minutes.
+        adapter: directory of a LoRA adapter that all answers and scores are those of, as PEFT writes one.
+        adapter_rank: its rank.
     """
 
     model: str
@@ -69,6 +72,8 @@ class EngineSettings:
     keep_states: bool = True
     memory: float | None = None
     eager: bool | None = None
+    adapter: str | None = None
+    adapter_rank: int = 0
 
 
 def require_vllm(key: str) -> None:
@@ -191,6 +196,11 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self.settings = settings
+        self._adapter: Any = None
+        if settings.adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest("adapter", 1, settings.adapter)
         arguments = _arguments(settings, model_type)
         with said_of(f"model={settings.model}"):
             config = arguments.create_engine_config()
@@ -313,7 +323,7 @@ class Engine:
 
     def _add(self, number: int, request: _Request) -> None:
         (prompt,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": request.tokens}])
-        self._engine.add_request(str(number), prompt, request.parameters)
+        self._engine.add_request(str(number), prompt, request.parameters, lora_request=self._adapter)
 
 
 @dataclasses.dataclass(eq=False)
@@ -362,6 +372,9 @@ def _arguments(settings: EngineSettings, model_type: str) -> Any:
         memory["kv_cache_memory_bytes"] = max(_cpu_memory()[0] // _CPU_SHARE, _LEAST_STATES)
     if model_type in FAMILIES:  # a state has no positions; where fla was imported, vLLM takes its value for a limit
         memory["hf_overrides"] = {"max_position_embeddings": settings.tokens}
+    adapters: dict[str, Any] = {}
+    if settings.adapter is not None:
+        adapters = {"enable_lora": True, "max_loras": 1, "max_lora_rank": room_for(settings.adapter_rank)}
     return EngineArgs(
         model=settings.model,
         dtype=settings.dtype,
@@ -371,4 +384,5 @@ def _arguments(settings: EngineSettings, model_type: str) -> Any:
         skip_tokenizer_init=True,
         enforce_eager=runs_on_cpu() if settings.eager is None else settings.eager,
         **memory,
+        **adapters,
     )
