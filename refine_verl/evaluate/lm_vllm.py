@@ -16,6 +16,7 @@ from refine_verl.config import ConfigError
 from refine_verl.serving.adapters import room_for
 from refine_verl.serving.distribution import answer_to_vllm
 from refine_verl.serving.engine import FAMILIES, require_vllm, said_of
+from refine_verl.serving.hybrids import HYBRIDS, STATES
 
 _OURS = ("ttt", "adapt")
 """Arguments of model `refine` that change weights."""
@@ -62,11 +63,24 @@ def _checked(make: Callable[..., None]) -> Callable[..., None]:
 
 
 def _room(pretrained: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What lets vLLM take prompts of the length that was asked for, where the model has no positions."""
+    """What lets vLLM take prompts of the length that was asked for where the model has no positions, and of hybrids
+    the type of states.
+    """
+    family = _family(pretrained)
+    if family in HYBRIDS:
+        return {} if "mamba_ssm_cache_dtype" in arguments else {"mamba_ssm_cache_dtype": STATES}
     length = arguments.get("max_model_len") or arguments.get("max_length")
-    if not length or "hf_overrides" in arguments or AutoConfig.from_pretrained(pretrained).model_type not in FAMILIES:
+    if not length or "hf_overrides" in arguments or family not in FAMILIES:
         return {}
     return {"hf_overrides": {"max_position_embeddings": int(length)}}
+
+
+def _family(pretrained: str) -> str:
+    """`model_type` of a model; empty where it cannot be read, which vLLM says with its reason."""
+    try:
+        return str(AutoConfig.from_pretrained(pretrained).model_type)
+    except (OSError, ValueError):
+        return ""
 
 
 def _adapter(pretrained: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +94,8 @@ def _adapter(pretrained: str, arguments: dict[str, Any]) -> dict[str, Any]:
         from refine_verl.models.lora import open_adapter
 
         adapter = open_adapter(path, key=name)
-        require_served_adapter(adapter)
+        require_served_adapter(adapter, _family(pretrained))
         check_base(pretrained, adapter, key="pretrained")
-        return {_ADAPTER[0]: str(adapter.path), "max_lora_rank": room_for(adapter.config.r)}
+        rank = max(room_for(adapter.config.r), int(arguments.get("max_lora_rank") or 0))
+        return {_ADAPTER[0]: str(adapter.path), "max_lora_rank": rank}
     return {}

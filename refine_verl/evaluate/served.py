@@ -21,7 +21,7 @@ from refine_verl.models.loading import DTYPES, load_model
 from refine_verl.models.lora import Adapter, apply_adapter
 from refine_verl.models.weights import stored_weights
 from refine_verl.serving.adapters import why_adapter_not_served
-from refine_verl.serving.engine import Engine, EngineSettings, require_memory, runs_on_cpu, served_dtype
+from refine_verl.serving.engine import FAMILIES, Engine, EngineSettings, require_memory, runs_on_cpu, served_dtype
 
 
 class ServedModel:
@@ -56,7 +56,7 @@ class ServedModel:
         self.dtype = served_dtype(found.path, found.info.model_type, dtype, key=found.key)
         require_memory(memory, key="gpu_memory_utilization")
         if found.adapter is not None:
-            require_served_adapter(found.adapter)
+            require_served_adapter(found.adapter, found.info.model_type)
         self.batch_size, self.memory, self.keep_states = batch_size, memory, keep_states
         self.max_model_len = max_model_len
         self._room = max_model_len or 0
@@ -194,13 +194,19 @@ class ServedModel:
         return self._engine
 
 
-def require_served_adapter(adapter: Adapter) -> None:
+def require_served_adapter(adapter: Adapter, model_type: str) -> None:
     """Refuse an adapter that vLLM does not serve, or would serve in parts.
+
+    Args:
+        adapter: of `open_adapter`.
+        model_type: of the model that it is for.
 
     Raises:
         ModelError: says what of it, and what to do.
     """
     reason = why_adapter_not_served(adapter.config, adapter.tensors)
+    if reason is None and model_type not in FAMILIES:
+        reason = f"it is for a {model_type}, and those of {' and '.join(FAMILIES)} were compared with this package's"
     if reason is not None:
         raise ModelError(
             f"{adapter.key}={adapter.path}: vLLM cannot serve this adapter: {reason}. Merge it into its model "
