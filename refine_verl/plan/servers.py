@@ -93,7 +93,7 @@ def with_servers(memory: MemoryEstimate, servers: Servers | None) -> MemoryEstim
     if servers is None:
         return memory
     held = memory.phases["optimiser"]
-    answers = {part: held[part] for part in ("parameters", "optimiser") if part in held}
+    answers: dict[str, int] = {part: held[part] for part in ("parameters", "optimiser") if part in held}
     phases = {name: {**parts, **_beside(servers)} for name, parts in memory.phases.items()}
     return dataclasses.replace(memory, phases={ANSWERS: {**answers, SERVER: servers.taken}, **phases})
 

@@ -49,7 +49,6 @@ PARTS = {
 RENAMED = {"o_proj": "out_proj", "o_norm": "norm"}
 
 
-
 def _packed() -> dict[str, list[str]]:
     """Of vLLM's modules that have parts, fla's names of these in their order; convolutions take no adapter."""
     found: dict[str, list[str]] = {}

@@ -201,7 +201,10 @@ class RefineEngine(FSDPEngine):
         device = get_device_id()
 
         def whole(value: Tensor) -> Tensor:
-            return value.to(device).full_tensor() if isinstance(value, DTensor) else value
+            if not isinstance(value, DTensor):
+                return value
+            gathered: Tensor = value.to(device).full_tensor()  # type: ignore[attr-defined]
+            return gathered
 
         return merged_weights(self.module, whole), None
 

@@ -104,7 +104,7 @@ def test_adapters_that_are_not_served(
     (changed / "adapter_config.json").write_text(json.dumps(values | {"alpha_pattern": {"q_proj": 3}}))
     for model, place, reason in (
         (other_dir, adapter, "it was trained on other weights"),
-        (model_dir, changed, r"vLLM cannot serve this adapter: .*alpha_pattern.* export adapter=.* out=MERGED"),
+        (model_dir, changed, r"vLLM cannot serve this adapter: .*alpha_pattern.*export adapter=.* out=MERGED"),
     ):
         assert main(command(model, data, tmp_path / "o", "engine=vllm", f"adapter={place}")) == 2
         error = capsys.readouterr().err

@@ -243,9 +243,7 @@ def test_the_harnesss_own_model(model: Path, tmp_path: Path) -> None:
         written = lm.generate_until(writing, disable_tqdm=True)
     finally:
         lm.model.llm_engine.engine_core.shutdown()
-    exact, rounded = (
-        RefineLM(str(model), adapter=str(adapter), dtype=dtype) for dtype in ("float32", "bfloat16")
-    )
+    exact, rounded = (RefineLM(str(model), adapter=str(adapter), dtype=dtype) for dtype in ("float32", "bfloat16"))
     wanted, own = (np.array([v for v, _ in one.loglikelihood(asked, disable_tqdm=True)]) for one in (exact, rounded))
     assert np.abs(found - wanted).mean() < 2 * TIMES_OWN_ROUNDING * np.abs(own - wanted).mean()
     assert np.abs(np.roll(found, 1) - wanted).mean() > 10 * np.abs(own - wanted).mean()

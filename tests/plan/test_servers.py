@@ -44,7 +44,13 @@ def run(tmp_path: Path, *more: str, engine: tuple[str, ...] = VLLM) -> ValidConf
 
 
 def test_of_gpus(tmp_path: Path) -> None:
-    gpus = ("trainer.device=cuda", "trainer.nnodes=2", "trainer.n_gpus_per_node=4", "data.train_batch_size=8", "refine.ppo_mini_batch_size=8")
+    gpus = (
+        "trainer.device=cuda",
+        "trainer.nnodes=2",
+        "trainer.n_gpus_per_node=4",
+        "data.train_batch_size=8",
+        "refine.ppo_mini_batch_size=8",
+    )
     found = servers_of(run(tmp_path, *gpus), GATED, 1000, 80 * GIB)
     assert found is not None
     assert (found.count, found.devices, found.weights, found.state, found.states) == (8, 1, 2000, STATE, 10 * STATE)
@@ -80,7 +86,9 @@ def test_beside_the_phases_of_a_worker(tmp_path: Path) -> None:
     beside = with_servers(plain, asleep)
     assert beside.phases == {"answers": {"parameters": 5, "optimiser": 10, "server": GIB}, **phases}
     assert beside.peak == GIB + 15 and plain.phases is phases and "server" not in phases["update"]
-    awake = with_servers(plain, servers_of(run(tmp_path, *gpu, f"{ROLLOUT}.free_cache_engine=false"), GATED, 1, 2 * GIB))
+    awake = with_servers(
+        plain, servers_of(run(tmp_path, *gpu, f"{ROLLOUT}.free_cache_engine=false"), GATED, 1, 2 * GIB)
+    )
     assert awake.phases["update"] == {**phases["update"], "server": GIB} and awake.peak_phase == "update"
     assert with_servers(plain, None) is plain
 

@@ -115,7 +115,7 @@ def test_adapters_are_sent_with_the_weights(
     if reason is None:
         answers.check_servers(given, delta)
         return
-    with pytest.raises(ConfigError, match=f"^refine.answers.engine: .* lora_adapter_path={tmp_path / 'a'} {reason}"):
+    with pytest.raises(ConfigError, match=f"^refine.answers.engine: .*lora_adapter_path={tmp_path / 'a'} {reason}"):
         answers.check_servers(given, delta)
 
 
