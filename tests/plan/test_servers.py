@@ -37,7 +37,7 @@ def on_a_machine_with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(tmp_path: Path, *more: str, engine: tuple[str, ...] = VLLM) -> ValidConfig:
-    given = [f"{ROLLOUT}.gpu_memory_utilization=0.5", f"{ROLLOUT}.max_num_seqs=10", *more]
+    given = [*(f"{ROLLOUT}.{key}" for key in ("gpu_memory_utilization=0.5", "max_num_seqs=10") if engine), *more]
     overrides = prompt_overrides("posttrain", tmp_path, tmp_path / "run", *engine)
     kept = [item for item in overrides if item.partition("=")[0] not in {each.partition("=")[0] for each in more}]
     return validate(compose_config([*kept, *given]))
@@ -48,8 +48,8 @@ def test_of_gpus(tmp_path: Path) -> None:
         "trainer.device=cuda",
         "trainer.nnodes=2",
         "trainer.n_gpus_per_node=4",
-        "data.train_batch_size=8",
-        "refine.ppo_mini_batch_size=8",
+        "data.train_batch_size=16",
+        "refine.ppo_mini_batch_size=16",
     )
     found = servers_of(run(tmp_path, *gpus), GATED, 1000, 80 * GIB)
     assert found is not None
