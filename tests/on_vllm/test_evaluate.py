@@ -7,6 +7,7 @@ bfloat16 as what rounding explains.
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -31,6 +32,8 @@ LENGTH = 160
 CONTEXT = TEXT * 6
 # As in test_log_probs: vLLM rounds at other places, and is about as far from float32.
 TIMES_OWN_ROUNDING = 1.5
+# Losses are means of whole documents, in which most of the rounding cancels: 24 of them say less than their tokens.
+OF_LOSSES = 2.0
 SPECIAL = {"vocab_size": BYTES, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 HARNESS = {"max_model_len": 512, "gpu_memory_utilization": 0.1, "enforce_eager": True, "max_num_seqs": 8}
 
@@ -52,7 +55,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"answers": ["City"], "max_gen_tokens": 4, "task": "trec", "prompt": f"{CONTEXT}{n}?"} for n in range(4)]
     rows += [{**rows[0], "prompt": f"{TEXT[n:]} Type:"} for n in range(8)]
     write_parquet(folder / "longbench/trec_16384.parquet", rows)
-    write_jsonl(folder / "ntp/documents.jsonl", [{"text": TEXT[n:] + TEXT + TEXT} for n in range(10)])
+    rng = random.Random(0)
+    write_jsonl(folder / "ntp/documents.jsonl", [{"text": "".join(rng.choices(TEXT, k=LENGTH))} for _ in range(24)])
     piqa = [{"goal": TEXT[n:20], "sol1": "apple", "sol2": "stone", "label": n % 2} for n in range(4)]
     write_jsonl(folder / "short_context/piqa/validation.jsonl", piqa)
     write_parquet(folder / "short_context/fda/validation.parquet", [{"text": TEXT[n:], "value": "e"} for n in range(4)])
@@ -103,8 +107,8 @@ def test_losses_are_those_of_float32_within_bfloat16(runs: dict[str, Path]) -> N
         if (out / f"samples/ntp_{LENGTH}.jsonl").exists()
     }
     rounding = np.abs(losses["bfloat16"] - losses["float32"]).mean()
-    assert np.abs(losses["vllm"] - losses["float32"]).mean() < TIMES_OWN_ROUNDING * rounding
-    assert np.abs(losses["vllm"] - losses["other"]).mean() > 5 * TIMES_OWN_ROUNDING * rounding
+    assert np.abs(losses["vllm"] - losses["float32"]).mean() < OF_LOSSES * rounding
+    assert np.abs(losses["vllm"] - losses["other"]).mean() > 5 * OF_LOSSES * rounding
     shares = {
         name: np.mean([r["ntp_accuracy"] for r in samples(out, f"ntp_{LENGTH}")])
         for name, out in runs.items()
@@ -126,8 +130,8 @@ def test_an_adapter(model: Path, data: Path, tmp_path: Path) -> None:
         for name in (*ways, "without")
     }
     rounding = np.abs(losses["bfloat16"] - losses["float32"]).mean()
-    assert np.abs(losses["vllm"] - losses["float32"]).mean() < TIMES_OWN_ROUNDING * rounding
-    assert np.abs(losses["vllm"] - losses["without"]).mean() > 5 * TIMES_OWN_ROUNDING * rounding
+    assert np.abs(losses["vllm"] - losses["float32"]).mean() < OF_LOSSES * rounding
+    assert np.abs(losses["vllm"] - losses["without"]).mean() > 5 * OF_LOSSES * rounding
     found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("vllm", "bfloat16", "without")]
     assert found[0]["model_sha256"] == found[1]["model_sha256"] != found[2]["model_sha256"]
     assert found[0]["adapter"] == str(adapter)

@@ -44,10 +44,11 @@ def write(directory: Path, family: str, **more: Any) -> Path:
     from transformers import AutoConfig
 
     model = load_model(None, config=AutoConfig.for_model(family, **MODEL | FAMILIES[family] | more), seed=3)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # around what they are at first
-                parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+                parameter.add_(torch.rand(parameter.shape, generator=generator) - 0.5)
     model.save_pretrained(directory)
     return directory
 

@@ -73,10 +73,11 @@ def write_model(directory: Path, *, seed: int = 3, **config: Any) -> Path:
 
     values = COMMON | config
     model = load_model(None, config=AutoConfig.for_model(values.pop("model_type"), **values), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # initialised as a constant, which would hide that it is lost
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5, generator=generator)
     model.save_pretrained(directory)
     return directory
 
