@@ -3,6 +3,7 @@
 # make test-runs    the rest of them: clusters of Ray, faults and resumed runs, trajectories
 # make test-kernels fla's own Triton kernels, interpreted on the CPU: operators and whole models
 # make test-vllm    vLLM's CPU build with the package, in an environment of its own (.venv-vllm): docs/vllm.md
+# make test-vllm-fast  a part of them in some minutes: log-probabilities, an evaluation, two steps of GRPO with a server
 # make test-pythons a fast part of them on each other Python 3.10, 3.11 and 3.12 that is found
 # make gpu-check    what a GPU machine does and measures, in eight minutes at most (PYTHON=... there: any with torch,
 #                   triton, transformers and fla)
@@ -35,7 +36,7 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Files in parallel, one thread each; what needs several processes or Ray takes its share.
 TEST_WORKERS ?= $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
 
-.PHONY: help quickstart test test-runs test-kernels test-vllm test-pythons gpu-check check venv clean
+.PHONY: help quickstart test test-runs test-kernels test-vllm test-vllm-fast test-pythons gpu-check check venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -63,6 +64,9 @@ test-vllm:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-vllm $(VENV)-vllm/.vllm
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(VENV)-vllm/bin/python -m pytest -q \
 	  --durations=15 tests/on_vllm $(ARGS)
+
+test-vllm-fast:
+	@$(MAKE) --no-print-directory test-vllm ARGS="-m fast $(ARGS)"
 
 test-pythons:
 	@VENV=$(VENV) MAKE="$(MAKE)" .ci/pythons

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from refine_verl.adaptation import AdaptSettings
@@ -17,9 +17,11 @@ from refine_verl.evaluate.model import Answer, FoundModel, Likelihood, Rows, cut
 from refine_verl.evaluate.results import fingerprint
 from refine_verl.evaluate.shared import batches
 from refine_verl.models.answers import end_tokens_of
-from refine_verl.models.loading import DTYPES
+from refine_verl.models.loading import DTYPES, load_model
+from refine_verl.models.lora import Adapter, apply_adapter
 from refine_verl.models.weights import stored_weights
-from refine_verl.serving.engine import Engine, EngineSettings, require_memory, runs_on_cpu, served_dtype
+from refine_verl.serving.adapters import why_adapter_not_served
+from refine_verl.serving.engine import FAMILIES, Engine, EngineSettings, require_memory, runs_on_cpu, served_dtype
 
 
 class ServedModel:
@@ -36,7 +38,7 @@ class ServedModel:
         keep_states: whether prompts that begin alike are read once.
 
     Raises:
-        ModelError: vLLM cannot serve it, or its weights are no numbers.
+        ModelError: vLLM cannot serve it or its adapter.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class ServedModel:
         self.ttt = AdaptSettings(method="none")
         self.dtype = served_dtype(found.path, found.info.model_type, dtype, key=found.key)
         require_memory(memory, key="gpu_memory_utilization")
+        if found.adapter is not None:
+            require_served_adapter(found.adapter, found.info.model_type)
         self.batch_size, self.memory, self.keep_states = batch_size, memory, keep_states
         self.max_model_len = max_model_len
         self._room = max_model_len or 0
@@ -83,12 +87,15 @@ class ServedModel:
         return False
 
     def fingerprint(self) -> str:
-        """sha256 of a part of every weight, in the type that they are served in.
+        """sha256 of a part of every weight, in the type that they are served in, those of an adapter included.
 
         Raises:
-            ModelError: weights that are no numbers.
+            ModelError: weights that are no numbers, or an adapter of another model.
         """
         path = self.found.path
+        if self.found.adapter is not None:
+            model = check_base(path, self.found.adapter, key=self.found.key, dtype=DTYPES[self.dtype])
+            return fingerprint((name, parameter.detach()) for name, parameter in model.named_parameters())
         weights = stored_weights(path, self.config, key=self.found.key)
         if weights is None:  # a hub id that was not downloaded before
             weights = stored_weights(snapshot_download(path), self.config, key=self.found.key)
@@ -172,6 +179,7 @@ class ServedModel:
 
     def _started(self) -> Engine:
         if self._engine is None:
+            adapter = self.found.adapter
             settings = EngineSettings(
                 model=self.found.path,
                 dtype=self.dtype,
@@ -179,9 +187,51 @@ class ServedModel:
                 sequences=self.batch_size,
                 keep_states=self.keep_states,
                 memory=self.memory,
+                adapter=None if adapter is None else str(adapter.path),
+                adapter_rank=0 if adapter is None else adapter.config.r,
             )
             self._engine = Engine(settings, self.found.info.model_type)
         return self._engine
+
+
+def require_served_adapter(adapter: Adapter, model_type: str) -> None:
+    """Refuse an adapter that vLLM does not serve, or would serve in parts.
+
+    Args:
+        adapter: of `open_adapter`.
+        model_type: of the model that it is for.
+
+    Raises:
+        ModelError: says what of it, and what to do.
+    """
+    reason = why_adapter_not_served(adapter.config, adapter.tensors)
+    if reason is None and model_type not in FAMILIES:
+        reason = f"it is for a {model_type}, and those of {' and '.join(FAMILIES)} were compared with this package's"
+    if reason is not None:
+        raise ModelError(
+            f"{adapter.key}={adapter.path}: vLLM cannot serve this adapter: {reason}. Merge it into its model "
+            f"(python -m refine_verl.export adapter={adapter.path} out=MERGED) and evaluate that."
+        )
+
+
+def check_base(path: str, adapter: Adapter, *, key: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Refuse an adapter of another model, by putting it in.
+
+    Args:
+        path: directory or hub id of the model.
+        adapter: of `open_adapter`.
+        key: what named the model.
+        dtype: of the weights.
+
+    Returns:
+        The model with it, on the CPU.
+
+    Raises:
+        ModelError: they do not belong together.
+    """
+    model: nn.Module = load_model(path, dtype=dtype, key=key)
+    apply_adapter(model, adapter)
+    return model
 
 
 @dataclasses.dataclass(frozen=True)

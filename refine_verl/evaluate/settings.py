@@ -152,12 +152,6 @@ class EvaluateSettings(Settings):
                 f"{self.SECTION}.engine",
                 f"=vllm serves weights as they are, and ttt={self.ttt} adapts them to each prompt. Leave one out.",
             )
-        if self.adapter is not None:
-            raise ConfigError(
-                f"{self.SECTION}.adapter",
-                f"={self.adapter} is not served by vLLM here. Merge it into the model "
-                f"(python -m refine_verl.export adapter={self.adapter} out=MERGED) and set model=MERGED.",
-            )
         if self.device != "auto":
             raise ConfigError(
                 f"{self.SECTION}.device",

@@ -83,6 +83,7 @@ def make_plan(valid: ValidConfig, composed: DictConfig, command: CommandLine, se
     # Only a sound configuration is worth the seconds that torch and transformers take to load.
     from refine_verl.plan.estimate import Plan, disk_of, find_warnings, memory_here, shape_of, work_of
     from refine_verl.plan.memory import estimate_memory, reads_uncut
+    from refine_verl.plan.servers import servers_of, with_servers
 
     info, train, validation = _read(valid, settings.sample)
     split = "val" if valid.refine.phase == "ttt" else "train"  # test-time training reads nothing else
@@ -91,16 +92,18 @@ def make_plan(valid: ValidConfig, composed: DictConfig, command: CommandLine, se
     memory = estimate_memory(info.config, shape)
     work = work_of(valid, train, shape, traced=reads_uncut(info.config))
     trainer = valid.config.trainer
+    available = memory_here(trainer.device, int(trainer.n_gpus_per_node))
+    available = round(settings.memory * 2**30) if settings.memory else available
+    servers = servers_of(valid, info.config, memory.parameters, available)
     plan = Plan(
         origins=find_origins(composed, valid.config, command.files(), command.overrides),
         train=train,
         validation=validation,
         work=work,
         shape=shape,
-        memory=memory,
-        memory_available=round(settings.memory * 2**30)
-        if settings.memory
-        else memory_here(trainer.device, int(trainer.n_gpus_per_node)),
+        memory=with_servers(memory, servers),
+        memory_available=available,
+        servers=servers,
         seconds_per_step=work.tokens_per_step / speed if speed else None,
         throughput=speed,
         throughput_from=speed_from,

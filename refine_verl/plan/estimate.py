@@ -20,6 +20,7 @@ from refine_verl.models.rollouts import documents_together
 from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
 from refine_verl.plan.origins import Origin
 from refine_verl.plan.reading import Reading
+from refine_verl.plan.servers import ANSWERS, Servers
 from refine_verl.record.disk_space import existing
 from refine_verl.record.format import size_text
 
@@ -81,6 +82,7 @@ class Plan:
     throughput_from: str
     disk: Disk
     warnings: list[str]
+    servers: Servers | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; bytes and seconds."""
@@ -259,9 +261,17 @@ def find_warnings(plan: Plan, valid: ValidConfig, model: Any) -> Iterator[str]:
 
 
 def _resource_warnings(plan: Plan, valid: ValidConfig) -> Iterator[str]:
-    available, memory = plan.memory_available, plan.memory
+    available, memory, servers = plan.memory_available, plan.memory, plan.servers
+    if servers is not None and servers.set_aside is not None and servers.set_aside < servers.weights + servers.states:
+        yield (
+            f"a vLLM server may take {size_text(servers.set_aside)} of a device ({servers.said_by}), and its weights "
+            f"and the states of its sequences take {size_text(servers.weights + servers.states)}: raise that, or lower "
+            "actor_rollout_ref.rollout.max_num_seqs."
+        )
     if available is not None and memory.peak > 0.9 * available:
         cures = []
+        if servers is not None and (memory.peak_phase == ANSWERS or not servers.sleeps):
+            cures.append(f"lower {servers.said_by}")
         if plan.shape.activation_checkpointing == "none":
             cures.append("set model.activation_checkpointing=layer")
         elif plan.shape.reading == "whole" and plan.shape.with_rollouts:

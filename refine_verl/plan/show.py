@@ -10,6 +10,7 @@ from rich.table import Table
 
 from refine_verl.plan.estimate import Plan
 from refine_verl.plan.origins import DEFAULT, Origin
+from refine_verl.plan.servers import Servers
 from refine_verl.record.format import size_text, unit_of
 
 
@@ -21,7 +22,8 @@ def show_plan(plan: Plan, console: Console, *, every_key: bool = False) -> None:
         if every_key or origin.source != DEFAULT or origin.key.startswith("refine.")  # set by somebody, or REFINE's own
     ]
     configuration = _table("Configuration", ("key", "from", "value"), origins)
-    for table in (configuration, _reading(plan), _work(plan), _memory(plan), _disk(plan)):
+    servers = [] if plan.servers is None else [_servers(plan.servers)]
+    for table in (configuration, _reading(plan), _work(plan), _memory(plan), *servers, _disk(plan)):
         console.print(table)
     for warning in plan.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}", highlight=False)
@@ -37,7 +39,7 @@ def _origin_row(origin: Origin) -> tuple[str, str, str]:
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        numbers = index > 0 and title not in ("Configuration", "Work", "Disk")
+        numbers = index > 0 and title not in ("Configuration", "Work", "vLLM servers", "Disk")
         table.add_column(
             column, overflow="fold", no_wrap=index == 0 or column == "from", justify="right" if numbers else "left"
         )
@@ -99,6 +101,19 @@ def _memory(plan: Plan) -> Table:
     if memory.shared_bytes:
         title += f", of which {size_text(memory.shared_bytes)} are keys and values that forks share"
     return _table(title, ("part", *phases), rows)
+
+
+def _servers(servers: Servers) -> Table:
+    aside = "unknown: give memory=GIB" if servers.set_aside is None else size_text(servers.set_aside, 3)
+    rows = [
+        ("servers", f"{servers.count} on {servers.devices} device(s) each, which are their workers', too"),
+        ("weights", f"{size_text(servers.weights, 3)} on each device, in bfloat16"),
+        ("states", f"{size_text(servers.states, 3)}, {size_text(servers.state, 3)} of a sequence"),
+        ("set aside while awake", f"{aside} ({servers.said_by})"),
+        ("between uses", "asleep: all of it is free" if servers.sleeps else "as while awake: counted in every phase"),
+        ("not counted", "pieces of weights that are sent, CUDA graphs, what sleeping servers keep"),
+    ]
+    return _table("vLLM servers", ("what", "how much"), rows)
 
 
 def _trained(plan: Plan) -> str:

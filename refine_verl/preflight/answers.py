@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import DictConfig
 
-from refine_verl.config import ConfigError, ModelError, RefineSettings
+from refine_verl.config import ConfigError, LoraSettings, ModelError, RefineSettings
 from refine_verl.preflight.cluster import joins_cluster
 
 if TYPE_CHECKING:
@@ -48,12 +48,8 @@ def check_servers(valid: ValidConfig, model: Any) -> None:
             f"vllm has no effect with refine.outer={valid.refine.outer} and without data.val_files: no answer is "
             "written. Leave it out.",
         )
-    if valid.lora.lora_rank:
-        raise ConfigError(
-            ENGINE,
-            "vllm with actor_rollout_ref.model.lora_rank: adapters are not sent to servers here. Set "
-            f"{ENGINE}=own, or train all weights (lora_rank=0).",
-        )
+    if valid.lora.lora_adapter_path is not None:
+        check_adapter(valid.lora.lora_adapter_path)
     check_bucket(config, model)
     if not joins_cluster(config):
         check_machine(config)
@@ -104,6 +100,24 @@ def check_model(model: Any, device: str) -> None:
         reason = why_not_on_cpu(layer_settings(model))
     if reason is not None:
         raise ModelError(f"{ENGINE}: vLLM cannot serve this {model.model_type}: {reason} {_OWN}.")
+
+
+def check_adapter(directory: str) -> None:
+    """Check that what an adapter to go on from adds to weights can be sent to servers with them.
+
+    Raises:
+        ConfigError: with what cannot.
+        DataError: a directory that is no adapter.
+    """
+    from refine_verl.models.lora import open_adapter
+    from refine_verl.serving.adapters import why_not_sent_merged
+
+    key = f"{LoraSettings.SECTION}.lora_adapter_path"
+    reason = why_not_sent_merged(open_adapter(directory, key).config)
+    if reason is not None:
+        raise ConfigError(
+            ENGINE, f"vllm is sent weights with what adapters add to them, and of {key}={directory} {reason}. {_OWN}."
+        )
 
 
 def check_parallelism(config: DictConfig) -> None:

@@ -15,10 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from refine_verl.config import ConfigError, ModelError, RunFailed
+from refine_verl.config.refusals import with_article
+from refine_verl.serving.adapters import room_for
 from refine_verl.serving.distribution import VLLM_VERSION, installed_vllm
+from refine_verl.serving.hybrids import HYBRIDS, STATES, why_hybrid_not_served
 
 FAMILIES = ("delta_net", "gated_deltanet")
-"""Model types whose answers were compared with this package's (docs/vllm.md)."""
+"""Model types that this package's plug-in makes vLLM serve."""
 
 _CPU_SHARE = 4  # of the memory that is free on a CPU, for states, where nothing else is said
 _LEAST_STATES = 2**28  # bytes
@@ -54,21 +57,25 @@ class EngineSettings:
     Attributes:
         model: directory or hub id.
         dtype: `auto`, `float32` or `bfloat16`.
-        tokens: most tokens of a prompt with its answer.
+        tokens: most tokens of a prompt with its answer; None: vLLM's default.
         sequences: how many are read and continued together.
         keep_states: whether prompts that begin alike are read once (prefix caching).
         memory: share of the device's memory for weights and states; None: vLLM's default on a GPU, and a quarter of
             what is free on a CPU.
         eager: without torch.compile and CUDA graphs; None: on a CPU, where compiling takes minutes.
+        adapter: directory of a LoRA adapter that all answers and scores are those of, as PEFT writes one.
+        adapter_rank: its rank.
     """
 
     model: str
     dtype: str = "auto"
-    tokens: int = 2048
+    tokens: int | None = 2048
     sequences: int = 8
     keep_states: bool = True
     memory: float | None = None
     eager: bool | None = None
+    adapter: str | None = None
+    adapter_rank: int = 0
 
 
 def require_vllm(key: str) -> None:
@@ -103,10 +110,16 @@ def served_dtype(model: str, model_type: str, dtype: str, *, key: str) -> str:
     Raises:
         ModelError: vLLM cannot serve it, or not here; the message says why.
     """
-    if model_type not in FAMILIES:
+    if model_type not in (*FAMILIES, *HYBRIDS):
         raise ModelError(f"{key}={model}: {_other_family(model_type)}")
+    if model_type in HYBRIDS:
+        from transformers import AutoConfig
+
+        reason = why_hybrid_not_served(AutoConfig.from_pretrained(model), cpu=runs_on_cpu(), dtype=dtype)
+        if reason is not None:
+            raise ModelError(f"{key}={model}: vLLM cannot serve this {model_type}: {reason}")
     with said_of(f"{key}={model}"):
-        settings = EngineSettings(model=model, dtype=dtype)
+        settings = EngineSettings(model=model, dtype=dtype, tokens=None)
         return str(_arguments(settings, model_type).create_model_config().dtype).removeprefix("torch.")
 
 
@@ -115,9 +128,10 @@ def _other_family(model_type: str) -> str:
         from refine_verl.serving.configs import LaCTConfig, why_not_served
 
         return f"vLLM cannot serve this {model_type}: {why_not_served(LaCTConfig())}"
+    served = (*FAMILIES, *HYBRIDS)
     return (
-        f"evaluation with vLLM is for {' and '.join(FAMILIES)}, whose answers were compared with this package's; this "
-        f"is a {model_type}. Leave engine=vllm out."
+        f"evaluation with vLLM is for {', '.join(served[:-1])} and {served[-1]}, whose answers were compared with this "
+        f"package's; this is {with_article(model_type)}. Leave engine=vllm out."
     )
 
 
@@ -191,6 +205,11 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self.settings = settings
+        self._adapter: Any = None
+        if settings.adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest("adapter", 1, settings.adapter)
         arguments = _arguments(settings, model_type)
         with said_of(f"model={settings.model}"):
             config = arguments.create_engine_config()
@@ -313,7 +332,7 @@ class Engine:
 
     def _add(self, number: int, request: _Request) -> None:
         (prompt,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": request.tokens}])
-        self._engine.add_request(str(number), prompt, request.parameters)
+        self._engine.add_request(str(number), prompt, request.parameters, lora_request=self._adapter)
 
 
 @dataclasses.dataclass(eq=False)
@@ -360,8 +379,14 @@ def _arguments(settings: EngineSettings, model_type: str) -> Any:
         memory["gpu_memory_utilization"] = settings.memory
     elif runs_on_cpu():
         memory["kv_cache_memory_bytes"] = max(_cpu_memory()[0] // _CPU_SHARE, _LEAST_STATES)
-    if model_type in FAMILIES:  # a state has no positions; where fla was imported, vLLM takes its value for a limit
-        memory["hf_overrides"] = {"max_position_embeddings": settings.tokens}
+    model: dict[str, Any] = {}
+    if model_type in HYBRIDS:
+        model["mamba_ssm_cache_dtype"] = STATES
+    elif settings.tokens:  # a state has no positions; where fla was imported, vLLM takes its value for a limit
+        model["hf_overrides"] = {"max_position_embeddings": settings.tokens}
+    adapters: dict[str, Any] = {}
+    if settings.adapter is not None:
+        adapters = {"enable_lora": True, "max_loras": 1, "max_lora_rank": room_for(settings.adapter_rank)}
     return EngineArgs(
         model=settings.model,
         dtype=settings.dtype,
@@ -371,4 +396,6 @@ def _arguments(settings: EngineSettings, model_type: str) -> Any:
         skip_tokenizer_init=True,
         enforce_eager=runs_on_cpu() if settings.eager is None else settings.eager,
         **memory,
+        **model,
+        **adapters,
     )

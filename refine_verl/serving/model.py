@@ -7,6 +7,7 @@ A_log = -100, and without an output gate the gate is sigmoid(0) = 1/2 and the no
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,9 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
+from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsLoRA
 from vllm.model_executor.models.llama import LlamaMLP
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from refine_verl.serving.configs import LayerSettings, has_decay, layer_settings, mlp_size
 
@@ -46,6 +47,16 @@ PARTS = {
 """Modules of fla that are a part of one of vLLM's: which, and which part."""
 
 RENAMED = {"o_proj": "out_proj", "o_norm": "norm"}
+
+
+def _packed() -> dict[str, list[str]]:
+    """Of vLLM's modules that have parts, fla's names of these in their order; convolutions take no adapter."""
+    found: dict[str, list[str]] = {}
+    for name, (target, _) in sorted(PARTS.items(), key=lambda item: item[1]):
+        if target != "conv1d":
+            found.setdefault(target, []).append(name)
+    return found
+
 
 NO_DECAY = -100.0
 """A_log of a state that does not decay: exp(-exp(-100) log 2) is 1 in every floating-point type."""
@@ -111,8 +122,14 @@ class FastWeightModel(nn.Module):
         return hidden
 
 
-class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree):
-    """A model of one of the two families, with weights named as fla names them."""
+class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsLoRA):
+    """A model of one of the two families, with weights named as fla names them, and adapters of PEFT likewise."""
+
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = _packed()
+    # of adapters' names; weights go through `load_weights`
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_substr={f".attn.{name}.": f".attn.{target}." for name, target in RENAMED.items()}
+    )
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

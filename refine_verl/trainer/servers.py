@@ -196,6 +196,9 @@ def server_config(config: DictConfig, limit: int) -> DictConfig:
     rollout = config.actor_rollout_ref.rollout
     with open_dict(config):
         rollout.name, rollout.mode, rollout.load_format = "vllm", "async", "dummy"
+        # what adapters add comes with the weights
+        model = config.actor_rollout_ref.model
+        model.lora_rank, model.lora_adapter_path = 0, None
         rollout.max_model_len = rollout.max_model_len or limit
         rollout.n_gpus_per_node = config.trainer.n_gpus_per_node
         rollout.seed = config.data.seed
@@ -205,7 +208,7 @@ def server_config(config: DictConfig, limit: int) -> DictConfig:
         if not rollout.enable_chunked_prefill:  # a prompt is read at once
             rollout.max_num_batched_tokens = max(rollout.max_num_batched_tokens, rollout.max_model_len)
         engine = dict(rollout.engine_kwargs.vllm or {})
-        engine.setdefault("tokenizer", config.actor_rollout_ref.model.tokenizer_path)
+        engine.setdefault("tokenizer", model.tokenizer_path)
         rollout.engine_kwargs.vllm = engine
         if config.trainer.device == "cpu":
             rollout.free_cache_engine = rollout.enable_sleep_mode = False

@@ -30,6 +30,8 @@ from refine_verl.models.lora import (
     add_adapters,
     apply_adapter,
     base_fingerprint,
+    has_adapters,
+    merged_weights,
     open_adapter,
     write_adapter,
 )
@@ -188,6 +190,23 @@ class RefineEngine(FSDPEngine):
         """
         with only_safe_types():
             super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+
+    def get_per_tensor_param(self, *arguments: Any, **named: Any) -> tuple[Iterator[tuple[str, Tensor]], Any]:
+        """verl's names and full weights, one after the other on all ranks; of adapters what they add to weights.
+
+        verl's own merge puts all of a layer together in place and back, and knows modules of PEFT's wrapper only.
+        """
+        if not has_adapters(self.module):
+            return super().get_per_tensor_param(*arguments, **named)
+        device = get_device_id()
+
+        def whole(value: Tensor) -> Tensor:
+            if not isinstance(value, DTensor):
+                return value
+            gathered: Tensor = value.to(device).full_tensor()  # type: ignore[attr-defined]
+            return gathered
+
+        return merged_weights(self.module, whole), None
 
     def save_adapter(self, directory: str, about: dict[str, Any] | None = None) -> None:
         """Write the adapters to a PEFT directory, as `export` writes a model. Call on all ranks."""

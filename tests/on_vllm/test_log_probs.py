@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,26 +19,37 @@ from refine_verl.models.loading import load_model
 TIMES_OWN_ROUNDING = 1.5
 
 
+FAST = ("gated", "delta")
+"""Models of `make test-vllm-fast`."""
+
+
 @pytest.fixture(scope="module")
-def bounds(directories: dict[str, Path], serve: Serve) -> dict[str, float]:
-    """Of each model, the mean distance from float32 that its bfloat16 explains."""
-    found = {}
-    for name, directory in directories.items():
-        exact, rounded = load_model(directory), load_model(directory, dtype=torch.bfloat16)
+def bounds(directories: dict[str, Path], serve: Serve) -> Callable[[str], float]:
+    """Of a model, the mean distance from float32 that its bfloat16 explains."""
+
+    @functools.cache
+    def bound(name: str) -> float:
+        exact, rounded = load_model(directories[name]), load_model(directories[name], dtype=torch.bfloat16)
         apart = [(teacher_forced(exact, a.tokens) - teacher_forced(rounded, a.tokens)).abs() for a in serve(name)[0]]
-        found[name] = TIMES_OWN_ROUNDING * float(torch.cat(apart).mean())
-    return found
+        return TIMES_OWN_ROUNDING * float(torch.cat(apart).mean())
+
+    return bound
 
 
-@pytest.mark.parametrize("name", MODELS)
+def params(of: dict[str, str]) -> list[Any]:
+    """Keys, with the mark of those whose model is a fast one."""
+    return [pytest.param(key, marks=[pytest.mark.fast] * (name in FAST)) for key, name in of.items()]
+
+
+@pytest.mark.parametrize("name", params({name: name for name in MODELS}))
 def test_equal_to_float32_within_bfloat16(
-    name: str, directories: dict[str, Path], serve: Serve, bounds: dict[str, float]
+    name: str, directories: dict[str, Path], serve: Serve, bounds: Callable[[str], float]
 ) -> None:
-    answers, exact = serve(name)[0], load_model(directories[name])
+    answers, exact, bound = serve(name)[0], load_model(directories[name]), bounds(name)
     assert [answer.prompt_length for answer in answers] == [len(prompt) for prompt in prompts()]
-    assert gap(answers, exact) < bounds[name]  # prompts in chunks, answers token by token
-    assert gap(answers, exact, "written") < bounds[name]
-    assert torch.cat([teacher_forced(exact, answer.tokens) for answer in answers]).std() > 10 * bounds[name]
+    assert gap(answers, exact) < bound  # prompts in chunks, answers token by token
+    assert gap(answers, exact, "written") < bound
+    assert torch.cat([teacher_forced(exact, answer.tokens) for answer in answers]).std() > 10 * bound
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -86,20 +99,20 @@ CONTROLS = {
 }
 
 
-@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("control", params({key: name for key, (name, _) in CONTROLS.items()}))
 def test_a_slightly_wrong_model_is_told_apart(
-    control: str, directories: dict[str, Path], serve: Serve, bounds: dict[str, float]
+    control: str, directories: dict[str, Path], serve: Serve, bounds: Callable[[str], float]
 ) -> None:
     name, change = CONTROLS[control]
     wrong = load_model(directories[name])
     change(wrong)
-    assert gap(serve(name)[0], wrong) > bounds[name]
+    assert gap(serve(name)[0], wrong) > bounds(name)
 
 
 def test_controls_change_models_that_are_served() -> None:
     assert {name for name, _ in CONTROLS.values()} <= MODELS.keys() and COMMON["num_hidden_layers"] > 1
 
 
-def test_compiled(directories: dict[str, Path], serve: Serve, bounds: dict[str, float]) -> None:
+def test_compiled(directories: dict[str, Path], serve: Serve, bounds: Callable[[str], float]) -> None:
     """As vLLM runs by default, through torch.compile."""
-    assert gap(serve("gated", enforce_eager=False)[0], load_model(directories["gated"])) < bounds["gated"]
+    assert gap(serve("gated", enforce_eager=False)[0], load_model(directories["gated"])) < bounds("gated")

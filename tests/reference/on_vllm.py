@@ -73,10 +73,11 @@ def write_model(directory: Path, *, seed: int = 3, **config: Any) -> Path:
 
     values = COMMON | config
     model = load_model(None, config=AutoConfig.for_model(values.pop("model_type"), **values), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # initialised as a constant, which would hide that it is lost
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5, generator=generator)
     model.save_pretrained(directory)
     return directory
 
@@ -104,7 +105,34 @@ class engine:
         cleanup_dist_env_and_memory()
 
 
-def generate(llm: Any, batch: list[list[int]], log_probs_of_prompts: bool = True) -> list[Answer]:
+def write_lora(directory: Path, base: Path, *, seed: int) -> Path:
+    """A random adapter for every linear layer of a model that can have one, with effects as large as the weights'."""
+    from refine_verl.config import LoraSettings
+    from refine_verl.models.loading import load_model
+    from refine_verl.models.lora import adapter_parameters, add_adapters, base_fingerprint, write_adapter
+
+    model = load_model(base)
+    fingerprint = base_fingerprint(model)
+    add_adapters(model, LoraSettings(lora_rank=4, lora_alpha=12), seed=seed, base=str(base))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return write_adapter(directory, model, fingerprint)
+
+
+def adapted(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model with its adapter, unmerged."""
+    from refine_verl.models.loading import load_model
+    from refine_verl.models.lora import apply_adapter, open_adapter
+
+    model: nn.Module = load_model(base, dtype=dtype)
+    apply_adapter(model, open_adapter(adapter))
+    return model
+
+
+def generate(
+    llm: Any, batch: list[list[int]], log_probs_of_prompts: bool = True, lora_request: Any = None
+) -> list[Answer]:
     from vllm import SamplingParams
 
     parameters = SamplingParams(
@@ -116,7 +144,8 @@ def generate(llm: Any, batch: list[list[int]], log_probs_of_prompts: bool = True
         detokenize=False,
         ignore_eos=True,
     )
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], parameters, use_tqdm=False)
+    asked = [{"prompt_token_ids": prompt} for prompt in batch]
+    outputs = llm.generate(asked, parameters, use_tqdm=False, lora_request=lora_request)
     found = []
     for prompt, output in zip(batch, outputs, strict=True):
         tokens = list(output.outputs[0].token_ids)

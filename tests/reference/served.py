@@ -24,7 +24,7 @@ class StandIn:
     def __init__(self, settings: EngineSettings, model_type: str) -> None:
         self.started.append(settings)
         self.settings = settings
-        self.model: EvaluatedModel = load_evaluated(find_model(settings.model))
+        self.model: EvaluatedModel = load_evaluated(find_model(settings.model, adapter=settings.adapter))
 
     def write(
         self,

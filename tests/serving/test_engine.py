@@ -42,6 +42,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.requests: dict[str, Any] = {}
         self.log: list[str] = []
+        self.adapters: set[Any] = set()
         self.most = 0
         self.read: list[list[int]] = []
         self.dies_at = -1
@@ -50,7 +51,10 @@ class FakeEngine:
             render_cmpl=lambda prompts: [prompt["prompt_token_ids"] for prompt in prompts]
         )
 
-    def add_request(self, request_id: str, prompt: list[int], parameters: dict[str, Any]) -> None:
+    def add_request(
+        self, request_id: str, prompt: list[int], parameters: dict[str, Any], lora_request: Any = None
+    ) -> None:
+        self.adapters.add(lora_request)
         cached = max((len(old) for old in self.read if prompt[: len(old)] == old and len(old) < len(prompt)), default=0)
         self.requests[request_id] = (prompt, parameters, [], cached)
         self.log.append(f"add {request_id}")
@@ -94,7 +98,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def engine_with(fake: FakeEngine, sequences: int = 2) -> Engine:
     found = Engine.__new__(Engine)
-    found.settings, found._engine = EngineSettings(model="m", sequences=sequences), fake
+    found.settings, found._engine, found._adapter = EngineSettings(model="m", sequences=sequences), fake, "adapter"
     return found
 
 
@@ -107,7 +111,7 @@ def test_answers_in_the_order_they_are_finished(fake: FakeEngine) -> None:
         (2, [41, 42], 1),
         (3, [51], 1),
     ]
-    assert fake.most == 2  # as many as it was given
+    assert fake.most == 2 and fake.adapters == {"adapter"}  # as many as it was given; every request is the adapter's
 
 
 def test_a_text_that_ends_an_answer_ends_it_there(fake: FakeEngine) -> None:
@@ -181,7 +185,7 @@ def test_it_is_the_release_that_is_installed_by_the_extra() -> None:
     ("family", "said"),
     [
         ("lact_swiglu", "model=m: vLLM cannot serve this lact_swiglu: LaCT's memory is an MLP"),
-        ("qwen3_next", "model=m: .* is for delta_net and gated_deltanet, .*this is a qwen3_next"),
+        ("olmo_hybrid", "model=m: .* for delta_net, gated_deltanet, qwen3_next and qwen3_5_text, .*is an olmo_hybrid"),
     ],
 )
 def test_families_that_are_not_served(family: str, said: str) -> None:

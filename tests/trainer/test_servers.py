@@ -246,6 +246,11 @@ def test_what_verl_is_told() -> None:
     told = server_config(composed("trainer.device=cpu", "actor_rollout_ref.rollout.max_model_len=99"), limit=48)
     rollout = told.actor_rollout_ref.rollout
     assert not rollout.enable_sleep_mode and not rollout.free_cache_engine and rollout.max_model_len == 99
+    lora = ("lora_rank=4", "lora_adapter_path=/adapter")
+    config = composed("trainer.device=cpu", *(f"actor_rollout_ref.model.{key}" for key in lora))
+    told = server_config(config, limit=48).actor_rollout_ref.model
+    # adapters come with the weights: a server that knew of one would wait for it
+    assert (told.lora_rank, told.lora_adapter_path) == (0, None) and config.actor_rollout_ref.model.lora_rank == 4
 
 
 KEYS_OF_SERVERS = {

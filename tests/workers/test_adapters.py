@@ -124,6 +124,21 @@ def test_the_adapter_in_files_is_what_was_trained(results: Results, directory: P
     assert (plain - wanted).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_servers_are_sent_merged_weights(results: Results, directory: Path, world: int) -> None:
+    """By the names of the model without adapters, and as PEFT merges them; the model is not changed by it."""
+    place, sent = directory / f"documents_{world}", results["documents", world]["sent"]
+    base = load_model(place / f"initial_model_{world}_0", seed=42)
+    plain = {name: value.clone() for name, value in base.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(base, str(place / "adapter")).merge_and_unload().state_dict()
+    assert sent.keys() == merged.keys() == plain.keys()
+    for name, value in merged.items():
+        torch.testing.assert_close(sent[name], value, rtol=1e-6, atol=1e-7)
+    changed = {name for name in plain if not torch.equal(sent[name], plain[name])}
+    trained = {name.partition(".lora_")[0] for name in results["documents", world]["trained"]}
+    assert changed == {f"{name}.weight" for name in trained} and len(changed) < len(plain)
+
+
 @pytest.mark.parametrize("outer", ["sft", "grpo"])
 def test_post_training_on_one_rank_and_two(results: Results, outer: str) -> None:
     one, two = results["posttrain", 1][outer], results["posttrain", 2][outer]

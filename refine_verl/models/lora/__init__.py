@@ -15,6 +15,7 @@ from refine_verl.models.lora.layers import (
     adapter_parameters,
     add_adapters,
     has_adapters,
+    merged_weights,
     put_back,
     target_names,
     trainable_numbers,

@@ -7,7 +7,7 @@ was: its class, its forward pass, FSDP2's units and our actor do not notice.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -206,6 +206,32 @@ def adapter_parameters(model: nn.Module) -> dict[str, Tensor]:
             if name.startswith(_PART):
                 found[f"base_model.model.{layer}.{name.replace(f'.{ADAPTER}', '', 1)}"] = parameter
     return found
+
+
+def merged_weights(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model with what its adapters add to them, by its names without adapters, one at a time.
+
+    The model is not changed. Weights of layers without adapters are handed over as ``whole`` returns them.
+
+    Args:
+        model: with adapters, whose tensors may be shards.
+        whole: puts a tensor together; called in the same order on all ranks.
+
+    Yields:
+        What PEFT's merge would put there, in the dtype of the weight: W + alpha / r B A.
+    """
+    layers = lora_layers(model)
+    for name, value in model.state_dict().items():
+        if f".{_PART}" in name:
+            continue
+        layer = name.rpartition(".base_layer.")[0] if name.endswith(".base_layer.weight") else ""
+        weight = whole(value)
+        if layer:
+            found = layers[layer]
+            first, second = (whole(getattr(found, part)[ADAPTER].weight.detach()) for part in ("lora_A", "lora_B"))
+            added = found.scaling[ADAPTER] * (second.to(first.dtype) @ first)
+            weight = (weight.to(first.dtype) + added).to(weight.dtype)
+        yield name.replace(".base_layer.", "."), weight
 
 
 def trainable_numbers(model: nn.Module, settings: LoraSettings) -> int:
