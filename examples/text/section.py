@@ -267,7 +267,8 @@ def _signal(results: Results) -> str:
     which = " of the runs with many rollouts" if "many_bases" in results else ""
     note = (
         f"At the base models{which}, over {batches} mini-batches, of the policy loss alone (for SFT of the next-token "
-        "loss): squared length of the mean gradient over the variance of one, mean length of one, cosine between the mean and "
+        "loss): "
+        "squared length of the mean gradient over the variance of one, mean length of one, cosine between the mean and "
         "SFT's mean on the same windows, about what that cosine would be if the expected gradients pointed the same "
         "way (both means are noisy), share of groups whose rewards differ."
     )
