@@ -1,6 +1,6 @@
 """What is kept of a document: read again, a state, an adapter by SFT or REFINE, or a state and an adapter.
 
-python -m examples.keep --fast                                    # the miniature, few minutes
+python -m examples.keep --fast                                    # the miniature in two minutes
 python -m examples.keep                                           # five seeds: its part of docs/results.md
 python -m examples.keep model=DIR data=FILE out=DIR               # a model of yours on RULER's or LongBench's files
 """

@@ -38,8 +38,8 @@ class Training:
     """
 
     rank: int = 4
-    lr: float = 1e-2
-    steps: int = 40
+    lr: float = 3e-2
+    steps: int = 60
 
     def settings(self, method: str, reader: Reader, seed: int) -> AdaptSettings:
         """For `refine_verl.adapt`: the paper's at test time, with rollouts as long as an answer."""
