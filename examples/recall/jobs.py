@@ -160,11 +160,15 @@ def all_jobs(models: Sequence[str], amount: Amount) -> list[Job]:
 
 
 def signal_jobs(model: str, seeds: range) -> list[Job]:
-    """Training with less noise, the upper bound from the under-trained bases, and other weights of the policy loss."""
+    """Training with less noise, the upper bound, and other weights of the policy loss."""
     jobs = [Job("signal", model, seed, state) for state in STATES for seed in seeds]
     jobs += [Job("bound", model, seed, "under", "binary") for seed in seeds]
+    jobs += [Job("bound", model, seed, "plateau", "binary") for seed in seeds[:BOUND_SEEDS]]
     return jobs + [Job("ablation", model, seed, "under", arm.name) for seed in seeds for arm in MANY_WEIGHTS]
 
+
+BOUND_SEEDS = 2
+"""Of the upper bound from the plateau, where arms that cost an eighth of it show no difference with five."""
 
 TABLE_STATES = {
     "n": ("under",),
