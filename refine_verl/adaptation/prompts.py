@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from refine_verl.config import Refusal
-from refine_verl.models import Documents
+from refine_verl.models import Documents, FastWeightState
 
 
 class PromptError(Refusal):
@@ -28,10 +29,12 @@ class Prompts:
         rows: int64 [T_b] for each prompt, on the CPU.
         ids: a number in 0 ... 2**63-1 per prompt that depends on its tokens only (and, for equal prompts, on how
             many came before): random draws that are keyed by it do not depend on the company a prompt keeps.
+        states: what was read before each of them, a row each; None: they are the beginning.
     """
 
     rows: tuple[Tensor, ...]
     ids: tuple[int, ...]
+    states: tuple[FastWeightState, ...] | None = None
 
     @classmethod
     def read(cls, input_ids: Any, *, vocabulary: int, shortest: int, needs: str) -> Prompts:
@@ -70,7 +73,21 @@ class Prompts:
         """The rows at ``indices`` as a micro-batch."""
         rows = [self.rows[index] for index in indices]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return Documents.from_tensors(padded.to(device), [len(row) for row in rows])
+        before = None
+        if self.states is not None:
+            before = FastWeightState.stack([self.states[index] for index in indices])
+        return Documents.from_tensors(padded.to(device), [len(row) for row in rows], before=before)
+
+    def behind(self, states: Sequence[FastWeightState]) -> Prompts:
+        """These prompts, each read from a state on.
+
+        Raises:
+            PromptError: not one row for all prompts, or one for each.
+        """
+        rows = [row for state in states for row in state.split([1] * state.rows)]
+        if len(rows) not in (1, len(self)):
+            raise PromptError(f"states: {len(rows)} for {len(self)} prompts. Give one, or one for each.")
+        return dataclasses.replace(self, states=tuple(rows * (len(self) // len(rows))))
 
 
 def _split(input_ids: Any) -> list[Any]:

@@ -18,14 +18,19 @@ from refine_verl.adaptation.prompts import PromptError, Prompts, vocabulary_of
 from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
 from refine_verl.config import ConfigError
-from refine_verl.models import Documents, FastWeightActor
+from refine_verl.models import Documents, FastWeightActor, FastWeightState
 from refine_verl.models.adapters import ModelAdapter, adapter_for, check_selection
 from refine_verl.models.answers import Answers, answer_draws, end_tokens_of
 from refine_verl.models.lora import add_adapters, base_fingerprint, target_names, write_adapter
+from refine_verl.nsp import looks_at_writes
 
 
 def adapt(
-    model: nn.Module, input_ids: Any, config: AdaptSettings | Mapping[str, Any] | None = None
+    model: nn.Module,
+    input_ids: Any,
+    config: AdaptSettings | Mapping[str, Any] | None = None,
+    *,
+    states: Sequence[FastWeightState] | None = None,
 ) -> AbstractContextManager[Adapted]:
     """Test-time training: adapt a model to prompts for the time of a ``with`` block (paper, Sec. 3.3).
 
@@ -39,10 +44,13 @@ def adapt(
             With ``lora_rank`` no weight changes: LoRA adapters around the model's layers are trained.
         input_ids: the prompts: int [T] or [B, T] without padding, or a list of rows of unequal length; on any device.
         config: `AdaptSettings`, or a mapping with its keys; None takes the paper's settings.
+        states: what the model had read before the prompts, one for all or one for each, as `Memory.states` of
+            `refine_verl.remember` has them; constants, so that what is learned is how to read on from them. None: the
+            prompts are the beginning. `Memory.adapt` checks besides that they are this model's.
 
     Raises:
         ConfigError: unknown key or a value that cannot be used, or layers to adapt that the model does not have.
-        PromptError: no prompts, a prompt too short, a token id out of range.
+        PromptError: no prompts, a prompt too short, a token id out of range, another number of states.
         ModelError: a model that cannot be adapted here. All three before anything is touched.
     """
     settings = read_settings(config)
@@ -55,7 +63,23 @@ def adapt(
     prompts = Prompts.read(
         input_ids, vocabulary=vocabulary_of(model), shortest=settings.shortest_prompt, needs=_needs(settings)
     )
+    if states is not None:
+        _check_strategy(settings)
+        prompts = prompts.behind(states)
     return _session(model, prompts, settings)
+
+
+def _check_strategy(settings: AdaptSettings) -> None:
+    if settings.reinforces and looks_at_writes(settings.nsp):
+        raise ConfigError(
+            f"{AdaptSettings.SECTION}.nsp.selection",
+            f"{settings.nsp.selection} looks at what tokens write, which is known where prompts are read from their "
+            "first token on only, and these are read from states on. Choose another strategy.",
+        )
+
+
+def _widened(state: FastWeightState) -> FastWeightState:
+    return state.map(lambda tensor: tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor)
 
 
 @contextmanager
@@ -68,6 +92,8 @@ def _session(model: nn.Module, prompts: Prompts, settings: AdaptSettings) -> Ite
         if settings.lora_rank:
             name = getattr(model, "name_or_path", None) or None
             add_adapters(model, settings.lora, seed=settings.seed, section=AdaptSettings.SECTION, base=name)
+        if saved.widened and prompts.states is not None:
+            prompts = prompts.behind([_widened(state) for state in prompts.states])
         actor = TemporaryActor(model, activation_checkpointing=settings.activation_checkpointing, widened=saved.widened)
         adapted = Adapted(actor, prompts, settings)
         adapted._train()
@@ -144,7 +170,8 @@ class Adapted:
         """Answer prompts with the adapted weights; each prompt is read once, then its state is carried on.
 
         Args:
-            input_ids: as in `adapt`; None answers the prompts the model was adapted to.
+            input_ids: as in `adapt`, from their first token on; None answers the prompts the model was adapted to,
+                from the states on that were given with them.
             max_new_tokens: for all rows, or one number per row.
             temperature: 0 takes the most likely token.
             stop_tokens: ids that end a row; None takes the model's ``generation_config.eos_token_id``.

@@ -185,9 +185,8 @@ class EvaluatedModel:
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], beginning: FastWeightState | None = None
     ) -> list[Likelihood]:
         rows = [[*context, *following] for context, following in pairs]
-        documents = self._documents(rows, tuple(len(context) for context, _ in pairs))
-        state = None if beginning is None else beginning.fork(len(pairs))
-        loss, correct = FastWeightActor.forward(self.actor, mode="score", documents=documents, state=state)
+        documents = self._documents(rows, beginning, tuple(len(context) for context, _ in pairs))
+        loss, correct = FastWeightActor.forward(self.actor, mode="score", documents=documents)
         _require_numbers(loss)
         return [
             Likelihood(-total, right, len(following))
@@ -206,8 +205,7 @@ class EvaluatedModel:
         answers = FastWeightActor.forward(
             self.actor,
             mode="generate",
-            prompts=self._documents(prompts),
-            state=None if beginning is None else beginning.fork(len(prompts)),
+            prompts=self._documents(prompts, beginning),
             limits=limits,
             length=max(limits),
             temperature=temperature,
@@ -227,9 +225,12 @@ class EvaluatedModel:
             self._kept = context, state
         return self._kept[1]
 
-    def _documents(self, rows: Rows, learn_from: tuple[int, ...] | None = None) -> Documents:
+    def _documents(
+        self, rows: Rows, beginning: FastWeightState | None, learn_from: tuple[int, ...] | None = None
+    ) -> Documents:
         tokens = pad_sequence([torch.tensor(list(row), dtype=torch.int64) for row in rows], batch_first=True)
-        return Documents(tokens.to(self.device), tuple(len(row) for row in rows), learn_from)
+        before = None if beginning is None else beginning.fork(len(rows))
+        return Documents(tokens.to(self.device), tuple(len(row) for row in rows), learn_from, before)
 
 
 class _Ends:

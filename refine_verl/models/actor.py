@@ -157,18 +157,14 @@ class FastWeightActor(Passes):
         loss = self.next_token_loss(documents, forks.hidden, forks.targets)
         return {"ntp_loss_sum": loss, **balance, **self.branch(forks.last, forks.state, branches.tokens, nsp)}
 
-    def score(self, documents: Documents, state: FastWeightState | None = None) -> tuple[Tensor, Tensor]:
+    def score(self, documents: Documents) -> tuple[Tensor, Tensor]:
         """Next-token loss and accuracy of each document.
-
-        Args:
-            documents: N of them.
-            state: N rows, after what was read before the documents; None: they are the beginning.
 
         Returns:
             Sum of -log p(x_{j+1} | x_0..x_j), float32 [N], and number of right argmaxes, int64 [N], each over
             the T-1 predicted tokens.
         """
-        hidden, _ = self.run(documents.whole, state, keep_state=False)
+        hidden, _ = self.run(documents.whole, documents.before, keep_state=False)
         targets = documents.next_tokens(documents.whole, documents.lengths)
         loss, correct = self.apply_head(hidden, "score", targets=targets)
         return (

@@ -57,7 +57,6 @@ def write(
     length: int,
     *,
     copies: int = 1,
-    state: FastWeightState | None = None,
     temperature: float = 0.0,
     draws: Tensor | None = None,
     stop_tokens: Sequence[int] = (),
@@ -72,7 +71,6 @@ def write(
         limits: most tokens of an answer to each prompt, at most ``length``.
         length: A; under FSDP the same on all ranks.
         copies: n answers per prompt.
-        state: N rows, after what was read before the prompts; None: they are the beginning.
         temperature: 0 takes the most likely token.
         draws: uniforms [N, n, A], needed unless the temperature is 0.
         stop_tokens: ids that end an answer.
@@ -80,7 +78,7 @@ def write(
         all_done: asked after each token, with bool [N * n], whether to stop; under FSDP ranks must agree.
     """
     packed = prompts.whole
-    hidden, state = actor.run(packed, state, keep_state=True)
+    hidden, state = actor.run(packed, prompts.before, keep_state=True)
     assert state is not None
     device, shape = hidden.device, (len(prompts), copies, length)
     uniforms = torch.zeros(shape) if draws is None else draws

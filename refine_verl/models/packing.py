@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from refine_verl.models.state import FastWeightState
+
 IGNORED = -100
 """Target of a token that is not predicted, as in torch's cross-entropy."""
 
@@ -58,19 +60,25 @@ class Documents:
         lengths: T_b for each document.
         learn_from: index of the first token of each document that has a next-token loss: T of the prompt for a
             prompt with its answer behind it, T_b for a document that only keeps ranks in step; None: 1 for all.
+        before: N rows, the state after what was read before the documents, a constant; None: they are the beginning.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
     learn_from: tuple[int, ...] | None = None
+    before: FastWeightState | None = None
 
     @classmethod
     def from_tensors(
-        cls, tokens: Tensor, lengths: Tensor | Sequence[int], learn_from: Tensor | Sequence[int] | None = None
+        cls,
+        tokens: Tensor,
+        lengths: Tensor | Sequence[int],
+        learn_from: Tensor | Sequence[int] | None = None,
+        before: FastWeightState | None = None,
     ) -> Documents:
-        """From padded tokens [N, Tmax], lengths [N] and first tokens to learn [N]."""
+        """From padded tokens [N, Tmax], lengths [N], first tokens to learn [N] and the state before them [N rows]."""
         first = None if learn_from is None else _integers(learn_from)
-        return cls(tokens, _integers(lengths), first)
+        return cls(tokens, _integers(lengths), first, before)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -86,6 +94,7 @@ class Documents:
             self.tokens[torch.as_tensor(list(rows)).to(self.tokens.device, non_blocking=True)],
             tuple(self.lengths[row] for row in rows),
             None if self.learn_from is None else tuple(self.learn_from[row] for row in rows),
+            None if self.before is None else self.before.select(list(rows)),
         )
 
     def split(self, size: int) -> list[Documents]:

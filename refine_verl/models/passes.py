@@ -213,13 +213,16 @@ class Passes(nn.Module):
         """
         if snapshots == 0:
             packed = documents.whole
-            return list(self.run(packed, None, keep_state=False)[0].split(packed.lengths)), None
+            return list(self.run(packed, documents.before, keep_state=False)[0].split(packed.lengths)), None
         traced = None if self.reading == "segments" else self.trace(documents)
         return traced or read_with_snapshots(self.run, documents, snapshots)
 
     def trace(self, documents: Documents, positions: Tensor | None = None) -> tuple[list[Tensor], Trace] | None:
-        """`read` in one uncut pass with all its states, or those at known positions; None where the adapter cannot."""
-        if not isinstance(self.adapter, TracingAdapter):
+        """`read` in one uncut pass with all its states, or those at known positions.
+
+        None where the adapter cannot, and behind a state: adapters trace from the first token on.
+        """
+        if not isinstance(self.adapter, TracingAdapter) or documents.before is not None:
             return None
         with self.recomputed():
             traced = self.adapter.trace(self, documents, positions)

@@ -15,6 +15,7 @@ from refine_verl.config import NSPSettings
 from refine_verl.models.packing import Documents, Packed, pack
 from refine_verl.models.passes import Passes
 from refine_verl.models.rollouts import Branches
+from refine_verl.models.state import FastWeightState
 
 
 def rollout(
@@ -37,12 +38,13 @@ def rollout(
     for chunk in range(nsp.chunks):
         prefixes = _prefixes(documents, positions[:, chunk], nsp.rollouts_per_position)
         packed = pack(prefixes)
-        states, after = actor.run(packed, None, keep_state=True)
+        before = _before(documents, nsp.rollouts_per_position)
+        states, after = actor.run(packed, before, keep_state=True)
         uniforms = draws[:, chunk].flatten(0, 1)
         written = actor.write(
             states[packed.last], after, uniforms, nsp.temperature, forbidden=actor.forbidden(nsp)
         ).tokens
-        states = _plain_hidden(actor, prefixes, written, nsp.longest_rollout + 1)
+        states = _plain_hidden(actor, prefixes, before, written, nsp.longest_rollout + 1)
         tokens.append(written)
         log_probs.append(actor.log_probs(states[:, :-1], written, nsp))
         hidden.append(states[:, 1:])
@@ -62,7 +64,8 @@ def update(actor: Passes, documents: Documents, branches: Branches, nsp: NSPSett
         prefixes = _prefixes(documents, branches.positions[:, chunk], nsp.rollouts_per_position)
         written = branches.tokens[:, chunk].flatten(0, 1)
         score = _branch_only if nsp.grad_scope == "branch" else _through_prefix
-        log_probs.append(score(actor, prefixes, written, nsp).view(len(documents), -1, nsp.longest_rollout))
+        before = _before(documents, nsp.rollouts_per_position)
+        log_probs.append(score(actor, prefixes, before, written, nsp).view(len(documents), -1, nsp.longest_rollout))
     return {"ntp_loss_sum": loss, "log_probs": torch.stack(log_probs, dim=1).flatten(0, 2)}
 
 
@@ -70,16 +73,24 @@ def _prefixes(documents: Documents, positions: Tensor, copies: int) -> list[Tens
     return [documents.tokens[b, : t + 1] for b, t in enumerate(positions.tolist()) for _ in range(copies)]
 
 
-def _plain_hidden(actor: Passes, prefixes: list[Tensor], tokens: Tensor, keep: int) -> Tensor:
-    """Hidden states [R, keep, d] at the last ``keep`` tokens of prefix + tokens, in one pass without any state."""
+def _before(documents: Documents, copies: int) -> FastWeightState | None:
+    return None if documents.before is None else documents.before.detach().fork(copies)
+
+
+def _plain_hidden(
+    actor: Passes, prefixes: list[Tensor], before: FastWeightState | None, tokens: Tensor, keep: int
+) -> Tensor:
+    """Hidden states [R, keep, d] at the last ``keep`` tokens of prefix + tokens, in one pass without forking."""
     packed = pack([torch.cat(pair) for pair in zip(prefixes, tokens, strict=True)])
-    hidden, _ = actor.run(packed, None, keep_state=False)
+    hidden, _ = actor.run(packed, before, keep_state=False)
     return torch.stack([part[-keep:] for part in hidden.split(packed.lengths)])
 
 
-def _through_prefix(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: NSPSettings) -> Tensor:
+def _through_prefix(
+    actor: Passes, prefixes: list[Tensor], before: FastWeightState | None, tokens: Tensor, nsp: NSPSettings
+) -> Tensor:
     def body(inputs: Tensor) -> Tensor:
-        return _plain_hidden(actor, prefixes, inputs, nsp.longest_rollout)
+        return _plain_hidden(actor, prefixes, before, inputs, nsp.longest_rollout)
 
     inputs = tokens[:, :-1]
     if actor.checkpoint_segments:
@@ -89,11 +100,13 @@ def _through_prefix(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: 
     return actor.log_probs(hidden, tokens, nsp)
 
 
-def _branch_only(actor: Passes, prefixes: list[Tensor], tokens: Tensor, nsp: NSPSettings) -> Tensor:
+def _branch_only(
+    actor: Passes, prefixes: list[Tensor], before: FastWeightState | None, tokens: Tensor, nsp: NSPSettings
+) -> Tensor:
     """``grad_scope: branch``: everything up to and including x_t is a constant."""
     packed = pack(prefixes)
     with torch.no_grad():
-        hidden, state = actor.run(packed, None, keep_state=True)
+        hidden, state = actor.run(packed, before, keep_state=True)
     last = hidden[packed.last].unsqueeze(1)
     if nsp.longest_rollout > 1:
         assert state is not None

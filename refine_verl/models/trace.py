@@ -111,7 +111,8 @@ def read_segments(
             look at that.
         keep_last: whether the state after the last segment is wanted.
     """
-    state: FastWeightState | None = None
+    # a constant that needs a gradient all the same: see `FastWeightState.detach`
+    state = None if documents.before is None else documents.before.detach()
     for index, (starts, stops) in enumerate(zip(borders, borders[1:], strict=False)):
         packed = documents.cut(starts, stops)
         hidden, state = run(packed, state, keep_last or index < len(borders) - 2)
@@ -131,5 +132,6 @@ def read_with_snapshots(run: Run, documents: Documents, segments: int) -> tuple[
         parts.append([piece[: stop - start] for piece, start, stop in pieces])
         assert part.state is not None
         kept.append((part.stops, part.state))
-    fresh = ([0] * len(documents), kept[-1][1].zeros_like())
+    before = kept[-1][1].zeros_like() if documents.before is None else documents.before
+    fresh = ([0] * len(documents), before)
     return [torch.cat(column) for column in zip(*parts, strict=True)], Snapshots(documents, [fresh, *kept[:-1]], run)

@@ -8,8 +8,8 @@ import operator
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from refine_verl.adaptation import Adapted, AdaptSettings, adapt
 from refine_verl.adaptation.checks import check_model
 from refine_verl.adaptation.guard import TemporaryActor, set_training
 from refine_verl.adaptation.prompts import PromptError, Prompts, vocabulary_of
@@ -214,10 +215,7 @@ class Memory:
             PromptError, ModelError, DataError: as in `remember`.
         """
         self._watch.check()
-        rows = _rows(self.model, texts, self.tokenizer, "append", begins=False)
-        if len(rows) not in (1, len(self)):
-            raise PromptError(f"append: {len(rows)} texts for {len(self)} documents. Give one, or one for each.")
-        rows = rows * (len(self) // len(rows))
+        rows = self._one_for_each(texts, "append")
         lengths = [document.positions + len(row) for document, row in zip(self.documents, rows, strict=True)]
         self.refuse_too_long(lengths, most_bytes)
         self._states = self._read(rows, self._states, progress)
@@ -271,6 +269,37 @@ class Memory:
                 draws = self._draws(part, asked, seed, max(mine)) if temperature > 0 else None
                 answers += self._answered(actor, part, asked, mine, draws=draws, **how)
         return answers
+
+    def adapt(
+        self, texts: Any, config: AdaptSettings | Mapping[str, Any] | None = None
+    ) -> AbstractContextManager[Adapted]:
+        """Test-time training on what follows the documents, which are not read again: `refine_verl.adapt` from states.
+
+        Inside the block ``adapted.generate(...)`` answers the texts, each from its document's state on. The states are
+        those of the weights before: nothing can be read or asked of this memory until the block has ended.
+
+        Args:
+            texts: one for all documents, or a list with one for each; texts with a tokenizer, else token ids.
+            config: as in `refine_verl.adapt`.
+
+        Raises:
+            PromptError, ConfigError, ModelError: see `refine_verl.adapt`; the model's weights have changed since it
+                read the documents.
+        """
+        self._watch.check()
+        rows = self._one_for_each(texts, "texts")
+        return adapt(self.model, list(rows), config, states=self._states)
+
+    def _one_for_each(self, texts: Any, what: str) -> tuple[Tensor, ...]:
+        """Token ids of what follows each document.
+
+        Raises:
+            PromptError: there are others than one, or one for each.
+        """
+        rows = _rows(self.model, texts, self.tokenizer, what, begins=False)
+        if len(rows) not in (1, len(self)):
+            raise PromptError(f"{what}: {len(rows)} texts for {len(self)} documents. Give one, or one for each.")
+        return rows * (len(self) // len(rows))
 
     def save(self, directory: str | Path) -> None:
         """Write the states and what they are to a new directory, all of it or nothing.
@@ -375,8 +404,11 @@ class Memory:
         answers: Answers = FastWeightActor.forward(
             actor,
             mode="generate",
-            prompts=Documents.from_tensors(padded.to(next(actor.parameters()).device), [len(row) for row in rows]),
-            state=FastWeightState.gather([self._states[d] for d in used], [(used.index(d), 0) for d, _ in pairs]),
+            prompts=Documents.from_tensors(
+                padded.to(next(actor.parameters()).device),
+                [len(row) for row in rows],
+                before=FastWeightState.gather([self._states[d] for d in used], [(used.index(d), 0) for d, _ in pairs]),
+            ),
             limits=limits,
             length=max(limits),
             **how,

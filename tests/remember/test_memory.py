@@ -218,11 +218,9 @@ def test_scores_from_a_state(family: str) -> None:
         rows = [torch.cat([front, text]) for text in texts]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         # the first token of a text is read, and those behind it are predicted
-        documents = Documents(padded, tuple(map(len, rows)), (len(front) + 1,) * len(rows))
+        documents = Documents(padded, tuple(map(len, rows)), (len(front) + 1,) * len(rows), state)
         with torch.no_grad():
-            found: tuple[Tensor, Tensor] = FastWeightActor.forward(
-                actor, mode="score", documents=documents, state=state
-            )
+            found: tuple[Tensor, Tensor] = FastWeightActor.forward(actor, mode="score", documents=documents)
         return found
 
     wanted, right = scored(document)
