@@ -78,12 +78,23 @@ class Prompts:
             before = FastWeightState.stack([self.states[index] for index in indices])
         return Documents.from_tensors(padded.to(device), [len(row) for row in rows], before=before)
 
-    def behind(self, states: Sequence[FastWeightState]) -> Prompts:
+    def behind(self, states: FastWeightState | Sequence[FastWeightState]) -> Prompts:
         """These prompts, each read from a state on.
 
         Raises:
-            PromptError: not one row for all prompts, or one for each.
+            PromptError: no states, or not one row for all prompts, or one for each.
         """
+        states = [states] if isinstance(states, FastWeightState) else states
+        if not isinstance(states, Sequence) or not all(isinstance(state, FastWeightState) for state in states):
+            kinds = (
+                {type(each).__name__ for each in states}
+                if isinstance(states, (list, tuple))
+                else {type(states).__name__}
+            )
+            raise PromptError(
+                f"states: expected a FastWeightState, or a list of them, got {', '.join(sorted(kinds))}. Of what "
+                "refine_verl.remember has read give memory.states."
+            )
         rows = [row for state in states for row in state.split([1] * state.rows)]
         if len(rows) not in (1, len(self)):
             raise PromptError(f"states: {len(rows)} for {len(self)} prompts. Give one, or one for each.")

@@ -19,8 +19,9 @@ from refine_verl.adaptation.settings import AdaptSettings, read_settings
 from refine_verl.adaptation.training import Loop
 from refine_verl.config import ConfigError
 from refine_verl.models import Documents, FastWeightActor, FastWeightState
-from refine_verl.models.adapters import ModelAdapter, adapter_for, check_selection
+from refine_verl.models.adapters import NO_LAYERS, ModelAdapter, RecomputingAdapter, adapter_for, check_selection
 from refine_verl.models.answers import Answers, answer_draws, end_tokens_of
+from refine_verl.models.keeping import look_alike
 from refine_verl.models.lora import add_adapters, base_fingerprint, target_names, write_adapter
 from refine_verl.nsp import looks_at_writes
 
@@ -30,7 +31,7 @@ def adapt(
     input_ids: Any,
     config: AdaptSettings | Mapping[str, Any] | None = None,
     *,
-    states: Sequence[FastWeightState] | None = None,
+    states: FastWeightState | Sequence[FastWeightState] | None = None,
 ) -> AbstractContextManager[Adapted]:
     """Test-time training: adapt a model to prompts for the time of a ``with`` block (paper, Sec. 3.3).
 
@@ -45,12 +46,13 @@ def adapt(
         input_ids: the prompts: int [T] or [B, T] without padding, or a list of rows of unequal length; on any device.
         config: `AdaptSettings`, or a mapping with its keys; None takes the paper's settings.
         states: what the model had read before the prompts, one for all or one for each, as `Memory.states` of
-            `refine_verl.remember` has them; constants, so that what is learned is how to read on from them. None: the
+            `refine_verl.remember` has them, on any device; constants, so that what is learned is how to read on from them. None: the
             prompts are the beginning. `Memory.adapt` checks besides that they are this model's.
 
     Raises:
         ConfigError: unknown key or a value that cannot be used, or layers to adapt that the model does not have.
-        PromptError: no prompts, a prompt too short, a token id out of range, another number of states.
+        PromptError: no prompts, a prompt too short, a token id out of range, another number of states, or states that
+            no model of these sizes has.
         ModelError: a model that cannot be adapted here. All three before anything is touched.
     """
     settings = read_settings(config)
@@ -60,12 +62,15 @@ def adapt(
         target_names(model, settings.lora, AdaptSettings.SECTION)
     if settings.reinforces:
         check_selection(settings.nsp, _adapter(model))
+    layers = settings.activation_checkpointing == "layer" and settings.method != "none"
+    if layers and not isinstance(_adapter(model), RecomputingAdapter):
+        raise ConfigError(f"{AdaptSettings.SECTION}.activation_checkpointing", NO_LAYERS)
     prompts = Prompts.read(
         input_ids, vocabulary=vocabulary_of(model), shortest=settings.shortest_prompt, needs=_needs(settings)
     )
     if states is not None:
         _check_strategy(settings)
-        prompts = prompts.behind(states)
+        prompts = _placed(model, prompts.behind(states))
     return _session(model, prompts, settings)
 
 
@@ -76,6 +81,26 @@ def _check_strategy(settings: AdaptSettings) -> None:
             f"{settings.nsp.selection} looks at what tokens write, which is known where prompts are read from their "
             "first token on only, and these are read from states on. Choose another strategy.",
         )
+
+
+def _placed(model: Any, prompts: Prompts) -> Prompts:
+    """With their states on the model's device.
+
+    Raises:
+        PromptError: they cannot be this model's.
+    """
+    assert prompts.states is not None
+    with TemporaryActor(model, activation_checkpointing="none").active(0) as actor:
+        set_training(actor, False)
+        own = FastWeightActor.forward(actor, mode="first_state")
+    device = next(model.parameters()).device
+    states = {id(state): state.to(device) for state in prompts.states}
+    if not all(look_alike(state, own) for state in states.values()):
+        raise PromptError(
+            "states: they are of another model: another family, other sizes or another dtype than this one has. Give "
+            "states that this model has made."
+        )
+    return prompts.behind([states[id(state)] for state in prompts.states])
 
 
 def _widened(state: FastWeightState) -> FastWeightState:

@@ -42,8 +42,8 @@ class FastWeightActor(Passes):
 
     ``forward(mode=...)`` runs :meth:`rollout`, :meth:`update`, :meth:`on_policy`, :meth:`score`, (``generate``)
     :func:`refine_verl.models.answers.write`, (``answer_log_probs``) :func:`refine_verl.models.answers.log_probs` or
-    (``read_on``, ``bytes_per_token``) the functions of these names in :mod:`refine_verl.models.keeping`; without a mode
-    it is the model's own forward pass.
+    (``read_on``, ``bytes_per_token``, ``first_state``) the functions of these names in
+    :mod:`refine_verl.models.keeping`; without a mode it is the model's own forward pass.
     """
 
     def forward(self, *args: Any, mode: str | None = None, **kwargs: Any) -> Any:
@@ -275,6 +275,7 @@ _MODES: dict[str, Callable[..., Any]] = {
     "answer_log_probs": answers.log_probs,
     "read_on": keeping.read_on,
     "bytes_per_token": keeping.bytes_per_token,
+    "first_state": keeping.first_state,
 }
 _TRAINED = ("update", "on_policy", "answer_log_probs")
 

@@ -58,12 +58,29 @@ def bytes_per_token(actor: Passes) -> int:
 
     0 without a pass where the adapter does not say that its states grow (``grows``).
     """
-    if not getattr(actor.adapter, "grows", False):
-        return 0
+    return first_state(actor).bytes_per_token if getattr(actor.adapter, "grows", False) else 0
+
+
+def first_state(actor: Passes) -> FastWeightState:
+    """The state of one row after one token, whichever it is: what the model's states look like."""
     device = next(actor.parameters()).device
     _, state = actor.run(Packed.of_rows(torch.zeros(1, 1, dtype=torch.int64, device=device)), None, keep_state=True)
     assert state is not None
-    return state.bytes_per_token
+    return state
+
+
+def look_alike(one: FastWeightState, other: FastWeightState) -> bool:
+    """Whether two states of one row each can be of one model: trees, shapes and dtypes are the same.
+
+    Leaves that keep rows their own way are compared as they are before the first token, where they do not depend on
+    what was read. States that cannot be described (`describe`) are taken to look alike.
+    """
+    try:
+        (tree, tensors), (other_tree, others) = (describe(state.unread_leaves()) for state in (one, other))
+    except TypeError:
+        return True
+    kinds, other_kinds = ([(tensor.shape, tensor.dtype) for tensor in part] for part in (tensors, others))
+    return bool(tree == other_tree and kinds == other_kinds)
 
 
 def describe(state: FastWeightState) -> tuple[Any, list[Tensor]]:

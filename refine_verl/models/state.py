@@ -101,6 +101,12 @@ class FastWeightState:
         """Apply ``function`` to every tensor."""
         return self._each(function, lambda leaf: leaf.rebuild([function(tensor) for tensor in leaf.tensors]))
 
+    def to(self, device: torch.device) -> FastWeightState:
+        """On ``device``; itself where it is there already."""
+        if all(tensor.device == device for tensor in self.tensors):
+            return self
+        return self.map(lambda tensor: tensor.to(device))
+
     def select(self, indices: Tensor | Sequence[int]) -> FastWeightState:
         """The rows at ``indices`` (int64 [R]), in that order; an index may occur more than once."""
         rows = indices.tolist() if isinstance(indices, Tensor) else list(indices)
@@ -165,6 +171,10 @@ class FastWeightState:
     def zeros_like(self) -> FastWeightState:
         """The state before the first token, in the shape of this one."""
         return self._each(torch.zeros_like, lambda leaf: leaf.fresh())
+
+    def unread_leaves(self) -> FastWeightState:
+        """The same tensors, and leaves of other kinds as before the first token."""
+        return self._each(lambda tensor: tensor, lambda leaf: leaf.fresh())
 
     @staticmethod
     def stack(states: Sequence[FastWeightState]) -> FastWeightState:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from re import fullmatch
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from refine_verl.models.loading import device_of, dtype_of, import_external
 from refine_verl.models.lora import apply_adapter, open_adapter
 from refine_verl.record.files import AlreadyLockedError, locked
 from refine_verl.record.format import size_text
-from refine_verl.remember.files import Document, Stored, find, refuse_others, write
+from refine_verl.remember.files import Document, Stored, find, is_ours, refuse_others, write
 from refine_verl.remember.memory import Memory, load, memory_of
 from refine_verl.remember.settings import AskSettings, ListSettings, ReadSettings
 
@@ -45,8 +45,8 @@ def read(settings: ReadSettings) -> None:
         ConfigError, DataError, ModelError, PromptError: what cannot be used; nothing has been read then.
     """
     out, tokenizer = Path(settings.out).expanduser(), _tokenizer(settings)
-    stored = _stored(out)
-    waiting = _waiting(settings, tokenizer, stored)
+    stored, found = _stored(out), _documents(settings, tokenizer)
+    waiting = _missing(found, stored)
     device = device_of(settings.device)
     model = _model(settings, dtype_of(settings.dtype, device), device)
     nothing = memory_of(model, tokenizer, segment=settings.segment, batch_size=settings.batch_size)
@@ -57,6 +57,10 @@ def read(settings: ReadSettings) -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             with locked(out / ".lock"):
+                # another process may have filled it while the model was loaded
+                stored = _stored(out)
+                refuse_others(stored, nothing.identity)
+                waiting = _missing(found, stored)
                 _read(out, waiting, nothing, settings.batch_size, _next(stored))
         except AlreadyLockedError as error:
             raise DataError(f"out: {out} is being filled by another process. Wait for it.") from error
@@ -82,7 +86,9 @@ def ask(settings: AskSettings) -> None:
     questions = [settings.question] if settings.question is not None else _lines(str(settings.questions))
     directory = Path(settings.memory).expanduser()
     stored = find(directory)
-    chosen = [number for number, each in enumerate(stored) if settings.document in (None, each.document.name)]
+    chosen = [
+        number for number, each in enumerate(stored) if settings.document is None or _same(settings.document, each)
+    ]
     if not chosen:
         names = [each.document.name for each in stored]
         near = did_you_mean(str(settings.document), names)
@@ -159,36 +165,62 @@ def _stored(out: Path) -> list[Stored]:
     if not out.is_dir():
         raise DataError(f"out: {out} is no directory.")
     # a state without its JSON file is what a process that was killed left; it is replaced
-    others = [path.name for path in out.iterdir() if not fullmatch(r"\..*|\d{5}\.(json|safetensors)", path.name)]
+    others = [path.name for path in out.iterdir() if path.name[0] != "." and not is_ours(path)]
     if others:
         raise DataError(f"out: {out} holds other files ({others[0]}). Give a new or empty directory.")
-    return find(out, "out") if any(out.glob("*.json")) else []
+    return find(out, "out") if any(path.suffix == ".json" and is_ours(path) for path in out.iterdir()) else []
 
 
 def _next(stored: Sequence[Stored]) -> int:
     return max((int(each.path.stem) + 1 for each in stored), default=0)
 
 
-def _waiting(settings: ReadSettings, tokenizer: PreTrainedTokenizerBase, stored: Sequence[Stored]) -> list[Waiting]:
-    """The documents of the files that are not stored.
+def _documents(settings: ReadSettings, tokenizer: PreTrainedTokenizerBase) -> list[Waiting]:
+    """The documents of the files.
 
     Raises:
-        DataError: files that cannot be read, an empty document, one that has changed since it was stored.
+        DataError: files that cannot be read, an empty document.
     """
-    there = {each.document.name: each for each in stored}
     sources = resolve_sources(settings.files, key="data.train_files", default_split="train")
-    waiting = []
+    found = []
     for document in iterate_documents(sources, settings.text_key):
-        name = f"{document['source']}:{document['row']}"
         ids = torch.from_numpy(encode_prompts(tokenizer, [document["text"]], special_tokens=True)[0][0]).to(torch.int64)
-        if name not in there:
-            waiting.append(Waiting(name, ids))
-        elif there[name].document.parts != Document(name=name, parts=()).longer(ids).parts:
+        found.append(Waiting(f"{document['source']}:{document['row']}", ids))
+    return found
+
+
+def _missing(documents: Sequence[Waiting], stored: Sequence[Stored]) -> list[Waiting]:
+    """Those that are not stored, under this or another name of the same file.
+
+    Raises:
+        DataError: one has changed since it was stored.
+    """
+    there: dict[tuple[str, str], list[Stored]] = {}
+    for each in stored:
+        there.setdefault(_place(each.document.name), []).append(each)
+    waiting = []
+    for document in documents:
+        known = there.get(_place(document.name))
+        if known is None:
+            waiting.append(document)
+            continue
+        parts = Document(name=document.name, parts=()).longer(document.ids).parts
+        if all(each.document.parts != parts for each in known):
             raise DataError(
-                f"files: {name} has other tokens than when it was read (its text or the tokenizer has changed). Remove "
-                f"{there[name].path} and its .safetensors, or give another out."
+                f"files: {document.name} has other tokens than when it was read (its text or the tokenizer has "
+                f"changed). Remove {known[0].path} and its .safetensors, or give another out."
             )
     return waiting
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The same for all spellings of a document's name: the file's real path, and the row."""
+    source, _, row = name.rpartition(":")
+    return os.path.realpath(source), row
+
+
+def _same(name: str, stored: Stored) -> bool:
+    return name == stored.document.name or _place(name) == _place(stored.document.name)
 
 
 def _lines(name: str) -> list[str]:

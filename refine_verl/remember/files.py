@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from re import fullmatch
 from typing import Any
 
 import torch
@@ -102,10 +103,12 @@ def write(directory: Path, number: int, document: Document, state: FastWeightSta
     """Add a document to a directory; a failure leaves no part of it under its name.
 
     Raises:
-        DataError: the state holds what cannot be saved.
+        DataError: the state holds what cannot be saved, or there is a document of this number.
         OSError: it cannot be written.
     """
     path = directory / f"{number:05}.json"
+    if path.exists():
+        raise DataError(f"{path} is there already: another process fills this directory. Wait for it, then read again.")
     try:
         description, tensors = describe(state)
     except TypeError as error:
@@ -139,14 +142,26 @@ def find(directory: Path, key: str = "memory") -> list[Stored]:
     """The documents of a directory, in the order they were written.
 
     Raises:
-        DataError: no such directory, none in it, or a JSON file that is cut off, altered or of something else.
+        DataError: no such directory, none in it, other JSON files, or one that is cut off, altered or no document.
     """
     if not directory.is_dir():
         raise DataError(f"{key}: {directory} is no directory.")
-    found = [_open(path) for path in sorted(directory.glob("*.json"))]
+    paths = sorted(path for path in directory.glob("*.json") if path.name[0] != ".")
+    others = [path.name for path in paths if not is_ours(path)]
+    if others:
+        raise DataError(
+            f"{key}: {directory} holds other files ({others[0]}). Give a directory that Memory.save or "
+            "python -m refine_verl.remember read has filled."
+        )
+    found = [_open(path) for path in sorted(paths, key=lambda path: int(path.stem))]
     if not found:
         raise DataError(f"{key}: {directory} holds no documents (no .json file).")
     return found
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file's name is one of those that `write` gives."""
+    return fullmatch(r"[0-9]{5,}\.(json|safetensors)", path.name) is not None
 
 
 def refuse_others(stored: Sequence[Stored], identity: Identity) -> None:

@@ -82,8 +82,9 @@ class Identity:
             )
         if self.weights != now.weights:
             raise ModelError(
-                f"{where}: these are states of a model with other weights: it has been trained since, or is another "
-                "checkpoint. Give the one that read the documents, or read them again."
+                f"{where}: these are states of a model with other weights: it has been trained since, is another "
+                "checkpoint, or has another adapter than when it read them (adapter=DIR). Give the one that read the "
+                "documents, or read them again."
             )
         if None not in (self.tokenizer, now.tokenizer) and self.tokenizer != now.tokenizer:
             raise DataError(

@@ -105,7 +105,8 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     only: Sequence[int] | None = None,
-    **how: Any,
+    segment: int = SEGMENT,
+    batch_size: int = 1,
 ) -> Memory:
     """What `Memory.save` wrote, bit for bit.
 
@@ -114,9 +115,10 @@ def load(
         model: the one that read the documents, with the weights and the dtype it had then.
         tokenizer: the one of the documents; None where token ids are given.
         only: numbers of the documents that are wanted; None: all of them.
-        how: ``segment`` and ``batch_size`` of what is appended, see `remember`.
+        segment, batch_size: of what is appended, see `remember`.
 
     Raises:
+        ConfigError: a number in ``only`` that no document has, or another argument that cannot be used.
         ModelError, DataError: another model, other weights, another dtype or tokenizer; a file that is missing, cut off
             or altered.
     """
@@ -125,8 +127,8 @@ def load(
     identity = Identity.of(model, tokenizer)
     refuse_others(stored, identity)
     kept = next((each.identity for each in stored if each.identity.tokenizer is not None), identity)
-    memory = Memory(Watch(model, kept), tokenizer, **how)
-    memory._take(stored if only is None else [stored[number] for number in only])
+    memory = Memory(Watch(model, kept), tokenizer, segment=segment, batch_size=batch_size)
+    memory._take(stored if only is None else [stored[number] for number in _chosen(only, len(stored))])
     return memory
 
 
@@ -194,11 +196,19 @@ class Memory:
         Raises:
             PromptError, ConfigError, DataError, ModelError: see `remember`.
         """
-        self._watch.check()
+        self._check()
         rows = _rows(self.model, documents, self.tokenizer, "documents", begins=True)
-        if names is not None and len(names) != len(rows):
-            raise ConfigError("names", f"{len(names)} names for {len(rows)} documents.")
-        labels = names or [str(len(self) + number) for number in range(len(rows))]
+        there = [each.name for each in self.documents]
+        if names is None:  # behind the largest number, which a fork may have
+            first = max([len(self), *(int(name) + 1 for name in there if name.isdecimal())])
+            labels = [str(first + number) for number in range(len(rows))]
+        else:
+            labels = [names] if isinstance(names, str) else list(names)
+            if len(labels) != len(rows):
+                raise ConfigError("names", f"{len(labels)} names for {len(rows)} documents.")
+            twice = next((name for place, name in enumerate(labels) if name in there or name in labels[:place]), None)
+            if twice is not None:
+                raise ConfigError("names", f"there would be two documents {twice!r}. Give each a name of its own.")
         new = [Document(name=name, parts=()).longer(row) for name, row in zip(labels, rows, strict=True)]
         self.refuse_too_long([len(row) for row in rows], most_bytes)
         self._states += self._read(rows, None, progress)
@@ -214,7 +224,7 @@ class Memory:
         Raises:
             PromptError, ModelError, DataError: as in `remember`.
         """
-        self._watch.check()
+        self._check()
         rows = self._one_for_each(texts, "append")
         lengths = [document.positions + len(row) for document, row in zip(self.documents, rows, strict=True)]
         self.refuse_too_long(lengths, most_bytes)
@@ -226,7 +236,7 @@ class Memory:
         questions: Any,
         *,
         max_new_tokens: int | Sequence[int],
-        of: Sequence[int] | None = None,
+        of: int | Sequence[int] | None = None,
         temperature: float = 0.0,
         stop_tokens: Sequence[int] | None = None,
         seed: int = 0,
@@ -237,7 +247,8 @@ class Memory:
         Args:
             questions: texts with a tokenizer, else token ids; no special tokens are put around them.
             max_new_tokens: for all questions, or one number for each.
-            of: for each question the number of its document; None asks every question of every document.
+            of: for each question the number of its document, or one for all; None asks every question of every
+                document.
             temperature: 0 takes the most likely token.
             stop_tokens: ids that end an answer; None takes those of the model and the tokenizer.
             seed: of sampled tokens; draws depend on it, the document and the question only.
@@ -250,7 +261,7 @@ class Memory:
             PromptError: questions, numbers or limits that cannot be used.
             ModelError: the model's weights have changed since it read the documents.
         """
-        self._watch.check()
+        self._check()
         asked = _rows(self.model, questions, self.tokenizer, "questions", begins=False)
         limits = _numbers(max_new_tokens, len(asked), "max_new_tokens", least=1)
         if temperature < 0:
@@ -286,7 +297,7 @@ class Memory:
             PromptError, ConfigError, ModelError: see `refine_verl.adapt`; the model's weights have changed since it
                 read the documents.
         """
-        self._watch.check()
+        self._check()
         rows = self._one_for_each(texts, "texts")
         return adapt(self.model, list(rows), config, states=self._states)
 
@@ -294,8 +305,10 @@ class Memory:
         """Token ids of what follows each document.
 
         Raises:
-            PromptError: there are others than one, or one for each.
+            PromptError: there are others than one, or one for each; or no documents.
         """
+        if not len(self):
+            raise PromptError(f"{what}: this memory holds no documents. Add some first (memory.add).")
         rows = _rows(self.model, texts, self.tokenizer, what, begins=False)
         if len(rows) not in (1, len(self)):
             raise PromptError(f"{what}: {len(rows)} texts for {len(self)} documents. Give one, or one for each.")
@@ -306,9 +319,11 @@ class Memory:
 
         Raises:
             ConfigError: there is something at ``directory`` already.
-            DataError: states that cannot be saved.
+            DataError: states that cannot be saved, or none.
             OSError: it cannot be written.
         """
+        if not len(self):
+            raise DataError("save: this memory holds no documents, so there is nothing to save.")
         path = Path(directory).expanduser()
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise ConfigError("directory", f"{path} is there already. Give a new or empty one.")
@@ -323,6 +338,16 @@ class Memory:
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
+
+    def _check(self) -> None:
+        """That the model is the one of the states, which come along to its device.
+
+        Raises:
+            ModelError: its weights have changed.
+        """
+        self._watch.check()
+        device = next(self.model.parameters()).device
+        self._states = tuple(state.to(device) for state in self._states)
 
     @contextmanager
     def _active(self, seed: int = 0) -> Iterator[FastWeightActor]:
@@ -372,10 +397,10 @@ class Memory:
                 "free. Give shorter or fewer documents, or a model without attention layers."
             )
 
-    def _pairs(self, questions: int, of: Sequence[int] | None) -> list[tuple[int, int]]:
+    def _pairs(self, questions: int, of: int | Sequence[int] | None) -> list[tuple[int, int]]:
         if of is None:
             return [(document, question) for document in range(len(self)) for question in range(questions)]
-        numbers = _numbers(list(of), questions, "of", least=0)
+        numbers = _numbers(of, questions, "of", least=0)
         wrong = [number for number in numbers if number >= len(self)]
         if wrong:
             raise PromptError(f"of: there is no document {wrong[0]}; there are {len(self)}, from 0 on.")
@@ -455,6 +480,22 @@ def _numbers(given: Any, count: int, what: str, *, least: int) -> list[int]:
     for number in numbers:
         if number < least:
             raise PromptError(f"{what}: must be at least {least}, got {number}.")
+    return numbers
+
+
+def _chosen(only: Sequence[int], count: int) -> list[int]:
+    """Numbers of documents.
+
+    Raises:
+        ConfigError: something else, or there is no such document.
+    """
+    try:
+        numbers = [operator.index(number) for number in only]
+    except TypeError as error:
+        raise ConfigError("only", f"must be a list of numbers of documents, got {only!r}.") from error
+    wrong = [number for number in numbers if not 0 <= number < count]
+    if wrong:
+        raise ConfigError("only", f"there is no document {wrong[0]}; there are {count}, from 0 on.")
     return numbers
 
 

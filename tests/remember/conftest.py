@@ -18,7 +18,14 @@ from transformers import AutoConfig
 from refine_verl.models import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("delta_net", "gated_deltanet", "lact_swiglu", "olmo_hybrid", "decay_memory")
+HYBRIDS = {
+    "olmo_hybrid": "olmo_hybrid",
+    "qwen3_5_text": "qwen3_5_text",
+    "qwen3_next": "qwen3_next",
+    "gated_deltanet with attention": "gated_deltanet",
+}
+"""By their names in `reference.hybrid`."""
+FAMILIES = ("delta_net", "gated_deltanet", "lact_swiglu", "decay_memory", *HYBRIDS)
 VALUES: dict[str, dict[str, Any]] = {
     # chunks and windows that documents, segments and questions cross
     "lact_swiglu": {"num_attn_heads": 2, "num_lact_heads": 2, "lact_chunk_size": 8, "window_size": 6},
@@ -28,8 +35,8 @@ DOCUMENTS, QUESTIONS, WRITTEN = (40, 23, 57), (3, 1, 7, 1), 4
 
 def build(family: str = "delta_net", dtype: torch.dtype = torch.float64, seed: int = 2, **values: Any) -> Any:
     """The same model every time, with larger weights than at initialisation: every part of it matters."""
-    if family == "olmo_hybrid":
-        return hybrid_model(family, dtype)
+    if family in HYBRIDS:
+        return hybrid_model(HYBRIDS[family], dtype)
     if family == "decay_memory":  # the example of docs/extending.md, whose adapter has one method
         sys.path.insert(0, str(ROOT / "examples"))
         import new_model  # noqa: F401
@@ -53,5 +60,5 @@ def rows_of(lengths: tuple[int, ...], seed: int) -> list[Tensor]:
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Iterator[str]:
-    with precise() if request.param == "olmo_hybrid" else nullcontext():
+    with precise() if request.param in HYBRIDS else nullcontext():
         yield request.param

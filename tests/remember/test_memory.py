@@ -19,7 +19,7 @@ from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.models import Documents, FastWeightActor, make_actor
 from refine_verl.remember import Answer, Memory, load
 
-from .conftest import DOCUMENTS, QUESTIONS, WRITTEN, build, rows_of
+from .conftest import DOCUMENTS, HYBRIDS, QUESTIONS, WRITTEN, build, rows_of
 
 # float64 rounding through two layers; a state that lacks one token is off by more than 1e-3
 RELATIVE = 1e-9
@@ -45,7 +45,7 @@ def test_asked_read_on_saved_and_found_again(family: str, tmp_path: Path) -> Non
     """In one test for each family: its models are made once."""
     model, documents, questions = build(family), rows_of(DOCUMENTS, 3), rows_of(QUESTIONS, 4)
     memory = refine_verl.remember(model, documents, segment=16, batch_size=2)
-    extra = int(family == "olmo_hybrid")  # a token, to learn how large its keys and values are
+    extra = int(family in HYBRIDS)  # a token, to learn how large its keys and values are
     assert memory.forward_tokens == sum(DOCUMENTS) + extra
     answers = ask(memory, questions, batch_size=5)
     pairs = len(documents) * len(questions)
