@@ -45,8 +45,8 @@ def export(settings: ExportSettings) -> Path:
         if settings.model is not None or Path(base).is_dir():
             raise
         raise ModelError(
-            f"adapter={settings.adapter}: it names its model {base!r}, which is no directory here and cannot be read as "
-            "a hub id. Give model=DIR."
+            f"adapter={settings.adapter}: it names its model {base!r}, which is no directory here and cannot be read "
+            "as a hub id. Give model=DIR."
         ) from error
     if not info.has_weights:
         raise ModelError(f"model={base}: it has no weights to merge an adapter into.")
