@@ -77,7 +77,9 @@ MANY: Mapping[str, Any] = {**GROUPED, "chunks": 32, "credit": "token", "rollouts
 # Compared in shorter runs of their own (`Plan.many`): a step costs seven times one of SFT.
 MANY_METHODS = (
     SFT,
-    Method("many5", "REFINE, c=32, n=8, groups of a position, credit per token, no division, λ 5", MANY, 5.0, False),
+    Method(
+        "many5", "REFINE, c=32, n=8, groups of a position, credit per token, cosine, no division, λ 5", MANY, 5.0, False
+    ),
 )
 # Whose gradients are measured, each with its reward.
 ESTIMATORS = (

@@ -68,8 +68,10 @@ def _check(model: object, trains: bool, adapters: bool) -> None:
         )
     if adapters and has_adapters(model):
         raise Unusable(
-            "the model has adapters already (peft_config), which adaptation without lora_rank trains as they are. "
-            "Leave lora_rank out, or merge them first (merge_and_unload, or python -m refine_verl.export)."
+            "the model has adapters already (peft_config). Merge them first (merge_and_unload, or python -m "
+            "refine_verl.export), or leave lora_rank out: then they stay in place, and what has requires_grad is "
+            "trained, the adapters or, where they are fixed (apply_adapter without trains=True), the model's own "
+            "weights."
         )
     if trains:
         if not adapters:

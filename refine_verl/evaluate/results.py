@@ -123,10 +123,16 @@ class Results:
         elif there["convention"] is None:
             there = {**there, "convention": self.identity["convention"]}
         for key, value in self.identity.items():
-            if key in ("model", "tokenizer") or there.get(key) == value:  # they may have moved: their hashes tell
+            # they may have moved: their hashes tell
+            if key in ("model", "adapter", "tokenizer") or there.get(key) == value:
                 continue
             name = key.removesuffix("_sha256")
-            found = _differences(name, there.get(name), self.identity[name]) or [f"{name}: its content has changed"]
+            found = _differences(name, there.get(name), self.identity[name])
+            if name == "model":  # its hash is of weights and adapter
+                adapters = _differences("adapter", there.get("adapter"), self.identity.get("adapter"))
+                name = "adapter" if adapters and not found else name
+                found += adapters
+            found = found or [f"{name}: its content has changed"]
             raise ConfigError(
                 "out",
                 f"{self.directory} holds results with another {name} ({', '.join(found)}). Give another directory.",

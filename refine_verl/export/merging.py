@@ -39,7 +39,15 @@ def export(settings: ExportSettings) -> Path:
     if base is None:
         raise ConfigError("model", f"is not given, and {settings.adapter} does not name its model. Set model=DIR.")
     transformers_logging.disable_progress_bar()
-    info = open_model(base, key="model")
+    try:
+        info = open_model(base, key="model")
+    except ModelError as error:
+        if settings.model is not None or Path(base).is_dir():
+            raise
+        raise ModelError(
+            f"adapter={settings.adapter}: it names its model {base!r}, which is no directory here and cannot be read "
+            "as a hub id. Give model=DIR."
+        ) from error
     if not info.has_weights:
         raise ModelError(f"model={base}: it has no weights to merge an adapter into.")
     stored = getattr(info.config, "dtype", None) or torch.float32

@@ -39,7 +39,7 @@ def render(view: View) -> str:
 def _header(view: View) -> Markup:
     left_out = f" ({view.left_out} more left out by max_length)" if view.left_out else ""
     facts = [
-        f"model {view.settings.model}",
+        f"model {view.model}",
         f"{len(view.inspection.tokens)} tokens{left_out}",
         f"seed {view.settings.seed}",
     ]

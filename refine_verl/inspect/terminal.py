@@ -36,7 +36,7 @@ def _parts(view: View, console: Console) -> Iterator[Text | Table]:
     inspection = view.inspection
     left_out = f", {view.left_out} more left out by max_length" if view.left_out else ""
     yield Text.assemble(
-        (view.name, "bold"), f" · {view.settings.model} ({view.model_type}) · {len(inspection.tokens)} tokens{left_out}"
+        (view.name, "bold"), f" · {view.model} ({view.model_type}) · {len(inspection.tokens)} tokens{left_out}"
     )
     loss, right = fmean(inspection.surprise[1:]), sum(inspection.correct) / (len(inspection.tokens) - 1)
     rewards = [rollout.rewards[view.reward] for rollout in inspection.rollouts]

@@ -98,6 +98,12 @@ class View:
     special: frozenset[int] = field(default_factory=frozenset)
 
     @property
+    def model(self) -> str:
+        """What was asked: the model, with its adapter if it has one."""
+        adapter = self.settings.adapter
+        return self.settings.model if adapter is None else f"{self.settings.model} with {adapter}"
+
+    @property
     def reward(self) -> str:
         """The reward that would train, by name or import path."""
         return self.settings.nsp.reward

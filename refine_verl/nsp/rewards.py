@@ -148,7 +148,7 @@ def get_reward(name: str, per_token: bool = False) -> CheckedReward:
 
 
 def try_reward(name: str, length: int, per_token: bool) -> None:
-    """Call the reward called `name` for two made-up rollouts of `length` tokens, which are right in every place.
+    """Call the reward called `name` for two made-up rollouts of `length` tokens: one right in every place, one in none.
 
     Args:
         per_token: whether it has to say what each token earned.
@@ -159,7 +159,12 @@ def try_reward(name: str, length: int, per_token: bool) -> None:
     """
     tokens = torch.arange(2 * length).view(2, length)
     hidden = torch.linspace(-1, 1, 2 * length * 8).view(2, length, 8)
-    inputs = RewardInputs(predicted_hidden=hidden, target_hidden=hidden, predicted_tokens=tokens, target_tokens=tokens)
+    inputs = RewardInputs(
+        predicted_hidden=torch.stack([hidden[0], -hidden[1]]),
+        target_hidden=hidden,
+        predicted_tokens=tokens[[0, 0]],
+        target_tokens=tokens,
+    )
     function = REWARDS.find(name)
     try:
         inspect.signature(function).bind(inputs)

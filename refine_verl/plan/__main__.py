@@ -94,7 +94,7 @@ def make_plan(valid: ValidConfig, composed: DictConfig, command: CommandLine, se
     trainer = valid.config.trainer
     available = memory_here(trainer.device, int(trainer.n_gpus_per_node))
     available = round(settings.memory * 2**30) if settings.memory else available
-    servers = servers_of(valid, info.config, memory.parameters, available)
+    servers = servers_of(valid, info.config, memory.base_parameters, available)
     plan = Plan(
         origins=find_origins(composed, valid.config, command.files(), command.overrides),
         train=train,
@@ -107,7 +107,7 @@ def make_plan(valid: ValidConfig, composed: DictConfig, command: CommandLine, se
         seconds_per_step=work.tokens_per_step / speed if speed else None,
         throughput=speed,
         throughput_from=speed_from,
-        disk=disk_of(valid.config, memory.parameters, memory.trained, work.steps),
+        disk=disk_of(valid, memory, work.steps),
         warnings=[],
     )
     return dataclasses.replace(plan, warnings=list(find_warnings(plan, valid, info.config)))

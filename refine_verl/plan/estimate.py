@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from refine_verl.compose.validate import ValidConfig
 from refine_verl.config.data import longest_possible
 from refine_verl.kernels.patch import accelerator_available
@@ -21,7 +19,7 @@ from refine_verl.plan.memory import FP32, MemoryEstimate, Shape
 from refine_verl.plan.origins import Origin
 from refine_verl.plan.reading import Reading
 from refine_verl.plan.servers import ANSWERS, Servers
-from refine_verl.record.disk_space import existing
+from refine_verl.record.disk_space import existing, same_file_system
 from refine_verl.record.format import size_text
 
 
@@ -49,7 +47,16 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Disk:
-    """Bytes: one checkpoint, all that are kept with the final model, and what is free at ``place``."""
+    """Bytes: one checkpoint, all that are kept with the final model, and what is free at ``place``.
+
+    Attributes:
+        place: the run directory, or the nearest directory above it that exists.
+        checkpoint, checkpoints_kept, checkpoints_at_once: size of one, and how many there are.
+        final_model: or the final adapter; 0 where test-time training resets, as nothing is written then.
+        free: at ``place``.
+        adapter, adapters_kept: size and number of those in `refine.ttt.keep`.
+        adapters_place, adapters_free: as ``place`` and ``free``, where they are on another file system; else None.
+    """
 
     place: str
     checkpoint: int
@@ -57,11 +64,21 @@ class Disk:
     checkpoints_at_once: int
     final_model: int
     free: int
+    adapter: int = 0
+    adapters_kept: int = 0
+    adapters_place: str | None = None
+    adapters_free: int | None = None
+
+    @property
+    def adapters(self) -> int:
+        """Bytes of all in `refine.ttt.keep`."""
+        return self.adapter * self.adapters_kept
 
     @property
     def needed(self) -> int:
-        """Bytes at the peak: a checkpoint is complete before the oldest one goes."""
-        return max(
+        """Bytes at the peak at ``place``: a checkpoint is complete before the oldest one goes."""
+        beside = self.adapters if self.adapters_place is None else 0
+        return beside + max(
             self.checkpoint * self.checkpoints_at_once, self.checkpoint * self.checkpoints_kept + self.final_model
         )
 
@@ -197,21 +214,33 @@ def forward_tokens(shape: Shape, length: float, traced: bool) -> float | None:
     return read + rollouts * nsp.longest_rollout / length + trained
 
 
-def disk_of(config: DictConfig, parameters: int, trained: int, steps: int) -> Disk:
-    """Checkpoints are float32 parameters and, where they are saved, AdamW's two moments of those that are trained."""
-    trainer = config.trainer
+def disk_of(valid: ValidConfig, memory: MemoryEstimate, steps: int) -> Disk:
+    """Checkpoints are float32 parameters and, where they are saved, AdamW's two moments of those that are trained.
+
+    In `refine.ttt.keep` there is an adapter for every step: of a batch, or of a row with ``reset=sample``.
+    """
+    config, trainer, parameters, trained = valid.config, valid.config.trainer, memory.parameters, memory.trained
+    ttt = valid.refine.ttt if valid.refine.phase == "ttt" else None
     contents = config.actor_rollout_ref.actor.checkpoint.save_contents
     numbers = parameters * ("model" in contents) + 2 * trained * ("optimizer" in contents)
     saves = -(-steps // int(trainer.save_freq)) if trainer.save_freq > 0 else 0
     kept = min(saves, int(trainer.max_actor_ckpt_to_keep or saves))
     place = existing(Path(trainer.default_local_dir))
+    adapters: dict[str, Any] = {}
+    if ttt is not None and ttt.keep is not None:
+        there = existing(Path(ttt.keep))
+        adapters = {"adapter": FP32 * trained, "adapters_kept": steps}
+        if not same_file_system(there, place):
+            adapters |= {"adapters_place": str(there), "adapters_free": shutil.disk_usage(there).free}
+    final = FP32 * (trained if valid.lora.lora_rank else parameters)
     return Disk(
         place=str(place),
         checkpoint=FP32 * numbers,
         checkpoints_kept=kept,
         checkpoints_at_once=min(saves, kept + 1),
-        final_model=FP32 * (trained if config.actor_rollout_ref.model.lora_rank else parameters),
+        final_model=0 if ttt is not None and ttt.reset != "none" else final,
         free=shutil.disk_usage(place).free,
+        **adapters,
     )
 
 
@@ -288,13 +317,34 @@ def _resource_warnings(plan: Plan, valid: ValidConfig) -> Iterator[str]:
             f"{size_text(memory.peak)} are needed at the peak ({memory.peak_phase}), and a worker has "
             f"{size_text(available)}: {', or '.join(cures)}."
         )
-    disk = plan.disk
+    yield from _disk_warnings(plan)
+
+
+def _disk_warnings(plan: Plan) -> Iterator[str]:
+    disk, beside = plan.disk, plan.disk.adapters_place is None
+    kept = f"{disk.adapters_kept} adapters of {size_text(disk.adapter, 2)} (refine.ttt.keep)"
     if disk.needed > disk.free:
+        what, cures = [], []
+        if disk.checkpoints_kept:
+            size = size_text(disk.checkpoint, 2)
+            what.append(f"{disk.checkpoints_kept} checkpoints of {size}, one more while it is written,")
+            cures += ["raise trainer.save_freq", "set trainer.max_actor_ckpt_to_keep"]
+        if disk.adapters and beside:
+            what.append(kept)
+            cures.append("set refine.ttt.keep to another disk")
+        if disk.final_model:
+            what.append(f"the final {'adapter' if plan.shape.lora.lora_rank else 'model'}")
+        if disk.checkpoints_kept or disk.final_model:
+            cures.append("set trainer.default_local_dir to another disk")
+        verb = "needs" if len(what) == 1 and disk.final_model else "need"
         yield (
-            f"{disk.checkpoints_kept} checkpoints of {size_text(disk.checkpoint, 2)}, one more while it is written, "
-            f"and the final model need {size_text(disk.needed)}, and {disk.place} has {size_text(disk.free)}: "
-            "raise trainer.save_freq, set trainer.max_actor_ckpt_to_keep, or set trainer.default_local_dir to "
-            "another disk."
+            f"{' and '.join(what)} {verb} {size_text(disk.needed)}, and {disk.place} has {size_text(disk.free)}: "
+            f"{', or '.join(cures)}."
         )
-    if disk.checkpoints_kept == 0 and plan.work.steps > 1000:
+    if disk.adapters_free is not None and disk.adapters > disk.adapters_free:
+        yield (
+            f"{kept} need {size_text(disk.adapters)}, and {disk.adapters_place} has {size_text(disk.adapters_free)}: "
+            "set refine.ttt.keep to another disk."
+        )
+    if disk.checkpoints_kept == 0 and plan.work.steps > 1000 and not plan.shape.resets:
         yield f"no checkpoint is written in {plan.work.steps} steps (trainer.save_freq=-1)."

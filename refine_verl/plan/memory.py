@@ -109,6 +109,7 @@ class MemoryEstimate:
         trained: those of the parameters that are trained.
         shared_bytes: of the state, keys and values of attention layers, which forks do not copy.
         snapshot: bytes of host memory in which they are kept aside to return to, if they are.
+        adapters: numbers of LoRA adapters, of the parameters.
     """
 
     parameters: int
@@ -117,6 +118,12 @@ class MemoryEstimate:
     trained: int
     shared_bytes: int = 0
     snapshot: int = 0
+    adapters: int = 0
+
+    @property
+    def base_parameters(self) -> int:
+        """Numbers of the model without adapters, which it also has once they are merged."""
+        return self.parameters - self.adapters
 
     @property
     def peak_phase(self) -> str:
@@ -174,6 +181,7 @@ def estimate_memory(config: PretrainedConfig, shape: Shape, passes: Peaks | None
         phases=phases,
         trained=trained,
         snapshot=own * FP32 if shape.resets else 0,  # taken before there is an optimiser state
+        adapters=adapters,
     )
 
 

@@ -52,7 +52,7 @@ def servers_of(valid: ValidConfig, model: PretrainedConfig, parameters: int, ava
     Args:
         valid: the run.
         model: of its model, which vLLM serves.
-        parameters: of the model.
+        parameters: of the model without adapters: servers are sent weights that these are merged into.
         available: bytes of a worker's device, None if unknown.
     """
     if valid.refine.answers.engine != "vllm":

@@ -125,10 +125,16 @@ def _trained(plan: Plan) -> str:
 
 def _disk(plan: Plan) -> Table:
     disk = plan.disk
+    final = "adapter" if plan.shape.lora.lora_rank else "model"
     rows = [
         ("checkpoints kept", f"{disk.checkpoints_kept} of {size_text(disk.checkpoint, 3)}"),
-        ("final model", size_text(disk.final_model, 3)),
+        (f"final {final}", size_text(disk.final_model, 3) if disk.final_model else "none (refine.ttt.reset)"),
         ("needed", size_text(disk.needed, 3)),
         ("free", f"{size_text(disk.free, 3)} at {disk.place}"),
     ]
+    if disk.adapters_kept:
+        aside = disk.adapters_free
+        where = "" if aside is None else f" at {disk.adapters_place}, {size_text(aside, 3)} free"
+        size = f"{disk.adapters_kept:,} of {size_text(disk.adapter, 3)}, {size_text(disk.adapters, 3)} in all"
+        rows.insert(1, ("adapters kept", f"{size}{where}"))
     return _table("Disk", ("what", "how much"), rows)

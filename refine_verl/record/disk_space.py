@@ -60,3 +60,8 @@ def existing(place: Path) -> Path:
     while not place.exists() and place != place.parent:
         place = place.parent
     return place
+
+
+def same_file_system(place: Path, other: Path) -> bool:
+    """Whether two places that exist share their free space."""
+    return place.stat().st_dev == other.stat().st_dev

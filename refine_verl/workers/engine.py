@@ -97,7 +97,7 @@ class RefineEngine(FSDPEngine):
         if settings.lora_adapter_path is not None:
             adapter = open_adapter(settings.lora_adapter_path, "actor_rollout_ref.model.lora_adapter_path")
             real = not any(parameter.is_meta for parameter in module.parameters())
-            apply_adapter(module, adapter, trains=True, check=real)
+            apply_adapter(module, adapter, trains=True, check=real, base=name)
         else:
             add_adapters(module, settings, seed=self.seed, base=name)
         if self.rank == 0:  # the others may have no weights yet

@@ -348,13 +348,26 @@ def test_an_unfused_mlp_is_adapted_as_a_whole() -> None:
 def test_a_model_with_adapters_is_trained_as_it_is(kept: Path) -> None:
     model = build()
     lora.apply_adapter(model, lora.open_adapter(kept), trains=True)
-    with pytest.raises(ModelError, match="has adapters already"):
+    with pytest.raises(ModelError, match="has adapters already.*what has requires_grad is trained, the adapters or"):
         refine_verl.adapt(model, prompts(), LORA)
+    assert changed_by_adapt(model) == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+def test_beside_fixed_adapters_the_weights_of_the_model_are_trained(kept: Path) -> None:
+    """As in `evaluate adapter=DIR ttt=refine`."""
+    model = build()
+    lora.apply_adapter(model, lora.open_adapter(kept))
+    changed = changed_by_adapt(model)
+    assert any(".base_layer." in name for name in changed) and not any("lora_" in name for name in changed)
+
+
+def changed_by_adapt(model: Any) -> set[str]:
+    """Names of the parameters that differ inside the block; afterwards none does."""
     before = fingerprint(model)
     with refine_verl.adapt(model, prompts(), CONFIG) as adapted:
         changed = {n for n, each in adapted.model.named_parameters() if bits(each) != before[f"{n}:bits"]}
-    assert changed == {name for name, _ in model.named_parameters() if "lora_" in name}
     assert fingerprint(model) == before
+    return changed
 
 
 def test_a_state_of_an_adapted_model_belongs_to_model_and_adapter(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from reference.evaluate_files import TEXT, write_jsonl, write_parquet
 from transformers import AutoModelForCausalLM
 
 from refine_verl.adaptation import adapt
+from refine_verl.config import ConfigError
 from refine_verl.data.tokenizers import load_tokenizer
 from refine_verl.evaluate.__main__ import main
 from refine_verl.evaluate.files import find_documents
 from refine_verl.evaluate.model import EvaluatedModel
+from refine_verl.evaluate.results import Results
 from refine_verl.evaluate.samples import read_documents
 from refine_verl.evaluate.settings import EvaluateSettings
 from refine_verl.models import load_model
@@ -186,6 +188,24 @@ def test_another_model_does_not_go_on_in_the_same_directory(
     said = capsys.readouterr().err
     assert re.search(rf'another model \(model: "[^"]*" there, "{other_dir}" now\)', said), said
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_another_adapter_is_named(tmp_path: Path) -> None:
+    plain = {"engine": "own", "model": "m", "model_sha256": "1", "tokenizer": "m", "convention": None}
+    adapted = {**plain, "adapter": "a", "model_sha256": "2"}
+    for name, identity in (("plain", plain), ("adapted", adapted)):
+        Results(str(tmp_path / name), identity).save("task", [])
+        Results(str(tmp_path / name), identity)
+    Results(str(tmp_path / "adapted"), {**adapted, "adapter": "moved/a"})  # with the same weights
+    for name, identity, said in (
+        ("adapted", plain, 'another adapter (adapter: "a" there, null now)'),
+        ("adapted", {**adapted, "adapter": "b", "model_sha256": "3"}, 'another adapter (adapter: "a" there, "b" now)'),
+        ("plain", adapted, 'another adapter (adapter: null there, "a" now)'),
+        ("adapted", {**plain, "model": "n"}, 'another model (model: "m" there, "n" now, adapter: "a" there, null now)'),
+        ("plain", {**plain, "model_sha256": "3"}, "another model (model: its content has changed)"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            Results(str(tmp_path / name), identity)
 
 
 def test_settings_that_differ_are_named(

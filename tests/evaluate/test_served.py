@@ -204,7 +204,7 @@ def test_not_installed(
     monkeypatch.setattr(evaluate_run, "require_vllm", engine.require_vllm)
     monkeypatch.setattr(engine, "installed_vllm", lambda: None)
     assert main(command(model_dir, data, tmp_path / "o", "engine=vllm")) == 2
-    assert "engine: vLLM is not installed here. Make it an environment" in capsys.readouterr().err
+    assert "engine: vLLM is not installed here. Install it into an environment" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

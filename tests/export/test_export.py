@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from reference.evaluate_files import make_model
 from transformers import AutoTokenizer
 
+import refine_verl
 from refine_verl.compose.composition import compose_config, register_configs
 from refine_verl.compose.validate import validate
 from refine_verl.config import ConfigError, DataError, LoraSettings, ModelError
@@ -22,7 +23,7 @@ from refine_verl.evaluate.model import find_model, load_evaluated, ttt_settings
 from refine_verl.export.__main__ import main
 from refine_verl.inspect.source import load_actor
 from refine_verl.kernels import cpu_kernels
-from refine_verl.models import load_model, lora, make_actor, open_model
+from refine_verl.models import load_model, loading, lora, make_actor, open_model
 from refine_verl.preflight.checkpoints import _check_adapters
 from refine_verl.preflight.run import check_adapters
 from refine_verl.workers.engine import RefineEngine
@@ -92,12 +93,18 @@ def test_what_cannot_be_merged(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     out = tmp_path / "merged"
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "base"}))
+    monkeypatch.setattr(loading, "why_not", lambda _: "there is no network")
+    monkeypatch.chdir(tmp_path)
     for arguments, said in (
         ([f"adapter={adapter}", f"out={out}", f"model={other}"], "trained on other weights"),
         ([f"adapter={adapter}", f"out={tmp_path / 'full'}"], "is there already"),
         ([f"adapter={tmp_path / 'full'}", f"out={out}"], "has no adapter_config.json"),
         ([f"adapter={adapter}", f"out={out}", "model=nowhere/at/all"], "no such directory"),
         ([f"adapter={adapter}"], "out: needs a value"),
+        ([f"adapter={moved}", f"out={out}"], "it names its model 'base', which is no directory here"),
     ):
         assert main(arguments) == 2
         captured = capsys.readouterr()
@@ -111,7 +118,29 @@ def test_what_cannot_be_merged(
     monkeypatch.setattr("refine_verl.export.merging.put_in_place", full)
     assert main([f"adapter={adapter}", f"out={out}"]) == 2
     assert "no space left" in capsys.readouterr().err
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["full", "other"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["full", "moved", "other"]
+
+
+def test_an_adapter_names_a_directory_by_its_whole_path(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of `refine_verl.adapt`, and of runs: which begin one, or go on from one whose base has moved."""
+    monkeypatch.chdir(base.parent)
+    model = load_model(base.name)
+    with refine_verl.adapt(model, [list(range(16))], {"lora_rank": 2, "method": "sft"}) as adapted:
+        kept = adapted.save(tmp_path / "adapter")
+    named = [lora.open_adapter(kept).base, _named(_built(Path(base.name), lora_rank=2))]
+    config = json.loads((kept / "adapter_config.json").read_text())
+    (kept / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "gone"}))
+    named.append(_named(_built(Path(base.name), lora_rank=2, lora_adapter_path=str(kept))))
+    assert named == [str(base)] * 3
+    unknown: Any = load_model(base)
+    lora.add_adapters(unknown, LoraSettings(lora_rank=2), seed=0, base="someone/model")
+    assert _named(unknown) == "someone/model"
+
+
+def _named(model: Any) -> str:
+    return str(model.peft_config["default"].base_model_name_or_path)
 
 
 def test_other_commands_refuse_an_adapter_of_another_base(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -214,6 +214,13 @@ def test_terminal_shows_text_marks_and_rollouts(view: View) -> None:
     assert len(rewards) == 12
 
 
+def test_an_adapter_is_named(view: View) -> None:
+    model = view.settings.model
+    adapted = replace(view, settings=replace(view.settings, adapter="kept/adapter"))
+    for shown, plain in ((printed(adapted), printed(view)), (render(adapted), render(view))):
+        assert f"{model} with kept/adapter" in shown and "with kept" not in plain
+
+
 def test_terminal_shows_surroundings_of_a_long_text() -> None:
     view = made_up(WHOLE_TEXT_TOKENS + 1)
     text = printed(view)

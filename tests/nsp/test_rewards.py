@@ -171,6 +171,14 @@ def too_many(inputs):
 def broken_token(inputs):
     return torch.full(inputs.predicted_tokens.shape, float("nan"))
 
+def none_where_wrong(inputs):
+    right = inputs.predicted_tokens == inputs.target_tokens
+    return torch.where(right, 1.0, float("nan"))
+
+def none_where_right(inputs):
+    wrong = inputs.predicted_tokens != inputs.target_tokens
+    return torch.where(wrong, 1.0, float("nan"))
+
 def wide(inputs):
     return inputs.predicted_hidden @ torch.ones(16)
 
@@ -288,6 +296,8 @@ def test_credit_per_token_needs_what_tokens_earned(user_module: str) -> None:
     [
         ("too_many", r"returned shape \[2, 7\]; expected \[2, 3\]"),
         ("broken_token", "returned NaN or infinity for 2 of 2 rollouts"),
+        ("none_where_wrong", "returned NaN or infinity for 1 of 2 rollouts"),
+        ("none_where_right", "returned NaN or infinity for 1 of 2 rollouts"),
         ("listed", "returned a list"),
         ("of_two", "cannot be called with one argument, RewardInputs .*missing a required argument: 'second'"),
     ],

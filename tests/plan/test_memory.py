@@ -163,6 +163,7 @@ def test_what_adapters_leave_of_the_optimiser_and_of_a_snapshot(family: str) -> 
     add_adapters(model, lora, seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert small.trained == trained and small.parameters == full.parameters + trained
+    assert small.base_parameters == full.base_parameters == full.parameters
     own = -(-trained // 2) * 4
     assert small.snapshot == own and full.snapshot == -(-full.parameters // 2) * 4
     assert small.phases["optimiser"]["optimiser"] == 2 * own and small.phases["update"]["gradients"] == own

@@ -351,6 +351,40 @@ def test_passes_at_test_time(no_memory: None, capsys: pytest.CaptureFixture[str]
     assert few["steps"] == 3
 
 
+def test_the_disk_at_test_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With resets nothing is written at the end; an adapter is kept of every batch, or row."""
+    from refine_verl.plan import memory
+    from refine_verl.preflight import run as preflight
+
+    found = MemoryEstimate(
+        parameters=GIB, trained=MIB, adapters=MIB, state_bytes=1, phases={"update": {"parameters": GIB}}
+    )
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_: found)
+    monkeypatch.setattr(preflight, "check_adapters", lambda *_: None)  # needs a model with weights
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 30 * MIB}))
+    files = ("recipe=ttt", "data.val_files=prompts.jsonl", "memory=80")
+    plan = plan_of_prompts(capsys, *files)
+    assert (plan["disk"]["needed"], plan["disk"]["final_model"], plan["disk"]["adapters_kept"]) == (0, 0, 0)
+    assert "another disk" not in str(plan["warnings"])
+    assert plan_of_prompts(capsys, *files, "refine.ttt.reset=none")["disk"]["final_model"] == 4 * GIB
+    lora = (*files, "actor_rollout_ref.model.lora_rank=4")
+    last = plan_of_prompts(capsys, *lora, "refine.ttt.reset=none")["disk"]
+    assert last["final_model"] == last["needed"] == 4 * MIB
+    keep = (*lora, "refine.ttt.keep=kept")
+    batches = plan_of_prompts(capsys, *keep, "data.train_batch_size=4", "refine.ppo_mini_batch_size=4")
+    assert batches["disk"]["needed"] == 2 * 4 * MIB and "another disk" not in str(batches["warnings"])
+    rows = plan_of_prompts(capsys, *keep, "refine.ttt.reset=sample")
+    assert rows["disk"]["needed"] == 8 * 4 * MIB and rows["disk"]["adapters_kept"] == 8
+    said = "\n".join(rows["warnings"])
+    assert "8 adapters of 4.00 MiB (refine.ttt.keep) need 32.0 MiB, and " in said
+    assert "has 30.0 MiB: set refine.ttt.keep to another disk." in said and "checkpoint" not in said
+    Path("kept").mkdir()
+    monkeypatch.setattr(estimate, "same_file_system", lambda *_: False)
+    rows = plan_of_prompts(capsys, *keep, "refine.ttt.reset=sample")
+    assert rows["disk"]["needed"] == 0 and rows["disk"]["adapters_place"] == str(Path("kept").absolute())
+    assert any("need 32.0 MiB, and " in said and "kept has 30.0 MiB" in said for said in rows["warnings"])
+
+
 @pytest.mark.parametrize(("longest", "segments"), [(16, 16), (64, 24)])
 def test_reading_passes_are_no_more_than_tokens(
     longest: int, segments: int, no_memory: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

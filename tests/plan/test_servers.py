@@ -100,7 +100,7 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     phases = {name: {"parameters": GIB, "gradients": GIB, "optimiser": 2 * GIB} for name in ("update", "optimiser")}
-    found = MemoryEstimate(parameters=GIB, trained=GIB, state_bytes=1, phases=phases)
+    found = MemoryEstimate(parameters=GIB, trained=GIB, state_bytes=1, phases=phases, adapters=GIB // 4)
     monkeypatch.setattr(memory, "estimate_memory", lambda *_: found)
     write_prompts(tmp_path)
     arguments = [*prompt_overrides("posttrain", tmp_path, tmp_path / "run", *VLLM), "memory=8", "throughput=10"]
@@ -110,6 +110,7 @@ def test_the_command(
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert plan["servers"]["set_aside"] == 6 * GIB and plan["memory"]["phases"]["answers"]["server"] == 6 * GIB
     assert plan["memory"]["peak"] == 10 * GIB  # on a CPU it does not sleep
+    assert plan["servers"]["weights"] == 2 * (GIB - GIB // 4)  # adapters are merged into what servers are sent
     assert any(f"lower {ROLLOUT}.gpu_memory_utilization" in warning for warning in plan["warnings"])
     assert main([*arguments, f"{ROLLOUT}.gpu_memory_utilization=0.1"]) == 0
     shown = capsys.readouterr().out

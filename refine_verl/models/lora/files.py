@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from refine_verl.config import ConfigError, DataError, ModelError
 from refine_verl.config.refusals import with_article
-from refine_verl.models.lora.layers import _PART, ADAPTER, adapter_parameters, finish, has_adapters
+from refine_verl.models.lora.layers import _PART, ADAPTER, adapter_parameters, finish, has_adapters, whole_path
 from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
 from refine_verl.record.files import write_atomically
 
@@ -245,7 +245,9 @@ def refuse_other_base(adapter: Adapter, model: Any, fingerprint: Callable[[], st
         )
 
 
-def apply_adapter(model: Any, adapter: Adapter, *, trains: bool = False, check: bool = True) -> None:
+def apply_adapter(
+    model: Any, adapter: Adapter, *, trains: bool = False, check: bool = True, base: str | None = None
+) -> None:
     """Put an adapter from a file into a model, in place.
 
     Args:
@@ -254,6 +256,7 @@ def apply_adapter(model: Any, adapter: Adapter, *, trains: bool = False, check: 
         trains: its parameters are to be trained, and no others; otherwise they are fixed, and the model's own stay
             trainable, as those of a model without adapters are.
         check: look whether the model is its base; needs real weights.
+        base: directory or hub id of the model, to be noted in files; None: as the adapter names it.
 
     Raises:
         ModelError: another base, or layers or shapes that the model does not have.
@@ -265,7 +268,8 @@ def apply_adapter(model: Any, adapter: Adapter, *, trains: bool = False, check: 
         refuse_other_base(adapter, model)
     own = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     head = model.get_output_embeddings()
-    config = dataclasses.replace(adapter.config, inference_mode=not trains)
+    named = whole_path(base) or adapter.base
+    config = dataclasses.replace(adapter.config, inference_mode=not trains, base_model_name_or_path=named)
     layers = {name.partition(f".{_PART}")[0].removeprefix("base_model.model.") for name in adapter.tensors}
     there = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if missing := sorted(layers - there):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def add_adapters(
         settings: with a rank.
         seed: of their random half; torch's own random state is not touched.
         section: of the keys, for messages.
-        base: directory or hub id of the model, to be noted in files.
+        base: directory or hub id of the model, to be noted in files; a directory that is there with its whole path.
         empty: leave them on the meta device.
 
     Raises:
@@ -148,7 +149,7 @@ def add_adapters(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         target_modules=names,
-        base_model_name_or_path=base,
+        base_model_name_or_path=whole_path(base),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -162,6 +163,11 @@ def add_adapters(
             f"PEFT understands these names otherwise for {with_article(kind)} ({sorted(missed)[0]}). Leave such layers "
             "out with exclude_modules.",
         )
+
+
+def whole_path(base: str | None) -> str | None:
+    """The name of a base, with its whole path if it is a directory here: files are used from other directories, too."""
+    return str(Path(base).absolute()) if base is not None and Path(base).is_dir() else base
 
 
 def finish(model: nn.Module) -> None:
