@@ -46,7 +46,8 @@ def adapt(
         input_ids: the prompts: int [T] or [B, T] without padding, or a list of rows of unequal length; on any device.
         config: `AdaptSettings`, or a mapping with its keys; None takes the paper's settings.
         states: what the model had read before the prompts, one for all or one for each, as `Memory.states` of
-            `refine_verl.remember` has them, on any device; constants, so that what is learned is how to read on from them. None: the
+            `refine_verl.remember` has them, on any device; constants, so that what is learned is how to read on from
+            them. None: the
             prompts are the beginning. `Memory.adapt` checks besides that they are this model's.
 
     Raises:

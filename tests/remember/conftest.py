@@ -22,7 +22,6 @@ HYBRIDS = {
     "olmo_hybrid": "olmo_hybrid",
     "qwen3_5_text": "qwen3_5_text",
     "qwen3_next": "qwen3_next",
-    "gated_deltanet with attention": "gated_deltanet",
 }
 """By their names in `reference.hybrid`."""
 FAMILIES = ("delta_net", "gated_deltanet", "lact_swiglu", "decay_memory", *HYBRIDS)
