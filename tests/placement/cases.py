@@ -294,6 +294,31 @@ def test_a_user_of_adapt(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
         assert_equal(*on_both(run))
 
 
+@pytest.mark.parametrize("family", ["delta_net", "lact"])
+def test_a_memory_follows_its_model(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Asked, appended to, trained from and saved after the model has moved."""
+    monkeypatch.setattr(checks, "_check_placement", lambda model: None)
+    monkeypatch.setattr(checks, "_check_trainable", lambda model: None)
+    document, question, text = (documents_of((length,), seed=length).tokens[0] for length in (23, 5, 31))
+
+    def run(device: torch.device) -> Any:
+        memory = refine_verl.remember(actor_of(family, CPU), [document])
+        memory.model.to(device)
+        answers = memory.ask([question], max_new_tokens=4, stop_tokens=())
+        memory.append([question])
+        assert all(isinstance(x, Elsewhere) == (device == DEVICE) for x in memory.states[0].tensors)
+        here = [state.to(CPU) for state in memory.states]
+        settings = {"method": "sft", "lr": 1e-2}
+        with memory.adapt([text], settings) as adapted:
+            losses = [entry["actor/ntp_loss"] for entry in adapted.history]
+            written = adapted.generate(max_new_tokens=4, stop_tokens=())
+        with refine_verl.adapt(memory.model, [text], settings, states=here) as adapted:
+            assert [entry["actor/ntp_loss"] for entry in adapted.history] == losses
+        return [answer.tokens for answer in answers], written, [answer.log_probs for answer in answers], losses
+
+    assert_equal(*on_both(run))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("selection", ["entropy", "surprise", "query"])
 def test_the_analysis_of_inspect(family: str, selection: str) -> None:

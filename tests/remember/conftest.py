@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reference.hybrid import hybrid_model, precise
+from reference.hybrid import fla_attention, hybrid_model, precise
 from reference.toy import tiny_config
 from torch import Tensor
 from transformers import AutoConfig
@@ -22,6 +21,7 @@ HYBRIDS = {
     "olmo_hybrid": "olmo_hybrid",
     "qwen3_5_text": "qwen3_5_text",
     "qwen3_next": "qwen3_next",
+    "gated_deltanet with attention": "gated_deltanet",
 }
 """By their names in `reference.hybrid`."""
 FAMILIES = ("delta_net", "gated_deltanet", "lact_swiglu", "decay_memory", *HYBRIDS)
@@ -59,5 +59,8 @@ def rows_of(lengths: tuple[int, ...], seed: int) -> list[Tensor]:
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Iterator[str]:
-    with precise() if request.param in HYBRIDS else nullcontext():
+    if request.param not in HYBRIDS:
+        yield request.param
+        return
+    with precise(), fla_attention():
         yield request.param
