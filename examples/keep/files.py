@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from examples.keep.arms import LABELS, TRAINED, Outcome, answer_all
-from examples.keep.pieces import Pieces, Record, means, record_of, write_json
+from examples.keep.records import means, record_of
 from examples.keep.rows import Asked, read_documents
 from examples.keep.settings import FileSettings
 from examples.keep.tables import costs, figure
+from examples.miniature.pieces import Pieces, Record, write_json
 from examples.miniature.results import table
 from examples.miniature.statistics import paired
 from refine_verl.adaptation import AdaptSettings

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from examples.keep.arms import TRAINED, answer_all
 from examples.keep.facts import PASSAGE, Reader, make_case
-from examples.keep.pieces import Pieces, Record, digest, means, record_of, write_json
+from examples.keep.records import means, record_of
+from examples.miniature.pieces import Pieces, Record, digest, write_json
 from refine_verl.adaptation import AdaptSettings
 from refine_verl.adaptation.settings import read_settings
 from refine_verl.record.files import replacing

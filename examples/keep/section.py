@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from examples.keep.arms import LABELS, TRAINED
-from examples.keep.pieces import means
 from examples.keep.plan import score_of
+from examples.keep.records import means
 from examples.keep.tables import costs, figure
 from examples.miniature.figures import Series, curves
+from examples.miniature.reading import reading_of, runs_digest
 from examples.miniature.results import table
 from examples.miniature.statistics import estimate, paired
 
@@ -28,7 +27,7 @@ def section(results: Results, figures_in: str = ".") -> str:
     parts = [
         "## What is kept of a document",
         _about(results),
-        *_reading(results),
+        reading_of(READING, results["runs"]),
         f"![Exact match by number of facts]({figures_in}/{FIGURE})",
         "### Exact match",
         _scores(results),
@@ -37,7 +36,7 @@ def section(results: Results, figures_in: str = ".") -> str:
         parts += [f"### Costs, documents of {facts} facts", _costs(results, facts)]
     if results["tuning"]:
         parts += ["### Settings of adapters", _tuning(results)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def figures(results: Results) -> dict[str, str]:
@@ -54,17 +53,13 @@ def scores(results: Results, arm: str, facts: int) -> dict[str, float]:
     return {str(run["seed"]): run["arms"][arm]["score"] for run in results["runs"] if run["facts"] == facts}
 
 
-def runs_digest(results: Results) -> str:
-    """Names the figures that a reading is of."""
-    return hashlib.sha256(json.dumps(results["runs"], sort_keys=True).encode()).hexdigest()[:12]
-
-
 def _lengths(results: Results) -> list[int]:
     return sorted({run["facts"] for run in results["runs"]})
 
 
 def _about(results: Results) -> str:
     plan, reader, base = results["plan"], results["plan"]["reader"], results["bases"][0]
+    torch = results["versions"]["torch"]
     training = "; ".join(
         f"{METHODS[method]}: rank {one['rank']}, learning rate {one['lr']:g}, {one['steps']} passes"
         for method, one in results["chosen"].items()
@@ -86,7 +81,7 @@ of theirs. {len(results["bases"])} seeds, each with a base of its own and {plan[
 Adapters are trained on passages of {results["passage"]} facts: each fact begins one, with others in random order behind
 it, and {results["batch"]} passages make an optimiser step. {training}.
 
-Run {runs_digest(results)} of {results["date"]} on {results["machine"]} with torch {results["versions"]["torch"]}, one
+Run {runs_digest(results["runs"])} of {results["date"]} on {results["machine"]} with torch {torch}, one
 thread; the bases took {spent:.0f} processor minutes. Token passes: a backward pass counts as two forward ones. Bold
 differences are those whose interval leaves zero out."""
 
@@ -95,12 +90,6 @@ def _listed(numbers: list[int]) -> str:
     return " and ".join(
         [", ".join(map(str, numbers[:-1])), str(numbers[-1])] if len(numbers) > 1 else [str(numbers[0])]
     )
-
-
-def _reading(results: Results) -> list[str]:
-    """What somebody read from the figures of one run; not shown with those of another."""
-    head, _, text = READING.read_text().partition("\n\n") if READING.is_file() else ("", "", "")
-    return [text.strip()] if head == f"<!-- runs {runs_digest(results)} -->" else []
 
 
 def _scores(results: Results) -> str:

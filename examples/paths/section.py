@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from examples.miniature.figures import Row, forest
+from examples.miniature.reading import reading_of, runs_digest
 from examples.miniature.results import table
 from examples.recall.arms import SIGNAL
 from examples.recall.comparison import with_a_signal
 from examples.recall.records import Records, difference, mean
-from examples.recall.section import run_id
 
 MODEL = "paths"
 SCORES = ("exact", "first", "tokens", "reward_binary")
@@ -22,7 +22,7 @@ READING = Path(__file__).with_name("reading.md")
 def section(results: Mapping[str, Any], figures_in: str = ".") -> str:
     """Markdown; figures are linked in the directory ``figures_in``."""
     records = Records(results)
-    parts = [_setup(results), _reading(results), _bases(records)]
+    parts = [_setup(results), reading_of(READING, results["jobs"]), _bases(records)]
     trained = with_a_signal(records, MODEL, "### Training from the plateau", SCORES)
     if trained:
         parts += [f"![First step of a way, REFINE minus SFT]({figures_in}/{FIGURE})", trained]
@@ -53,14 +53,8 @@ once in {task["entries"]} times. **first** is the share of first steps that are 
 {amount["seeds"]} seeds, {amount["steps"]} steps of {results["batch"]} sequences, {amount["held_out"]} held-out
 sequences.
 
-Run {run_id(results)} of {results["date"]}, {results["processor_minutes"]:.0f} processor minutes on
+Run {runs_digest(results["jobs"])} of {results["date"]}, {results["processor_minutes"]:.0f} processor minutes on
 {results["environment"]["machine"]} with torch {results["environment"]["torch"]}."""
-
-
-def _reading(results: Mapping[str, Any]) -> str:
-    """What somebody read from the figures of one run; not shown with those of another."""
-    head, _, text = READING.read_text().partition("\n\n") if READING.is_file() else ("", "", "")
-    return text.strip() if head == f"<!-- run {run_id(results)} -->" else ""
 
 
 def _bases(records: Records) -> str:

@@ -26,11 +26,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from examples.miniature.pieces import rounded
 from examples.miniature.results import ROOT, assemble, project_sources
 from examples.recall.arms import BATCH, LEARNING_RATES
 from examples.recall.bases import MODELS, RECALL
 from examples.recall.jobs import Amount, Job, all_jobs
-from examples.recall.runner import fingerprint, read_record, rounded, run_all
+from examples.recall.runner import fingerprint, read_record, run_all
 
 FULL = Amount()
 FAST = Amount(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from examples.miniature.pieces import rounded
 from examples.recall.arms import BATCH, LEARNING_RATES
 from examples.recall.bases import MODELS
 from examples.recall.jobs import ARMS, COMPARED, Amount, Job, run_job
@@ -119,12 +120,3 @@ def _record_file(job: Job, out: Path) -> Path:
 
 def _weights_file(job: Job, out: Path) -> Path:
     return out / "jobs" / f"{job.name}.pt"
-
-
-def rounded(value: Any, digits: int = 5) -> Any:
-    """Numbers with as many significant digits as any figure shows."""
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
-    if isinstance(value, dict):
-        return {name: rounded(entry, digits) for name, entry in value.items()}
-    return [rounded(entry, digits) for entry in value] if isinstance(value, (list, tuple)) else value

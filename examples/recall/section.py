@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.miniature.figures import Row, forest
+from examples.miniature.reading import reading_of, runs_digest
 from examples.miniature.results import table
 from examples.miniature.statistics import Estimate
 from examples.recall.arms import ABLATIONS, GROUPED_LAMBDA, HEADLINE, QUESTION, Arm
@@ -46,7 +45,7 @@ def section(results: Mapping[str, Any], figures_in: str = ".") -> str:
     records = Records(results)
     parts = [
         _setup(results),
-        _reading(results),
+        reading_of(READING, results["jobs"]),
         _bases(records),
         _headline(records, figures_in),
         _ablations(records, figures_in),
@@ -117,7 +116,7 @@ held-out sequences per seed.
 advantages divided by the group's standard deviation, λ = 0.2. *Grouped by position*: n = 8, one group per position, no
 division, λ = {GROUPED_LAMBDA:g}.
 
-Run {run_id(results)} of {results["date"]}, {results["processor_minutes"]:.0f} processor minutes on
+Run {runs_digest(results["jobs"])} of {results["date"]}, {results["processor_minutes"]:.0f} processor minutes on
 {results["environment"]["machine"]} with torch {results["environment"]["torch"]}. Bold differences are those whose
 interval leaves zero out.{_later(results)}"""
 
@@ -129,19 +128,6 @@ def _later(results: Mapping[str, Any]) -> str:
         f"{run['date']}, {run['processor_minutes']:.0f} processor minutes with torch {run['torch']}."
         for run in results.get("later", [])
     )
-
-
-def run_id(results: Mapping[str, Any]) -> str:
-    """Tells one run's numbers from another's."""
-    return hashlib.sha256(json.dumps(results["jobs"], sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _reading(results: Mapping[str, Any]) -> str:
-    """What somebody read from the figures of one run; not shown with those of another."""
-    if not READING.is_file():
-        return ""
-    head, _, text = READING.read_text().partition("\n\n")
-    return text.strip() if head == f"<!-- run {run_id(results)} -->" else ""
 
 
 def _bases(records: Records) -> str:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +10,12 @@ from typing import Any
 
 import torch
 
-from examples.recall.runner import rounded
+from examples.miniature.pieces import Pieces, digest, rounded, write_json
 from examples.text.arms import ESTIMATORS, MANY_METHODS, METHODS, PAPER, POSITION, SFT, Method, Training, run
 from examples.text.base import Base, BaseSettings, load_base, save_base, train_base
 from examples.text.corpus import Corpus, load_corpus
 from examples.text.scores import all_scores
 from examples.text.signal import gradient_signal
-from refine_verl.record.files import write_atomically
 
 VERSIONS = ("torch", "transformers", "flash-linear-attention")
 
@@ -133,7 +128,7 @@ class _Work:
     def __init__(self, plan: Plan, corpus: Corpus, out: Path, results: dict[str, Any]) -> None:
         self.plan, self.corpus, self.out, self.results = plan, corpus, out, results
         self.bases: list[Base] = []
-        self.started = time.monotonic()
+        self.pieces = Pieces(out / "pieces")
 
     def base(self, index: int) -> None:
         """Train a base model, or read it, and score it on both held-out texts."""
@@ -152,7 +147,7 @@ class _Work:
                 "validation": all_scores(actor, self.corpus.validation, k),
             }
 
-        scores = self.piece(f"scores-base{index}", key, score)
+        scores = self.pieces.get(f"scores-base{index}", key, score)
         self.add("bases", {"base": index, **base.record(), "scores": scores})
 
     def compare(self, index: int, seed: int, lr: float) -> None:
@@ -196,7 +191,7 @@ class _Work:
                     return all_scores(self.plan.base.actor(base.weights), self.corpus.test, k, temperature)
 
                 settings = (self._key(index), temperature, k)
-                found = self.piece(f"sharpened-base{index}-t{temperature:g}", settings, score)
+                found = self.pieces.get(f"sharpened-base{index}-t{temperature:g}", settings, score)
                 self.add("sharpened", {"base": index, "temperature": temperature, "scores": found})
 
     def signals(self) -> None:
@@ -209,7 +204,7 @@ class _Work:
                     args = (method, self.plan.training, self.plan.base, base.weights, self.corpus)
                     return gradient_signal(*args, self.plan.signal_batches)
 
-                found = self.piece(f"signal-base{index}-{method.name}", settings, measure)
+                found = self.pieces.get(f"signal-base{index}-{method.name}", settings, measure)
                 self.add("signal", {"base": index, "method": method.name, **found})
 
     def run(
@@ -234,33 +229,12 @@ class _Work:
         name = f"{part}-{method.name}-lambda{method.rl_coef:g}-lr{lr:g}{shorter}-base{index}-seed{seed}"
         settings = (self._key(index), repr(method), training, lr, seed, part, sorted(score_at))
         about = {"method": method.name, "rl_coef": method.rl_coef, "lr": lr, "base": index, "seed": seed}
-        return {**about, **self.piece(name, settings, train)}
-
-    def piece(self, name: str, settings: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The record of that name, if it was made with the same settings; else it is made."""
-        path, key = self.out / "pieces" / f"{name}.json", _digest(settings)
-        if path.is_file():
-            known = json.loads(path.read_text())
-            if known["key"] == key:
-                return dict(known["result"])
-        result: dict[str, Any] = rounded(compute())
-        path.parent.mkdir(exist_ok=True)
-        _write(path, {"key": key, "result": result})
-        print(f"[{(time.monotonic() - self.started) / 60:5.1f} min] {name}", flush=True)
-        return result
+        return {**about, **self.pieces.get(name, settings, train)}
 
     def add(self, kind: str, record: dict[str, Any]) -> None:
         """Into the results, which are written at once."""
         self.results[kind].append(rounded(record))
-        _write(self.out / "results.json", self.results)
+        write_json(self.out / "results.json", self.results)
 
     def _key(self, index: int) -> str:
-        return _digest((self.plan.base, self.corpus.fingerprint, index, torch.__version__))
-
-
-def _digest(settings: Any) -> str:
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
-
-
-def _write(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+        return digest((self.plan.base, self.corpus.fingerprint, index, torch.__version__))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.miniature.figures import Row, Series, curves, forest
+from examples.miniature.reading import reading_of
 from examples.miniature.results import table
 from examples.miniature.statistics import Estimate, estimate, paired
 from examples.text.arms import ESTIMATORS, MANY_METHODS, METHODS, Method
@@ -40,7 +39,7 @@ def section(results: Results, figures_in: str = ".") -> str:
     parts = [
         "## Real text",
         _about(results),
-        *_reading(results),
+        reading_of(READING, read_runs(results)),
         f"![Validation loss of the base models]({figures_in}/{BASE_FIGURE})",
     ]
     for lr in results["plan"]["lrs"]:
@@ -56,7 +55,7 @@ def section(results: Results, figures_in: str = ".") -> str:
         parts += ["### Sweeps", _sweeps(results)]
     if results["signal"]:
         parts += ["### Gradients", _signal(results)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def figures(results: Results) -> dict[str, str]:
@@ -145,18 +144,9 @@ def _about(results: Results) -> str:
     )
 
 
-def runs_digest(results: Results) -> str:
-    """Of all mid-training runs: ``reading.md`` names its runs by it."""
-    runs = [*results["runs"], *results.get("many", [])]
-    return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _reading(results: Results) -> list[str]:
-    """What somebody read from the figures of one set of runs; not shown with others."""
-    if not READING.is_file():
-        return []
-    head, _, text = READING.read_text().partition("\n\n")
-    return [text.strip()] if head == f"<!-- runs {runs_digest(results)} -->" else []
+def read_runs(results: Results) -> list[Any]:
+    """All mid-training runs: ``reading.md`` is of these."""
+    return [*results["runs"], *results.get("many", [])]
 
 
 def _means(results: Results, lr: float) -> str:

@@ -17,12 +17,13 @@ from examples.keep import plan as plan_module
 from examples.keep.arms import LABELS, Case, Meter, answer_all
 from examples.keep.facts import PASSAGE, Reader, make_case
 from examples.keep.files import adapters
-from examples.keep.pieces import means
 from examples.keep.plan import Plan, Training, collect, tried
+from examples.keep.records import means
 from examples.keep.rows import beginning, cut, read_documents
-from examples.keep.section import figures, runs_digest, scores, section
+from examples.keep.section import figures, scores, section
 from examples.keep.settings import FileSettings
 from examples.keep.tables import costs
+from examples.miniature.reading import runs_digest
 from examples.miniature.results import ROOT
 from refine_verl.config import ConfigError
 from refine_verl.data.tokenizers import open_model_tokenizer
@@ -202,7 +203,7 @@ def test_what_was_read_from_other_runs_is_not_shown(
     results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("examples.keep.section.READING", tmp_path / "reading.md")
-    (tmp_path / "reading.md").write_text(f"<!-- runs {runs_digest(results)} -->\n\nStates do so and so.\n")
+    (tmp_path / "reading.md").write_text(f"<!-- runs {runs_digest(results['runs'])} -->\n\nStates do so and so.\n")
     assert "States do so and so." in section(results)
     results["runs"][0]["arms"]["sft"]["score"] += 1e-3
     assert "States do so and so." not in section(results)

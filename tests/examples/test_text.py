@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from examples.miniature.reading import runs_digest
 from examples.text import __main__ as command
 from examples.text import plan as plan_module
 from examples.text.arms import METHODS, PAPER, POSITION, SFT, Training, run
@@ -18,7 +19,7 @@ from examples.text.base import BaseSettings, train_base
 from examples.text.corpus import Corpus, load_corpus
 from examples.text.plan import Plan, collect
 from examples.text.scores import all_scores, next_token_scores, rollout_scores
-from examples.text.section import attenuation, difference, figures, runs_digest, section
+from examples.text.section import attenuation, difference, figures, read_runs, section
 
 TINY = BaseSettings(
     hidden=16, layers=1, heads=1, vocabulary=16, steps=30, warmup=2, batch=4, validate_every=10, validate_on=4
@@ -250,7 +251,7 @@ def test_what_was_read_from_other_runs_is_not_shown(
 ) -> None:
     reading = tmp_path / "reading.md"
     monkeypatch.setattr("examples.text.section.READING", reading)
-    reading.write_text(f"<!-- runs {runs_digest(results)} -->\n\nREFINE does so and so.\n")
+    reading.write_text(f"<!-- runs {runs_digest(read_runs(results))} -->\n\nREFINE does so and so.\n")
     assert "REFINE does so and so." in section(results)
     results["runs"][0]["scores"][str(TRAINING.steps)]["ntp_loss"] += 1e-3
     assert "REFINE does so and so." not in section(results)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from examples.keep.arms import Outcome
-from examples.recall.runner import rounded
 from refine_verl.record.files import write_atomically
 
 Record = dict[str, Any]
@@ -47,21 +45,10 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def record_of(outcome: Outcome, questions: int, score: float) -> Record:
-    """What tables are made of: costs of what is kept for each document, costs of asking for each question."""
-    return {
-        "score": score,
-        "kept_bytes": outcome.kept_bytes,
-        "seconds_per_question": outcome.asking_seconds / questions,
-        "passes_per_question": outcome.asking_passes / questions,
-        "making_seconds": outcome.making_seconds,
-        "making_passes": outcome.making_passes,
-    }
-
-
-def means(records: Sequence[Mapping[str, Record]]) -> dict[str, Record]:
-    """By arm, over records of documents of which each counts the same."""
-    return {
-        arm: {name: sum(record[arm][name] for record in records) / len(records) for name in records[0][arm]}
-        for arm in records[0]
-    }
+def rounded(value: Any, digits: int = 5) -> Any:
+    """Numbers with as many significant digits as any figure shows."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {name: rounded(entry, digits) for name, entry in value.items()}
+    return [rounded(entry, digits) for entry in value] if isinstance(value, (list, tuple)) else value
