@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import operator
 import os
 import shutil
 import tempfile
@@ -21,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from refine_verl.adaptation import Adapted, AdaptSettings, adapt
 from refine_verl.adaptation.checks import check_model
 from refine_verl.adaptation.guard import TemporaryActor, set_training
-from refine_verl.adaptation.prompts import PromptError, Prompts, vocabulary_of
+from refine_verl.adaptation.prompts import PromptError
 from refine_verl.config import ConfigError, DataError
-from refine_verl.data.prompts_tokenize import encode_continuations, encode_prompts
 from refine_verl.models import Documents, FastWeightActor, FastWeightState
 from refine_verl.models.answers import Answers, answer_draws, end_tokens_of
 from refine_verl.record.format import size_text
 from refine_verl.remember.files import Document, Stored, find, refuse_others, write
+from refine_verl.remember.given import chosen, names_of, numbers_of, rows_of
 from refine_verl.remember.identity import Identity, Watch
 
 SEGMENT = 2048
@@ -128,7 +127,7 @@ def load(
     refuse_others(stored, identity)
     kept = next((each.identity for each in stored if each.identity.tokenizer is not None), identity)
     memory = Memory(Watch(model, kept), tokenizer, segment=segment, batch_size=batch_size)
-    memory._take(stored if only is None else [stored[number] for number in _chosen(only, len(stored))])
+    memory._take(stored if only is None else [stored[number] for number in chosen(only, len(stored))])
     return memory
 
 
@@ -197,18 +196,8 @@ class Memory:
             PromptError, ConfigError, DataError, ModelError: see `remember`.
         """
         self._check()
-        rows = _rows(self.model, documents, self.tokenizer, "documents", begins=True)
-        there = [each.name for each in self.documents]
-        if names is None:  # behind the largest number, which a fork may have
-            first = max([len(self), *(int(name) + 1 for name in there if name.isdecimal())])
-            labels = [str(first + number) for number in range(len(rows))]
-        else:
-            labels = [names] if isinstance(names, str) else list(names)
-            if len(labels) != len(rows):
-                raise ConfigError("names", f"{len(labels)} names for {len(rows)} documents.")
-            twice = next((name for place, name in enumerate(labels) if name in there or name in labels[:place]), None)
-            if twice is not None:
-                raise ConfigError("names", f"there would be two documents {twice!r}. Give each a name of its own.")
+        rows = rows_of(self.model, documents, self.tokenizer, "documents", begins=True)
+        labels = names_of(names, len(rows), there=[each.name for each in self.documents])
         new = [Document(name=name, parts=()).longer(row) for name, row in zip(labels, rows, strict=True)]
         self.refuse_too_long([len(row) for row in rows], most_bytes)
         self._states += self._read(rows, None, progress)
@@ -262,8 +251,8 @@ class Memory:
             ModelError: the model's weights have changed since it read the documents.
         """
         self._check()
-        asked = _rows(self.model, questions, self.tokenizer, "questions", begins=False)
-        limits = _numbers(max_new_tokens, len(asked), "max_new_tokens", least=1)
+        asked = rows_of(self.model, questions, self.tokenizer, "questions", begins=False)
+        limits = numbers_of(max_new_tokens, len(asked), "max_new_tokens", least=1)
         if temperature < 0:
             raise PromptError(f"temperature must be 0 (greedy) or greater, got {temperature}.")
         if batch_size < 1:
@@ -309,7 +298,7 @@ class Memory:
         """
         if not len(self):
             raise PromptError(f"{what}: this memory holds no documents. Add some first (memory.add).")
-        rows = _rows(self.model, texts, self.tokenizer, what, begins=False)
+        rows = rows_of(self.model, texts, self.tokenizer, what, begins=False)
         if len(rows) not in (1, len(self)):
             raise PromptError(f"{what}: {len(rows)} texts for {len(self)} documents. Give one, or one for each.")
         return rows * (len(self) // len(rows))
@@ -400,7 +389,7 @@ class Memory:
     def _pairs(self, questions: int, of: int | Sequence[int] | None) -> list[tuple[int, int]]:
         if of is None:
             return [(document, question) for document in range(len(self)) for question in range(questions)]
-        numbers = _numbers(of, questions, "of", least=0)
+        numbers = numbers_of(of, questions, "of", least=0)
         wrong = [number for number in numbers if number >= len(self)]
         if wrong:
             raise PromptError(f"of: there is no document {wrong[0]}; there are {len(self)}, from 0 on.")
@@ -445,58 +434,6 @@ class Memory:
             if self.tokenizer is not None:
                 text = str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
             yield Answer(document=document, question=question, tokens=tokens, log_probs=log_probs, text=text)
-
-
-def _rows(
-    model: Any, given: Any, tokenizer: PreTrainedTokenizerBase | None, what: str, *, begins: bool
-) -> tuple[Tensor, ...]:
-    """Token ids, int64 [T] on the CPU, of what a user gave as ``what``; checked.
-
-    Raises:
-        PromptError: names ``what``, and which of them.
-    """
-    texts = [given] if isinstance(given, str) else given
-    if isinstance(texts, Sequence) and texts and all(isinstance(text, str) for text in texts):
-        if tokenizer is None:
-            raise PromptError(f"{what}: got text, and no tokenizer to read it with. Give tokenizer=, or token ids.")
-        if begins:
-            given = encode_prompts(tokenizer, texts, special_tokens=True)[0]
-        else:
-            given = encode_continuations(tokenizer, texts)
-    try:
-        return Prompts.read(given, vocabulary=vocabulary_of(model), shortest=1, needs="there is nothing to read.").rows
-    except PromptError as error:
-        raise PromptError(str(error).replace("input_ids", what, 1)) from error
-
-
-def _numbers(given: Any, count: int, what: str, *, least: int) -> list[int]:
-    """One number for all, or one for each of ``count``."""
-    try:
-        numbers = [operator.index(x) for x in given] if hasattr(given, "__len__") else [operator.index(given)] * count
-    except TypeError as error:
-        raise PromptError(f"{what}: must be an integer, or one for each question, got {given!r}.") from error
-    if len(numbers) != count:
-        raise PromptError(f"{what}: {len(numbers)} numbers for {count} questions.")
-    for number in numbers:
-        if number < least:
-            raise PromptError(f"{what}: must be at least {least}, got {number}.")
-    return numbers
-
-
-def _chosen(only: Sequence[int], count: int) -> list[int]:
-    """Numbers of documents.
-
-    Raises:
-        ConfigError: something else, or there is no such document.
-    """
-    try:
-        numbers = [operator.index(number) for number in only]
-    except TypeError as error:
-        raise ConfigError("only", f"must be a list of numbers of documents, got {only!r}.") from error
-    wrong = [number for number in numbers if not 0 <= number < count]
-    if wrong:
-        raise ConfigError("only", f"there is no document {wrong[0]}; there are {count}, from 0 on.")
-    return numbers
 
 
 def _free(device: torch.device) -> int:

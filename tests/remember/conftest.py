@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.evaluate_files import TEXT, make_model
 from reference.hybrid import fla_attention, hybrid_model, precise
 from reference.toy import tiny_config
 from torch import Tensor
@@ -64,3 +65,15 @@ def family(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     with precise(), fla_attention():
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of a user: a model, three texts and questions."""
+    root = tmp_path_factory.mktemp("remember")
+    make_model(root / "model")
+    (root / "texts").mkdir()
+    for number in range(3):
+        (root / "texts" / f"{number}.txt").write_text(TEXT[number:] * (number + 1))
+    (root / "questions.txt").write_text("What is green?\n\nWhat has Bob?\n")
+    return root

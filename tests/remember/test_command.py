@@ -19,17 +19,6 @@ from refine_verl.remember import command, remember
 from refine_verl.remember.settings import AskSettings, ListSettings, ReadSettings
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("remember")
-    make_model(root / "model")
-    (root / "texts").mkdir()
-    for number in range(3):
-        (root / "texts" / f"{number}.txt").write_text(TEXT[number:] * (number + 1))
-    (root / "questions.txt").write_text("What is green?\n\nWhat has Bob?\n")
-    return root
-
-
 def call(*words: object) -> int:
     return main(["remember", *map(str, words)])
 

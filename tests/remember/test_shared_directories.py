@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference.evaluate_files import TEXT, make_model
+from reference.evaluate_files import TEXT
 
 import refine_verl
 from refine_verl.command.front import main
@@ -18,16 +18,6 @@ from refine_verl.remember.files import find
 from refine_verl.remember.identity import Identity
 
 from .conftest import build, rows_of
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("shared")
-    make_model(root / "model")
-    (root / "texts").mkdir()
-    for number in range(3):
-        (root / "texts" / f"{number}.txt").write_text(TEXT[number:])
-    return root
 
 
 def read(world: Path, out: Path, files: object) -> int:
