@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from refine_verl.kernels.cuts import Cuts, Lookup, Operator, Places, parameters, with_steps
-from refine_verl.kernels.recording import Kept, active_recorder, keep, no_recording
+from refine_verl.kernels.recording import Kept, active_recorder, keep, last_states_wanted, no_recording
 from refine_verl.kernels.writes import write_norms
 
 PER_TOKEN = ("q", "k", "v", "g", "gk", "beta")
@@ -96,9 +96,14 @@ class OperatorHistory:
         if lookup.pieces == (0,) and self.before[0] is None:
             return self.final.new_zeros(len(lookup.places.positions), *self.final.shape[1:])
         before = [self.before[index] for index in lookup.pieces]
-        states = [torch.zeros_like(self.final) if state is None else state for state in before]
+        states = [self._none() if state is None else state for state in before]
         table = states[0] if len(states) == 1 else torch.cat(states)
         return table if lookup.rows is None else table.index_select(0, lookup.rows)
+
+    def _none(self) -> Tensor:
+        """The state before the first token; every layer's is the same."""
+        key = ("none", self.final.shape, self.final.dtype)
+        return self.cuts.tensor(key, lambda: torch.zeros_like(self.final, requires_grad=False))
 
     def _read(self, x: _Kept, lookup: Lookup) -> Tensor:
         steps = x.steps
@@ -164,7 +169,9 @@ def recorded(operator: Operator) -> Operator:
     def call(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         recorder = active_recorder()
         given = {**dict(zip(parameters(operator), args, strict=False)), **kwargs}
-        if recorder is None or recorder.cuts is None or not given.get("output_final_state"):
+        if not (given.get("output_final_state") and last_states_wanted()):
+            return operator(**{**given, "output_final_state": False})
+        if recorder is None or recorder.cuts is None:
             return operator(*args, **kwargs)
         with no_recording():
             out, final, history = _run_in_pieces(operator, given, recorder.cuts)
@@ -182,9 +189,9 @@ def recorded_convolution(operator: Operator) -> Operator:
     def call(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         recorder = active_recorder()
         given = {**dict(zip(parameters(operator), args, strict=False)), **kwargs}
+        if not (given.get("output_final_state") and last_states_wanted()):
+            return operator(**{**given, "output_final_state": False})
         if recorder is None or recorder.cuts is None:
-            return operator(*args, **kwargs)
-        if not given.get("output_final_state"):
             return operator(*args, **kwargs)
         width, cuts = given["weight"].shape[-1], recorder.cuts
         given["x"], inputs = keep(given["x"])

@@ -290,6 +290,28 @@ def record_states(cuts: Cuts | None = None, places: Places | None = None) -> Ite
         _recorder.reset(token)
 
 
+_last_states_wanted: ContextVar[bool] = ContextVar("refine_verl_last_states_wanted", default=True)
+
+
+def last_states_wanted() -> bool:
+    """Whether the states after the last tokens are for anybody: for the kernels."""
+    return _last_states_wanted.get()
+
+
+@contextlib.contextmanager
+def last_states(wanted: bool) -> Iterator[None]:
+    """Whether calls inside the block give out the states after their last tokens, if they are asked for.
+
+    fla's layers ask for them whenever they are given a state. A state that nobody uses still costs its making, and a
+    gradient of zeros.
+    """
+    token = _last_states_wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _last_states_wanted.reset(token)
+
+
 @contextlib.contextmanager
 def no_recording() -> Iterator[None]:
     """Leave the calls inside the block alone."""

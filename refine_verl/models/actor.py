@@ -7,7 +7,7 @@ document, forking its state, writing rollouts, and the trunk-and-branches pass t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +50,7 @@ class FastWeightActor(Passes):
         if mode is None:
             return super().forward(*args, **kwargs)
         trains = mode in _TRAINED
-        with self.autocast(trains), nullcontext() if trains else torch.no_grad():
+        with self.computing(trains):
             return _MODES[mode](self, *args, **kwargs)
 
     def rollout(
@@ -108,7 +108,7 @@ class FastWeightActor(Passes):
         """
         traced = None if self.activation_checkpointing != "none" else self.trace(documents)
         if traced is None:
-            with torch.no_grad(), self.autocast(trains=False), evaluating(self):
+            with self.computing(trains=False), evaluating(self):
                 rollouts = self.rollout(documents, nsp, draws, snapshots)
             return rollouts, self.update(documents, Branches(rollouts.positions, rollouts.tokens), nsp)
         (parts, trace), balance = traced, self.balance_loss(documents)
@@ -119,7 +119,7 @@ class FastWeightActor(Passes):
             found, positions = self._select(documents, detached, entropy, trace, nsp, draws.positions)
         forks, shape = self.forks_of(documents, parts, trace, positions), draws.tokens.shape
         pieces = piece_count(shape[0] * shape[1], shape[2], nsp.rollouts_together)
-        with torch.no_grad(), self.autocast(trains=False), evaluating(self):
+        with self.computing(trains=False), evaluating(self):
             written = self._continue(forks.last.detach(), forks.state.detach(), nsp, draws, keep_hidden=pieces > 1)
         tokens = written.tokens.view(shape)
         if written.hidden is None:

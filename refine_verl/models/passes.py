@@ -6,8 +6,8 @@ Everything here runs inside the actor's one forward pass (`refine_verl.models.ac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from refine_verl.models.adapters import (
     WritesAdapter,
     check_selection,
 )
+from refine_verl.models.casts import shared_casts
 from refine_verl.models.packing import IGNORED, Documents, Packed
 from refine_verl.models.pieces import in_pieces, piece_count
 from refine_verl.models.recompute import checkpointed
@@ -181,11 +182,20 @@ class Passes(nn.Module):
             )
         return torch.tensor(self.sentence_ends if asked else (), dtype=torch.int64, device=device)
 
+    @contextmanager
+    def computing(self, trains: bool) -> Iterator[None]:
+        """What all passes of a mode, with gradients (``trains``) or without, are made in."""
+        # what is computed again in the backward pass casts again: a copy that waits for it is what it is to do without
+        shares = self.autocast_dtype is not None and not (trains and self.activation_checkpointing != "none")
+        layers = getattr(self.base_model, "layers", ()) if shares else ()
+        with self.autocast(trains), shared_casts(layers), nullcontext() if trains else torch.no_grad():
+            yield
+
     def autocast(self, trains: bool) -> AbstractContextManager[Any]:
         """bf16 matmuls over float32 parameters.
 
-        Weights are cast once for all passes without gradients. Passes with gradients do without autocast's cache:
-        cached bf16 copies collect the gradients of all of them in bf16.
+        Passes with gradients do without autocast's cache: cached bf16 copies collect the gradients of all of them in
+        bf16. The weights of layers are cast once all the same (`casts`).
         """
         if self.autocast_dtype is None:
             return nullcontext()

@@ -7,9 +7,8 @@ parameters are there when the backward pass needs them.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from refine_verl.kernels.cuts import Places
-from refine_verl.kernels.recording import Recorder, active_recorder, record_states
+from refine_verl.kernels.recording import Recorder, active_recorder, last_states, record_states
+from refine_verl.models.casts import cast_once, casts_apart
+from refine_verl.models.replaced import LayerForward
 from refine_verl.models.state import FastWeightState
-
-LayerForward = Callable[..., Any]
 
 
 def checkpointed(
@@ -41,7 +40,8 @@ def checkpointed(
     seen: list[tuple[Any, Callable[[Sequence[Tensor]], FastWeightState] | None]] = []
 
     def run(hidden: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        out, after = body(hidden, rebuild(tensors) if rebuild else None)
+        with casts_apart():
+            out, after = body(hidden, rebuild(tensors) if rebuild else None)
         leaves, spec = pytree.tree_flatten(out)
         made, tree = after.flatten() if after is not None else ([], None)
         seen.append(((spec, len(leaves)), tree))
@@ -52,38 +52,6 @@ def checkpointed(
     (spec, count), tree = seen[0]
     made = tuple(outputs[count:])
     return pytree.tree_unflatten(outputs[:count], spec), tree(made) if tree else None, made
-
-
-@contextmanager
-def replaced_forward(layers: Iterable[nn.Module], wrap: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block each layer runs ``wrap(its own forward, its index, ...)``."""
-    changed = []
-    try:
-        for index, layer in enumerate(layers):
-            changed.append((layer, layer.__dict__.get("forward")))
-            layer.__dict__["forward"] = functools.partial(wrap, layer.forward, index)
-        yield
-    finally:
-        for layer, own in changed:
-            if own is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.__dict__["forward"] = own
-
-
-def cast_once(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Inside the block fla's layers hand their input to its projections in autocast's dtype.
-
-    The projections, four or more, would each make and keep a copy of it otherwise.
-    """
-    norms = [norm for layer in layers if isinstance(norm := getattr(layer, "attn_norm", None), nn.Module)]
-    return replaced_forward(norms, _in_autocast_dtype)
-
-
-def _in_autocast_dtype(forward: LayerForward, _: int, *args: Any, **kwargs: Any) -> Any:
-    out: Tensor = forward(*args, **kwargs)
-    device = out.device.type
-    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
 
 
 class OneLayerCache:
@@ -122,7 +90,8 @@ def recomputed_fla_layer(
     def body(hidden: Tensor, state: FastWeightState | None) -> tuple[Any, FastWeightState | None]:
         cache = None if outer is None else OneLayerCache(index, None if state is None else dict(state.tree))
         recording = record_states(recorder.cuts, recorder.places) if recorder is not None else nullcontext()
-        with recording as inner, cast_once([layers[index]]):
+        # as in the backward pass, where the block around this one is gone
+        with recording as inner, cast_once([layers[index]]), last_states(wanted=True):
             out, _, _, *more = forward(hidden, past_key_values=cache, **kwargs)
         after = FastWeightState(cache.state) if cache is not None and cache.state else None
         if inner is not None and inner.places is not None and after is not None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -279,6 +280,23 @@ class Session:
         self.start_over()
         return found
 
+    def in_bf16(self, batch: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+        """The same step with matmuls in bf16, as on a GPU: with weights cast for all passes together, and apart."""
+        from refine_verl.models import passes
+
+        module, settings, found = self.worker.engine.module, self.trainer.settings, {}
+        module.autocast_dtype, shared = torch.bfloat16, passes.shared_casts
+        for on_policy in (False, True):
+            set_field(settings, "on_policy", on_policy)
+            for way, casts in (("together", shared), ("apart", lambda modules: contextlib.nullcontext())):
+                passes.shared_casts = casts
+                self.start_over()
+                found[f"{'fused' if on_policy else 'two phases'}, {way}"] = self.step(batch)
+        module.autocast_dtype, passes.shared_casts = None, shared
+        set_field(settings, "on_policy", False)
+        self.start_over()
+        return found
+
     def looking(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """Where rollouts begin with each strategy: positions [B, c]."""
         nsp, found = self.trainer.settings.nsp, {}
@@ -349,6 +367,7 @@ def scenarios(session: Session, world: int) -> dict[str, Any]:
     results["unequal"] = session.many(batches[0], rollout_length=RolloutLength(min=1, max=5, by="entropy"))
     results["measured"] = session.measured(batches[0])
     results["looking"] = session.looking(batches[0])
+    results["in_bf16"] = session.in_bf16(batches[0])
     results["nan"], results["infinite"] = session.poisoned(math.nan, [0]), session.poisoned(math.inf, [0])
     results["all_bad"] = session.poisoned(math.nan, [3, 4])
     if world == 1:

@@ -150,6 +150,18 @@ def test_ranks_look_at_the_same_places(ranks: Ranks) -> None:
     assert len({str(positions.tolist()) for positions in one.values()}) == 3
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("step", ["two phases", "fused"])
+def test_weights_may_be_cast_once_for_all_passes(ranks: Ranks, step: str, world: int) -> None:
+    """As a GPU run does, where FSDP2 gathers layers for each pass: the same rollouts, the same float32 gradients."""
+    together, apart = (ranks[world]["in_bf16"][f"{step}, {way}"] for way in ("together", "apart"))
+    same_rollouts(together["rollouts"], apart["rollouts"])
+    for mine, theirs in zip(together["gradients"], apart["gradients"], strict=True):
+        assert worst(mine, theirs) < 1e-6
+    exact = ranks[world]["steps"][0]["gradients"][0]  # control: bf16 it was
+    assert worst(together["gradients"][0], exact) > 1e-3
+
+
 def test_the_second_rank_counts(ranks: Ranks) -> None:
     """Negative control: rank 0's documents alone give other gradients, by far more than the tolerance."""
     alone, together = ranks[1]["rank_0_alone"], ranks[2]["steps"][0]

@@ -27,7 +27,8 @@ from refine_verl.models.hybrid.families import Family, Tokens, family_of
 from refine_verl.models.hybrid.mixers import LinearState
 from refine_verl.models.hybrid.state import KeyValue, SharedKeys
 from refine_verl.models.packing import Documents, Packed
-from refine_verl.models.recompute import LayerForward, checkpointed, replaced_forward, states_at
+from refine_verl.models.recompute import checkpointed, states_at
+from refine_verl.models.replaced import LayerForward, replaced_forward
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import KnownStates, Trace
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refine_verl.models.recompute import LayerForward, replaced_forward
+from refine_verl.models.casts import weight_in_autocast_dtype
+from refine_verl.models.replaced import LayerForward, replaced_forward
 
 _BASE = 6364136223846793005
 """Odd, so that multiplying by it loses nothing in 64 bits; different routes have different numbers but by accident."""
@@ -35,26 +36,26 @@ def watched(
         return chosen
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with replaced_forward([block.gate], watch), _in_autocast_dtype(block.experts):
+        with replaced_forward([block.gate], watch), _in_autocast_dtype(block.experts, block.gate):
             return forward(*args, **kwargs)
 
     return run
 
 
 @contextmanager
-def _in_autocast_dtype(experts: nn.Module) -> Iterator[None]:
-    """Inside, an autocast of the caller goes for the matrices of experts, too: PyTorch leaves their products alone."""
-    names = [name for name, _ in experts.named_parameters(recurse=False)]
-    device = next(experts.parameters()).device.type
-    if not torch.is_autocast_enabled(device):
-        names = []
-    for name in names:  # an attribute of the object comes before a parameter of that name
-        experts.__dict__[name] = getattr(experts, name).to(torch.get_autocast_dtype(device))
+def _in_autocast_dtype(*modules: nn.Module) -> Iterator[None]:
+    """Inside, an autocast of the caller goes for the modules' own matrices, too.
+
+    PyTorch leaves the products of experts alone, and the router's matrix would be cast in every pass.
+    """
+    names = [(module, name) for module in modules for name, _ in module.named_parameters(recurse=False)]
+    for module, name in names:  # an attribute of the object comes before a parameter of that name
+        module.__dict__[name] = weight_in_autocast_dtype(getattr(module, name))
     try:
         yield
     finally:
-        for name in names:
-            del experts.__dict__[name]
+        for module, name in names:
+            del module.__dict__[name]
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from refine_verl.models.lact.scan import ScanPlan
 from refine_verl.models.lact.state import NOWHERE, LaCTState, LayerState, Rows, referenced
 from refine_verl.models.lact.take import windows
 from refine_verl.models.packing import Documents, Packed
-from refine_verl.models.recompute import LayerForward, checkpointed, replaced_forward
+from refine_verl.models.recompute import checkpointed
+from refine_verl.models.replaced import LayerForward, replaced_forward
 from refine_verl.models.state import FastWeightState
 from refine_verl.models.trace import KnownStates
 

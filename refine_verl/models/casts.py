@@ -1,0 +1,161 @@
+"""What autocast casts, cast once: weights for all passes of an actor, a layer's input for all its projections.
+
+Without its cache, which passes with gradients do without, autocast casts a weight in every pass and once more in some
+backward passes, and each pass keeps a copy; with it the copies collect the gradients of all passes in bf16. Here passes
+share the copy, and their gradients are summed in the weight's own dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refine_verl.models.replaced import LayerForward, replaced_forward
+
+
+class _Casting(torch.autograd.Function):
+    """From a weight to what its uses hang on: their gradients wait in a list until all are there, to be summed here."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, waiting: list[Tensor]) -> Tensor:
+        ctx.dtype, ctx.waiting = weight.dtype, waiting
+        ctx.set_materialize_grads(False)
+        return weight.new_empty(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
+        if not ctx.waiting:
+            return None, None
+        total = ctx.waiting.pop().to(ctx.dtype)
+        while ctx.waiting:
+            total += ctx.waiting.pop()
+        return total, None
+
+
+class _Use(torch.autograd.Function):
+    """The cast weight, for one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, cast: Tensor, waiting: list[Tensor]) -> Tensor:
+        ctx.waiting = waiting
+        return cast.view_as(cast)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.waiting.append(gradient)
+        return None, None, None
+
+
+@dataclass
+class _Cast:
+    """A weight in another dtype.
+
+    Attributes:
+        weight: it is held, so that its id stays its own.
+        cast: without gradient.
+        handle: see `_Casting`; None as long as no pass with gradients has asked.
+        waiting: gradients of passes whose backward pass is done.
+    """
+
+    weight: Tensor
+    cast: Tensor
+    handle: Tensor | None = None
+    waiting: list[Tensor] = field(default_factory=list)
+
+    def use(self) -> Tensor:
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return self.cast
+        if self.handle is None:
+            self.handle = _Casting.apply(self.weight, self.waiting)
+        used: Tensor = _Use.apply(self.handle, self.cast, self.waiting)
+        return used
+
+
+_casts: ContextVar[dict[int, _Cast] | None] = ContextVar("refine_verl_casts", default=None)
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """``x`` in the dtype of an autocast that is on, if one is."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def weight_in_autocast_dtype(weight: Tensor) -> Tensor:
+    """`in_autocast_dtype` of a parameter; the same copy for all that ask inside `shared_casts`."""
+    casts, device = _casts.get(), weight.device.type
+    if casts is None or not torch.is_autocast_enabled(device) or weight.dtype == torch.get_autocast_dtype(device):
+        return in_autocast_dtype(weight)
+    if id(weight) not in casts:
+        with torch.no_grad():
+            casts[id(weight)] = _Cast(weight, in_autocast_dtype(weight))
+    return casts[id(weight)].use()
+
+
+@contextmanager
+def shared_casts(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block each weight of the linear modules below ``modules`` is cast by autocast once.
+
+    A block inside another one shares with it. The copies are gone after the block, but for those that backward passes
+    need.
+    """
+    if _casts.get() is not None:
+        yield
+        return
+    below = [module for layer in modules for module in layer.modules()]
+    linear = [module for module in below if type(module).forward is nn.Linear.forward]
+    # fla's MLP hands the weight of its last projection to a module of its own
+    fused = [module for module in below if type(module).__name__ == "SwiGLULinear"]
+    token = _casts.set({})
+    try:
+        with replaced_forward(linear, functools.partial(_linear, linear)), replaced_forward(fused, _swiglu_linear):
+            yield
+    finally:
+        _casts.reset(token)
+
+
+@contextmanager
+def casts_apart() -> Iterator[None]:
+    """Inside the block nothing is shared: for what runs again in the backward pass, where nothing is there to share."""
+    token = _casts.set(None)
+    try:
+        yield
+    finally:
+        _casts.reset(token)
+
+
+def _linear(modules: Sequence[Any], forward: LayerForward, index: int, x: Tensor) -> Tensor:
+    if _casts.get() is None:
+        result: Tensor = forward(x)
+        return result
+    module = modules[index]
+    bias = None if module.bias is None else weight_in_autocast_dtype(module.bias)
+    return F.linear(x, weight_in_autocast_dtype(module.weight), bias)
+
+
+def _swiglu_linear(forward: LayerForward, _: int, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    if _casts.get() is None:
+        return forward(x, y, weight, bias)
+    return forward(x, y, weight_in_autocast_dtype(weight), None if bias is None else weight_in_autocast_dtype(bias))
+
+
+def cast_once(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Inside the block fla's layers hand their input to its projections in autocast's dtype.
+
+    The projections, four or more, would each make and keep a copy of it otherwise.
+    """
+    norms = [norm for layer in layers if isinstance(norm := getattr(layer, "attn_norm", None), nn.Module)]
+    return replaced_forward(norms, _output_in_autocast_dtype)
+
+
+def _output_in_autocast_dtype(forward: LayerForward, _: int, *args: Any, **kwargs: Any) -> Tensor:
+    return in_autocast_dtype(forward(*args, **kwargs))
