@@ -180,7 +180,8 @@ class Passes(nn.Module):
                 "refine.nsp.rollout_length.by",
                 "sentence needs a tokenizer, and there are token ids only here. Set by=entropy.",
             )
-        return torch.tensor(self.sentence_ends if asked else (), dtype=torch.int64, device=device)
+        ends = torch.tensor(self.sentence_ends if asked else (), dtype=torch.int64)
+        return ends.to(device, non_blocking=True)
 
     @contextmanager
     def computing(self, trains: bool) -> Iterator[None]:
@@ -264,7 +265,8 @@ class Passes(nn.Module):
         """
         if documents.learn_from is not None:
             # most tokens may be a prompt's, and logits of these are not worth making
-            kept = (targets != IGNORED).nonzero()[:, 0]  # once: the host waits for it
+            # sorted and not by `nonzero`: the host knows how many there are, and need not wait to be told
+            kept = (targets == IGNORED).argsort(stable=True)[: documents.predicted]
             hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
         loss: Tensor = self.apply_head(hidden, "cross_entropy", targets=targets)
         return loss

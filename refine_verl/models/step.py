@@ -117,6 +117,7 @@ class Step:
             sft_coef=coefficients.sft_coef,
             global_tokens=global_tokens,
             global_rollouts=global_rollouts,
+            counted=None if rollouts is None else rollouts["old_log_probs"].flatten(0, 2).shape[0],
         )
 
     def on_policy(

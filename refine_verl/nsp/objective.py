@@ -134,6 +134,7 @@ def refine_objective(
     global_rollouts: int,
     dp_size: int = 1,
     balance_loss_sum: Tensor | None = None,
+    counted: int | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """A micro-batch's share of `lambda_RL * L_PPO + lambda_SFT * L_NTP` (Eq. 2, 10; Sec. 3.2).
 
@@ -151,6 +152,7 @@ def refine_objective(
         global_tokens, global_rollouts: counts over the whole mini-batch, all ranks and micro-batches.
         dp_size: number of ranks over which gradients will be *averaged*; 1 if they are summed.
         balance_loss_sum: scalar, a weighted loss of the model's own, times ``ntp_token_count``; None: it has none.
+        counted: how many rollouts have a counted token; None: the host looks, and waits for the device.
 
     Returns:
         loss: scalar to call `backward` on, multiplied by `dp_size` to undo the averaging.
@@ -160,7 +162,9 @@ def refine_objective(
     Raises:
         ValueError: the micro-batch claims more tokens or rollouts than the mini-batch has.
     """
-    rollouts = 0 if log_probs is None else log_probs.shape[0] if mask is None else int(mask.any(dim=-1).sum())
+    rollouts = 0 if log_probs is None else log_probs.shape[0]
+    if log_probs is not None and mask is not None:
+        rollouts = int(mask.any(dim=-1).sum()) if counted is None else counted
     _check_counts((ntp_token_count, rollouts), (global_tokens, global_rollouts))
     ntp_loss = ntp_loss_sum / max(global_tokens, 1)
     loss = sft_coef * ntp_loss

@@ -57,7 +57,7 @@ def grpo_advantages(outcomes: Tensor, group: str, divide: bool, counted: Tensor 
         advantages = advantages / scale
     if there is not None:
         advantages = advantages.masked_fill(~there, 0)
-    return advantages.view(outcomes.shape).float().to(outcomes.device)
+    return advantages.view(outcomes.shape).float().to(outcomes.device, non_blocking=True)
 
 
 _NOTHING = torch.tensor(0.0, dtype=torch.float64)

@@ -39,7 +39,7 @@ from refine_verl.models.stored_types import only_safe_types
 from refine_verl.nsp import sentence_ends
 from refine_verl.plugin import ENGINE_MODEL_TYPE
 from refine_verl.record.checkpoint_files import being_saved, flushed, put_in_place
-from refine_verl.workers.objective import Objective, rollouts_to_learn
+from refine_verl.workers.objective import Objective, on_device, rollouts_to_learn
 from refine_verl.workers.schedule import rising_from_the_first_step, warmup_steps
 
 
@@ -118,13 +118,14 @@ class RefineEngine(FSDPEngine):
         self, micro_batch: TensorDict, loss_function: Callable[..., Any], forward_only: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """One micro-batch through the actor, and its share of the loss."""
-        micro_batch = micro_batch.to(get_device_id())
+        micro_batch = on_device(micro_batch, get_device_id())
         if Objective.of(micro_batch) is Objective.ON_POLICY:
             output = self.on_policy_pass(micro_batch)
         else:
             output = self.trained_pass(micro_batch)
         loss, metrics = loss_function(model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group())
-        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+        # verl reads the losses of all micro-batches when all backward passes are on their way
+        return loss, {"model_output": {}, "loss": loss.detach(), "metrics": metrics}
 
     def trained_pass(self, micro_batch: TensorDict) -> dict[str, Tensor]:
         """A micro-batch on this device through the actor as its :class:`Objective` says."""

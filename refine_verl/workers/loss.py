@@ -73,25 +73,32 @@ class RefineLoss:
                 same = (trained == written).float()
                 metrics["nsp/expert_agreement"] = self._mean(data, same, mask[:, : same.shape[1]])
         # verl averages over ranks and then sums over micro-batches; shares have to be summed over both
-        return loss, {name: Metric("sum", float(value) * dp_size) for name, value in metrics.items()}
+        return loss, {name: Metric("sum", value * dp_size) for name, value in _numbers(metrics).items()}
 
     @staticmethod
-    def _rollouts(objective: Objective, model_output: dict[str, Tensor], data: TensorDict) -> dict[str, Tensor]:
-        """Log-probabilities, advantages and mask of rollouts [R, k] or answers [R, A]; {} without a policy loss."""
+    def _rollouts(objective: Objective, model_output: dict[str, Tensor], data: TensorDict) -> dict[str, Any]:
+        """Log-probabilities, advantages and mask of rollouts [R, k] or answers [R, A]; {} without a policy loss.
+
+        ``counted`` is how many of them the mask counts a token of.
+        """
         if not objective.reinforces:
             return {}
         log_probs, advantages = model_output["log_probs"], data["advantages"]
         # rows that only keep ranks in step stay in the graph, because FSDP waits for their backward pass
+        count, width = log_probs.shape
         real = data["weight"] > 0
-        mask = real.repeat_interleave(len(log_probs) // len(real))[:, None].expand_as(log_probs)
+        mask = real.repeat_interleave(count // len(real))[:, None].expand(count, width)
+        # every rollout has a token; an answer may have none
+        counted = int(real.sum()) * (count // len(real))
         if objective is Objective.ANSWERS:
-            places = torch.arange(log_probs.shape[1], device=log_probs.device)
-            mask = mask & (places < data["answer_lengths"].flatten()[:, None])
-        elif "rollout_lengths" in data:
-            lengths = data["rollout_lengths"].flatten()
-            lengths = lengths.repeat_interleave(len(log_probs) // len(lengths))
-            mask = mask & counted_tokens(lengths, log_probs.shape[1])
+            mask = mask & counted_tokens(data["answer_lengths"].flatten(), width)
+            counted = int(mask.any(dim=-1).sum())
+        mask = mask.to(log_probs.device, non_blocking=True)
+        if objective is not Objective.ANSWERS and "rollout_lengths" in data:
+            lengths = data["rollout_lengths"].flatten().to(log_probs.device, non_blocking=True)
+            mask = mask & counted_tokens(lengths.repeat_interleave(count // len(lengths)), width)
         return {
+            "counted": counted,
             "log_probs": log_probs,
             "old_log_probs": data["old_log_probs"].reshape(log_probs.shape),
             "advantages": advantages.reshape(log_probs.shape),
@@ -138,4 +145,12 @@ class RefineLoss:
             config=self.actor,
             rollout_is_weights=None,
         )
-        return loss, {name: float(value) for name, value in metrics.items()}
+        return loss, metrics
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The values of scalars, for which the host waits once."""
+    names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
+    values = torch.stack([metrics[name].detach().double() for name in names]).tolist() if names else []
+    read = dict(zip(names, values, strict=True))
+    return {name: read[name] if name in read else float(value) for name, value in metrics.items()}

@@ -56,6 +56,25 @@ class Objective(enum.Enum):
         return self in (Objective.DOCUMENTS, Objective.ROLLOUTS, Objective.ON_POLICY)
 
 
+ON_HOST = frozenset(
+    ("lengths", "learn_from", "weight", "loss_mask", "document_id", "row", "positions", "rollout_lengths")
+    + ("answer_lengths",)
+)
+"""What the host looks at, in a batch that comes from the driver."""
+
+
+def on_device(data: TensorDict, device: str | int | torch.device) -> TensorDict:
+    """A batch from the driver with what is computed with on ``device``.
+
+    What the host looks at stays where it is: to read it back, the host would wait for all that the device has to do.
+    """
+    moved = data.copy().clear_device_()
+    for name, value in data.items():
+        if isinstance(value, Tensor) and name not in ON_HOST:
+            moved[name] = value.to(device, non_blocking=True)
+    return moved
+
+
 def tokens_to_learn(data: TensorDict) -> Tensor:
     """Number of tokens in the loss of each row, int64 [b]; sets ``learn_from`` where rows teach nothing."""
     lengths, real = data["lengths"], data["weight"] > 0

@@ -35,7 +35,7 @@ from refine_verl.workers.advantage import compute_advantages
 from refine_verl.workers.engine import RefineEngine, documents_of
 from refine_verl.workers.failures import lost_connection
 from refine_verl.workers.gradient_signal import measure_gradients
-from refine_verl.workers.objective import Objective, tokens_to_learn
+from refine_verl.workers.objective import Objective, on_device, tokens_to_learn
 from refine_verl.workers.rendezvous import join_process_group
 from refine_verl.workers.snapshot import Snapshot, shard_bytes
 
@@ -109,7 +109,7 @@ class NSPRolloutWorker(TrainingWorker):
         counted = self.engine.module.forward_tokens
         self.reward_seconds = 0.0
         step = self._step()
-        documents, ids = documents_of(data.to(get_device_id())), data["document_id"].tolist()
+        documents, ids = documents_of(on_device(data, get_device_id())), data["document_id"].tolist()
         with self.engine.eval_mode(), self.engine.gathered():
             rollouts = step.write_and_reward(tu.get(data, "global_step"), documents, ids, self._reward)
         output = {
@@ -220,13 +220,14 @@ class NSPRolloutWorker(TrainingWorker):
         """Log-probabilities under the weights as they are, from the micro-batches and the pass that are trained."""
         size = tu.get(data, "micro_batch_size_per_gpu", self.engine_config.micro_batch_size_per_gpu)
         with self.engine.train_mode(), torch.no_grad():
-            parts = [self.engine.trained_pass(part.to(get_device_id()))["log_probs"] for part in data.split(size)]
+            there = (on_device(part, get_device_id()) for part in data.split(size))
+            parts = [self.engine.trained_pass(part)["log_probs"] for part in there]
         return torch.cat(parts).float().cpu().view(data["old_log_probs"].shape)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def score(self, data: TensorDict) -> TensorDict:
         """Next-token loss (sum) and number of right argmaxes of each document: ``loss`` [b], ``correct`` [b]."""
-        documents = documents_of(data.to(get_device_id()))
+        documents = documents_of(on_device(data, get_device_id()))
         with self.engine.eval_mode(), self.engine.gathered():
             parts = documents.split(self.settings.rollout_micro_batch_size)
             scores = [self.engine.module(mode="score", documents=part) for part in parts]
@@ -265,7 +266,7 @@ class NSPRolloutWorker(TrainingWorker):
         draws = answer_draws(self.settings.seed, step, ids, samples, width) if temperature > 0 else None
         answers: Answers = self.engine.module(
             mode="generate",
-            prompts=documents_of(data.to(get_device_id())),
+            prompts=documents_of(on_device(data, get_device_id())),
             limits=data["max_new_tokens"].tolist(),
             length=width,
             copies=samples,
