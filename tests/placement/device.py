@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 NAME = "elsewhere"
 aten = torch.ops.aten
@@ -125,19 +124,35 @@ def _is_here(device: Any) -> bool:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in _MOVES:
         return _MOVES[func](*args, **kwargs)
-    flat, spec = pytree.tree_flatten((args, kwargs))
+    flat = list(_leaves((args, kwargs)))
     mine = [x for x in flat if isinstance(x, Elsewhere)]
     if mine:
         _refuse_mixture(func, args, flat)
         if func is aten._local_scalar_dense.default or func in SIZED_BY_VALUES or _by_mask(func, args):
             _read()
     wrapped = {id(x.kept): x for x in mine}
-    inner_args, inner_kwargs = pytree.tree_unflatten([_inner(x) for x in flat], spec)
-    inner_kwargs.pop("pin_memory", None)
-    out = func(*inner_args, **inner_kwargs)
+    inner_kwargs = {name: _mapped(_inner, value) for name, value in kwargs.items() if name != "pin_memory"}
+    out = func(*_mapped(_inner, args), **inner_kwargs)
     if not mine and not _is_here(kwargs.get("device")):
         return out
-    return pytree.tree_map_only(Tensor, lambda x: _outer(func, x, wrapped), out)
+    return _mapped(lambda x: _outer(func, x, wrapped) if isinstance(x, Tensor) else x, out)
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """What an operation is called with; its arguments are lists at most, and torch's pytrees take twice as long."""
+    if isinstance(tree, (list, tuple)):
+        for part in tree:
+            yield from _leaves(part)
+    elif isinstance(tree, dict):
+        yield from _leaves(list(tree.values()))
+    else:
+        yield tree
+
+
+def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_mapped(function, part) for part in tree])
+    return function(tree)
 
 
 def _inner(x: Any) -> Any:

@@ -297,7 +297,7 @@ def test_fewer_layers_and_shorter_documents_say_what_a_gpu_needs(
     """Against a run of all layers at the real length; two lengths that were too short once gave three times as much."""
     config = config_of(family, 4)
     # of LaCT's chunks few, and of a vocabulary's logits a chunk that is full long before the document's end
-    config.lact_chunk_size, config.vocab_size = 256, 150_000
+    config.lact_chunk_size, config.vocab_size = 512, 150_000
     shape = Shape(length=length, nsp=NSP, cuda=True, activation_checkpointing=checkpointing)
     for phase, parts in pass_peaks(config, shape).items():
         whole = max(sum(moment.values()) for moment in _probe(config, 4, shape)[phase].values())
