@@ -6,9 +6,10 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import omegaconf
 import yaml
@@ -96,7 +97,7 @@ def shared_trees() -> Iterator[None]:
     test made they are put together each time.
     """
     lists: dict[Any, DefaultsList] = {}
-    trees: dict[int, DictConfig] = {}
+    trees: dict[int, bytes] = {}
     known = {f"{CONFIG_DIR}", verl_config_dir()}
 
     def list_once(*, repo: IConfigRepository, config_name: str, overrides_list: list[Override], **how: Any) -> Any:
@@ -115,8 +116,8 @@ def shared_trees() -> Iterator[None]:
         if not any(defaults is one.defaults for one in lists.values()):
             return _MERGE(self, defaults, repo)
         if id(defaults) not in trees:
-            trees[id(defaults)] = _MERGE(self, defaults, repo)
-        return copy.deepcopy(trees[id(defaults)])
+            trees[id(defaults)] = pickle.dumps(_MERGE(self, defaults, repo))  # twice as fast as a deep copy
+        return cast(DictConfig, pickle.loads(trees[id(defaults)]))
 
     with _hydra_with(list_once, merge_once):
         yield
@@ -152,14 +153,14 @@ class Composer:
 
     def __init__(self, bases: Sequence[Sequence[str]]) -> None:
         self.bases = [tuple(base) for base in bases]
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
+        self.composed: dict[tuple[str, ...], bytes] = {}
 
     def __call__(self, arguments: Sequence[str]) -> DictConfig:
         """The configuration of a command line that begins with the same argument as its base."""
         base = next(base for base in self.bases if base[0] == arguments[0])
         if base not in self.composed:
-            self.composed[base] = compose_config(base)
-        config = copy.deepcopy(self.composed[base])
+            self.composed[base] = pickle.dumps(compose_config(base))
+        config: DictConfig = pickle.loads(self.composed[base])
         OmegaConf.set_struct(config, True)
         added = [item for item in arguments if item not in base]
         parsed = OverridesParser.create().parse_overrides(added)
