@@ -96,11 +96,11 @@ class OperatorHistory:
         if lookup.pieces == (0,) and self.before[0] is None:
             return self.final.new_zeros(len(lookup.places.positions), *self.final.shape[1:])
         before = [self.before[index] for index in lookup.pieces]
-        states = [self._none() if state is None else state for state in before]
+        states = [self._zero_state() if state is None else state for state in before]
         table = states[0] if len(states) == 1 else torch.cat(states)
         return table if lookup.rows is None else table.index_select(0, lookup.rows)
 
-    def _none(self) -> Tensor:
+    def _zero_state(self) -> Tensor:
         """The state before the first token; every layer's is the same."""
         key = ("none", self.final.shape, self.final.dtype)
         return self.cuts.tensor(key, lambda: torch.zeros_like(self.final, requires_grad=False))

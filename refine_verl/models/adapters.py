@@ -20,7 +20,7 @@ from refine_verl.config import ConfigError, NSPSettings
 from refine_verl.kernels.cuts import Cuts, Places
 from refine_verl.kernels.patch import cpu_kernels_in_use, wrap_operators
 from refine_verl.kernels.recording import Recorder, last_states, record_states
-from refine_verl.models.casts import cast_once
+from refine_verl.models.casts import cast_inputs_once
 from refine_verl.models.packing import Documents, Packed
 from refine_verl.models.recompute import recomputed_fla_layer
 from refine_verl.models.replaced import replaced_forward
@@ -269,7 +269,7 @@ class FlaAdapter:
         # read is always also written: into our own copy of the dictionaries.
         kwargs: dict[str, Any] = {} if packed.cu_seqlens is None else {"cu_seqlens": packed.cu_seqlens}
         trunk: Any = model.base_model
-        with cast_once(trunk.layers), last_states(keep_state):
+        with cast_inputs_once(trunk.layers), last_states(keep_state):
             output = trunk(
                 input_ids=packed.tokens, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs
             )

@@ -1,8 +1,8 @@
 """What autocast casts, cast once: weights for all passes of an actor, a layer's input for all its projections.
 
-Without its cache, which passes with gradients do without, autocast casts a weight in every pass and once more in some
-backward passes, and each pass keeps a copy; with it the copies collect the gradients of all passes in bf16. Here passes
-share the copy, and their gradients are summed in the weight's own dtype.
+Autocast has a cache, but through a cached copy the gradients of all passes are summed in bf16, so passes with gradients
+do without it: each casts each weight, some in the backward pass once more, and keeps a copy. Here passes share the
+copy, and their gradients are summed in the weight's own dtype.
 """
 
 from __future__ import annotations
@@ -21,38 +21,37 @@ from torch import Tensor, nn
 from refine_verl.models.replaced import LayerForward, replaced_forward
 
 
-class _Casting(torch.autograd.Function):
-    """From a weight to what its uses hang on: their gradients wait in a list until all are there, to be summed here."""
+class _SumOfGradients(torch.autograd.Function):
+    """From a weight to what its uses hang on: its backward pass comes after theirs, and takes the sum they leave.
+
+    It is the first use's part of the graph. Under FSDP2 that pass has to be part of the loss, as S is of every loss
+    here: the layer's gradients are reduced when its own backward pass is done.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, waiting: list[Tensor]) -> Tensor:
-        ctx.dtype, ctx.waiting = weight.dtype, waiting
+    def forward(ctx: Any, weight: Tensor, left: list[Tensor]) -> Tensor:
+        ctx.dtype, ctx.left = weight.dtype, left
         ctx.set_materialize_grads(False)
         return weight.new_empty(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        if not ctx.waiting:
-            return None, None
-        total = ctx.waiting.pop().to(ctx.dtype)
-        while ctx.waiting:
-            total += ctx.waiting.pop()
-        return total, None
+        return ctx.left.pop().to(ctx.dtype) if ctx.left else None, None
 
 
 class _Use(torch.autograd.Function):
     """The cast weight, for one pass."""
 
     @staticmethod
-    def forward(ctx: Any, handle: Tensor, cast: Tensor, waiting: list[Tensor]) -> Tensor:
-        ctx.waiting = waiting
+    def forward(ctx: Any, handle: Tensor, cast: Tensor, left: list[Tensor]) -> Tensor:
+        ctx.dtype, ctx.left = handle.dtype, left
         return cast.view_as(cast)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        ctx.waiting.append(gradient)
+        ctx.left.append(ctx.left.pop().to(ctx.dtype).add_(gradient) if ctx.left else gradient)
         return None, None, None
 
 
@@ -63,21 +62,21 @@ class _Cast:
     Attributes:
         weight: it is held, so that its id stays its own.
         cast: without gradient.
-        handle: see `_Casting`; None as long as no pass with gradients has asked.
-        waiting: gradients of passes whose backward pass is done.
+        handle: see `_SumOfGradients`; None as long as no pass with gradients has asked.
+        left: the gradient of the passes whose backward pass is done: one tensor, or none yet.
     """
 
     weight: Tensor
     cast: Tensor
     handle: Tensor | None = None
-    waiting: list[Tensor] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
 
     def use(self) -> Tensor:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return self.cast
         if self.handle is None:
-            self.handle = _Casting.apply(self.weight, self.waiting)
-        used: Tensor = _Use.apply(self.handle, self.cast, self.waiting)
+            self.handle = _SumOfGradients.apply(self.weight, self.left)
+        used: Tensor = _Use.apply(self.handle, self.cast, self.left)
         return used
 
 
@@ -93,7 +92,9 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
 def weight_in_autocast_dtype(weight: Tensor) -> Tensor:
     """`in_autocast_dtype` of a parameter; the same copy for all that ask inside `shared_casts`."""
     casts, device = _casts.get(), weight.device.type
-    if casts is None or not torch.is_autocast_enabled(device) or weight.dtype == torch.get_autocast_dtype(device):
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return weight  # autocast leaves float64 alone
+    if casts is None or weight.dtype == torch.get_autocast_dtype(device):
         return in_autocast_dtype(weight)
     if id(weight) not in casts:
         with torch.no_grad():
@@ -111,8 +112,9 @@ def shared_casts(modules: Iterable[nn.Module]) -> Iterator[None]:
     if _casts.get() is not None:
         yield
         return
-    below = [module for layer in modules for module in layer.modules()]
-    linear = [module for module in below if type(module).forward is nn.Linear.forward]
+    below = dict.fromkeys(module for layer in modules for module in layer.modules())
+    # one with a forward function of its own, such as accelerate gives, does more than multiply
+    linear = [m for m in below if type(m).forward is nn.Linear.forward and "forward" not in m.__dict__]
     # fla's MLP hands the weight of its last projection to a module of its own
     fused = [module for module in below if type(module).__name__ == "SwiGLULinear"]
     token = _casts.set({})
@@ -133,13 +135,13 @@ def casts_apart() -> Iterator[None]:
         _casts.reset(token)
 
 
-def _linear(modules: Sequence[Any], forward: LayerForward, index: int, x: Tensor) -> Tensor:
+def _linear(modules: Sequence[Any], forward: LayerForward, index: int, input: Tensor) -> Tensor:
     if _casts.get() is None:
-        result: Tensor = forward(x)
+        result: Tensor = forward(input)
         return result
     module = modules[index]
     bias = None if module.bias is None else weight_in_autocast_dtype(module.bias)
-    return F.linear(x, weight_in_autocast_dtype(module.weight), bias)
+    return F.linear(input, weight_in_autocast_dtype(module.weight), bias)
 
 
 def _swiglu_linear(forward: LayerForward, _: int, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -148,7 +150,7 @@ def _swiglu_linear(forward: LayerForward, _: int, x: Tensor, y: Tensor, weight: 
     return forward(x, y, weight_in_autocast_dtype(weight), None if bias is None else weight_in_autocast_dtype(bias))
 
 
-def cast_once(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
+def cast_inputs_once(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Inside the block fla's layers hand their input to its projections in autocast's dtype.
 
     The projections, four or more, would each make and keep a copy of it otherwise.

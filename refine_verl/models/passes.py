@@ -186,10 +186,11 @@ class Passes(nn.Module):
     @contextmanager
     def computing(self, trains: bool) -> Iterator[None]:
         """What all passes of a mode, with gradients (``trains``) or without, are made in."""
-        # what is computed again in the backward pass casts again: a copy that waits for it is what it is to do without
+        # activation checkpointing casts again when it computes again; a copy kept until then would cost its memory
         shares = self.autocast_dtype is not None and not (trains and self.activation_checkpointing != "none")
-        layers = getattr(self.base_model, "layers", ()) if shares else ()
-        with self.autocast(trains), shared_casts(layers), nullcontext() if trains else torch.no_grad():
+        layers = getattr(self.base_model, "layers", ())
+        casts = shared_casts([layers] if isinstance(layers, nn.Module) else layers) if shares else nullcontext()
+        with self.autocast(trains), casts, nullcontext() if trains else torch.no_grad():
             yield
 
     def autocast(self, trains: bool) -> AbstractContextManager[Any]:

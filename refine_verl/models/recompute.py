@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from refine_verl.kernels.cuts import Places
 from refine_verl.kernels.recording import Recorder, active_recorder, last_states, record_states
-from refine_verl.models.casts import cast_once, casts_apart
+from refine_verl.models.casts import cast_inputs_once, casts_apart
 from refine_verl.models.replaced import LayerForward
 from refine_verl.models.state import FastWeightState
 
@@ -91,7 +91,7 @@ def recomputed_fla_layer(
         cache = None if outer is None else OneLayerCache(index, None if state is None else dict(state.tree))
         recording = record_states(recorder.cuts, recorder.places) if recorder is not None else nullcontext()
         # as in the backward pass, where the block around this one is gone
-        with recording as inner, cast_once([layers[index]]), last_states(wanted=True):
+        with recording as inner, cast_inputs_once([layers[index]]), last_states(wanted=True):
             out, _, _, *more = forward(hidden, past_key_values=cache, **kwargs)
         after = FastWeightState(cache.state) if cache is not None and cache.state else None
         if inner is not None and inner.places is not None and after is not None:

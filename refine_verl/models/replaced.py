@@ -22,7 +22,7 @@ def replaced_forward(layers: Iterable[nn.Module], wrap: Callable[..., Any]) -> I
             layer.__dict__["forward"] = functools.partial(wrap, layer.forward, index)
         yield
     finally:
-        for layer, own in changed:
+        for layer, own in reversed(changed):  # one that was there twice, too, gets back what it had
             if own is None:
                 layer.__dict__.pop("forward", None)
             else:

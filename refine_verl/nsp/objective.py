@@ -167,7 +167,7 @@ def refine_objective(
         rollouts = int(mask.any(dim=-1).sum()) if counted is None else counted
     _check_counts((ntp_token_count, rollouts), (global_tokens, global_rollouts))
     ntp_loss = ntp_loss_sum / max(global_tokens, 1)
-    loss = sft_coef * ntp_loss
+    loss = sft_coef * ntp_loss  # with a coefficient of 0, too, S stays in the graph: FSDP2 and shared casts rely on it
     metrics: dict[str, Any] = {"actor/ntp_loss": ntp_loss.detach()}
     if balance_loss_sum is not None:
         balance_loss = balance_loss_sum / max(global_tokens, 1)

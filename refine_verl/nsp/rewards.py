@@ -180,7 +180,8 @@ def try_reward(name: str, length: int, per_token: bool) -> None:
 
 
 def _checked(function: RewardFunction, name: str, per_token: bool) -> CheckedReward:
-    ours = function.__module__ == __name__  # finite where the model's numbers are
+    # those of this file are finite where the model's numbers are
+    ours = getattr(function, "__globals__", None) is globals()
 
     @functools.wraps(function)
     def checked(inputs: RewardInputs) -> Tensor:
@@ -192,7 +193,7 @@ def _checked(function: RewardFunction, name: str, per_token: bool) -> CheckedRew
 def _verified(earned: Earned, inputs: RewardInputs, where: str, per_token: bool, finite: bool = False) -> Tensor:
     """The sum of all terms: `[R]`, or `[R, k]` with `per_token`.
 
-    ``finite``: that it is needs no look, for which the host would wait for the device.
+    ``finite``: it is known to be. To look, the host waits for the device.
     """
     terms = earned if isinstance(earned, tuple) and earned else (earned,)
     reward = sum(_term(term, inputs, where, per_token) for term in terms)

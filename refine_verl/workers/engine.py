@@ -128,7 +128,7 @@ class RefineEngine(FSDPEngine):
         return loss, {"model_output": {}, "loss": loss.detach(), "metrics": metrics}
 
     def trained_pass(self, micro_batch: TensorDict) -> dict[str, Tensor]:
-        """A micro-batch on this device through the actor as its :class:`Objective` says."""
+        """A micro-batch (`on_device`) through the actor as its :class:`Objective` says."""
         objective, documents = Objective.of(micro_batch), documents_of(micro_batch)
         if objective is Objective.ANSWERS:
             return self.module(

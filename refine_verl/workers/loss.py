@@ -150,7 +150,9 @@ class RefineLoss:
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """The values of scalars, for which the host waits once."""
-    names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
-    values = torch.stack([metrics[name].detach().double() for name in names]).tolist() if names else []
-    read = dict(zip(names, values, strict=True))
+    tensors = {name: value.detach() for name, value in metrics.items() if isinstance(value, Tensor)}
+    device = next((value.device for value in tensors.values() if value.device.type != "cpu"), torch.device("cpu"))
+    # a user's policy loss may have made some elsewhere, or of shape [1]
+    there = [value.double().reshape(()).to(device, non_blocking=True) for value in tensors.values()]
+    read = dict(zip(tensors, torch.stack(there).tolist() if there else [], strict=True))
     return {name: read[name] if name in read else float(value) for name, value in metrics.items()}

@@ -56,11 +56,12 @@ class Objective(enum.Enum):
         return self in (Objective.DOCUMENTS, Objective.ROLLOUTS, Objective.ON_POLICY)
 
 
-ON_HOST = frozenset(
-    ("lengths", "learn_from", "weight", "loss_mask", "document_id", "row", "positions", "rollout_lengths")
-    + ("answer_lengths",)
-)
-"""What the host looks at, in a batch that comes from the driver."""
+ON_HOST = (
+    "lengths", "learn_from", "weight", "loss_mask", "document_id", "row", "positions", "rollout_lengths",
+    "answer_lengths",
+)  # fmt: skip
+"""What the host looks at, in a batch that comes from the driver; what a fused step writes is on the device, its
+``rollout_lengths`` too."""
 
 
 def on_device(data: TensorDict, device: str | int | torch.device) -> TensorDict:

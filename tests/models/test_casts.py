@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from refine_verl.config import LoraSettings
 from refine_verl.models import Branches, FastWeightActor, load_model, make_actor, passes
+from refine_verl.models import casts as casts_module
 from refine_verl.models.casts import shared_casts, weight_in_autocast_dtype
 from refine_verl.models.lact import LaCTConfig
 from refine_verl.models.lora import add_adapters
+from refine_verl.models.replaced import replaced_forward
 
 DOCUMENTS = documents_of((40, 33))
 LACT = {
@@ -129,16 +132,23 @@ def test_frozen_weights_are_cast_once_when_rollouts_are_written() -> None:
     assert set(casts.counts.values()) == {1} and any("base_layer" in name for name in casts.counts)
 
 
+@pytest.mark.parametrize("mode", ["update", "on_policy"])
 @pytest.mark.parametrize("checkpointing", ["layer", "segment"])
-def test_what_is_computed_again_casts_again(checkpointing: str, without_sharing: Callable[[], None]) -> None:
-    """A copy that waits for the backward pass is what it does without."""
-    actor = build("delta_net", activation_checkpointing=checkpointing)
+@pytest.mark.parametrize("family", ["delta_net", "experts"])
+def test_what_is_computed_again_casts_again(
+    family: str, checkpointing: str, mode: str, without_sharing: Callable[[], None]
+) -> None:
+    """A copy that waits for the backward pass is what it does without. Tokens that are written share."""
+    actor = build(family, activation_checkpointing=checkpointing)
     with Casts(actor) as casts:
-        found = gradients(actor, "update")
-    assert min(casts.counts.values()) >= 2
+        found = gradients(actor, mode)
     without_sharing()
-    apart = gradients(build("delta_net", activation_checkpointing=checkpointing), "update")
-    assert all(torch.equal(found[name], apart[name]) for name in apart)
+    actor = build(family, activation_checkpointing=checkpointing)
+    with Casts(actor) as apart:
+        wanted = gradients(actor, mode)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert min(casts.counts.values()) >= 2
+    assert casts.counts == apart.counts if mode == "update" else casts.counts.total() <= apart.counts.total()
 
 
 def test_pieces_of_rollouts_that_are_computed_again(without_sharing: Callable[[], None], monkeypatch: Any) -> None:
@@ -163,6 +173,43 @@ def test_many_passes_sum_in_float32(layer: nn.Linear) -> None:
     total.sum().backward()
     assert torch.equal(layer.weight.grad, torch.full((2, 3), float(times)))
     assert torch.equal(layer.bias.grad, torch.full((2,), float(times)))
+
+
+def test_gradients_of_many_passes_wait_in_one_tensor(layer: nn.Linear) -> None:
+    x, kept = torch.ones(1, 3), []
+    with shared_casts([layer]):
+        total = sum(layer(x).float() for _ in range(5)).sum()
+        shared = next(iter(casts_module._casts.get().values()))
+    total.register_hook(lambda _: kept.append(len(shared.left)))
+    honest = casts_module._SumOfGradients.backward
+    with mock.patch.object(
+        casts_module._SumOfGradients, "backward", lambda ctx, g: (kept.append(len(ctx.left)), honest(ctx, g))[1]
+    ):
+        total.backward()
+    assert max(kept) == 1 and not shared.left
+
+
+def test_a_module_that_is_there_twice(layer: nn.Linear) -> None:
+    model = nn.Sequential(layer, nn.Linear(2, 3), layer)
+    for _ in range(3):
+        with shared_casts([*model, layer]):
+            model(torch.ones(1, 3)).sum().backward()
+    assert "forward" not in layer.__dict__
+    with replaced_forward([layer, layer], lambda forward, _, x: forward(x)):
+        model(torch.ones(1, 3))
+    assert "forward" not in layer.__dict__
+
+
+def test_float64_is_left_alone_as_by_autocast(layer: nn.Linear) -> None:
+    precise, x = nn.Linear(3, 2).double(), torch.ones(1, 3, dtype=torch.float64)
+    with shared_casts([precise]):
+        assert precise(input=x).dtype == torch.float64
+
+
+def test_a_forward_function_of_the_modules_own_is_kept(layer: nn.Linear) -> None:
+    layer.forward = lambda x: x + 1  # type: ignore[method-assign, assignment]
+    with shared_casts([layer]):
+        assert torch.equal(layer(torch.ones(2)), torch.full((2,), 2.0))
 
 
 def test_one_of_several_losses(layer: nn.Linear) -> None:

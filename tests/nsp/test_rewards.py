@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -247,6 +248,15 @@ def test_what_a_users_function_returns_is_checked(
 ) -> None:
     with pytest.raises(error, match=message):
         get_reward(f"{user_module}.{function}")(inputs())
+
+
+def test_one_that_calls_itself_ours_is_looked_at() -> None:
+    @functools.wraps(cosine_reward)
+    def own(inputs: RewardInputs) -> Tensor:
+        return torch.full(inputs.predicted_tokens.shape, math.nan)
+
+    with pytest.raises(ValueError, match="returned NaN or infinity"):
+        rewards._checked(own, "own", per_token=False)(inputs())
 
 
 def test_a_reward_is_not_blamed_for_the_models_nan() -> None:

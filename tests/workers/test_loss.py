@@ -128,6 +128,15 @@ def test_every_loss_of_verl_that_is_allowed_adds_up(name: str) -> None:
     assert total == pytest.approx(whole.item(), rel=1e-6)
 
 
+def test_a_users_metrics_may_be_numbers_or_tensors_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"a": 1.5, "b": torch.tensor([2.5]), "c": torch.tensor(3, dtype=torch.int64), "d": 4}
+    monkeypatch.setitem(POLICY_LOSS_REGISTRY, "own", lambda **given: (given["log_prob"].sum(), found))
+    output, old, advantages = random_case()
+    loss = RefineLoss(LossSettings(), actor(policy_loss=PolicyLossConfig(loss_mode="own")))
+    _, metrics = loss(output, micro_batch(old, advantages, 20, (60, 24), dp_size=2))
+    assert {name: metrics[name].aggregate() for name in found} == {"a": 3.0, "b": 5.0, "c": 6.0, "d": 8.0}
+
+
 def test_the_loss_that_is_not_allowed_does_not_add_up() -> None:
     """The control: a mean over each micro-batch."""
     with pytest.raises(AssertionError):

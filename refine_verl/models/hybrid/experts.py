@@ -49,13 +49,13 @@ def _in_autocast_dtype(*modules: nn.Module) -> Iterator[None]:
     PyTorch leaves the products of experts alone, and the router's matrix would be cast in every pass.
     """
     names = [(module, name) for module in modules for name, _ in module.named_parameters(recurse=False)]
-    for module, name in names:  # an attribute of the object comes before a parameter of that name
-        module.__dict__[name] = weight_in_autocast_dtype(getattr(module, name))
     try:
+        for module, name in names:  # an attribute of the object comes before a parameter of that name
+            module.__dict__[name] = weight_in_autocast_dtype(getattr(module, name))
         yield
     finally:
         for module, name in names:
-            del module.__dict__[name]
+            module.__dict__.pop(name, None)
 
 
 @torch.no_grad()

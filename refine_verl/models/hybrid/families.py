@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from refine_verl.kernels.recording import last_states
-from refine_verl.models.casts import cast_once
+from refine_verl.models.casts import cast_inputs_once
 from refine_verl.models.hybrid.attention import NAME, AttentionOfLayer, AttentionPlan
 from refine_verl.models.hybrid.mixers import MIXERS, LinearOfLayer, LinearState, Mixer
 from refine_verl.models.hybrid.state import KeyValue, SharedKeys
@@ -152,7 +152,7 @@ class FlaFamily:
             before = {name: _copied(part) if name == "conv_state" else part for name, part in before.items()}
         cache = OneLayerCache(layer.layer_idx, before) if before is not None or tokens.keep else None
         bounds = {} if tokens.packed.cu_seqlens is None else {"cu_seqlens": tokens.packed.cu_seqlens}
-        with cast_once([layer]), last_states(tokens.keep):
+        with cast_inputs_once([layer]), last_states(tokens.keep):
             out, *_ = forward(hidden, past_key_values=cache, use_cache=cache is not None, **bounds)
         return out, cache.state if cache is not None and tokens.keep else None
 
@@ -162,7 +162,7 @@ class FlaFamily:
         """See `Family`."""
         attention = AttentionOfLayer(tokens.plan, before)
         attend = functools.partial(_fla_attention, layer.attn, attention, tokens.positions)
-        with replaced_forward([layer.attn], attend), cast_once([layer]):
+        with replaced_forward([layer.attn], attend), cast_inputs_once([layer]):
             out, *_ = forward(hidden)
         assert attention.made is not None
         return out, attention.made
