@@ -103,7 +103,7 @@ class OperatorHistory:
     def _zero_state(self) -> Tensor:
         """The state before the first token; every layer's is the same."""
         key = ("none", self.final.shape, self.final.dtype)
-        return self.cuts.tensor(key, lambda: torch.zeros_like(self.final, requires_grad=False))
+        return self.cuts.tensor(key, lambda: torch.zeros_like(self.final))
 
     def _read(self, x: _Kept, lookup: Lookup) -> Tensor:
         steps = x.steps

@@ -85,16 +85,19 @@ _casts: ContextVar[dict[int, _Cast] | None] = ContextVar("refine_verl_casts", de
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """``x`` in the dtype of an autocast that is on, if one is."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _is_cast(x) else x
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether an autocast is on and would cast ``x``; it leaves float64 alone."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return torch.is_autocast_enabled(device) and x.dtype not in (torch.float64, torch.get_autocast_dtype(device))
 
 
 def weight_in_autocast_dtype(weight: Tensor) -> Tensor:
     """`in_autocast_dtype` of a parameter; the same copy for all that ask inside `shared_casts`."""
-    casts, device = _casts.get(), weight.device.type
-    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return weight  # autocast leaves float64 alone
-    if casts is None or weight.dtype == torch.get_autocast_dtype(device):
+    casts = _casts.get()
+    if casts is None or not _is_cast(weight):
         return in_autocast_dtype(weight)
     if id(weight) not in casts:
         with torch.no_grad():

@@ -84,8 +84,8 @@ class RefineLoss:
         if not objective.reinforces:
             return {}
         log_probs, advantages = model_output["log_probs"], data["advantages"]
-        # rows that only keep ranks in step stay in the graph, because FSDP waits for their backward pass
         count, width = log_probs.shape
+        # rows that only keep ranks in step stay in the graph, because FSDP waits for their backward pass
         real = data["weight"] > 0
         mask = real.repeat_interleave(count // len(real))[:, None].expand(count, width)
         # every rollout has a token; an answer may have none
@@ -149,10 +149,8 @@ class RefineLoss:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The values of scalars, for which the host waits once."""
-    tensors = {name: value.detach() for name, value in metrics.items() if isinstance(value, Tensor)}
-    device = next((value.device for value in tensors.values() if value.device.type != "cpu"), torch.device("cpu"))
-    # a user's policy loss may have made some elsewhere, or of shape [1]
-    there = [value.double().reshape(()).to(device, non_blocking=True) for value in tensors.values()]
-    read = dict(zip(tensors, torch.stack(there).tolist() if there else [], strict=True))
-    return {name: read[name] if name in read else float(value) for name, value in metrics.items()}
+    """The values of scalars, those on the device read together: the host waits once. A user's may have shape [1]."""
+    there = {name: value for name, value in metrics.items() if isinstance(value, Tensor) and not value.is_cpu}
+    read = torch.cat([value.detach().double().reshape(1) for value in there.values()]).tolist() if there else []
+    here = {name: float(value) for name, value in metrics.items() if name not in there}
+    return here | dict(zip(there, read, strict=True))

@@ -148,7 +148,10 @@ def test_what_is_computed_again_casts_again(
         wanted = gradients(actor, mode)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert min(casts.counts.values()) >= 2
-    assert casts.counts == apart.counts if mode == "update" else casts.counts.total() <= apart.counts.total()
+    if mode == "update" or family == "delta_net":  # autocast's own cache serves what is without gradients
+        assert casts.counts == apart.counts
+    else:  # it leaves experts out
+        assert casts.counts.total() < apart.counts.total()
 
 
 def test_pieces_of_rollouts_that_are_computed_again(without_sharing: Callable[[], None], monkeypatch: Any) -> None:
@@ -180,7 +183,6 @@ def test_gradients_of_many_passes_wait_in_one_tensor(layer: nn.Linear) -> None:
     with shared_casts([layer]):
         total = sum(layer(x).float() for _ in range(5)).sum()
         shared = next(iter(casts_module._casts.get().values()))
-    total.register_hook(lambda _: kept.append(len(shared.left)))
     honest = casts_module._SumOfGradients.backward
     with mock.patch.object(
         casts_module._SumOfGradients, "backward", lambda ctx, g: (kept.append(len(ctx.left)), honest(ctx, g))[1]

@@ -1,5 +1,7 @@
 """Everything that runs on a GPU runs on a second device, with what it makes in the right place: see `cases.py`.
 
+And the host waits for it no more often than it has to: see `waits.py`.
+
 In processes of their own: the device cannot be taken back, and PyTorch starts the threads of its backward passes once,
 for the devices that it knows then.
 """
@@ -13,7 +15,7 @@ import pytest
 import torch.utils.backend_registration as backends
 from reference.processes import ROOT, Forked
 
-CASES = Path(__file__).with_name("cases.py")
+HERE = Path(__file__).parent
 
 pytestmark = [
     pytest.mark.dist,
@@ -25,10 +27,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("which", ["test_mode", "not test_mode"])
-def test_on_a_second_device(tmp_path: Path, which: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "which"), [("cases.py", "test_mode"), ("cases.py", "not test_mode"), ("waits.py", "test")]
+)
+def test_on_a_second_device(tmp_path: Path, file: str, which: str) -> None:
     arguments = [
-        str(CASES),
+        str(HERE / file),
         "-k",
         which,
         "-q",
